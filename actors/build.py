@@ -1,0 +1,146 @@
+"""Configuration -> running actors."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from actors import placement
+from actors.groups import LearnerGroup, RolloutGroup, TeacherGroup, wait
+from seqkd.config import Config, Engine
+from seqkd.errors import ResourceError
+from seqkd.models import expand
+from seqkd.protocols import Workers
+
+
+@contextmanager
+def connect(config: Config, verbose: bool) -> Iterator[None]:
+    """Join the cluster that ``config`` or the job names, or start one on this machine."""
+    import os
+
+    import ray
+
+    # A job's driver finds its cluster by itself; RAY_ADDRESS is set for it.
+    address = config.cluster or os.environ.get("RAY_ADDRESS") or "local"
+    options: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
+    try:
+        ray.init(address, log_to_driver=verbose, logging_level="INFO" if verbose else "ERROR", **options)
+    except Exception as error:  # Ray raises bare RuntimeError and ConnectionError here
+        raise _no_cluster(address, error) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _no_cluster(address: str, error: Exception) -> ResourceError:
+    text = " ".join(str(error).split())
+    if "token" in text.lower() or "auth" in type(error).__name__.lower():
+        return ResourceError(
+            f"cluster: {address!r} wants an authentication token and none was found. Set "
+            "RAY_AUTH_MODE=token, with the cluster's token in ~/.ray/auth_token or "
+            f"RAY_AUTH_TOKEN. ({text})"
+        )
+    return ResourceError(
+        f"cluster: no Ray cluster answers at {address!r}. Start one with `ray start --head`, "
+        f"name another address, or leave cluster out to run on this machine. ({text})"
+    )
+
+
+def check_resources(config: Config) -> None:
+    """ResourceError where the cluster could never hold the plan."""
+    import ray
+
+    have = ray.cluster_resources()
+    placement.plan(config).check(have.get("CPU", 0), have.get("GPU", 0), "the cluster")
+
+
+@contextmanager
+def workers(
+    config: Config, student_path: str, stop_ids: tuple[int, ...], max_model_len: int
+) -> Iterator[Workers]:
+    """Start every actor of the plan, wait until each is ready, and free all of it at the end."""
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    plan = placement.plan(config)
+    group = placement_group(list(plan.bundles), strategy="PACK")
+    try:
+        if not group.wait(timeout_seconds=60):
+            raise ResourceError(
+                f"cluster: no node has {_largest(plan.bundles)} free. Wait for the other jobs, or "
+                "set placement to split so that the roles may be on different nodes."
+            )
+        with _started(config, plan, group, student_path, stop_ids, max_model_len) as crew:
+            yield crew
+    finally:
+        remove_placement_group(group)
+
+
+@contextmanager
+def _started(
+    config: Config, plan: placement.Plan, group: Any, student_path: str,
+    stop_ids: tuple[int, ...], max_model_len: int,
+) -> Iterator[Workers]:
+    import ray
+
+    from actors.learner import LearnerRank
+    from actors.rollout import RolloutActor
+    from actors.teacher import TeacherActor
+
+    def create(cls: type, role: placement.Role, *args: Any) -> list[Any]:
+        remote = ray.remote(cls)
+        return [
+            remote.options(**p.options(group)).remote(
+                *(p.index if a is INDEX else a for a in args)
+            )
+            for p in plan.role(role)
+        ]
+
+    def engines(
+        role: placement.Role, model: str, engine: Engine, learner: LearnerGroup | None, source: str
+    ) -> RolloutGroup:
+        actors = create(RolloutActor, role, stop_ids, source)
+        wait([a.start.remote(model, engine, max_model_len) for a in actors], f"{role} start")
+        return RolloutGroup(actors, config.rollout, learner, role)
+
+    run_id = uuid.uuid4().hex[:12]
+    ranks = create(LearnerRank, "learner", config.learner, run_id, INDEX)
+    master = wait(ranks[0].rendezvous.remote(), "learner start")
+    needs_head = config.teacher.scores == "hidden"
+    wait(
+        [
+            rank.start.remote(
+                student_path,
+                config.teacher.model if needs_head else None,
+                config.teacher.precision,
+                master,
+            )
+            for rank in ranks
+        ],
+        "learner start",
+    )
+    learner = LearnerGroup(ranks, config.learner.micro_batch_prompts, expand(config.student.model))
+    # One engine after the other: on a shared machine their start-up spikes would add up.
+    student = engines("rollout", student_path, config.rollout, learner, "student")
+    teachers = create(TeacherActor, "teacher")
+    wait([t.start.remote(config.teacher, max_model_len) for t in teachers], "teacher start")
+    sampler = None
+    if plan.role("teacher_sampler"):
+        model = expand(config.teacher.model)
+        sampler = engines("teacher_sampler", model, config.teacher.generation, None, "teacher")
+    try:
+        yield Workers(student, TeacherGroup(teachers), learner, sampler)
+    finally:
+        learner.close()
+
+
+INDEX = object()
+"""Stands for the actor's own index among a role's constructor arguments."""
+
+
+def _largest(bundles: tuple[dict[str, float], ...]) -> str:
+    bundle = max(bundles, key=lambda b: (b.get("GPU", 0), b["CPU"]))
+    return " and ".join(f"{amount:g} {name}s" for name, amount in bundle.items())

@@ -1,0 +1,175 @@
+"""Many actors behind one protocol. The only place that waits for Ray."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+from seqkd import batching
+from seqkd.config import Objective, Rollout as RolloutConfig
+from seqkd.errors import ActorError, SeqkdError
+from seqkd.protocols import Scores
+from seqkd.types import Counts, Prompt, Rollout, StepResult, TeacherScore, WeightVersion
+
+
+def wait(refs: Any, what: str) -> Any:
+    """ray.get that raises the first cause: a SeqkdError as it is, anything else as ActorError."""
+    import ray
+    from ray.exceptions import RayActorError, RayTaskError
+
+    try:
+        return ray.get(refs)
+    except RayTaskError as error:
+        cause = error.cause if isinstance(error.cause, BaseException) else error
+        if isinstance(cause, SeqkdError):
+            raise cause from None
+        raise ActorError(f"{what} failed: {type(cause).__name__}: {cause}") from error
+    except RayActorError as error:
+        raise ActorError(f"{what} died: {error}") from error
+
+
+class RolloutGroup:
+    """Engines with the same weights; prompts are dealt out evenly."""
+
+    def __init__(self, actors: list[Any], config: RolloutConfig, learner: LearnerGroup | None, name: str) -> None:
+        self.actors, self.config, self.learner, self.name = actors, config, learner, name
+        self.nodes: list[str] = []
+        self.policy_version = 0
+
+    def sample(self, prompts: Sequence[Prompt], samples: int, seed: int) -> list[Rollout]:
+        """See :class:`seqkd.protocols.Sampler`."""
+        seeds = [_seed(seed, index) for index in range(len(prompts))]
+        parts = [
+            actor.sample.remote(
+                list(prompts[i :: len(self.actors)]), seeds[i :: len(self.actors)], samples,
+                self.config.max_tokens, self.config.temperature, self.config.top_p,
+            )
+            for i, actor in enumerate(self.actors)
+        ]
+        return [r for part in wait(parts, f"{self.name} sampling") for r in part]
+
+    def load(self, version: WeightVersion) -> None:
+        """See :class:`seqkd.protocols.Sampler`."""
+        assert self.learner is not None, "a teacher's weights never change"
+        self.nodes = self.nodes or wait([a.node.remote() for a in self.actors], self.name)
+        remote = None
+        if set(self.nodes) != {version.node_id}:
+            remote = self.learner.published_bytes(version)
+        wait(
+            [
+                actor.load.remote(version, None if node == version.node_id else remote)
+                for actor, node in zip(self.actors, self.nodes, strict=True)
+            ],
+            f"{self.name} weight sync",
+        )
+        self.policy_version = version.policy_version
+
+    def close(self) -> None:
+        """See :class:`seqkd.protocols.Sampler`."""
+        import ray
+
+        for actor in self.actors:
+            ray.kill(actor)
+        self.actors = []
+
+
+class TeacherGroup:
+    """Copies of one teacher; rollouts are dealt out by length."""
+
+    def __init__(self, actors: list[Any]) -> None:
+        self.actors = actors
+
+    def score(self, rollouts: Sequence[Rollout]) -> dict[str, TeacherScore]:
+        """See :class:`seqkd.protocols.Teacher`."""
+        ordered = sorted(rollouts, key=lambda r: -len(r.prompt_ids) - len(r.completion_ids))
+        parts = [
+            actor.score.remote(ordered[i :: len(self.actors)])
+            for i, actor in enumerate(self.actors)
+        ]
+        scores = {s.sample_id: s for part in wait(parts, "teacher scoring") for s in part}
+        missing = [r.sample_id for r in rollouts if r.sample_id not in scores]
+        if missing:
+            raise ActorError(f"teacher scoring: {len(missing)} rollouts came back without a score.")
+        return scores
+
+
+class LearnerGroup:
+    """The DeepSpeed ranks."""
+
+    def __init__(self, ranks: list[Any], micro_batch_prompts: int, tokenizer_from: str) -> None:
+        self.ranks, self.micro_batch_prompts = ranks, micro_batch_prompts
+        self.tokenizer_from = tokenizer_from
+        self.policy_version = 0
+
+    def step(
+        self, rollouts: Sequence[Rollout], scores: Scores, counts: Counts, objective: Objective,
+        lr: float,
+    ) -> StepResult:
+        """See :class:`seqkd.protocols.Learner`."""
+        plan = batching.partition(rollouts, len(self.ranks), self.micro_batch_prompts)
+        results = wait(
+            [
+                rank.step.remote(self._pack(part, scores, rollouts), counts, objective, lr)
+                for rank, part in zip(self.ranks, plan, strict=True)
+            ],
+            "learner step",
+        )
+        self.policy_version += 1
+        names = results[0].sums
+        return StepResult(
+            loss=sum(r.loss for r in results),
+            grad_norm=results[0].grad_norm,
+            sums={name: sum(r.sums[name] for r in results) for name in names},
+            logprob_gap_max=max(r.logprob_gap_max for r in results),
+        )
+
+    def measure(self, rollouts: Sequence[Rollout], scores: Scores) -> dict[str, dict[str, float]]:
+        """See :class:`seqkd.protocols.Learner`."""
+        plan = batching.partition(rollouts, len(self.ranks), self.micro_batch_prompts)
+        results = wait(
+            [
+                rank.measure.remote(self._pack(part, scores, rollouts))
+                for rank, part in zip(self.ranks, plan, strict=True)
+            ],
+            "learner measuring",
+        )
+        measured = {}
+        for part, sums in zip(plan, results, strict=True):
+            for micro_batch, of_batch in zip(part, sums, strict=True):
+                for row, rollout in enumerate(micro_batch):
+                    measured[rollout.sample_id] = {n: v[row].item() for n, v in of_batch.items()}
+        return measured
+
+    def publish(self) -> WeightVersion:
+        """See :class:`seqkd.protocols.Learner`."""
+        version, *_ = wait([rank.publish.remote() for rank in self.ranks], "learner publishing")
+        assert isinstance(version, WeightVersion)
+        return version
+
+    def published_bytes(self, version: WeightVersion) -> Any:
+        """Reference to the published file in Ray's object store."""
+        return self.ranks[0].published_bytes.remote(version)
+
+    def export(self, directory: str) -> None:
+        """See :class:`seqkd.protocols.Learner`."""
+        wait(
+            [rank.export.remote(directory, self.tokenizer_from) for rank in self.ranks],
+            "learner export",
+        )
+
+    def close(self) -> None:
+        """Remove what the ranks left in shared memory."""
+        wait(self.ranks[0].close.remote(), "learner closing")
+
+    def _pack(
+        self, part: list[list[Rollout]], scores: Scores, rollouts: Sequence[Rollout]
+    ) -> list[Any]:
+        filler = min(rollouts, key=lambda r: len(r.prompt_ids) + len(r.completion_ids))
+        return [batching.pack(micro_batch, scores, filler) for micro_batch in part]
+
+
+def _seed(seed: int, index: int) -> int:
+    """A sampling seed for one prompt, unrelated between prompts and steps."""
+    text = f"{seed}/{index}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "big") >> 1

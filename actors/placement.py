@@ -1,0 +1,161 @@
+"""Every resource request: how many processes, which cores and GPUs each gets, and their threads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from seqkd.config import Actors, Config
+from seqkd.errors import ResourceError
+
+Role = Literal["learner", "rollout", "teacher", "teacher_sampler"]
+
+KEYS: dict[Role, tuple[str, str]] = {
+    "learner": ("learner", "ranks"),
+    "rollout": ("rollout", "actors"),
+    "teacher": ("teacher", "actors"),
+    "teacher_sampler": ("teacher.generation", "actors"),
+}
+
+
+@dataclass(frozen=True)
+class ActorPlan:
+    """What one process of a role gets."""
+
+    role: Role
+    index: int
+    threads: int
+    gpus: float
+    share: float
+    """CPU cores requested from Ray; below ``threads`` where roles take turns."""
+    bundle: int
+    """Index of the placement-group bundle it is scheduled in."""
+
+    def options(self, group: Any) -> dict[str, Any]:
+        """Ray actor options, with thread counts from the request that placed the actor."""
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        return {
+            "num_cpus": self.share,
+            "num_gpus": self.gpus,
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(
+                placement_group=group, placement_group_bundle_index=self.bundle
+            ),
+            "runtime_env": {"env_vars": self.environment()},
+        }
+
+    def environment(self) -> dict[str, str]:
+        """Set before the process imports torch."""
+        threads = str(self.threads)
+        env = {
+            "OMP_NUM_THREADS": threads,
+            "MKL_NUM_THREADS": threads,
+            "TOKENIZERS_PARALLELISM": "false",
+            # Workers of an engine are its own affair; within the actor there is one process.
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "VLLM_NO_USAGE_STATS": "1",
+        }
+        if self.gpus == 0:
+            env["DS_ACCELERATOR"] = "cpu"
+        return env
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All processes of a run and the bundles they are scheduled in."""
+
+    actors: tuple[ActorPlan, ...]
+    bundles: tuple[dict[str, float], ...] = field(default_factory=tuple)
+
+    def role(self, role: Role) -> tuple[ActorPlan, ...]:
+        """The processes of one role, in order."""
+        return tuple(actor for actor in self.actors if actor.role == role)
+
+    def needs(self, resource: str) -> float:
+        """Total of "CPU" or "GPU" over the bundles."""
+        return sum(bundle.get(resource, 0.0) for bundle in self.bundles)
+
+    def check(self, cpus: float, gpus: float, where: str) -> None:
+        """ResourceError unless ``cpus`` and ``gpus`` cover the plan."""
+        for resource, have, noun, key in (
+            ("CPU", cpus, "CPU cores", "cpus"),
+            ("GPU", gpus, "GPUs", "gpus"),
+        ):
+            need = self.needs(resource)
+            if need > have:
+                raise ResourceError(
+                    f"the plan needs {need:g} {noun}, but {where} has {have:g}. Lower "
+                    + " or ".join(self._largest(key))
+                    + (
+                        ", or set placement to colocated."
+                        if resource == "CPU" and len(self.bundles) > 1
+                        else "."
+                    )
+                )
+
+    def _largest(self, key: str) -> list[str]:
+        """The configuration keys of the role that asks for the most."""
+        totals = {
+            role: sum(a.threads if key == "cpus" else a.gpus for a in self.role(role))
+            for role in KEYS
+        }
+        most = max(totals.values())
+        return [
+            f"{section}.{key} or {section}.{count} (now {most:g} together)"
+            for role, (section, count) in KEYS.items()
+            if totals[role] == most
+        ]
+
+
+def needs_teacher_sampler(config: Config) -> bool:
+    """Whether the teacher has to generate: in a phase, or for the held-out forward KL."""
+    sampled = any(phase.sampler == "teacher" for _, phase in config.phases)
+    return sampled or config.evaluation.prompts > 0
+
+
+def plan(config: Config) -> Plan:
+    """Processes and bundles of ``config``."""
+    learner = Actors(
+        actors=config.learner.ranks, cpus=config.learner.cpus, gpus=config.learner.gpus
+    )
+    roles: list[tuple[Role, Actors]] = [
+        ("learner", learner),
+        ("rollout", config.rollout),
+        ("teacher", config.teacher),
+    ]
+    if needs_teacher_sampler(config):
+        roles.append(("teacher_sampler", config.teacher.generation))
+    if config.placement == "split":
+        return _split(roles)
+    return _colocated(roles)
+
+
+def _split(roles: list[tuple[Role, Actors]]) -> Plan:
+    """Each process has cores of its own."""
+    actors, bundles = [], []
+    for role, spec in roles:
+        for index in range(spec.actors):
+            actors.append(
+                ActorPlan(role, index, spec.cpus, spec.gpus, spec.cpus, bundle=len(bundles))
+            )
+            bundles.append(_bundle(spec.cpus, spec.gpus))
+    return Plan(tuple(actors), tuple(bundles))
+
+
+def _colocated(roles: list[tuple[Role, Actors]]) -> Plan:
+    """One bundle, as large as the hungriest role: stages run one after the other, so each role may
+    use all of its threads while the others wait. GPUs are only shared by asking for fractions."""
+    cores = max(spec.actors * spec.cpus for _, spec in roles)
+    count = sum(spec.actors for _, spec in roles)
+    share = int(cores / count * 1000) / 1000  # Ray keeps four decimals; never round up
+    actors = tuple(
+        ActorPlan(role, index, spec.cpus, spec.gpus, share, bundle=0)
+        for role, spec in roles
+        for index in range(spec.actors)
+    )
+    return Plan(actors, (_bundle(cores, sum(actor.gpus for actor in actors)),))
+
+
+def _bundle(cpus: float, gpus: float) -> dict[str, float]:
+    return {"CPU": float(cpus)} | ({"GPU": float(gpus)} if gpus else {})

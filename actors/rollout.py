@@ -1,0 +1,111 @@
+"""A vLLM engine that samples: the student's, with weights that change, or the teacher's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from actors import weight_sync
+from seqkd.config import Engine
+from seqkd.types import Prompt, Rollout, Source, WeightVersion
+
+
+class RolloutActor:
+    """Samples completions and says with which log-probability each token was drawn."""
+
+    def __init__(self, stop_ids: tuple[int, ...], source: Source) -> None:
+        self.stop_ids = list(stop_ids)
+        self.source: Source = source
+        self.policy_version = 0
+
+    def start(self, model: str, engine: Engine, max_model_len: int) -> None:
+        """Build the engine. Apart from the constructor, so that a failure keeps its cause."""
+        self.llm = build_engine(model, engine, max_model_len)
+
+    def sample(
+        self, prompts: list[Prompt], seeds: list[int], samples_per_prompt: int, max_tokens: int,
+        temperature: float, top_p: float,
+    ) -> list[Rollout]:
+        """``samples_per_prompt`` completions of each prompt; ``seeds[i]`` fixes prompt i's."""
+        from vllm import SamplingParams
+
+        params = [
+            SamplingParams(
+                n=samples_per_prompt, seed=seed, max_tokens=max_tokens, temperature=temperature,
+                top_p=top_p, top_k=0, stop_token_ids=self.stop_ids, logprobs=0, detokenize=False,
+            )
+            for seed in seeds
+        ]
+        outputs = self.llm.generate(
+            [{"prompt_token_ids": list(p.token_ids)} for p in prompts], params, use_tqdm=False
+        )
+        return [
+            self._rollout(prompt, index, completion)
+            for prompt, output in zip(prompts, outputs, strict=True)
+            for index, completion in enumerate(output.outputs)
+        ]
+
+    def _rollout(self, prompt: Prompt, index: int, completion: Any) -> Rollout:
+        tokens = tuple(completion.token_ids)
+        logprobs = tuple(
+            at[token].logprob for at, token in zip(completion.logprobs, tokens, strict=True)
+        )
+        return Rollout(
+            prompt_id=prompt.prompt_id,
+            sample_id=f"{prompt.prompt_id}/{self.policy_version}/{index}",
+            prompt_ids=prompt.token_ids,
+            completion_ids=tokens,
+            rollout_logprobs=logprobs,
+            source=self.source,
+            policy_version=self.policy_version,
+            finish_reason="length" if completion.finish_reason == "length" else "stop",
+        )
+
+    def node(self) -> str:
+        """Id of the Ray node this engine is on."""
+        import ray
+
+        return str(ray.get_runtime_context().get_node_id())
+
+    def load(self, version: WeightVersion, data: bytes | None) -> None:
+        """Take in published weights."""
+        weight_sync.load(self.llm, version, data)
+        self.policy_version = version.policy_version
+
+    def score(self, token_ids: list[int]) -> list[float]:
+        """log-probability of token_ids[1:], each after the ones before it, under the engine."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(max_tokens=1, temperature=1.0, prompt_logprobs=0, detokenize=False)
+        (output,) = self.llm.generate([{"prompt_token_ids": token_ids}], params, use_tqdm=False)
+        return [
+            at[token].logprob
+            for at, token in zip(output.prompt_logprobs[1:], token_ids[1:], strict=True)
+        ]
+
+
+def build_engine(model: str, engine: Engine, max_model_len: int, **options: Any) -> Any:
+    """A vLLM engine on token ids alone; ``options`` go to ``vllm.LLM``."""
+    from vllm import LLM
+
+    memory: dict[str, Any] = (
+        {"gpu_memory_utilization": engine.gpu_memory_utilization}
+        if engine.gpus
+        else {"kv_cache_memory_bytes": int(engine.kv_cache_gib * 2**30)}
+    )
+    defaults: dict[str, Any] = {
+        "dtype": engine.precision,
+        "max_model_len": max_model_len,
+        "max_num_seqs": engine.max_num_seqs,
+        "enforce_eager": engine.enforce_eager,
+        "tensor_parallel_size": engine.tensor_parallel_size,
+        "skip_tokenizer_init": True,
+        # A checkpoint's own sampling defaults (top-p, penalties) would change the distribution.
+        "generation_config": "vllm",
+        # The log-prob under the distribution that really drew the token.
+        "logprobs_mode": "processed_logprobs",
+        "worker_extension_cls": "actors.weight_sync.VerifiedReload",
+        "trust_remote_code": False,
+        "load_format": "safetensors",
+        "disable_log_stats": True,
+    }
+    return LLM(model, **(defaults | memory | options))

@@ -1,0 +1,108 @@
+"""Teachers that score: the states before every completion token, by vLLM or by transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from actors.rollout import build_engine
+from seqkd import batching
+from seqkd.config import HfTeacher, Teacher, VllmTeacher
+from seqkd.models import (
+    check_head, expand, head_of, last_hidden, load_causal_lm, load_head,
+)
+from seqkd.types import Rollout, TeacherScore
+
+
+class TeacherActor:
+    """Scores rollouts with one frozen model."""
+
+    def start(self, config: Teacher, max_model_len: int) -> None:
+        """Load the model. Apart from the constructor, so that a failure keeps its cause."""
+        self.logprobs_only = config.scores == "logprobs"
+        self.states: VllmStates | HfStates = STATES[config.kind](config, max_model_len)
+        self.head = self.states.head() if self.logprobs_only else None
+
+    def score(self, rollouts: list[Rollout]) -> list[TeacherScore]:
+        """One score a rollout, in order."""
+        hidden = self.states.of([batching.fed_tokens(r) for r in rollouts])
+        return [
+            self._score(r, states[batching.state_span(r)])
+            for r, states in zip(rollouts, hidden, strict=True)
+        ]
+
+    def _score(self, rollout: Rollout, states: Tensor) -> TeacherScore:
+        if self.head is None:
+            return TeacherScore(rollout.sample_id, hidden=states.clone())
+        targets = torch.tensor(rollout.completion_ids)
+        return TeacherScore(rollout.sample_id, logprobs=self.head.logprobs(states, targets))
+
+
+class VllmStates:
+    """Final-norm hidden states from vLLM's pooling runner."""
+
+    def __init__(self, config: VllmTeacher, max_model_len: int) -> None:
+        from vllm.config import PoolerConfig
+
+        self.config = config
+        self.llm = build_engine(
+            expand(config.model),
+            config,
+            max_model_len,
+            skip_tokenizer_init=False,  # the pooling runner insists on one
+            runner="pooling",
+            convert="embed",
+            pooler_config=PoolerConfig(task="token_embed", use_activation=False),
+            # Every token's state is wanted: none may be skipped as cached or come in pieces.
+            enable_prefix_caching=False,
+            enable_chunked_prefill=False,
+            max_num_batched_tokens=max(config.batch_tokens, max_model_len),
+        )
+
+    def of(self, sequences: list[list[int]]) -> list[Tensor]:
+        """[S_i, H] a sequence."""
+        outputs = self.llm.encode(
+            [{"prompt_token_ids": ids} for ids in sequences],
+            pooling_task="token_embed",
+            use_tqdm=False,
+        )
+        return [output.outputs.data for output in outputs]
+
+    def head(self) -> Any:
+        """The output head these states belong to."""
+        return load_head(self.config.model, self.config.precision)
+
+
+class HfStates:
+    """Hidden states from a transformers forward pass."""
+
+    def __init__(self, config: HfTeacher, max_model_len: int) -> None:
+        self.batch_tokens = max(config.batch_tokens, max_model_len)
+        self.device = "cuda" if config.gpus else "cpu"
+        self.model = load_causal_lm(config.model, config.precision).to(self.device)
+        check_head(self.model, "teacher.model")
+
+    @torch.inference_mode()
+    def of(self, sequences: list[list[int]]) -> list[Tensor]:
+        """[S_i, H] a sequence; sequences of similar length share a forward pass."""
+        order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+        states: list[Tensor] = [torch.empty(0)] * len(sequences)
+        while order:
+            longest = len(sequences[order[-1]])
+            rows = order[-max(1, self.batch_tokens // longest) :]
+            del order[-len(rows) :]
+            ids, mask = batching.padded([sequences[i] for i in rows])
+            hidden = last_hidden(self.model, ids.to(self.device), mask.to(self.device)).cpu()
+            for i, row in zip(rows, hidden, strict=True):
+                states[i] = row[: len(sequences[i])]
+        return states
+
+    def head(self) -> Any:
+        """The output head these states belong to."""
+        return head_of(self.model)
+
+
+STATES: dict[str, Any] = {"vllm": VllmStates, "hf": HfStates}
+

@@ -1,0 +1,94 @@
+"""Learner -> rollout weights. The only file that knows vLLM's reload interface.
+
+The learner writes one safetensors file to shared memory; every engine on that node reads it, an
+engine elsewhere gets the file's bytes through Ray's object store and writes its own. Each tensor's
+digest is compared as vLLM takes it in, so an engine either has exactly the published weights or
+the sync fails.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from seqkd.errors import SyncError
+from seqkd.types import WeightVersion
+
+SHARED_MEMORY = Path("/dev/shm")
+FILE = "model.safetensors"
+
+
+def sync_directory(run_id: str) -> Path:
+    """Where a run's weights are published on this node."""
+    root = SHARED_MEMORY if SHARED_MEMORY.is_dir() else Path("/tmp")
+    return root / f"seqkd-{run_id}"
+
+
+def publish(state: dict[str, Tensor], policy_version: int, run_id: str, node_id: str) -> WeightVersion:
+    """Write ``state``; the previous version is removed, as every engine has taken it in."""
+    directory = sync_directory(run_id)
+    shutil.rmtree(directory, ignore_errors=True)
+    target = directory / f"v{policy_version}"
+    target.mkdir(parents=True)
+    state = {name: tensor.contiguous() for name, tensor in state.items()}
+    save_file(state, target / FILE)
+    digests = {name: digest(tensor) for name, tensor in state.items()}
+    return WeightVersion(policy_version, str(target), node_id, digests)
+
+
+def read_bytes(version: WeightVersion) -> bytes:
+    """The published file, for engines on other nodes."""
+    return (Path(version.path) / FILE).read_bytes()
+
+
+def load(engine: Any, version: WeightVersion, data: bytes | None) -> None:
+    """Put ``version`` into a vLLM engine and forget what it cached of the old weights.
+
+    ``data`` is the file's content where the engine is on another node than the learner.
+    """
+    path = Path(version.path) / FILE
+    if data is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    try:
+        engine.collective_rpc("load_verified", args=(str(path), version.digests))
+    finally:
+        if data is not None:
+            path.unlink()
+    engine.reset_prefix_cache()
+
+
+def digest(tensor: Tensor) -> str:
+    """xxh3-128 of a tensor's bytes."""
+    flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+    return xxhash.xxh3_128_hexdigest(flat.numpy())
+
+
+class VerifiedReload:
+    """Mixed into vLLM's workers (``worker_extension_cls``)."""
+
+    def load_verified(self, path: str, digests: dict[str, str]) -> None:
+        """Reload the model's weights from ``path``; SyncError unless every tensor of ``digests``
+        arrives with that content."""
+        arrived: set[str] = set()
+
+        def tensors() -> Iterator[tuple[str, Tensor]]:
+            with safe_open(path, framework="pt") as reader:
+                for name in reader.keys():
+                    tensor = reader.get_tensor(name)
+                    if digest(tensor) != digests.get(name):
+                        raise SyncError(f"weight sync: {name} differs from what the learner sent.")
+                    arrived.add(name)
+                    yield name, tensor
+
+        self.reload_weights(weights_iterator=tensors())  # type: ignore[attr-defined]
+        if missing := digests.keys() - arrived:
+            raise SyncError(f"weight sync: {sorted(missing)[0]} did not arrive in the engine.")

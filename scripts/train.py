@@ -1,0 +1,145 @@
+"""Run a distillation: python scripts/train.py CONFIG [key=value ...]"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from seqkd import config as configuration
+from seqkd import run_directory
+from seqkd.config import Config
+from seqkd.errors import SeqkdError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code: 0 done, 2 the user's to mend, 1 a defect."""
+    parser = argparse.ArgumentParser(
+        description="Distil a teacher into a student, as a configuration says.",
+        epilog="Example: python scripts/train.py configs/tiny.yaml sampler=teacher steps=5",
+    )
+    parser.add_argument("config", help="YAML file (see configs/)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. learner.lr=1e-5")
+    parser.add_argument(
+        "--dry-run", action="store_true",
+        help="print the resolved configuration, the plan and every finding; start nothing",
+    )
+    parser.add_argument("--verbose", action="store_true", help="show the libraries' own logs")
+    args = parser.parse_args(argv)
+    try:
+        config = configuration.load(args.config, args.overrides)
+        if args.dry_run:
+            return dry_run(config)
+        train(config, args.verbose)
+        return 0
+    except SeqkdError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def dry_run(config: Config) -> int:
+    """Print everything that can be known without starting anything; 2 where something is wrong."""
+    import os
+
+    from actors.placement import plan
+    from seqkd.preflight import check
+
+    quiet()
+    directory, problems, warnings = run_directory.locate(config), [], ()
+    print(configuration.dump(config))
+    the_plan = plan(config)
+    print("plan:")
+    for actor in the_plan.actors:
+        gpus = f", {actor.gpus:g} GPUs" if actor.gpus else ""
+        print(f"  {actor.role} {actor.index}: {actor.threads} threads{gpus}, bundle {actor.bundle}")
+    print(f"  bundles ({config.placement}): {[dict(b) for b in the_plan.bundles]}")
+    print(f"  run directory: {directory}")
+
+    def checked() -> None:
+        nonlocal warnings
+        found = check(config)
+        warnings = found.warnings
+        print(f"  {len(found.train)} training prompts, {len(found.heldout)} held-out prompts")
+
+    def resources() -> None:
+        if config.cluster is None and "RAY_ADDRESS" not in os.environ:
+            the_plan.check(os.cpu_count() or 1, visible_gpus(), "this machine")
+
+    for step in (lambda: run_directory.refuse_used(directory), checked, resources):
+        try:
+            step()
+        except SeqkdError as error:
+            problems.append(str(error))
+    print("findings:" if problems or warnings else "findings: none")
+    for level, texts in (("error", problems), ("warning", warnings)):
+        for text in texts:
+            print(f"  {level}: {text}")
+    return 2 if problems else 0
+
+
+def visible_gpus() -> int:
+    """GPUs of this machine."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def quiet() -> None:
+    """Keep the libraries' progress bars and notices out of the way."""
+    import logging
+    import os
+    import warnings
+
+    from transformers.utils import logging as transformers_logging
+
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    warnings.filterwarnings("ignore")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def train(config: Config, verbose: bool) -> None:
+    """The whole run, from the checks to the exported student."""
+    directory = run_directory.locate(config)
+    run_directory.refuse_used(directory)
+    if not verbose:
+        quiet()
+    from seqkd.preflight import check
+
+    start = time.perf_counter()
+    checked = check(config)
+    for warning in checked.warnings:
+        print(f"warning: {warning}", flush=True)
+
+    from actors import build
+    from seqkd import loop, summary
+    from seqkd.metrics import Recorder
+    from seqkd.models import materialise_student
+
+    with build.connect(config, verbose):
+        build.check_resources(config)
+        run_directory.create(directory, config)
+        print(f"run directory: {directory}", flush=True)
+        recorder = Recorder(directory, config)
+        student = materialise_student(
+            config.student, config.learner.precision, directory / "student_initial"
+        )
+        recorder.note("starting the actors")
+        with build.workers(config, student, checked.stop_ids, checked.max_model_len) as workers:
+            started = time.perf_counter()
+            recorder.note(f"actors ready after {started - start:.0f} s")
+            measured = loop.run(config, workers, checked.train, checked.heldout, recorder)
+            workers.learner.export(str(directory / "student"))
+        recorder.close()
+    if measured:
+        evaluation = summary.evaluation_json(
+            measured, checked.heldout, checked.tokenizer, config.evaluation.examples
+        )
+        summary.write(directory, evaluation)
+        print("\n" + summary.render(evaluation))
+    print("\n" + summary.closing(directory, recorder.stage_seconds, time.perf_counter() - start))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,109 @@
+"""Rollouts and teacher scores -> micro-batches. The only place that shifts by one.
+
+The state before completion token t of a prompt of length P stands at position P + t - 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from seqkd.types import Rollout, TeacherScore, TrainBatch
+
+
+def partition(
+    rollouts: Iterable[Rollout], ranks: int, prompts_per_micro_batch: int
+) -> list[list[list[Rollout]]]:
+    """[rank][micro-batch] -> rollouts. The samples of a prompt stay together, prompts of similar
+    length share a micro-batch, and every rank gets the same number of micro-batches (collective
+    operations need that); trailing ones may be empty."""
+    groups: dict[str, list[Rollout]] = {}
+    for rollout in rollouts:
+        groups.setdefault(rollout.prompt_id, []).append(rollout)
+    ordered = sorted(groups.values(), key=lambda group: -max(map(_length, group)))
+    slots = [
+        [rollout for group in ordered[low : low + prompts_per_micro_batch] for rollout in group]
+        for low in range(0, len(ordered), prompts_per_micro_batch)
+    ]
+    slots += [[] for _ in range(-len(slots) % ranks)]
+    return [slots[rank::ranks] for rank in range(ranks)]
+
+
+def fed_tokens(rollout: Rollout) -> list[int]:
+    """What a scorer reads: prompt and completion without the last token, which predicts nothing."""
+    return [*rollout.prompt_ids, *rollout.completion_ids[:-1]]
+
+
+def state_span(rollout: Rollout) -> slice:
+    """Where in :func:`fed_tokens` the states before each completion token stand."""
+    return slice(len(rollout.prompt_ids) - 1, None)
+
+
+def padded(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, [B, S] long, right-padded."""
+    ids = _pad([torch.tensor(s) for s in sequences])
+    mask = _pad([torch.ones(len(s), dtype=torch.long) for s in sequences])
+    return ids, mask
+
+
+def pack(
+    rollouts: Sequence[Rollout], scores: Mapping[str, TeacherScore], filler: Rollout
+) -> TrainBatch:
+    """One right-padded micro-batch. An empty one becomes ``filler`` with nothing to learn.
+
+    ``scores`` is empty (no teacher needed) or has an entry for every rollout.
+    """
+    rows = list(rollouts) or [filler]
+    prompts = {prompt_id: i for i, prompt_id in enumerate(dict.fromkeys(r.prompt_id for r in rows))}
+    input_ids, attention_mask = padded([fed_tokens(r) for r in rows])
+    target_ids = _pad([torch.tensor(r.completion_ids) for r in rows])
+    loss_mask = _pad([torch.ones(len(r.completion_ids), dtype=torch.bool) for r in rows])
+    starts = torch.tensor([state_span(r).start for r in rows])
+    state_index = (starts[:, None] + torch.arange(target_ids.shape[1])) * loss_mask
+    batch = TrainBatch(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        state_index=state_index,
+        target_ids=target_ids,
+        loss_mask=loss_mask,
+        group=torch.tensor([prompts[r.prompt_id] for r in rows]),
+        rollout_logprobs=_padded_logprobs(rows),
+        source=rows[0].source,
+    )
+    if not rollouts:
+        empty = torch.zeros(0, _hidden_size(scores)) if scores else None
+        return replace(batch, loss_mask=torch.zeros_like(loss_mask), teacher_hidden=empty)
+    return _with_scores(batch, [scores[r.sample_id] for r in rows]) if scores else batch
+
+
+def _with_scores(batch: TrainBatch, scores: list[TeacherScore]) -> TrainBatch:
+    hidden = [s.hidden for s in scores if s.hidden is not None]
+    if hidden:
+        lengths = [len(h) for h in hidden]
+        assert lengths == batch.loss_mask.sum(1).tolist(), "a score for every completion token"
+        return replace(batch, teacher_hidden=torch.cat(hidden))
+    logprobs = [s.logprobs for s in scores if s.logprobs is not None]
+    return replace(batch, teacher_logprobs=_pad(logprobs))
+
+
+def _padded_logprobs(rows: list[Rollout]) -> Tensor | None:
+    given = [r.rollout_logprobs for r in rows if r.rollout_logprobs is not None]
+    if len(given) < len(rows):
+        return None
+    return _pad([torch.tensor(logprobs, dtype=torch.float32) for logprobs in given])
+
+
+def _hidden_size(scores: Mapping[str, TeacherScore]) -> int:
+    hidden = next(iter(scores.values())).hidden
+    return 0 if hidden is None else hidden.shape[-1]
+
+
+def _length(rollout: Rollout) -> int:
+    return len(rollout.prompt_ids) + len(rollout.completion_ids)
+
+
+def _pad(rows: list[Tensor]) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)

@@ -1,0 +1,115 @@
+"""Data set -> prompts, and a stream of them whose position can be saved."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from seqkd.config import JsonlData
+from seqkd.errors import DataError
+from seqkd.types import Prompt
+
+
+class PromptStream:
+    """Endless, shuffled anew each epoch; the same for the same seed and position."""
+
+    def __init__(self, prompts: Sequence[Prompt], seed: int) -> None:
+        self.prompts, self.seed = prompts, seed
+        self.position = 0
+        """Prompts handed out so far."""
+
+    def take(self, count: int) -> list[Prompt]:
+        """The next ``count`` prompts; distinct ones as long as the data set has that many."""
+        size = len(self.prompts)
+        indices = [self._order(p // size)[p % size] for p in range(self.position, self.position + count)]
+        self.position += count
+        return [self.prompts[i] for i in indices]
+
+    def _order(self, epoch: int) -> Any:
+        return np.random.default_rng([self.seed, epoch]).permutation(len(self.prompts))
+
+
+def read_prompts(
+    data: JsonlData, path: str, field: str, tokenizer: Any, eos_id: int, references: bool
+) -> tuple[list[Prompt], int]:
+    """Prompts of one JSONL file, and how many rows were left out as too long.
+
+    Rows with the same tokens are read once. ``references`` demands an answer in every row, which
+    gets the end-of-sequence token ``eos_id``. DataError names the file, the line and the mend.
+    """
+    prompts: dict[str, Prompt] = {}
+    too_long = 0
+    for number, row in _rows(path, field):
+        where = f"{field}: {path}:{number}"
+        text = _text(row, data.prompt_key, where)
+        ids = tuple(_render(text, data, tokenizer))
+        if len(ids) > data.max_prompt_tokens:
+            too_long += 1
+            continue
+        reference = None
+        if references:
+            answer = _text(row, data.reference_key, where)
+            reference = (*tokenizer(answer, add_special_tokens=False).input_ids, eos_id)
+        prompt_id = hashlib.blake2b(repr(ids).encode(), digest_size=8).hexdigest()
+        prompts.setdefault(prompt_id, Prompt(prompt_id, ids, text, reference))
+    if not prompts and too_long:
+        raise DataError(
+            f"{field}: {path}: all {too_long} prompts are longer than data.max_prompt_tokens = "
+            f"{data.max_prompt_tokens}. Raise it (the models' context permitting) or shorten them."
+        )
+    if not prompts:
+        raise DataError(f"{field}: {path}: has no rows. Write one JSON object a line.")
+    return list(prompts.values()), too_long
+
+
+def _rows(path: str, field: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    file = Path(path).expanduser()
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise DataError(f"{field}: {path}: no such file. Name a JSONL file.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{field}: {path}: cannot be read as UTF-8 text: {error}") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{field}: {path}:{number}: is not JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise DataError(f"{field}: {path}:{number}: is not a JSON object.")
+        yield number, row
+
+
+def _text(row: dict[str, Any], key: str, where: str) -> str:
+    if key not in row:
+        raise DataError(
+            f"{where}: has no column {key!r}; it has {', '.join(map(repr, row)) or 'none'}. Set "
+            "data.prompt_key or data.reference_key to the column's name."
+        )
+    value = row[key]
+    if not isinstance(value, str) or not value.strip():
+        raise DataError(f"{where}: {key!r} is {value!r:.60}, not text. Mend or remove the row.")
+    return value
+
+
+def _render(text: str, data: JsonlData, tokenizer: Any) -> list[int]:
+    if not data.chat:
+        ids: list[int] = tokenizer(text if data.system is None else f"{data.system}\n\n{text}").input_ids
+        return ids
+    if tokenizer.chat_template is None:
+        raise DataError(
+            "data.chat: is true, but the student's tokenizer has no chat template. Set it to false."
+        )
+    system = [{"role": "system", "content": data.system}] if data.system is not None else []
+    rendered = tokenizer.apply_chat_template(
+        [*system, {"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
+    )
+    ids = tokenizer(rendered, add_special_tokens=False).input_ids
+    return ids

@@ -1,0 +1,43 @@
+"""One picklable hierarchy of errors a user can act on.
+
+Every message names the field or file, the value found there and the mend. Entry points turn a
+:class:`SeqkdError` into that one message and exit code 2; anything else is a defect and keeps its
+traceback.
+"""
+
+from __future__ import annotations
+
+
+class SeqkdError(Exception):
+    """Base of every error that is the user's to mend. Its string is the whole message."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class ConfigError(SeqkdError):
+    """A configuration that cannot run: unknown key, wrong type, impossible combination."""
+
+
+class DataError(SeqkdError):
+    """A data set that cannot be read as prompts."""
+
+
+class ModelError(SeqkdError):
+    """A model or tokenizer that cannot be loaded or does not fit the other one."""
+
+
+class ResourceError(SeqkdError):
+    """Fewer cores, GPUs or memory than the plan needs, or no cluster to run on."""
+
+
+class ActorError(SeqkdError):
+    """An actor failed; the message carries the first cause, not the last symptom."""
+
+
+class SyncError(SeqkdError):
+    """The weights an engine received are not the weights that the learner sent."""

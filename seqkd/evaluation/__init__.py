@@ -1,0 +1,1 @@
+"""Measurements of a student on prompts that it was not trained on."""

@@ -1,0 +1,138 @@
+"""Held-out divergences between student and teacher, with intervals over prompts.
+
+Reverse KL is measured on the student's samples and forward KL on the teacher's, both as the sum
+over a sequence of the exact divergence over the vocabulary at each state (Rao-Blackwellised: the
+same mean as the sampled log-ratio, with less variance).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from seqkd.protocols import Workers
+from seqkd.types import Prompt, Rollout
+
+RESAMPLES = 10_000
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with its 95 % bootstrap interval over prompts."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3g} [{self.low:.3g}, {self.high:.3g}]"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Sums over the samples of each prompt, [P] each: P prompts in a fixed order."""
+
+    reverse_kl: Array
+    forward_kl: Array
+    student_tokens: Array
+    teacher_tokens: Array
+    student_ended: Array
+    teacher_ended: Array
+    samples: int
+    """Completions a prompt."""
+    student_rollouts: tuple[Rollout, ...]
+    """The first sample of each prompt."""
+    teacher_rollouts: tuple[Rollout, ...]
+
+    def table(self) -> dict[str, Interval]:
+        """Every figure, with units in its name (nats, tokens)."""
+        sequences = np.full(len(self.reverse_kl), float(self.samples))
+        return {
+            "reverse_kl_per_token": ratio(self.reverse_kl, self.student_tokens),
+            "reverse_kl_per_sequence": ratio(self.reverse_kl, sequences),
+            "forward_kl_per_token": ratio(self.forward_kl, self.teacher_tokens),
+            "forward_kl_per_sequence": ratio(self.forward_kl, sequences),
+            "student_length": ratio(self.student_tokens, sequences),
+            "teacher_length": ratio(self.teacher_tokens, sequences),
+            "student_eos_rate": ratio(self.student_ended, sequences),
+            "teacher_eos_rate": ratio(self.teacher_ended, sequences),
+        }
+
+
+def ratio(numerator: Array, denominator: Array) -> Interval:
+    """sum(numerator) / sum(denominator) with a percentile bootstrap over prompts."""
+    picks = _picks(len(numerator))
+    means = numerator[picks].sum(1) / denominator[picks].sum(1)
+    low, high = np.percentile(means, (2.5, 97.5))
+    return Interval(float(numerator.sum() / denominator.sum()), float(low), float(high))
+
+
+def paired_change(before: Measurement, after: Measurement) -> Interval:
+    """Change of the reverse KL per token, prompts resampled together in both measurements."""
+    picks = _picks(len(before.reverse_kl))
+
+    def rate(m: Measurement, rows: Array | slice) -> Array:
+        axis = -1
+        return m.reverse_kl[rows].sum(axis) / m.student_tokens[rows].sum(axis)
+
+    changes = rate(after, picks) - rate(before, picks)
+    low, high = np.percentile(changes, (2.5, 97.5))
+    everything = slice(None)
+    return Interval(float(rate(after, everything) - rate(before, everything)), float(low), float(high))
+
+
+def _picks(prompts: int) -> Array:
+    return np.random.default_rng(0).integers(0, prompts, (RESAMPLES, prompts))
+
+
+class HeldOut:
+    """Measures the student on fixed prompts; the teacher writes and scores its own answers once."""
+
+    def __init__(self, workers: Workers, prompts: Sequence[Prompt], samples: int, seed: int) -> None:
+        assert workers.teacher_sampler is not None
+        self.workers, self.prompts, self.samples, self.seed = workers, prompts, samples, seed
+        self.teacher_rollouts = workers.teacher_sampler.sample(prompts, samples, seed)
+        self.teacher_scores = workers.teacher.score(self.teacher_rollouts)
+
+    def measure(self) -> Measurement:
+        """The student as it is now; the same random numbers every time."""
+        self.workers.sync()
+        rollouts = self.workers.student.sample(self.prompts, self.samples, self.seed)
+        scores = self.workers.teacher.score(rollouts)
+        on_student = self.workers.learner.measure(rollouts, scores)
+        on_teacher = self.workers.learner.measure(self.teacher_rollouts, self.teacher_scores)
+        return Measurement(
+            reverse_kl=self._sums(rollouts, {k: v["reverse_kl"] for k, v in on_student.items()}),
+            forward_kl=self._sums(
+                self.teacher_rollouts, {k: v["forward_kl"] for k, v in on_teacher.items()}
+            ),
+            student_tokens=self._sums(rollouts, _lengths(rollouts)),
+            teacher_tokens=self._sums(self.teacher_rollouts, _lengths(self.teacher_rollouts)),
+            student_ended=self._sums(rollouts, _ended(rollouts)),
+            teacher_ended=self._sums(self.teacher_rollouts, _ended(self.teacher_rollouts)),
+            samples=self.samples,
+            student_rollouts=self._first(rollouts),
+            teacher_rollouts=self._first(self.teacher_rollouts),
+        )
+
+    def _sums(self, rollouts: Sequence[Rollout], values: dict[str, float]) -> Array:
+        """[P] sum of ``values`` (by sample id) over each prompt's samples."""
+        totals = dict.fromkeys((p.prompt_id for p in self.prompts), 0.0)
+        for rollout in rollouts:
+            totals[rollout.prompt_id] += values[rollout.sample_id]
+        return np.array(list(totals.values()))
+
+    def _first(self, rollouts: Sequence[Rollout]) -> tuple[Rollout, ...]:
+        by_prompt = {r.prompt_id: r for r in reversed(rollouts)}
+        return tuple(by_prompt[p.prompt_id] for p in self.prompts)
+
+
+def _lengths(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    return {r.sample_id: float(len(r.completion_ids)) for r in rollouts}
+
+
+def _ended(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    return {r.sample_id: float(r.finish_reason == "stop") for r in rollouts}

@@ -1,0 +1,147 @@
+"""What a run tells: metrics.jsonl, TensorBoard, and one line a step for the person watching."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from seqkd.config import Config, Phase
+from seqkd.types import Counts, Rollout, StepResult
+
+STAGES = ("sync", "sample", "score", "learn")
+
+
+class Clock:
+    """Seconds of each stage of one step."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+        self.seconds = dict.fromkeys(STAGES, 0.0)
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] += time.perf_counter() - start
+
+    def total(self) -> float:
+        """Seconds since the step began."""
+        return time.perf_counter() - self.start
+
+
+class Recorder:
+    """Writes a run's metrics as they come; closed by the caller."""
+
+    def __init__(self, directory: Path, config: Config, out: TextIO = sys.stdout) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.out, self.live = out, out.isatty()
+        self.steps = sum(phase.steps for _, phase in config.phases)
+        self.done = 0
+        self.stage_seconds = dict.fromkeys((*STAGES, "other"), 0.0)
+        self.file = (directory / "metrics.jsonl").open("a", encoding="utf-8")
+        self.board: Any = SummaryWriter(str(directory / "tensorboard"))  # type: ignore[no-untyped-call]
+
+    def note(self, text: str) -> None:
+        """A line for the person watching."""
+        self._line(text, keep=True)
+
+    def begin(self, name: str, phase: Phase) -> None:
+        """Announce a phase."""
+        self.recent: list[float] = []
+        self.note(
+            f"{name}: {phase.steps} steps, {phase.sampler} samples, objective {phase.objective.kind}"
+        )
+
+    def step(
+        self, step: int, name: str, phase: Phase, version: int, lr: float, counts: Counts,
+        rollouts: Sequence[Rollout], result: StepResult, clock: Clock,
+    ) -> None:
+        """Record one optimizer step."""
+        total = clock.total()
+        self.stage_seconds["other"] += total - sum(clock.seconds.values())
+        for stage, seconds in clock.seconds.items():
+            self.stage_seconds[stage] += seconds
+        row = describe(name, phase, version, lr, counts, rollouts, result) | {
+            f"time_{stage}_s": seconds for stage, seconds in clock.seconds.items()
+        }
+        row |= {"time_step_s": total, "tokens_per_s": result.sums["tokens"] / total}
+        self.file.write(json.dumps({"step": step, **row}) + "\n")
+        self.file.flush()
+        for key, value in row.items():
+            if isinstance(value, (int, float)):
+                self.board.add_scalar(key, value, step)
+        self.done += 1
+        self.recent = [*self.recent[-9:], total]
+        self._line(self._progress(name, row), keep=self.done == self.steps)
+
+    def close(self) -> None:
+        """Flush and close every file."""
+        self.file.close()
+        self.board.close()
+
+    def _progress(self, name: str, row: dict[str, Any]) -> str:
+        filled = round(16 * self.done / self.steps)
+        left = (self.steps - self.done) * sum(self.recent) / len(self.recent)
+        parts = [
+            f"{name:<6} {self.done:>3}/{self.steps} [{'#' * filled}{'.' * (16 - filled)}]",
+            f"loss {row['loss']:<8.4g}",
+            *(
+                f"{label} {row[key]:<6.4g}"
+                for key, label in (
+                    ("reverse_kl_per_token", "reverse KL/token"),
+                    ("forward_kl_per_token", "forward KL/token"),
+                )
+                if key in row
+            ),
+            f"length {row['length']:<5.3g}",
+            f"{row['tokens_per_s']:.0f} tokens/s",
+            f"{row['time_step_s']:.1f} s/step",
+            f"ETA {int(left // 60)}:{int(left % 60):02d}",
+        ]
+        return "  ".join(parts)
+
+    def _line(self, text: str, keep: bool) -> None:
+        if self.live:
+            self.out.write("\r\033[K" + text + ("\n" if keep else ""))
+        else:
+            self.out.write(text + "\n")
+        self.out.flush()
+
+
+def describe(
+    name: str, phase: Phase, version: int, lr: float, counts: Counts,
+    rollouts: Sequence[Rollout], result: StepResult,
+) -> dict[str, Any]:
+    """The metrics of one step, without times. Divergences in nats, lengths in tokens."""
+    row: dict[str, Any] = {
+        "phase": name,
+        "sampler": phase.sampler,
+        "objective": phase.objective.kind,
+        "policy_version": version,
+        "rollout_policy_version": max(r.policy_version for r in rollouts),
+        "loss": result.loss,
+        "grad_norm": result.grad_norm,
+        "lr": lr,
+        "sequences": counts.sequences,
+        "tokens": counts.tokens,
+        "length": counts.tokens / counts.sequences,
+        "eos_rate": sum(r.finish_reason == "stop" for r in rollouts) / len(rollouts),
+    }
+    if phase.objective.needs_rate:
+        row |= {"rate": counts.rate, "expected_length": counts.length}
+    for stat in ("reverse_kl", "forward_kl", "entropy", "student_logprob", "teacher_logprob"):
+        mean = result.per_token(stat)
+        if mean is not None:
+            row[f"{stat}_per_token"] = mean
+    if "logprob_gap" in result.sums:
+        row |= {
+            "logprob_gap_mean": result.per_token("logprob_gap"),
+            "logprob_gap_max": result.logprob_gap_max,
+        }
+    return row

@@ -1,0 +1,276 @@
+"""Models and tokenizers in transformers' format: loading, output heads, depth pruning, export."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from seqkd.config import Prune, Student
+from seqkd.errors import ModelError
+from seqkd.token_stats import OutputHead, token_stats
+from seqkd.types import TokenStats, TrainBatch
+
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "*.jinja")
+
+
+def dtype_of(precision: str) -> torch.dtype:
+    """"float32" -> torch.float32."""
+    dtype = getattr(torch, precision)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def load_config(model: str, field: str) -> Any:
+    """transformers config of a causal language model; ModelError names ``field`` otherwise."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    path = Path(model).expanduser()
+    looks_local = path.is_absolute() or model.startswith((".", "~")) or path.exists()
+    if looks_local and not (path / "config.json").is_file():
+        state = "has no config.json" if path.is_dir() else "does not exist"
+        raise ModelError(
+            f"{field}: {model!r} {state}. Name a directory that save_pretrained wrote, or a hub "
+            "name."
+        )
+    try:
+        config = AutoConfig.from_pretrained(str(path) if looks_local else model)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"{field}: {model!r} cannot be loaded: {_first_line(error)} Name a directory that "
+            "save_pretrained wrote, or a hub name that this machine can reach."
+        ) from None
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ModelError(
+            f"{field}: {model!r} is of type {config.model_type!r}, which is no causal language "
+            "model. Name one that transformers' AutoModelForCausalLM loads."
+        )
+    return config
+
+
+def load_tokenizer(model: str, field: str) -> Any:
+    """The model's tokenizer; ModelError names ``field`` where it has none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(expand(model))
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"{field}: the tokenizer of {model!r} cannot be loaded: {_first_line(error)}"
+        ) from None
+
+
+def expand(model: str) -> str:
+    """A leading ~ replaced by the home directory; hub names stay as they are."""
+    return str(Path(model).expanduser()) if model.startswith("~") else model
+
+
+def load_causal_lm(model: str, precision: str) -> nn.Module:
+    """The model's weights in ``precision``, on the CPU, in evaluation mode."""
+    from transformers import AutoModelForCausalLM
+
+    loaded: nn.Module = AutoModelForCausalLM.from_pretrained(
+        expand(model), dtype=dtype_of(precision), use_safetensors=True
+    )
+    return loaded.eval()
+
+
+def end_of_sequence_ids(model: str, tokenizer: Any) -> tuple[int, ...]:
+    """Token ids that end a completion: generation_config's, else the tokenizer's."""
+    from transformers import GenerationConfig
+
+    try:
+        eos = GenerationConfig.from_pretrained(expand(model)).eos_token_id
+    except OSError:
+        eos = None
+    ids = eos if isinstance(eos, list) else [eos]
+    known = dict.fromkeys(i for i in (*ids, tokenizer.eos_token_id) if i is not None)
+    if not known:
+        raise ModelError(
+            f"student.model: {model!r} names no end-of-sequence token. Set eos_token_id in its "
+            "generation_config.json."
+        )
+    return tuple(known)
+
+
+# --- output heads
+
+
+def head_of(model: nn.Module) -> OutputHead:
+    """The output head of a loaded model, sharing its tensors."""
+    layer: Any = model.get_output_embeddings()  # type: ignore[operator]
+    return OutputHead(layer.weight, getattr(layer, "bias", None), **_logit_options(model.config))
+
+
+def load_head(model: str, precision: str) -> OutputHead:
+    """Only the output head of a checkpoint: the teacher's, frozen, for the learner."""
+    from safetensors import safe_open
+    from transformers.utils import cached_file
+
+    config = load_config(model, "teacher.model")
+    files = _safetensors_index(expand(model), cached_file)
+    # A tied checkpoint stores the matrix once, under the name of the embedding.
+    ends = ("lm_head.weight", "embed_tokens.weight")
+    name = next((n for end in ends for n in files if n.endswith(end)), None)
+    if name is None:
+        raise ModelError(
+            f"teacher.model: {model!r} has neither lm_head.weight nor embed_tokens.weight in its "
+            "safetensors files. Set teacher.kind to hf and teacher.scores to logprobs."
+        )
+    bias_name = name.removesuffix("weight") + "bias"
+    tensors = {}
+    for wanted in (name, bias_name):
+        if wanted in files:
+            with safe_open(files[wanted], framework="pt") as reader:
+                tensors[wanted] = reader.get_tensor(wanted).to(dtype_of(precision))
+    return OutputHead(tensors[name], tensors.get(bias_name), **_logit_options(config))
+
+
+def _safetensors_index(model: str, cached_file: Any) -> dict[str, str]:
+    """Parameter name -> file, for a single or a sharded checkpoint."""
+    from safetensors import safe_open
+
+    index = cached_file(
+        model, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False
+    )
+    if index is not None:
+        weight_map = json.loads(Path(index).read_text())["weight_map"]
+        shards = {shard: cached_file(model, shard) for shard in set(weight_map.values())}
+        return {name: shards[shard] for name, shard in weight_map.items()}
+    single = cached_file(model, "model.safetensors", _raise_exceptions_for_missing_entries=False)
+    if single is None:
+        raise ModelError(f"teacher.model: {model!r} has no safetensors weights. Convert it first.")
+    with safe_open(single, framework="pt") as reader:
+        return dict.fromkeys(reader.keys(), single)
+
+
+def _logit_options(config: Any) -> dict[str, Any]:
+    """What model families do to their logits after the matrix (Cohere, Granite, Gemma)."""
+    scale = getattr(config, "logit_scale", None)
+    divisor = getattr(config, "logits_scaling", None)
+    return {
+        "scale": float(scale) if scale else 1.0 / float(divisor) if divisor else 1.0,
+        "softcap": getattr(config, "final_logit_softcapping", None),
+    }
+
+
+def last_hidden(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """[B, S] -> [B, S, H], after the final norm: what the output head reads."""
+    body: Any = model.base_model
+    hidden: Tensor = body(
+        input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+    ).last_hidden_state
+    return hidden
+
+
+# --- the student
+
+
+class StudentModel(nn.Module):
+    """A causal language model whose forward pass yields per-token statistics, not logits."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, batch: TrainBatch, names: tuple[str, ...], teacher_head: OutputHead | None
+    ) -> dict[str, Tensor]:
+        """[B, T] float32 a name, 0 on padding (see :func:`seqkd.token_stats.token_stats`)."""
+        hidden = last_hidden(self.model, batch.input_ids, batch.attention_mask)
+        rows = torch.arange(len(hidden), device=hidden.device)[:, None]
+        states = hidden[rows, batch.state_index][batch.loss_mask]
+        given = {"teacher_logprob": batch.teacher_logprobs} if batch.teacher_logprobs is not None else {}
+        values = token_stats(
+            states,
+            head_of(self.model),
+            batch.target_ids[batch.loss_mask],
+            tuple(name for name in names if name not in given),
+            batch.teacher_hidden,
+            teacher_head,
+        )
+        return given | {
+            name: torch.zeros(batch.loss_mask.shape, device=value.device).masked_scatter(
+                batch.loss_mask, value
+            )
+            for name, value in values.items()
+        }
+
+
+def as_token_stats(batch: TrainBatch, stats: Mapping[str, Tensor]) -> TokenStats:
+    """What :class:`StudentModel` returns, as the record that objectives read."""
+    return TokenStats(loss_mask=batch.loss_mask, group=batch.group, **stats)
+
+
+def check_head(model: nn.Module, field: str) -> None:
+    """ModelError where head(body(x)) is not the model's own logits: an unknown logit transform
+    would otherwise be learnt silently."""
+    ids = torch.arange(8, device=next(model.parameters()).device)[None] % model.config.vocab_size  # type: ignore[union-attr]
+    mask = torch.ones_like(ids)
+    with torch.no_grad():
+        theirs = model(input_ids=ids, attention_mask=mask).logits.float()
+        head = head_of(model)
+        ours = head.finish(head.raw(last_hidden(model, ids, mask)[0]))
+    gap = (ours - theirs[0]).abs().max().item()
+    if not gap <= 1e-2 * theirs.abs().max().item():
+        raise ModelError(
+            f"{field}: the logits of this model are not its output head applied to its last "
+            f"hidden state (largest difference {gap:.3g}); its type "
+            f"{model.config.model_type!r} is not supported."  # type: ignore[union-attr]
+        )
+
+
+def prune(model: nn.Module, init: Prune) -> None:
+    """Drop decoder layers [first, last) of a loaded model, in place."""
+    first, last = init.drop_layers
+    config: Any = model.config
+    layers: Any = model.base_model.layers  # type: ignore[union-attr]
+    if last > len(layers) or last - first >= len(layers):
+        raise ModelError(
+            f"student.init.drop_layers: [{first}, {last}) does not leave a part of the model's "
+            f"{len(layers)} layers. Choose a range within [0, {len(layers)}]."
+        )
+    kept = nn.ModuleList(layer for i, layer in enumerate(layers) if not first <= i < last)
+    for index, layer in enumerate(kept):
+        for module in layer.modules():  # the key-value cache is addressed by this index
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = index
+    model.base_model.layers = kept  # type: ignore[union-attr]
+    config.num_hidden_layers = len(kept)
+    if getattr(config, "layer_types", None):
+        config.layer_types = [t for i, t in enumerate(config.layer_types) if not first <= i < last]
+
+
+def materialise_student(student: Student, precision: str, directory: Path) -> str:
+    """The path of the initial student that engines and ranks load: the model itself, or
+    ``directory`` once the initialisation has been written there."""
+    if not isinstance(student.init, Prune):
+        return expand(student.model)
+    model = load_causal_lm(student.model, precision)
+    prune(model, student.init)
+    export(model, None, directory, expand(student.model))
+    return str(directory)
+
+
+def export(
+    model: nn.Module, state: dict[str, Tensor] | None, directory: Path, tokenizer_from: str
+) -> None:
+    """Write a directory that transformers and vLLM load as it is: weights (safetensors), config,
+    generation config, tokenizer and chat template."""
+    partial = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial, **({"state_dict": state} if state is not None else {}))  # type: ignore[operator]
+    load_tokenizer(tokenizer_from, "student.model").save_pretrained(partial)
+    shutil.rmtree(directory, ignore_errors=True)
+    partial.rename(directory)
+
+
+def _first_line(error: Exception) -> str:
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))
+    return line if line.endswith(".") else line + "."

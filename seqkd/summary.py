@@ -1,0 +1,121 @@
+"""The end of a run: evaluation.json and what a person reads."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from seqkd.evaluation.divergence import Interval, Measurement, paired_change
+from seqkd.types import Prompt
+
+LABELS = {
+    "reverse_kl_per_token": "reverse KL per token (nats)",
+    "reverse_kl_per_sequence": "reverse KL per sequence (nats)",
+    "forward_kl_per_token": "forward KL per token (nats)",
+    "forward_kl_per_sequence": "forward KL per sequence (nats)",
+    "student_length": "completion length, student (tokens)",
+    "teacher_length": "completion length, teacher (tokens)",
+    "student_eos_rate": "ended by itself, student",
+    "teacher_eos_rate": "ended by itself, teacher",
+}
+
+
+def evaluation_json(
+    measurements: Mapping[str, Measurement], prompts: Sequence[Prompt], tokenizer: Any, examples: int
+) -> dict[str, Any]:
+    """Everything measured, as plain data: figures by stage, paired changes, completions."""
+    tables = {stage: m.table() for stage, m in measurements.items()}
+    changes = {
+        f"{a} -> {b}": asdict(paired_change(measurements[a], measurements[b]))
+        for a, b in _pairs(list(measurements))
+    }
+    return {
+        "prompts": len(prompts),
+        "interval": "95 % percentile bootstrap over prompts",
+        "figures": {s: {k: asdict(v) for k, v in t.items()} for s, t in tables.items()},
+        "change_of_reverse_kl_per_token": changes,
+        "examples": [_example(i, measurements, prompts, tokenizer) for i in range(min(examples, len(prompts)))],
+    }
+
+
+def write(directory: Path, evaluation: dict[str, Any]) -> None:
+    """``evaluation.json`` of the run directory."""
+    text = json.dumps(evaluation, indent=2, ensure_ascii=False)
+    (directory / "evaluation.json").write_text(text + "\n", encoding="utf-8")
+
+
+def render(evaluation: dict[str, Any]) -> str:
+    """The figures, the paired changes and the completions side by side, as text."""
+    stages = list(evaluation["figures"])
+    lines = [
+        f"Held-out prompts: {evaluation['prompts']}; mean [95 % interval over prompts]",
+        "",
+        " " * 37 + "".join(f"{_stage(stage):<26}" for stage in stages),
+    ]
+    for key, label in LABELS.items():
+        cells = [str(Interval(**evaluation["figures"][stage][key])) for stage in stages]
+        lines.append(f"{label:<37}" + "".join(f"{cell:<26}" for cell in cells))
+    lines.append("")
+    for pair, change in evaluation["change_of_reverse_kl_per_token"].items():
+        verdict = "excludes 0" if change["low"] > 0 or change["high"] < 0 else "includes 0"
+        lines.append(
+            f"reverse KL per token, {pair}: {Interval(**change)} (paired over prompts; {verdict})"
+        )
+    for example in evaluation["examples"]:
+        lines += ["", f"Prompt: {_shown(example['prompt'])}"]
+        for who, text in example["completions"].items():
+            lines.append(_wrapped(who, text))
+    return "\n".join(lines)
+
+
+def _pairs(stages: list[str]) -> list[tuple[str, str]]:
+    pairs = list(zip(stages, stages[1:], strict=False))
+    return pairs + [(stages[0], stages[-1])] if len(pairs) > 1 else pairs
+
+
+def _stage(stage: str) -> str:
+    return "before" if stage == "initial" else f"after {stage}"
+
+
+def _example(
+    i: int, measurements: Mapping[str, Measurement], prompts: Sequence[Prompt], tokenizer: Any
+) -> dict[str, Any]:
+    first, last = next(iter(measurements.values())), list(measurements.values())[-1]
+    completions = {
+        "teacher": first.teacher_rollouts[i],
+        "student before": first.student_rollouts[i],
+        "student after": last.student_rollouts[i],
+    }
+    return {
+        "prompt": prompts[i].text,
+        "completions": {
+            who: tokenizer.decode(r.completion_ids, skip_special_tokens=True)
+            + ("" if r.finish_reason == "stop" else " …")
+            for who, r in completions.items()
+        },
+    }
+
+
+def _shown(text: str) -> str:
+    return " ".join(text.split()) or "(nothing)"
+
+
+def _wrapped(who: str, text: str) -> str:
+    return textwrap.fill(
+        _shown(text), 100, initial_indent=f"  {who:<15}", subsequent_indent=" " * 17
+    )
+
+
+def closing(directory: Path, stage_seconds: Mapping[str, float], seconds: float) -> str:
+    """Where the time went and where everything is."""
+    stages = ", ".join(f"{stage} {spent:.0f} s" for stage, spent in stage_seconds.items())
+    return (
+        f"Finished in {int(seconds // 60)} min {int(seconds % 60)} s (training steps: {stages}).\n"
+        f"student:     {directory / 'student'}\n"
+        f"metrics:     {directory / 'metrics.jsonl'}\n"
+        f"TensorBoard: tensorboard --logdir {directory / 'tensorboard'}"
+    )
