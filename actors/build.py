@@ -9,7 +9,7 @@ from typing import Any
 
 from actors import placement
 from actors.groups import LearnerGroup, RolloutGroup, TeacherGroup, wait
-from seqkd.config import Config, Engine
+from seqkd.config import Config
 from seqkd.errors import ResourceError
 from seqkd.models import expand
 from seqkd.protocols import Workers
@@ -99,38 +99,29 @@ def _started(
             for p in plan.role(role)
         ]
 
-    def engines(
-        role: placement.Role, model: str, engine: Engine, learner: LearnerGroup | None, source: str
-    ) -> RolloutGroup:
-        actors = create(RolloutActor, role, stop_ids, source)
-        wait([a.start.remote(model, engine, max_model_len) for a in actors], f"{role} start")
-        return RolloutGroup(actors, config.rollout, learner, role)
-
     run_id = uuid.uuid4().hex[:12]
     ranks = create(LearnerRank, "learner", config.learner, run_id, INDEX)
-    master = wait(ranks[0].rendezvous.remote(), "learner start")
-    needs_head = config.teacher.scores == "hidden"
-    wait(
-        [
-            rank.start.remote(
-                student_path,
-                config.teacher.model if needs_head else None,
-                config.teacher.precision,
-                master,
-            )
-            for rank in ranks
-        ],
-        "learner start",
-    )
-    learner = LearnerGroup(ranks, config.learner.micro_batch_prompts, expand(config.student.model))
-    # One engine after the other: on a shared machine their start-up spikes would add up.
-    student = engines("rollout", student_path, config.rollout, learner, "student")
+    students = create(RolloutActor, "rollout", stop_ids, "student")
     teachers = create(TeacherActor, "teacher")
-    wait([t.start.remote(config.teacher, max_model_len) for t in teachers], "teacher start")
-    sampler = None
-    if plan.role("teacher_sampler"):
-        model = expand(config.teacher.model)
-        sampler = engines("teacher_sampler", model, config.teacher.generation, None, "teacher")
+    writers = create(RolloutActor, "teacher_sampler", stop_ids, "teacher")
+    master = wait(ranks[0].rendezvous.remote(), "learner start")
+    teacher = expand(config.teacher.model)
+    head_of = teacher if config.teacher.scores == "hidden" else None
+    starts = {
+        "learner": [
+            r.start.remote(student_path, head_of, config.teacher.precision, master) for r in ranks
+        ],
+        "rollout": [a.start.remote(student_path, config.rollout, max_model_len) for a in students],
+        "teacher": [a.start.remote(config.teacher, max_model_len) for a in teachers],
+        "teacher_sampler": [
+            a.start.remote(teacher, config.teacher.generation, max_model_len) for a in writers
+        ],
+    }
+    for role, refs in starts.items():
+        wait(refs, f"{role} start")
+    learner = LearnerGroup(ranks, config.learner.micro_batch_prompts, expand(config.student.model))
+    student = RolloutGroup(students, config.rollout, learner, "rollout")
+    sampler = RolloutGroup(writers, config.rollout, None, "teacher_sampler") if writers else None
     try:
         yield Workers(student, TeacherGroup(teachers), learner, sampler)
     finally:

@@ -90,5 +90,15 @@ class VerifiedReload:
                     yield name, tensor
 
         self.reload_weights(weights_iterator=tensors())  # type: ignore[attr-defined]
+        self._repack_heads()
         if missing := digests.keys() - arrived:
             raise SyncError(f"weight sync: {sorted(missing)[0]} did not arrive in the engine.")
+
+    def _repack_heads(self) -> None:
+        """A CPU engine computes logits from a packed copy of the head, which vLLM's reload leaves
+        as it was where the head is tied to the embedding: logits of the old weights, silently."""
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+        for module in self.model_runner.get_model().modules():  # type: ignore[attr-defined]
+            if isinstance(module, ParallelLMHead):
+                module.quant_method.process_weights_after_loading(module)

