@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,15 +20,14 @@ from seqkd.protocols import Workers
 @contextmanager
 def connect(config: Config, verbose: bool) -> Iterator[None]:
     """Join the cluster that ``config`` or the job names, or start one on this machine."""
-    import os
-
     import ray
 
     # A job's driver finds its cluster by itself; RAY_ADDRESS is set for it.
     address = config.cluster or os.environ.get("RAY_ADDRESS") or "local"
     options: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
     try:
-        ray.init(address, log_to_driver=verbose, logging_level="INFO" if verbose else "ERROR", **options)
+        level = logging.INFO if verbose else logging.ERROR
+        ray.init(address, log_to_driver=verbose, logging_level=level, **options)
     except Exception as error:  # Ray raises bare RuntimeError and ConnectionError here
         raise _no_cluster(address, error) from error
     try:
@@ -62,7 +63,6 @@ def workers(
     config: Config, student_path: str, stop_ids: tuple[int, ...], max_model_len: int
 ) -> Iterator[Workers]:
     """Start every actor of the plan, wait until each is ready, and free all of it at the end."""
-    import ray
     from ray.util.placement_group import placement_group, remove_placement_group
 
     plan = placement.plan(config)
@@ -81,8 +81,12 @@ def workers(
 
 @contextmanager
 def _started(
-    config: Config, plan: placement.Plan, group: Any, student_path: str,
-    stop_ids: tuple[int, ...], max_model_len: int,
+    config: Config,
+    plan: placement.Plan,
+    group: Any,
+    student_path: str,
+    stop_ids: tuple[int, ...],
+    max_model_len: int,
 ) -> Iterator[Workers]:
     import ray
 
@@ -91,16 +95,11 @@ def _started(
     from actors.teacher import TeacherActor
 
     def create(cls: type, role: placement.Role, *args: Any) -> list[Any]:
-        remote = ray.remote(cls)
-        return [
-            remote.options(**p.options(group)).remote(
-                *(p.index if a is INDEX else a for a in args)
-            )
-            for p in plan.role(role)
-        ]
+        remote: Any = ray.remote(cls)
+        return [remote.options(**p.options(group)).remote(*args) for p in plan.role(role)]
 
     run_id = uuid.uuid4().hex[:12]
-    ranks = create(LearnerRank, "learner", config.learner, run_id, INDEX)
+    ranks = create(LearnerRank, "learner", config.learner, run_id)
     students = create(RolloutActor, "rollout", stop_ids, "student")
     teachers = create(TeacherActor, "teacher")
     writers = create(RolloutActor, "teacher_sampler", stop_ids, "teacher")
@@ -109,7 +108,8 @@ def _started(
     head_of = teacher if config.teacher.scores == "hidden" else None
     starts = {
         "learner": [
-            r.start.remote(student_path, head_of, config.teacher.precision, master) for r in ranks
+            r.start.remote(rank, master, student_path, head_of, config.teacher.precision)
+            for rank, r in enumerate(ranks)
         ],
         "rollout": [a.start.remote(student_path, config.rollout, max_model_len) for a in students],
         "teacher": [a.start.remote(config.teacher, max_model_len) for a in teachers],
@@ -126,10 +126,6 @@ def _started(
         yield Workers(student, TeacherGroup(teachers), learner, sampler)
     finally:
         learner.close()
-
-
-INDEX = object()
-"""Stands for the actor's own index among a role's constructor arguments."""
 
 
 def _largest(bundles: tuple[dict[str, float], ...]) -> str:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from seqkd import batching
-from seqkd.config import Objective, Rollout as RolloutConfig
+from seqkd.config import Objective
+from seqkd.config import Rollout as RolloutConfig
 from seqkd.errors import ActorError, SeqkdError
 from seqkd.protocols import Scores
 from seqkd.types import Counts, Prompt, Rollout, StepResult, TeacherScore, WeightVersion
@@ -32,7 +33,9 @@ def wait(refs: Any, what: str) -> Any:
 class RolloutGroup:
     """Engines with the same weights; prompts are dealt out evenly."""
 
-    def __init__(self, actors: list[Any], config: RolloutConfig, learner: LearnerGroup | None, name: str) -> None:
+    def __init__(
+        self, actors: list[Any], config: RolloutConfig, learner: LearnerGroup | None, name: str
+    ) -> None:
         self.actors, self.config, self.learner, self.name = actors, config, learner, name
         self.nodes: list[str] = []
         self.policy_version = 0
@@ -42,8 +45,12 @@ class RolloutGroup:
         seeds = [_seed(seed, index) for index in range(len(prompts))]
         parts = [
             actor.sample.remote(
-                list(prompts[i :: len(self.actors)]), seeds[i :: len(self.actors)], samples,
-                self.config.max_tokens, self.config.temperature, self.config.top_p,
+                list(prompts[i :: len(self.actors)]),
+                seeds[i :: len(self.actors)],
+                samples,
+                self.config.max_tokens,
+                self.config.temperature,
+                self.config.top_p,
             )
             for i, actor in enumerate(self.actors)
         ]
@@ -103,7 +110,11 @@ class LearnerGroup:
         self.policy_version = 0
 
     def step(
-        self, rollouts: Sequence[Rollout], scores: Scores, counts: Counts, objective: Objective,
+        self,
+        rollouts: Sequence[Rollout],
+        scores: Scores,
+        counts: Counts,
+        objective: Objective,
         lr: float,
     ) -> StepResult:
         """See :class:`seqkd.protocols.Learner`."""

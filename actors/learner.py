@@ -30,8 +30,8 @@ from seqkd.types import Counts, StepResult, TrainBatch, WeightVersion
 class LearnerRank:
     """One rank of the data-parallel learner."""
 
-    def __init__(self, config: Learner, run_id: str, rank: int) -> None:
-        self.config, self.run_id, self.rank = config, run_id, rank
+    def __init__(self, config: Learner, run_id: str) -> None:
+        self.config, self.run_id = config, run_id
         self.device = "cuda" if config.gpus else "cpu"
         self.teacher_head: OutputHead | None = None
         self.policy_version = 0
@@ -44,14 +44,20 @@ class LearnerRank:
             probe.bind(("", 0))
             return ray.util.get_node_ip_address(), probe.getsockname()[1]
 
-    def start(self, model: str, teacher: str | None, precision: str, master: tuple[str, int]) -> None:
+    def start(
+        self, rank: int, master: tuple[str, int], model: str, teacher: str | None, precision: str
+    ) -> None:
         """Join the group and load the student; ``teacher`` names the model whose output head is
         kept here, frozen, in ``precision``."""
         import deepspeed
 
+        self.rank = rank
         os.environ |= {
-            "MASTER_ADDR": master[0], "MASTER_PORT": str(master[1]), "RANK": str(self.rank),
-            "LOCAL_RANK": "0", "WORLD_SIZE": str(self.config.ranks),
+            "MASTER_ADDR": master[0],
+            "MASTER_PORT": str(master[1]),
+            "RANK": str(self.rank),
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": str(self.config.ranks),
         }
         deepspeed.init_distributed("nccl" if self.config.gpus else "gloo", verbose=False)
         student = load_causal_lm(model, self.config.precision).to(self.device)
@@ -108,7 +114,9 @@ class LearnerRank:
             for batch in micro_batches:
                 batch = self._to_device(batch)
                 stats = self.engine(batch, self._names(batch, ()), self.teacher_head)
-                results.append({name: (v * batch.loss_mask).sum(1).cpu() for name, v in stats.items()})
+                results.append(
+                    {name: (v * batch.loss_mask).sum(1).cpu() for name, v in stats.items()}
+                )
         return results
 
     def publish(self) -> WeightVersion | None:
@@ -148,7 +156,9 @@ class LearnerRank:
         if self.device == "cpu":
             return batch
         tensors = {f.name: getattr(batch, f.name) for f in fields(batch)}
-        moved = {k: v.to(self.device) for k, v in tensors.items() if isinstance(v, Tensor)}
+        moved: dict[str, Any] = {
+            k: v.to(self.device) for k, v in tensors.items() if isinstance(v, Tensor)
+        }
         return replace(batch, **moved)
 
     def _grad_norm_before_step(self) -> float | None:

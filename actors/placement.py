@@ -133,7 +133,8 @@ def plan(config: Config) -> Plan:
 
 def _split(roles: list[tuple[Role, Actors]]) -> Plan:
     """Each process has cores of its own."""
-    actors, bundles = [], []
+    actors: list[ActorPlan] = []
+    bundles: list[dict[str, float]] = []
     for role, spec in roles:
         for index in range(spec.actors):
             actors.append(

@@ -22,16 +22,28 @@ class RolloutActor:
         self.llm = build_engine(model, engine, max_model_len)
 
     def sample(
-        self, prompts: list[Prompt], seeds: list[int], samples_per_prompt: int, max_tokens: int,
-        temperature: float, top_p: float,
+        self,
+        prompts: list[Prompt],
+        seeds: list[int],
+        samples_per_prompt: int,
+        max_tokens: int,
+        temperature: float,
+        top_p: float,
     ) -> list[Rollout]:
         """``samples_per_prompt`` completions of each prompt; ``seeds[i]`` fixes prompt i's."""
         from vllm import SamplingParams
 
         params = [
             SamplingParams(
-                n=samples_per_prompt, seed=seed, max_tokens=max_tokens, temperature=temperature,
-                top_p=top_p, top_k=0, stop_token_ids=self.stop_ids, logprobs=0, detokenize=False,
+                n=samples_per_prompt,
+                seed=seed,
+                max_tokens=max_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                top_k=0,
+                stop_token_ids=self.stop_ids,
+                logprobs=0,
+                detokenize=False,
             )
             for seed in seeds
         ]

@@ -11,7 +11,12 @@ from actors.rollout import build_engine
 from seqkd import batching
 from seqkd.config import HfTeacher, Teacher, VllmTeacher
 from seqkd.models import (
-    check_head, expand, head_of, last_hidden, load_causal_lm, load_head,
+    check_head,
+    expand,
+    head_of,
+    last_hidden,
+    load_causal_lm,
+    load_head,
 )
 from seqkd.types import Rollout, TeacherScore
 
@@ -105,4 +110,3 @@ class HfStates:
 
 
 STATES: dict[str, Any] = {"vllm": VllmStates, "hf": HfStates}
-

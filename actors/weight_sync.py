@@ -32,7 +32,9 @@ def sync_directory(run_id: str) -> Path:
     return root / f"seqkd-{run_id}"
 
 
-def publish(state: dict[str, Tensor], policy_version: int, run_id: str, node_id: str) -> WeightVersion:
+def publish(
+    state: dict[str, Tensor], policy_version: int, run_id: str, node_id: str
+) -> WeightVersion:
     """Write ``state``; the previous version is removed, as every engine has taken it in."""
     directory = sync_directory(run_id)
     shutil.rmtree(directory, ignore_errors=True)
@@ -69,7 +71,7 @@ def load(engine: Any, version: WeightVersion, data: bytes | None) -> None:
 def digest(tensor: Tensor) -> str:
     """xxh3-128 of a tensor's bytes."""
     flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-    return xxhash.xxh3_128_hexdigest(flat.numpy())
+    return xxhash.xxh3_128_hexdigest(flat.numpy().data)
 
 
 class VerifiedReload:
@@ -82,7 +84,7 @@ class VerifiedReload:
 
         def tensors() -> Iterator[tuple[str, Tensor]]:
             with safe_open(path, framework="pt") as reader:
-                for name in reader.keys():
+                for name in reader.keys():  # noqa: SIM118 (a reader is no mapping)
                     tensor = reader.get_tensor(name)
                     if digest(tensor) != digests.get(name):
                         raise SyncError(f"weight sync: {name} differs from what the learner sent.")

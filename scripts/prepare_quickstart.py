@@ -1,4 +1,4 @@
-"""Write the quickstart's teacher and prompts below ~/.cache/seqkd, from packages of the registry."""
+"""Write the quickstart's teacher and prompts below ~/.cache/seqkd, from installed packages."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ def main() -> None:
         print("converting SmolLM2-135M-Instruct from its GGUF file (half a minute)", flush=True)
         convert_teacher(teacher)
     print(teacher)
-    train, heldout = args.out / "data" / "chat_train.jsonl", args.out / "data" / "chat_heldout.jsonl"
+    train, heldout = (
+        args.out / "data" / "chat_train.jsonl",
+        args.out / "data" / "chat_heldout.jsonl",
+    )
     if not (train.exists() and heldout.exists()):
         write_prompts(train, heldout)
     print(train, heldout, sep="\n")

@@ -1,4 +1,4 @@
-"""Write a tiny random teacher and student with a byte-level tokenizer, for tests and configs/tiny.yaml."""
+"""Write a tiny random teacher and student (byte-level), for tests and configs/tiny.yaml."""
 
 from __future__ import annotations
 
@@ -24,24 +24,38 @@ def tiny_tokenizer():  # type: ignore[no-untyped-def]
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>",
+        tokenizer_object=tokenizer,
+        eos_token="<|end|>",
+        pad_token="<|pad|>",
         additional_special_tokens=special[2:],
     )
     fast.chat_template = TEMPLATE
     return fast
 
 
-def write_tiny(directory: Path, layers: int, seed: int, vocab_size: int = 320, spread: float = 0.3) -> Path:
+def write_tiny(
+    directory: Path, layers: int, seed: int, vocab_size: int = 320, spread: float = 0.3
+) -> Path:
     """A random Llama of hidden size 64; a larger ``spread`` of its weights sharpens it."""
     import torch
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=vocab_size, hidden_size=64, intermediate_size=128, num_hidden_layers=layers,
-        num_attention_heads=2, num_key_value_heads=1, head_dim=32, max_position_embeddings=512,
-        tie_word_embeddings=True, initializer_range=spread, eos_token_id=0, pad_token_id=1,
-        bos_token_id=None, dtype="float32",
+        vocab_size=vocab_size,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        initializer_range=spread,
+        eos_token_id=0,
+        pad_token_id=1,
+        bos_token_id=None,
+        dtype="float32",
     )
     model = LlamaForCausalLM(config)
     model.generation_config = GenerationConfig(eos_token_id=0, pad_token_id=1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from pathlib import Path
 
 from seqkd import config as configuration
 from seqkd import run_directory
@@ -22,7 +21,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("config", help="YAML file (see configs/)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. learner.lr=1e-5")
     parser.add_argument(
-        "--dry-run", action="store_true",
+        "--dry-run",
+        action="store_true",
         help="print the resolved configuration, the plan and every finding; start nothing",
     )
     parser.add_argument("--verbose", action="store_true", help="show the libraries' own logs")

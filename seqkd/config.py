@@ -6,13 +6,13 @@ cannot work are refused here, each with the field, the value and the mend.
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from seqkd.config_messages import explain
 from seqkd.errors import ConfigError
 
 SamplerName = Literal["student", "teacher", "dataset"]
@@ -357,8 +357,10 @@ class Config(Phase):
         """Samples a prompt in ``phase``; a data set has one answer a prompt."""
         if phase.sampler == "dataset":
             return 1
-        return phase.samples_per_prompt if isinstance(phase, Warmup) else (
-            self.rollout.samples_per_prompt
+        return (
+            phase.samples_per_prompt
+            if isinstance(phase, Warmup)
+            else (self.rollout.samples_per_prompt)
         )
 
     def lr(self, phase: Phase) -> float:
@@ -432,7 +434,7 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
     try:
         return Config.model_validate(data)
     except ValidationError as error:
-        lines = [_explain(item, data) for item in error.errors()]
+        lines = [explain(item, data, Config) for item in error.errors()]
         raise ConfigError("\n".join(f"{path}: {line}" for line in dict.fromkeys(lines))) from None
 
 
@@ -448,7 +450,9 @@ def _apply(data: dict[str, Any], override: str) -> None:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is not YAML: {_one_line(error)}") from None
+        raise ConfigError(
+            f"override {override!r}: the value is not YAML: {_one_line(error)}"
+        ) from None
     *parents, last = key.split(".")
     node = data
     for depth, name in enumerate(parents):
@@ -461,60 +465,6 @@ def _apply(data: dict[str, Any], override: str) -> None:
                 "so no key below it can be set."
             )
     node[last] = value
-
-
-def _explain(item: Any, data: dict[str, Any]) -> str:
-    location = _without_tags(item["loc"], data)
-    field = ".".join(str(part) for part in location)
-    message = item["msg"].removeprefix("Value error, ")
-    if item["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(str(location[-1]), _keys(location[:-1], data), n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else " Remove it."
-        return f"{field}: unknown key.{hint}"
-    if item["type"] == "missing":
-        return f"{field}: is missing. Set it."
-    if item["type"] in ("union_tag_invalid", "union_tag_not_found"):
-        tags = item["ctx"].get("expected_tags", "")
-        found = item["ctx"].get("tag")
-        return f"{field}.kind: {found!r} is not known. Use one of {tags}." if found is not None else (
-            f"{field}.kind: is missing. Set it."
-        )
-    if item["type"] == "value_error":
-        return f"{field}: {message}" if field else message
-    return f"{field}: {item['input']!r}: {message[0].lower()}{message[1:]}."
-
-
-def _without_tags(location: tuple[Any, ...], data: Any) -> list[Any]:
-    """Discriminated unions put the chosen kind into the location; a user never wrote that."""
-    kept: list[Any] = []
-    node = data
-    for part in location:
-        if isinstance(node, dict) and part not in node and part is not location[-1]:
-            continue
-        kept.append(part)
-        node = node.get(part) if isinstance(node, dict) else None
-    return kept
-
-
-def _keys(location: list[Any], data: Any) -> list[str]:
-    """Keys that the schema knows at ``location``."""
-    model: Any = Config
-    for part in location:
-        model = model.model_fields[part].annotation if part in model.model_fields else None
-        options = [m for m in _models(model)]
-        node = data = data.get(part) if isinstance(data, dict) else None
-        kind = node.get("kind") if isinstance(node, dict) else None
-        chosen = [m for m in options if "kind" in m.model_fields and m.model_fields["kind"].default == kind]
-        if not options:
-            return []
-        model = (chosen or options)[0]
-    return list(model.model_fields)
-
-
-def _models(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [model for part in get_args(annotation) for model in _models(part)]
 
 
 def _one_line(error: Exception) -> str:

@@ -26,7 +26,9 @@ class PromptStream:
     def take(self, count: int) -> list[Prompt]:
         """The next ``count`` prompts; distinct ones as long as the data set has that many."""
         size = len(self.prompts)
-        indices = [self._order(p // size)[p % size] for p in range(self.position, self.position + count)]
+        indices = [
+            self._order(p // size)[p % size] for p in range(self.position, self.position + count)
+        ]
         self.position += count
         return [self.prompts[i] for i in indices]
 
@@ -101,7 +103,9 @@ def _text(row: dict[str, Any], key: str, where: str) -> str:
 
 def _render(text: str, data: JsonlData, tokenizer: Any) -> list[int]:
     if not data.chat:
-        ids: list[int] = tokenizer(text if data.system is None else f"{data.system}\n\n{text}").input_ids
+        ids: list[int] = tokenizer(
+            text if data.system is None else f"{data.system}\n\n{text}"
+        ).input_ids
         return ids
     if tokenizer.chat_template is None:
         raise DataError(
@@ -111,5 +115,5 @@ def _render(text: str, data: JsonlData, tokenizer: Any) -> list[int]:
     rendered = tokenizer.apply_chat_template(
         [*system, {"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
     )
-    ids = tokenizer(rendered, add_special_tokens=False).input_ids
-    return ids
+    rendered_ids: list[int] = tokenizer(rendered, add_special_tokens=False).input_ids
+    return rendered_ids

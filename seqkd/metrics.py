@@ -45,7 +45,7 @@ class Recorder:
         self.done = 0
         self.stage_seconds = dict.fromkeys((*STAGES, "other"), 0.0)
         self.file = (directory / "metrics.jsonl").open("a", encoding="utf-8")
-        self.board: Any = SummaryWriter(str(directory / "tensorboard"))  # type: ignore[no-untyped-call]
+        self.board: Any = SummaryWriter(str(directory / "tensorboard"))
 
     def note(self, text: str) -> None:
         """A line for the person watching."""
@@ -54,13 +54,20 @@ class Recorder:
     def begin(self, name: str, phase: Phase) -> None:
         """Announce a phase."""
         self.recent: list[float] = []
-        self.note(
-            f"{name}: {phase.steps} steps, {phase.sampler} samples, objective {phase.objective.kind}"
-        )
+        kind = phase.objective.kind
+        self.note(f"{name}: {phase.steps} steps, {phase.sampler} samples, objective {kind}")
 
     def step(
-        self, step: int, name: str, phase: Phase, version: int, lr: float, counts: Counts,
-        rollouts: Sequence[Rollout], result: StepResult, clock: Clock,
+        self,
+        step: int,
+        name: str,
+        phase: Phase,
+        version: int,
+        lr: float,
+        counts: Counts,
+        rollouts: Sequence[Rollout],
+        result: StepResult,
+        clock: Clock,
     ) -> None:
         """Record one optimizer step."""
         total = clock.total()
@@ -115,8 +122,13 @@ class Recorder:
 
 
 def describe(
-    name: str, phase: Phase, version: int, lr: float, counts: Counts,
-    rollouts: Sequence[Rollout], result: StepResult,
+    name: str,
+    phase: Phase,
+    version: int,
+    lr: float,
+    counts: Counts,
+    rollouts: Sequence[Rollout],
+    result: StepResult,
 ) -> dict[str, Any]:
     """The metrics of one step, without times. Divergences in nats, lengths in tokens."""
     row: dict[str, Any] = {

@@ -20,7 +20,7 @@ TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.t
 
 
 def dtype_of(precision: str) -> torch.dtype:
-    """"float32" -> torch.float32."""
+    """ "float32" -> torch.float32."""
     dtype = getattr(torch, precision)
     assert isinstance(dtype, torch.dtype)
     return dtype
@@ -111,7 +111,7 @@ def head_of(model: nn.Module) -> OutputHead:
 def load_head(model: str, precision: str) -> OutputHead:
     """Only the output head of a checkpoint: the teacher's, frozen, for the learner."""
     from safetensors import safe_open
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     config = load_config(model, "teacher.model")
     files = _safetensors_index(expand(model), cached_file)
@@ -186,7 +186,11 @@ class StudentModel(nn.Module):
         hidden = last_hidden(self.model, batch.input_ids, batch.attention_mask)
         rows = torch.arange(len(hidden), device=hidden.device)[:, None]
         states = hidden[rows, batch.state_index][batch.loss_mask]
-        given = {"teacher_logprob": batch.teacher_logprobs} if batch.teacher_logprobs is not None else {}
+        given = (
+            {"teacher_logprob": batch.teacher_logprobs}
+            if batch.teacher_logprobs is not None
+            else {}
+        )
         values = token_stats(
             states,
             head_of(self.model),
@@ -211,7 +215,8 @@ def as_token_stats(batch: TrainBatch, stats: Mapping[str, Tensor]) -> TokenStats
 def check_head(model: nn.Module, field: str) -> None:
     """ModelError where head(body(x)) is not the model's own logits: an unknown logit transform
     would otherwise be learnt silently."""
-    ids = torch.arange(8, device=next(model.parameters()).device)[None] % model.config.vocab_size  # type: ignore[union-attr]
+    config: Any = model.config
+    ids = torch.arange(8, device=next(model.parameters()).device)[None] % config.vocab_size
     mask = torch.ones_like(ids)
     with torch.no_grad():
         theirs = model(input_ids=ids, attention_mask=mask).logits.float()
@@ -222,7 +227,7 @@ def check_head(model: nn.Module, field: str) -> None:
         raise ModelError(
             f"{field}: the logits of this model are not its output head applied to its last "
             f"hidden state (largest difference {gap:.3g}); its type "
-            f"{model.config.model_type!r} is not supported."  # type: ignore[union-attr]
+            f"{config.model_type!r} is not supported."
         )
 
 
@@ -238,6 +243,7 @@ def prune(model: nn.Module, init: Prune) -> None:
         )
     kept = nn.ModuleList(layer for i, layer in enumerate(layers) if not first <= i < last)
     for index, layer in enumerate(kept):
+        module: Any
         for module in layer.modules():  # the key-value cache is addressed by this index
             if hasattr(module, "layer_idx"):
                 module.layer_idx = index

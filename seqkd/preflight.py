@@ -95,7 +95,10 @@ def _same_tokenizer(student: Any, teacher: Any, config: Config) -> None:
             f"{ours.get(example)}, teacher {theirs.get(example)})"
         )
     elif student.eos_token_id != teacher.eos_token_id:
-        problem = f"end-of-sequence is {student.eos_token!r} for the student, {teacher.eos_token!r} for the teacher"
+        problem = (
+            f"end-of-sequence is {student.eos_token!r} for the student, "
+            f"{teacher.eos_token!r} for the teacher"
+        )
     elif (text := _first_difference(student, teacher)) is not None:
         problem = f"they split {text!r} differently"
     if problem:

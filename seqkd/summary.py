@@ -6,6 +6,7 @@ import json
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,10 @@ LABELS = {
 
 
 def evaluation_json(
-    measurements: Mapping[str, Measurement], prompts: Sequence[Prompt], tokenizer: Any, examples: int
+    measurements: Mapping[str, Measurement],
+    prompts: Sequence[Prompt],
+    tokenizer: Any,
+    examples: int,
 ) -> dict[str, Any]:
     """Everything measured, as plain data: figures by stage, paired changes, completions."""
     tables = {stage: m.table() for stage, m in measurements.items()}
@@ -38,7 +42,10 @@ def evaluation_json(
         "interval": "95 % percentile bootstrap over prompts",
         "figures": {s: {k: asdict(v) for k, v in t.items()} for s, t in tables.items()},
         "change_of_reverse_kl_per_token": changes,
-        "examples": [_example(i, measurements, prompts, tokenizer) for i in range(min(examples, len(prompts)))],
+        "examples": [
+            _example(i, measurements, prompts, tokenizer)
+            for i in range(min(examples, len(prompts)))
+        ],
     }
 
 
@@ -73,8 +80,8 @@ def render(evaluation: dict[str, Any]) -> str:
 
 
 def _pairs(stages: list[str]) -> list[tuple[str, str]]:
-    pairs = list(zip(stages, stages[1:], strict=False))
-    return pairs + [(stages[0], stages[-1])] if len(pairs) > 1 else pairs
+    pairs = list(pairwise(stages))
+    return [*pairs, (stages[0], stages[-1])] if len(pairs) > 1 else pairs
 
 
 def _stage(stage: str) -> str:

@@ -75,13 +75,15 @@ def paired_change(before: Measurement, after: Measurement) -> Interval:
     picks = _picks(len(before.reverse_kl))
 
     def rate(m: Measurement, rows: Array | slice) -> Array:
-        axis = -1
-        return m.reverse_kl[rows].sum(axis) / m.student_tokens[rows].sum(axis)
+        sums: Array = m.reverse_kl[rows].sum(-1) / m.student_tokens[rows].sum(-1)
+        return sums
 
     changes = rate(after, picks) - rate(before, picks)
     low, high = np.percentile(changes, (2.5, 97.5))
     everything = slice(None)
-    return Interval(float(rate(after, everything) - rate(before, everything)), float(low), float(high))
+    return Interval(
+        float(rate(after, everything) - rate(before, everything)), float(low), float(high)
+    )
 
 
 def _picks(prompts: int) -> Array:
@@ -91,7 +93,9 @@ def _picks(prompts: int) -> Array:
 class HeldOut:
     """Measures the student on fixed prompts; the teacher writes and scores its own answers once."""
 
-    def __init__(self, workers: Workers, prompts: Sequence[Prompt], samples: int, seed: int) -> None:
+    def __init__(
+        self, workers: Workers, prompts: Sequence[Prompt], samples: int, seed: int
+    ) -> None:
         assert workers.teacher_sampler is not None
         self.workers, self.prompts, self.samples, self.seed = workers, prompts, samples, seed
         self.teacher_rollouts = workers.teacher_sampler.sample(prompts, samples, seed)

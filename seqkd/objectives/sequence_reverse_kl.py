@@ -1,4 +1,4 @@
-"""Sequence-level reverse KL, KL(q || p) = E_{y~q} sum_t r_t = E_{y~q} sum_t KL_t, by policy gradient.
+"""Sequence-level reverse KL by policy gradient: KL(q || p) = E_q sum_t r_t = E_q sum_t KL_t.
 
 With ``r_t = log q(y_t|s_t) - log p(y_t|s_t)`` (a cost) and ``KL_t`` its exact mean over the
 vocabulary at s_t, the surrogate of one sequence, before baseline and normalization, is
@@ -56,7 +56,9 @@ def sequence_reverse_kl(
 
     returns = _returns(cost, mask, estimator)
     if normalization == "minillm":
-        remaining = mask.sum(1, keepdim=True) - torch.arange(1, mask.shape[1] + 1, device=mask.device)
+        remaining = mask.sum(1, keepdim=True) - torch.arange(
+            1, mask.shape[1] + 1, device=mask.device
+        )
         returns = returns / remaining.clamp(min=1)
     if baseline == "leave_one_out":
         returns = returns - leave_one_out(returns, stats.group)

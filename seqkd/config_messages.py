@@ -1,0 +1,71 @@
+"""pydantic's validation errors in a user's words: the field, the value, the mend."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any, get_args
+
+from pydantic import BaseModel
+
+
+def explain(item: Any, data: dict[str, Any], schema: type[BaseModel]) -> str:
+    """One line for one of ``ValidationError.errors()`` of ``data`` against ``schema``."""
+    location = _without_tags(item["loc"], data)
+    field = ".".join(str(part) for part in location)
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(
+            str(location[-1]), _keys(location[:-1], data, schema), n=1
+        )
+        hint = f" Did you mean {close[0]!r}?" if close else " Remove it."
+        return f"{field}: unknown key.{hint}"
+    if item["type"] == "missing":
+        return f"{field}: is missing. Set it."
+    if item["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        tags = item["ctx"].get("expected_tags", "")
+        found = item["ctx"].get("tag")
+        return (
+            f"{field}.kind: {found!r} is not known. Use one of {tags}."
+            if found is not None
+            else (f"{field}.kind: is missing. Set it.")
+        )
+    if item["type"] == "value_error":
+        return f"{field}: {message}" if field else message
+    return f"{field}: {item['input']!r}: {message[0].lower()}{message[1:]}."
+
+
+def _without_tags(location: tuple[Any, ...], data: Any) -> list[Any]:
+    """Discriminated unions put the chosen kind into the location; a user never wrote that."""
+    kept: list[Any] = []
+    node = data
+    for part in location:
+        if isinstance(node, dict) and part not in node and part is not location[-1]:
+            continue
+        kept.append(part)
+        node = node.get(part) if isinstance(node, dict) else None
+    return kept
+
+
+def _keys(location: list[Any], data: Any, schema: type[BaseModel]) -> list[str]:
+    """Keys that the schema knows at ``location``."""
+    model: Any = schema
+    for part in location:
+        model = model.model_fields[part].annotation if part in model.model_fields else None
+        options = _models(model)
+        node = data = data.get(part) if isinstance(data, dict) else None
+        kind = node.get("kind") if isinstance(node, dict) else None
+        chosen = [
+            m
+            for m in options
+            if "kind" in m.model_fields and m.model_fields["kind"].default == kind
+        ]
+        if not options:
+            return []
+        model = (chosen or options)[0]
+    return list(model.model_fields)
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in _models(part)]

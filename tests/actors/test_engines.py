@@ -1,0 +1,143 @@
+"""The rollout engine against transformers on the same weights, before and after a sync."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+
+from actors import weight_sync
+from actors.groups import wait
+from actors.placement import ActorPlan
+from actors.rollout import RolloutActor
+from seqkd.config import Engine
+from seqkd.errors import SyncError
+from seqkd.models import load_causal_lm
+
+PLAN = ActorPlan("rollout", 0, threads=1, gpus=0, share=1, bundle=0)
+
+
+@pytest.fixture(scope="module")
+def engine(local_ray, tiny):
+    environment = {"env_vars": PLAN.environment()}
+    actor = local_ray.remote(RolloutActor).options(runtime_env=environment).remote((0,), "student")
+    wait(actor.start.remote(tiny["student"], Engine(kv_cache_gib=0.1), 128), "rollout start")
+    yield actor
+    local_ray.kill(actor)
+    shutil.rmtree(weight_sync.sync_directory("test"))
+
+
+@pytest.fixture
+def model(tiny):
+    return load_causal_lm(tiny["student"], "float32")
+
+
+def drawn(model, rollout):
+    """Log-probs of a rollout's tokens by a plain transformers forward pass."""
+    ids = torch.tensor([[*rollout.prompt_ids, *rollout.completion_ids]])
+    with torch.no_grad():
+        logprobs = torch.log_softmax(model(ids).logits[0].double(), -1)
+    start = len(rollout.prompt_ids) - 1
+    return [logprobs[start + t, token].item() for t, token in enumerate(rollout.completion_ids)]
+
+
+def sample(engine, prompts, seed=3, n=3, temperature=1.0, max_tokens=12):
+    seeds = [seed + i for i in range(len(prompts))]
+    return wait(engine.sample.remote(prompts, seeds, n, max_tokens, temperature, 1.0), "sampling")
+
+
+def sync(engine, model, version):
+    state = {name: p.detach() for name, p in model.named_parameters()}
+    published = weight_sync.publish(state, version, "test", "here")
+    wait(engine.load.remote(published, None), "sync")
+    return published
+
+
+def restore(engine, tiny, version):
+    sync(engine, load_causal_lm(tiny["student"], "float32"), version)
+
+
+def test_logprobs_are_those_of_the_weights(engine, model, prompts):
+    rollouts = sample(engine, prompts)
+    assert len(rollouts) == len(prompts) * 3
+    for r in rollouts:
+        assert list(r.rollout_logprobs) == pytest.approx(drawn(model, r), abs=1e-3)
+
+
+def test_completions_end_with_end_of_sequence_or_at_the_limit(engine, prompts):
+    rollouts = sample(engine, prompts, n=24)
+    assert {r.finish_reason for r in rollouts} == {"stop", "length"}
+    for r in rollouts:
+        assert 0 not in r.completion_ids[:-1]
+        assert (r.completion_ids[-1] == 0) == (r.finish_reason == "stop") or len(
+            r.completion_ids
+        ) == 12
+
+
+def test_the_same_seed_draws_the_same(engine, prompts):
+    assert sample(engine, prompts) == sample(engine, prompts)
+    assert sample(engine, prompts) != sample(engine, prompts, seed=99)
+
+
+def test_logprobs_are_of_the_distribution_that_drew(engine, model, prompts):
+    """With temperature 0.5 they are those of softmax(2 x logits)."""
+    (r, *_) = sample(engine, prompts[:1], n=1, temperature=0.5)
+    ids = torch.tensor([[*r.prompt_ids, *r.completion_ids]])
+    with torch.no_grad():
+        logprobs = torch.log_softmax(2 * model(ids).logits[0].double(), -1)
+    start = len(r.prompt_ids) - 1
+    expected = [logprobs[start + t, token].item() for t, token in enumerate(r.completion_ids)]
+    assert list(r.rollout_logprobs) == pytest.approx(expected, abs=1e-3)
+
+
+def test_after_a_sync_the_engine_has_the_new_weights(engine, model, prompts, tiny):
+    """Every parameter changed, the tied output head included, and nothing cached of the old."""
+    sample(engine, prompts)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+    sync(engine, model, 1)
+    rollouts = sample(engine, prompts)
+    for r in rollouts:
+        assert r.policy_version == 1
+        assert list(r.rollout_logprobs) == pytest.approx(drawn(model, r), abs=1e-3)
+    restore(engine, tiny, 2)
+
+
+@pytest.mark.parametrize("fault", ["changed", "missing", "unknown"])
+def test_weights_that_are_not_the_published_ones_are_refused(engine, model, tiny, fault):
+    state = {name: p.detach() for name, p in model.named_parameters()}
+    version = weight_sync.publish(state, 3, "test", "here")
+    name = "model.norm.weight"
+    if fault == "changed":
+        version.digests[name] = "0" * 32
+    elif fault == "missing":
+        version.digests["model.other.weight"] = "0" * 32
+    else:
+        del version.digests[name]
+    with pytest.raises(SyncError, match="weight sync: model"):
+        wait(engine.load.remote(version, None), "sync")
+    restore(engine, tiny, 4)
+
+
+def test_an_engine_on_another_node_gets_the_bytes(engine, model, prompts, tiny):
+    with torch.no_grad():
+        model.model.norm.weight.mul_(1.5)
+    state = {name: p.detach() for name, p in model.named_parameters()}
+    version = weight_sync.publish(state, 5, "test", "elsewhere")
+    data = weight_sync.read_bytes(version)
+    (weight_sync.sync_directory("test") / "v5" / weight_sync.FILE).unlink()
+    wait(engine.load.remote(version, data), "sync")
+    (r, *_) = sample(engine, prompts)
+    assert list(r.rollout_logprobs) == pytest.approx(drawn(model, r), abs=1e-3)
+    assert not (weight_sync.sync_directory("test") / "v5" / weight_sync.FILE).exists()
+    restore(engine, tiny, 6)
+
+
+def test_scoring_a_fixed_sequence(engine, model):
+    ids = list(range(5, 40))
+    with torch.no_grad():
+        logprobs = torch.log_softmax(model(torch.tensor([ids])).logits[0].double(), -1)
+    expected = [logprobs[t, ids[t + 1]].item() for t in range(len(ids) - 1)]
+    assert wait(engine.score.remote(ids), "scoring") == pytest.approx(expected, abs=1e-3)

@@ -1,0 +1,171 @@
+"""DeepSpeed ranks against plain torch: the same update for any stage, ranks or micro-batch."""
+
+from __future__ import annotations
+
+import uuid
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from actors.groups import LearnerGroup, wait
+from actors.learner import LearnerRank
+from actors.placement import ActorPlan
+from actors.weight_sync import FILE
+from seqkd.config import Learner, SequenceReverseKL
+from seqkd.models import load_causal_lm
+from seqkd.types import Counts, Rollout, TeacherScore
+
+OBJECTIVE = SequenceReverseKL()
+LR, STEPS = 1e-3, 2
+
+
+@pytest.fixture(scope="module")
+def batch(tiny):
+    """Four prompts with two samples each, of different lengths, and the teacher's states."""
+    generator = torch.Generator().manual_seed(0)
+    teacher = load_causal_lm(tiny["teacher"], "float32")
+    rollouts, scores = [], {}
+    for p in range(4):
+        prompt = torch.randint(5, 260, (3 + 4 * p,), generator=generator).tolist()
+        for i in range(2):
+            completion = torch.randint(5, 260, (2 + 3 * i + p,), generator=generator).tolist()
+            r = Rollout(
+                str(p),
+                f"{p}/0/{i}",
+                tuple(prompt),
+                tuple(completion),
+                (0.0,) * len(completion),
+                "student",
+                0,
+                "length",
+            )
+            with torch.no_grad():
+                ids = torch.tensor([[*prompt, *completion]])
+                states = teacher.model(ids).last_hidden_state[0, len(prompt) - 1 : -1]
+            rollouts.append(r)
+            scores[r.sample_id] = TeacherScore(r.sample_id, hidden=states)
+    return rollouts, scores
+
+
+@pytest.fixture
+def counts(batch):
+    tokens = sum(len(r.completion_ids) for r in batch[0])
+    return Counts(sequences=8, tokens=tokens, rate=1.5, length=5.0)
+
+
+@pytest.fixture(scope="module")
+def learners(local_ray, tiny):
+    """Start a learner group; all of a test's ranks are killed at the end of the module."""
+    ranks: list = []
+
+    def start(**options):
+        config = Learner(lr=LR, max_grad_norm=1.0, **options)
+        plan = ActorPlan("learner", 0, threads=1, gpus=0, share=1, bundle=0)
+        remote = local_ray.remote(LearnerRank).options(runtime_env={"env_vars": plan.environment()})
+        run_id = uuid.uuid4().hex
+        group = [remote.remote(config, run_id) for _ in range(config.ranks)]
+        master = wait(group[0].rendezvous.remote(), "learner")
+        wait(
+            [
+                r.start.remote(rank, master, tiny["student"], tiny["teacher"], "float32")
+                for rank, r in enumerate(group)
+            ],
+            "learner start",
+        )
+        ranks.extend(group)
+        return LearnerGroup(group, config.micro_batch_prompts, tiny["student"])
+
+    yield start
+    for rank in ranks:
+        local_ray.kill(rank)
+
+
+def trained(learner, batch, counts):
+    """Results of STEPS steps, and the published weights."""
+    results = [learner.step(*batch, counts, OBJECTIVE, LR) for _ in range(STEPS)]
+    state = load_file(f"{learner.publish().path}/{FILE}")
+    learner.close()
+    return results, state
+
+
+@pytest.fixture(scope="module")
+def reference(batch, tiny):
+    """The same steps in plain torch: full logits, a sequence at a time, the formula as written."""
+    rollouts, _ = batch
+    model, teacher = (load_causal_lm(tiny[m], "float32") for m in ("student", "teacher"))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.0)
+    norms, rate, length = [], 1.5, 5.0
+    for _ in range(STEPS):
+        kls, logprobs = {}, {}
+        for r in rollouts:
+            ids = torch.tensor([[*r.prompt_ids, *r.completion_ids]])
+            span = slice(len(r.prompt_ids) - 1, -1)
+            log_q = torch.log_softmax(model(ids).logits[0, span], -1)
+            with torch.no_grad():
+                log_p = torch.log_softmax(teacher(ids).logits[0, span], -1)
+            kls[r.sample_id] = (log_q.exp() * (log_q - log_p)).sum(-1)
+            logprobs[r.sample_id] = log_q[torch.arange(len(log_q)), list(r.completion_ids)]
+        loss = torch.zeros(())
+        for r in rollouts:
+            (other,) = [o for o in rollouts if o.prompt_id == r.prompt_id and o is not r]
+            own = kls[r.sample_id]
+            for t in range(len(own)):
+                future = sum(k.item() - rate for k in own[t + 1 :])
+                baseline = sum(k.item() - rate for k in kls[other.sample_id][t + 1 :])
+                loss = loss + own[t] + (future - baseline) * logprobs[r.sample_id][t]
+        loss = loss / (len(rollouts) * length)
+        optimizer.zero_grad()
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
+        optimizer.step()
+    return norms, {name: p.detach() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"ranks": 1, "zero_stage": 0, "micro_batch_prompts": 4},
+        {"ranks": 2, "zero_stage": 0, "micro_batch_prompts": 1},
+        {"ranks": 2, "zero_stage": 2, "micro_batch_prompts": 1},
+        {"ranks": 2, "zero_stage": 3, "micro_batch_prompts": 2, "gradient_checkpointing": True},
+    ],
+    ids=lambda o: f"{o['ranks']}ranks-zero{o['zero_stage']}-micro{o['micro_batch_prompts']}",
+)
+def test_the_update_is_that_of_the_formula(learners, batch, counts, reference, options):
+    results, state = trained(learners(**options), batch, counts)
+    norms, expected = reference
+    assert [r.grad_norm for r in results] == pytest.approx(norms, rel=1e-4)
+    assert state.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert (state[name] - weight).abs().max() <= 1e-5, name
+
+
+def test_bfloat16_takes_nearly_the_same_step(learners, batch, counts, reference):
+    results, state = trained(
+        learners(ranks=1, zero_stage=2, precision="bfloat16", micro_batch_prompts=2), batch, counts
+    )
+    norms, expected = reference
+    assert [r.grad_norm for r in results] == pytest.approx(norms, rel=0.05)
+    for name, weight in expected.items():
+        assert state[name].dtype == torch.bfloat16
+        assert (state[name].float() - weight).abs().max() <= 0.01, name
+
+
+def test_measuring_takes_no_step(learners, batch, counts):
+    """Sums agree with those of a step, are by sample, and leave the weights alone. Five prompts on
+    two ranks: one rank gets an empty micro-batch."""
+    rollouts, scores = batch
+    learner = learners(ranks=2, zero_stage=2)
+    odd = [r for r in rollouts if r.prompt_id != "3"]
+    measured = learner.measure(odd, scores)
+    assert measured.keys() == {r.sample_id for r in odd}
+    again = learner.measure(rollouts, scores)
+    for sample_id, sums in measured.items():
+        assert sums["reverse_kl"] == pytest.approx(again[sample_id]["reverse_kl"], rel=1e-5)
+    result = learner.step(rollouts, scores, counts, OBJECTIVE, LR)
+    for name in ("reverse_kl", "forward_kl", "entropy", "student_logprob", "teacher_logprob"):
+        assert result.sums[name] == pytest.approx(sum(s[name] for s in again.values()), rel=1e-4)
+    assert result.sums["tokens"] == counts.tokens
+    assert result.sums["sequences"] == counts.sequences
+    learner.close()

@@ -1,0 +1,93 @@
+"""Both teacher kinds against a plain transformers forward pass, and against each other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from actors.groups import TeacherGroup, wait
+from actors.placement import ActorPlan
+from actors.teacher import TeacherActor
+from seqkd.config import HfTeacher, VllmTeacher
+from seqkd.errors import ActorError
+from seqkd.models import head_of, load_causal_lm
+from seqkd.types import Rollout
+
+KINDS = {"vllm": VllmTeacher, "hf": HfTeacher}
+
+
+@pytest.fixture(scope="module")
+def rollouts():
+    torch.manual_seed(0)
+    made = []
+    for i, (prompt, completion) in enumerate([(3, 5), (20, 1), (1, 12), (7, 7)]):
+        ids = torch.randint(5, 260, (prompt + completion,)).tolist()
+        made.append(
+            Rollout(
+                str(i),
+                f"{i}/0/0",
+                tuple(ids[:prompt]),
+                tuple(ids[prompt:]),
+                None,
+                "dataset",
+                0,
+                "length",
+            )
+        )
+    return made
+
+
+@pytest.fixture(scope="module")
+def start(local_ray, tiny):
+    actors = []
+
+    def start(kind, scores):
+        options = {"kv_cache_gib": 0.1} if kind == "vllm" else {}
+        config = KINDS[kind](model=tiny["teacher"], scores=scores, **options)
+        plan = ActorPlan("teacher", 0, threads=1, gpus=0, share=1, bundle=0)
+        environment = {"env_vars": plan.environment()}
+        actor = local_ray.remote(TeacherActor).options(runtime_env=environment).remote()
+        actors.append(actor)
+        wait(actor.start.remote(config, 64), "teacher start")
+        return actor
+
+    yield start
+    for actor in actors:
+        local_ray.kill(actor)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_whole_distribution(start, tiny, rollouts, kind):
+    """Hidden states and head give the log-probs of a plain forward pass at every state."""
+    scores = TeacherGroup([start(kind, "hidden")]).score(rollouts)
+    model = load_causal_lm(tiny["teacher"], "float32")
+    head = head_of(model)
+    for r in rollouts:
+        ids = torch.tensor([[*r.prompt_ids, *r.completion_ids]])
+        with torch.no_grad():
+            expected = torch.log_softmax(model(ids).logits[0], -1)[len(r.prompt_ids) - 1 : -1]
+            found = torch.log_softmax(head.raw(scores[r.sample_id].hidden), -1)
+        assert (found - expected).abs().max() <= 1e-4
+
+
+def test_sampled_tokens_only(start, tiny, rollouts):
+    model = load_causal_lm(tiny["teacher"], "float32")
+    found = {kind: TeacherGroup([start(kind, "logprobs")]).score(rollouts) for kind in KINDS}
+    for r in rollouts:
+        ids = torch.tensor([[*r.prompt_ids, *r.completion_ids]])
+        with torch.no_grad():
+            every = torch.log_softmax(model(ids).logits[0], -1)
+        first = len(r.prompt_ids) - 1
+        expected = torch.stack([every[first + t, v] for t, v in enumerate(r.completion_ids)])
+        for kind in KINDS:
+            assert found[kind][r.sample_id].hidden is None
+            assert (found[kind][r.sample_id].logprobs - expected).abs().max() <= 1e-4
+
+
+def test_a_failure_shows_its_first_cause(local_ray):
+    actor = local_ray.remote(TeacherActor).remote()
+    with pytest.raises(ActorError, match=r"teacher start failed: \w+: .*nowhere"):
+        wait(actor.start.remote(HfTeacher(model="/nowhere"), 64), "teacher start")
+    local_ray.kill(actor)
+    with pytest.raises(ActorError, match="teacher scoring died"):
+        TeacherGroup([actor]).score([])

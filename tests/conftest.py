@@ -1,0 +1,62 @@
+"""Tiny random models and a local Ray, shared by the whole session."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+# Before torch or Ray is imported anywhere: no hub, no accelerator, one thread a process.
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "DS_ACCELERATOR": "cpu",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """Directories of a tiny teacher (4 layers) and student (2 layers), by name."""
+    from tiny_models import write_tiny
+
+    folder = tmp_path_factory.mktemp("models")
+    return {
+        "teacher": str(write_tiny(folder / "teacher", layers=4, seed=1)),
+        "student": str(write_tiny(folder / "student", layers=2, seed=2)),
+    }
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny):
+    from seqkd.models import load_tokenizer
+
+    return load_tokenizer(tiny["student"], "student.model")
+
+
+@pytest.fixture(scope="session")
+def local_ray():
+    """A Ray of this process, with as many slots as the tests' actors need."""
+    import ray
+
+    ray.init("local", num_cpus=8, include_dashboard=False, log_to_driver=False)
+    yield ray
+    ray.shutdown()
+
+
+@pytest.fixture
+def prompts(tokenizer):
+    """Four prompts of different lengths."""
+    from seqkd.types import Prompt
+
+    texts = ("hello", "what is rain for?", "name three birds", "why")
+    return [
+        Prompt(text, tuple(tokenizer(text, add_special_tokens=False).input_ids), text)
+        for text in texts
+    ]

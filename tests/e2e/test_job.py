@@ -1,0 +1,222 @@
+"""Through a real head and `ray job submit`, as a user would; and what users get wrong there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import ROOT
+
+RAY = str(Path(sys.executable).parent / "ray")
+PORT, DASHBOARD = 26379, 28265
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A home of its own, so that the authentication token is this head's."""
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def environment(home):
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    return kept | {"HOME": str(home), "RAY_AUTH_MODE": "token", "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture(scope="module")
+def head(environment):
+    """`ray start --head`, authentication on, on ports of its own; only it is stopped."""
+    command = [
+        RAY,
+        "start",
+        "--head",
+        "--block",
+        f"--port={PORT}",
+        f"--dashboard-port={DASHBOARD}",
+        "--node-ip-address=127.0.0.1",
+        "--dashboard-host=127.0.0.1",
+        "--num-cpus=2",
+        "--disable-usage-stats",
+        f"--ray-client-server-port={PORT + 1}",
+    ]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if "Ray runtime started" in line:
+            break
+    assert process.poll() is None
+    yield f"http://127.0.0.1:{DASHBOARD}"
+    process.terminate()
+    process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def config(tiny, tmp_path_factory):
+    """configs/tiny.yaml with the session's models, as a file."""
+    data = yaml.safe_load((ROOT / "configs" / "tiny.yaml").read_text())
+    data["student"]["model"], data["teacher"]["model"] = tiny["student"], tiny["teacher"]
+    for key in ("path", "heldout_path"):
+        data["data"][key] = str(ROOT / data["data"][key])
+    file = tmp_path_factory.mktemp("config") / "tiny.yaml"
+    file.write_text(yaml.safe_dump(data))
+    return file
+
+
+def submit(head, environment, *arguments):
+    command = [
+        RAY,
+        "job",
+        "submit",
+        "--address",
+        head,
+        "--working-dir",
+        str(ROOT),
+        "--",
+        sys.executable,
+        "scripts/train.py",
+        *map(str, arguments),
+    ]
+    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+
+
+def metrics(directory):
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_student_sampled(head, environment, config, home):
+    """Warm-up on teacher samples, then the student's own; everything that a run leaves behind."""
+    done = submit(
+        head,
+        environment,
+        config,
+        "sampler=student",
+        "steps=3",
+        "warmup={sampler: teacher, steps: 2, objective: {kind: token_forward_kl}, "
+        "prompts_per_step: 4}",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    # The job's working directory is a copy that Ray deletes; the run is at home.
+    run = home / "seqkd" / "runs" / "tiny"
+    rows = metrics(run)
+    assert [r["step"] for r in rows] == [0, 1, 2, 3, 4]
+    assert [r["sampler"] for r in rows] == ["teacher"] * 2 + ["student"] * 3
+    assert [r["policy_version"] for r in rows] == [0, 1, 2, 3, 4]
+    assert [r["rollout_policy_version"] for r in rows] == [0, 0, 2, 3, 4]
+    assert all(r["logprob_gap_max"] <= 1e-3 for r in rows)
+    assert all(r["reverse_kl_per_token"] > 0 for r in rows)
+    assert "main     5/5" in done.stdout
+    assert "reverse KL per token (nats)" in done.stdout
+    assert "student after" in done.stdout
+    for name in ("config.yaml", "evaluation.json", "tensorboard", "student/model.safetensors"):
+        assert (run / name).exists(), name
+    assert not list(Path("/dev/shm").glob("seqkd-*")), "shared memory is left behind"
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    assert AutoModelForCausalLM.from_pretrained(run / "student").config.eos_token_id == 0
+    assert AutoTokenizer.from_pretrained(run / "student").chat_template
+
+
+def test_teacher_sampled_and_a_used_directory(head, environment, config, tmp_path):
+    overrides = ["sampler=teacher", "steps=2", "evaluation.prompts=0", f"runs_dir={tmp_path}"]
+    done = submit(head, environment, config, *overrides)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = metrics(tmp_path / "tiny")
+    assert {(r["sampler"], r["objective"]) for r in rows} == {("teacher", "sequence_forward_kl")}
+    assert [r["policy_version"] for r in rows] == [0, 1]
+    again = submit(head, environment, config, *overrides)
+    assert again.returncode != 0
+    assert "already holds another run" in again.stdout + again.stderr
+
+
+def test_student_equal_to_teacher_has_nothing_to_learn(head, environment, config, tiny, tmp_path):
+    done = submit(
+        head,
+        environment,
+        config,
+        f"student.model={tiny['teacher']}",
+        "steps=1",
+        "teacher.kind=hf",
+        "teacher.kv_cache_gib=null",
+        f"runs_dir={tmp_path}",
+    )
+    assert done.returncode != 0  # hf has no kv_cache_gib: said, not ignored
+    assert "teacher.kv_cache_gib: unknown key" in done.stdout + done.stderr
+    done = submit(
+        head,
+        environment,
+        config,
+        f"student.model={tiny['teacher']}",
+        "steps=1",
+        f"runs_dir={tmp_path}",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (row,) = metrics(tmp_path / "tiny")
+    for name in ("loss", "reverse_kl_per_token", "forward_kl_per_token", "rate"):
+        assert abs(row[name]) <= 1e-5, name
+    figures = json.loads((tmp_path / "tiny" / "evaluation.json").read_text())["figures"]["initial"]
+    assert abs(figures["reverse_kl_per_sequence"]["mean"]) <= 1e-4
+    assert abs(figures["forward_kl_per_sequence"]["mean"]) <= 1e-4
+
+
+def direct(environment, *arguments):
+    command = [sys.executable, "scripts/train.py", *map(str, arguments)]
+    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+
+
+def refused(done, *texts):
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    for text in texts:
+        assert text in done.stderr, done.stderr
+
+
+def test_a_missing_token(head, environment, config, tmp_path):
+    anonymous = environment | {"HOME": str(tmp_path)}
+    del anonymous["RAY_AUTH_MODE"]
+    done = direct(anonymous, config, f"cluster=127.0.0.1:{PORT}", f"runs_dir={tmp_path}")
+    refused(done, "cluster:", "authentication token", "RAY_AUTH_MODE=token")
+
+
+def test_more_cores_than_the_cluster_has(head, environment, config, tmp_path):
+    done = direct(
+        environment, config, f"cluster=127.0.0.1:{PORT}", "rollout.cpus=64", f"runs_dir={tmp_path}"
+    )
+    refused(done, "needs 64 CPU cores, but the cluster has 2", "rollout.cpus")
+    assert not (tmp_path / "tiny").exists()
+
+
+def test_no_cluster_at_the_address(environment, config, tmp_path):
+    done = direct(environment, config, "cluster=127.0.0.1:1", f"runs_dir={tmp_path}")
+    refused(done, "no Ray cluster answers at '127.0.0.1:1'", "ray start --head")
+
+
+def test_dry_run_lists_every_finding_and_starts_nothing(environment, config, tmp_path):
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "metrics.jsonl").write_text("")
+    done = direct(
+        environment,
+        config,
+        "--dry-run",
+        f"runs_dir={tmp_path}",
+        "student.model=/nowhere",
+        "rollout.cpus=4096",
+    )
+    assert done.returncode == 2
+    assert "estimator: rao_blackwell" in done.stdout
+    assert "rollout 0: 4096 threads" in done.stdout
+    for finding in (
+        "already holds another run",
+        "'/nowhere' does not exist",
+        "needs 4096 CPU cores",
+    ):
+        assert f"error: {finding}" in done.stdout or finding in done.stdout
+    done = direct(environment, config, "--dry-run", f"runs_dir={tmp_path}/other")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "findings: none" in done.stdout
+    assert not (tmp_path / "other").exists()

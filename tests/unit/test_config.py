@@ -1,0 +1,148 @@
+"""Every refusal names the field, the value and the mend; nothing heavy is imported for it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from seqkd.config import Config, SequenceReverseKL, dump, load
+from seqkd.errors import ConfigError
+from tests.conftest import ROOT
+
+MINIMAL = {
+    "name": "x",
+    "student": {"model": "a"},
+    "teacher": {"kind": "vllm", "model": "b"},
+    "data": {"path": "train.jsonl", "heldout_path": "heldout.jsonl"},
+    "steps": 3,
+}
+
+
+@pytest.fixture
+def path(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text(yaml.safe_dump(MINIMAL))
+    return file
+
+
+def shipped():
+    return sorted(p for p in (ROOT / "configs").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", shipped(), ids=lambda p: p.name)
+def test_every_shipped_config_parses(file):
+    assert isinstance(load(file), Config)
+
+
+def test_dump_reads_back_equal(path, tmp_path):
+    config = load(
+        path,
+        [
+            "student.init={kind: prune, drop_layers: [1, 3]}",
+            "warmup.steps=2",
+            "warmup.sampler=teacher",
+        ],
+    )
+    again = tmp_path / "again.yaml"
+    again.write_text(dump(config))
+    assert load(again) == config
+
+
+@pytest.mark.parametrize(
+    ("sampler", "objective"),
+    [("student", "sequence_reverse_kl"), ("teacher", "sequence_forward_kl"), ("dataset", "sft")],
+)
+def test_the_sampler_alone_flips_a_run(path, sampler, objective):
+    assert load(path, [f"sampler={sampler}"]).objective.kind == objective
+
+
+def test_a_partial_objective_keeps_the_natural_kind(path):
+    objective = load(path, ["objective.estimator=single_step"]).objective
+    assert isinstance(objective, SequenceReverseKL)
+    assert objective.estimator == "single_step"
+
+
+def test_scientific_notation_is_a_number(path):
+    assert load(path, ["learner.lr=1e-4"]).learner.lr == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("overrides", "field", "mend"),
+    [
+        (["stpes=1"], "stpes", "Did you mean 'steps'"),
+        (["rollout.max_token=3"], "rollout.max_token", "Did you mean 'max_tokens'"),
+        (["teacher.kv_cache=1"], "teacher.kv_cache", "Did you mean 'kv_cache_gib'"),
+        (["steps=0"], "steps: 0", "greater than or equal to 1"),
+        (["steps=many"], "steps: 'many'", "valid integer"),
+        (["learner.lr=.inf"], "learner.lr", "finite number"),
+        (["learner.zero_stage=4"], "learner.zero_stage: 4", "0, 1, 2 or 3"),
+        (["name=a/b"], "name: 'a/b'", "pattern"),
+        (["teacher.kind=gpt"], "teacher.kind: 'gpt'", "'vllm', 'hf'"),
+        (["objective.kind=ppo"], "objective.kind: 'ppo'", "'sequence_reverse_kl'"),
+        (["student.init={kind: prune}"], "student.init.drop_layers", "Set it"),
+        (["student.init={kind: prune, drop_layers: [4, 4]}"], "drop_layers", "below last"),
+        (
+            ["sampler=teacher", "objective.kind=sequence_reverse_kl"],
+            "'sequence_reverse_kl'",
+            "Set sampler to student",
+        ),
+        (["rollout.samples_per_prompt=1"], "samples_per_prompt is 1", "at least 2"),
+        (["rollout.temperature=0.7"], "temperature 0.7", "Set both to 1"),
+        (["rollout.top_p=0.9"], "top_p 0.9", "Set both to 1"),
+        (
+            ["objective={estimator: reinforce, normalization: minillm}"],
+            "'reinforce'",
+            "single_step or rao_blackwell",
+        ),
+        (["teacher.scores=logprobs"], "teacher.scores is 'logprobs'", "to hidden"),
+        (["learner.ranks=3"], "prompts_per_step 4", "Set it to 6"),
+        (["data.heldout_path=null"], "data.heldout_path is not set", "evaluation.prompts to 0"),
+        (["rollout.tensor_parallel_size=2"], "gpus 0", "Set gpus"),
+        (["steps"], "'steps'", "key=value"),
+        (["name.deep=1"], "name is the value 'x'", "no key below"),
+        (["steps=[1"], "steps=[1", "not YAML"),
+    ],
+)
+def test_bad_input_is_one_clear_message(path, overrides, field, mend):
+    with pytest.raises(ConfigError) as caught:
+        load(path, overrides)
+    message = str(caught.value)
+    assert field in message
+    assert mend in message
+    assert len(message.splitlines()) == 1
+    assert "BaseModel" not in message
+
+
+def test_every_problem_is_listed_at_once(path):
+    with pytest.raises(ConfigError) as caught:
+        load(path, ["steps=0", "learner.lr=-1"])
+    assert len(str(caught.value).splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "mend"), [("[1, 2]", "mapping"), ("a: [", "not YAML"), ("", "mapping")]
+)
+def test_files_that_are_no_configuration(tmp_path, content, mend):
+    file = tmp_path / "bad.yaml"
+    file.write_text(content)
+    with pytest.raises(ConfigError, match=mend):
+        load(file)
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(ConfigError, match="no such file"):
+        load(tmp_path / "none.yaml")
+
+
+def test_reading_a_config_imports_nothing_heavy():
+    code = (
+        "import sys; sys.argv = ['train.py']; sys.path.insert(0, 'scripts'); import train; "
+        "from seqkd.config import load; load('configs/tiny.yaml'); "
+        "print([m for m in ('torch', 'ray', 'vllm', 'deepspeed', 'transformers', 'numpy') "
+        "if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr

@@ -1,0 +1,50 @@
+"""scripts -> actors -> seqkd, never back; seqkd knows no ray, vllm or deepspeed."""
+
+from __future__ import annotations
+
+import ast
+
+import pytest
+
+from tests.conftest import ROOT
+
+FORBIDDEN = {
+    "seqkd": {"ray", "vllm", "deepspeed", "actors", "scripts"},
+    "seqkd/objectives": {
+        "ray",
+        "vllm",
+        "deepspeed",
+        "actors",
+        "scripts",
+        "transformers",
+        "pydantic",
+    },
+    "actors": {"scripts"},
+}
+
+
+def imported(file):
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module.split(".")[0]
+
+
+@pytest.mark.parametrize("package", FORBIDDEN)
+def test_import_direction(package):
+    files = list((ROOT / package).rglob("*.py"))
+    assert files
+    for file in files:
+        assert not FORBIDDEN[package] & set(imported(file)), file
+
+
+def test_only_weight_sync_knows_the_reload_interface():
+    for file in (ROOT / "actors").glob("*.py"):
+        assert (file.name == "weight_sync.py") == ("reload_weights" in file.read_text()), file
+
+
+def test_only_groups_waits_for_ray():
+    for folder in ("actors", "scripts", "seqkd"):
+        for file in (ROOT / folder).rglob("*.py"):
+            assert file.name == "groups.py" or "ray.get(" not in file.read_text(), file

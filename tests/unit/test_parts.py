@@ -1,0 +1,168 @@
+"""Schedule, running rate, placement, run directory, intervals, output heads, pruning."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from seqkd import run_directory
+from seqkd.config import Config, Learner, Prune
+from seqkd.errors import ConfigError, ModelError, ResourceError
+from seqkd.evaluation.divergence import ratio
+from seqkd.models import check_head, head_of, last_hidden, load_causal_lm, load_head, prune
+from seqkd.rate import RunningRate
+from seqkd.schedule import learning_rate
+from tests.unit.test_config import MINIMAL
+
+
+def config(**changes):
+    return Config.model_validate({**MINIMAL, **changes})
+
+
+def test_schedule_warms_up_and_decays():
+    learner = Learner(lr_warmup_steps=2, min_lr_ratio=0.1, schedule="linear")
+    rates = [learning_rate(learner, 3.0, step, 7) for step in range(7)]
+    assert rates[:3] == pytest.approx([1, 2, 3])
+    assert rates[-1] == pytest.approx(0.3)
+    assert np.diff(rates[2:]) == pytest.approx([-0.675] * 4)
+    constant = Learner(schedule="constant")
+    assert {learning_rate(constant, 2.0, step, 5) for step in range(5)} == {2.0}
+    cosine = Learner(schedule="cosine", min_lr_ratio=0.0)
+    assert learning_rate(cosine, 1.0, 2, 5) == pytest.approx(0.5)
+    assert learning_rate(Learner(lr_warmup_steps=9), 1.0, 0, 1) == 1.0
+
+
+def test_running_rate_never_sees_its_own_batch():
+    rate = RunningRate()
+    assert not rate.known
+    rate.update({"reverse_kl": 6.0, "tokens": 3.0, "sequences": 1.0})
+    counts = rate.counts([])
+    assert (counts.rate, counts.length) == (2.0, 3.0)
+    rate.update({"student_logprob": -1.0, "teacher_logprob": -3.0, "tokens": 1.0, "sequences": 1.0})
+    assert rate.counts([]).rate == pytest.approx((0.9 * 6 + 2) / (0.9 * 3 + 1))
+
+
+def test_ratio_is_of_sums_and_its_interval_covers_it():
+    numerator, denominator = np.array([1.0, 2, 9, 4]), np.array([1.0, 1, 3, 3])
+    interval = ratio(numerator, denominator)
+    assert interval.mean == pytest.approx(2.0)
+    assert 1.0 <= interval.low < 2.0 < interval.high <= 3.0
+    exact = ratio(np.full(4, 3.0), np.full(4, 2.0))
+    assert exact.low == exact.mean == exact.high == 1.5
+
+
+def test_interval_covers_the_truth_about_95_times_in_100():
+    rng = np.random.default_rng(1)
+    hits = 0
+    for _ in range(100):
+        interval = ratio(rng.exponential(2.0, 64), np.ones(64))
+        hits += interval.low <= 2.0 <= interval.high
+    assert 88 <= hits <= 99
+
+
+def test_colocated_roles_share_cores_and_split_ones_do_not():
+    from actors.placement import plan
+
+    roles = {"rollout": {"cpus": 2}, "learner": {"ranks": 2}, "prompts_per_step": 4}
+    together = plan(config(**roles))
+    assert together.bundles == ({"CPU": 2.0},)
+    assert sum(a.share for a in together.actors) <= 2.0
+    assert [a.threads for a in together.actors] == [1, 1, 2, 1, 1]
+    apart = plan(config(placement="split", **roles))
+    assert [b["CPU"] for b in apart.bundles] == [1, 1, 2, 1, 1]
+    assert [a.share for a in apart.actors] == [1, 1, 2, 1, 1]
+
+
+def test_threads_come_from_the_request():
+    from actors.placement import plan
+
+    (actor,) = plan(config(rollout={"cpus": 3})).role("rollout")
+    assert actor.environment()["OMP_NUM_THREADS"] == "3"
+
+
+def test_a_plan_that_does_not_fit_says_what_to_lower():
+    from actors.placement import plan
+
+    the_plan = plan(
+        config(
+            placement="split", rollout={"cpus": 16}, teacher={"kind": "hf", "model": "b", "gpus": 1}
+        )
+    )
+    with pytest.raises(ResourceError) as caught:
+        the_plan.check(cpus=8, gpus=4, where="the cluster")
+    assert "needs 19 CPU cores, but the cluster has 8" in str(caught.value)
+    assert "rollout.cpus or rollout.actors (now 16 together)" in str(caught.value)
+    assert "placement to colocated" in str(caught.value)
+    with pytest.raises(
+        ResourceError, match=r"needs 1 GPUs, but the cluster has 0\. Lower teacher\.gpus"
+    ):
+        the_plan.check(cpus=64, gpus=0, where="the cluster")
+    the_plan.check(cpus=19, gpus=1, where="the cluster")
+
+
+def test_a_used_run_directory_is_refused(tmp_path):
+    c = config(runs_dir=str(tmp_path))
+    directory = run_directory.locate(c)
+    run_directory.create(directory, c)
+    with pytest.raises(ConfigError, match=r"already holds another run\. Choose a new name"):
+        run_directory.refuse_used(directory)
+
+
+def test_within_a_packaged_job_runs_go_home(tmp_path, monkeypatch):
+    packaged = tmp_path / "working_dir_files" / "pkg"
+    packaged.mkdir(parents=True)
+    monkeypatch.chdir(packaged)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert run_directory.locate(config()) == tmp_path / "home" / "seqkd" / "runs" / "x"
+    assert run_directory.locate(config(runs_dir=str(tmp_path))) == tmp_path / "x"
+
+
+def test_a_directory_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    c = config(runs_dir=str(tmp_path / "file"))
+    with pytest.raises(ConfigError, match="cannot be written"):
+        run_directory.create(run_directory.locate(c), c)
+
+
+def test_head_from_a_checkpoint_is_the_models(tiny):
+    model = load_causal_lm(tiny["teacher"], "float32")
+    assert torch.equal(load_head(tiny["teacher"], "float32").weight, head_of(model).weight)
+    check_head(model, "teacher.model")
+
+
+def test_an_unknown_logit_transform_is_refused(tiny):
+    model = load_causal_lm(tiny["teacher"], "float32")
+    forward = model.forward
+
+    def doubled(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        output.logits = output.logits * 2
+        return output
+
+    model.forward = doubled
+    with pytest.raises(ModelError, match="are not its output head applied"):
+        check_head(model, "student.model")
+
+
+def test_pruning_drops_the_named_layers(tiny):
+    model, whole = (load_causal_lm(tiny["teacher"], "float32") for _ in range(2))
+    prune(model, Prune(drop_layers=(1, 3)))
+    assert model.config.num_hidden_layers == 2
+    kept = [whole.model.layers[0], whole.model.layers[3]]
+    for ours, theirs in zip(model.model.layers, kept, strict=True):
+        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+            assert torch.equal(a, b)
+    ids = torch.arange(9)[None]
+    cached = model.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None)
+    uncached = model.generate(
+        ids, max_new_tokens=4, do_sample=False, eos_token_id=None, use_cache=False
+    )
+    assert torch.equal(cached, uncached)
+    assert last_hidden(model, ids, torch.ones_like(ids)).shape == (1, 9, 64)
+
+
+@pytest.mark.parametrize("layers", [(2, 5), (0, 4)])
+def test_pruning_beyond_the_model(tiny, layers):
+    with pytest.raises(ModelError, match="4 layers"):
+        prune(load_causal_lm(tiny["teacher"], "float32"), Prune(drop_layers=layers))
