@@ -6,13 +6,13 @@ import logging
 import os
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from actors import placement
 from actors.groups import LearnerGroup, RolloutGroup, TeacherGroup, wait
 from seqkd.config import Config
-from seqkd.errors import ResourceError
+from seqkd.errors import ActorError, ResourceError
 from seqkd.models import expand
 from seqkd.protocols import Workers
 
@@ -125,7 +125,8 @@ def _started(
     try:
         yield Workers(student, TeacherGroup(teachers), learner, sampler)
     finally:
-        learner.close()
+        with suppress(ActorError):  # a dead rank has nothing to close, and is not the first cause
+            learner.close()
 
 
 def _largest(bundles: tuple[dict[str, float], ...]) -> str:

@@ -47,7 +47,7 @@ class ActorPlan:
     def environment(self) -> dict[str, str]:
         """Set before the process imports torch."""
         threads = str(self.threads)
-        env = {
+        return {
             "OMP_NUM_THREADS": threads,
             "MKL_NUM_THREADS": threads,
             "TOKENIZERS_PARALLELISM": "false",
@@ -55,10 +55,8 @@ class ActorPlan:
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "VLLM_NO_USAGE_STATS": "1",
+            "DS_ACCELERATOR": "cuda" if self.gpus else "cpu",
         }
-        if self.gpus == 0:
-            env["DS_ACCELERATOR"] = "cpu"
-        return env
 
 
 @dataclass(frozen=True)

@@ -51,19 +51,19 @@ class RolloutActor:
             [{"prompt_token_ids": list(p.token_ids)} for p in prompts], params, use_tqdm=False
         )
         return [
-            self._rollout(prompt, index, completion)
-            for prompt, output in zip(prompts, outputs, strict=True)
+            self._rollout(prompt, seed, index, completion)
+            for prompt, seed, output in zip(prompts, seeds, outputs, strict=True)
             for index, completion in enumerate(output.outputs)
         ]
 
-    def _rollout(self, prompt: Prompt, index: int, completion: Any) -> Rollout:
+    def _rollout(self, prompt: Prompt, seed: int, index: int, completion: Any) -> Rollout:
         tokens = tuple(completion.token_ids)
         logprobs = tuple(
             at[token].logprob for at, token in zip(completion.logprobs, tokens, strict=True)
         )
         return Rollout(
             prompt_id=prompt.prompt_id,
-            sample_id=f"{prompt.prompt_id}/{self.policy_version}/{index}",
+            sample_id=f"{prompt.prompt_id}/{seed:08x}/{index}",
             prompt_ids=prompt.token_ids,
             completion_ids=tokens,
             rollout_logprobs=logprobs,

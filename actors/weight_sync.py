@@ -100,7 +100,10 @@ class VerifiedReload:
         """A CPU engine computes logits from a packed copy of the head, which vLLM's reload leaves
         as it was where the head is tied to the embedding: logits of the old weights, silently."""
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+        from vllm.platforms import current_platform
 
+        if not current_platform.is_cpu():
+            return
         for module in self.model_runner.get_model().modules():  # type: ignore[attr-defined]
             if isinstance(module, ParallelLMHead):
                 module.quant_method.process_weights_after_loading(module)

@@ -34,7 +34,8 @@ def main(argv: list[str] | None = None) -> int:
         train(config, args.verbose)
         return 0
     except SeqkdError as error:
-        print(f"error: {error}", file=sys.stderr)
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
         return 2
 
 
@@ -70,7 +71,7 @@ def dry_run(config: Config) -> int:
         try:
             step()
         except SeqkdError as error:
-            problems.append(str(error))
+            problems += str(error).splitlines()
     print("findings:" if problems or warnings else "findings: none")
     for level, texts in (("error", problems), ("warning", warnings)):
         for text in texts:
@@ -94,6 +95,7 @@ def quiet() -> None:
     from transformers.utils import logging as transformers_logging
 
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # of this process; each actor gets its own
     warnings.filterwarnings("ignore")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]

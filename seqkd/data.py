@@ -24,7 +24,7 @@ class PromptStream:
         """Prompts handed out so far."""
 
     def take(self, count: int) -> list[Prompt]:
-        """The next ``count`` prompts; distinct ones as long as the data set has that many."""
+        """The next ``count`` prompts, across the end of an epoch where need be."""
         size = len(self.prompts)
         indices = [
             self._order(p // size)[p % size] for p in range(self.position, self.position + count)

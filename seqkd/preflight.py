@@ -1,19 +1,22 @@
-"""Every check that needs no training step: models, tokenizers, data, lengths, run directory.
+"""Every check that needs no training step: models, tokenizers, lengths, data.
 
-:func:`check` raises on the first thing that makes the run impossible and returns what the run
-needs, with warnings beside it.
+:func:`check` finds everything that makes the run impossible before it says so, and returns what
+the run needs, with warnings beside it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from seqkd.config import Config
 from seqkd.data import read_prompts
-from seqkd.errors import DataError, ModelError
+from seqkd.errors import ConfigError, DataError, ModelError, SeqkdError
 from seqkd.models import end_of_sequence_ids, load_config, load_tokenizer
 from seqkd.types import Prompt
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -28,41 +31,74 @@ class Checked:
     warnings: tuple[str, ...]
 
 
+@dataclass
+class Findings:
+    """Errors and warnings, in the order in which they were found."""
+
+    errors: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def attempt(self, check: Callable[..., T], *args: Any) -> T | None:
+        """The check's result; None, with its error kept, where it fails or where an argument is
+        already missing because of an earlier failure."""
+        if any(arg is None for arg in args):
+            return None
+        try:
+            return check(*args)
+        except SeqkdError as error:
+            self.errors.append(str(error))
+            return None
+
+
 def check(config: Config) -> Checked:
-    """Raises ModelError or DataError, naming the field, the value and the mend."""
-    warnings: list[str] = []
-    student = load_config(config.student.model, "student.model")
-    teacher = load_config(config.teacher.model, "teacher.model")
-    tokenizer = load_tokenizer(config.student.model, "student.model")
-    _same_tokenizer(tokenizer, load_tokenizer(config.teacher.model, "teacher.model"), config)
-    if student.vocab_size != teacher.vocab_size:
-        warnings.append(
+    """Raises ConfigError with a line for every error found."""
+    found = Findings()
+    students, teachers = config.student.model, config.teacher.model
+    student = found.attempt(load_config, students, "student.model")
+    teacher = found.attempt(load_config, teachers, "teacher.model")
+    max_model_len = config.data.max_prompt_tokens + config.rollout.max_tokens
+    found.attempt(fits_context, student, "student.model", config)
+    found.attempt(fits_context, teacher, "teacher.model", config)
+    if student and teacher and student.vocab_size != teacher.vocab_size:
+        found.warnings.append(
             f"student.model has {student.vocab_size} output rows, teacher.model "
             f"{teacher.vocab_size}: divergences use the first "
             f"{min(student.vocab_size, teacher.vocab_size)}, the rest is padding."
         )
-    stop_ids = end_of_sequence_ids(config.student.model, tokenizer)
-    max_model_len = config.data.max_prompt_tokens + config.rollout.max_tokens
-    for field, model in (("student.model", student), ("teacher.model", teacher)):
-        context = getattr(model, "max_position_embeddings", None)
-        if context and max_model_len > context:
-            raise ModelError(
-                f"{field}: data.max_prompt_tokens {config.data.max_prompt_tokens} + "
-                f"rollout.max_tokens {config.rollout.max_tokens} = {max_model_len} is beyond its "
-                f"context of {context}. Lower one of the two."
-            )
-    train, heldout = _prompts(config, tokenizer, stop_ids[0], warnings)
-    return Checked(tokenizer, stop_ids, train, heldout, max_model_len, tuple(warnings))
+    tokenizer = found.attempt(load_tokenizer, students, "student.model") if student else None
+    other = found.attempt(load_tokenizer, teachers, "teacher.model") if teacher else None
+    found.attempt(same_tokenizer, tokenizer, other, config)
+    stop_ids = found.attempt(end_of_sequence_ids, students, tokenizer)
+    prompts = found.attempt(_prompts, config, tokenizer, stop_ids, found)
+    if found.errors:
+        raise ConfigError("\n".join(found.errors))
+    assert tokenizer is not None and stop_ids is not None and prompts is not None
+    return Checked(tokenizer, stop_ids, *prompts, max_model_len, tuple(found.warnings))
+
+
+def fits_context(model: Any, name: str, config: Config) -> None:
+    """ModelError where the longest prompt and completion exceed a model's context."""
+    prompt, completion = config.data.max_prompt_tokens, config.rollout.max_tokens
+    context = getattr(model, "max_position_embeddings", None)
+    if context and prompt + completion > context:
+        raise ModelError(
+            f"{name}: data.max_prompt_tokens {prompt} + rollout.max_tokens {completion} = "
+            f"{prompt + completion} is beyond its context of {context}. Lower one of the two."
+        )
 
 
 def _prompts(
-    config: Config, tokenizer: Any, eos_id: int, warnings: list[str]
+    config: Config, tokenizer: Any, stop_ids: tuple[int, ...], found: Findings
 ) -> tuple[list[Prompt], list[Prompt]]:
     data = config.data
     references = any(phase.sampler == "dataset" for _, phase in config.phases)
+    eos_id = stop_ids[0]
     train, too_long = read_prompts(data, data.path, "data.path", tokenizer, eos_id, references)
     if too_long:
-        warnings.append(f"data.path: {too_long} prompts left out, longer than max_prompt_tokens.")
+        found.warnings.append(
+            f"data.path: {too_long} prompts left out, longer than data.max_prompt_tokens = "
+            f"{data.max_prompt_tokens}."
+        )
     if not config.evaluation.prompts or data.heldout_path is None:
         return train, []
     heldout, _ = read_prompts(
@@ -76,15 +112,16 @@ def _prompts(
             f"in data.path {data.path}. Remove them from one of the two."
         )
     if len(heldout) < config.evaluation.prompts:
-        warnings.append(
+        found.warnings.append(
             f"data.heldout_path has {len(heldout)} prompts, fewer than evaluation.prompts = "
             f"{config.evaluation.prompts}; all of them are used."
         )
     return train, heldout[: config.evaluation.prompts]
 
 
-def _same_tokenizer(student: Any, teacher: Any, config: Config) -> None:
-    """Token ids must mean the same to both models: same pieces, merges and special tokens."""
+def same_tokenizer(student: Any, teacher: Any, config: Config) -> None:
+    """ModelError unless token ids mean the same to both models: the same pieces, special tokens
+    and splits."""
     ours, theirs = student.get_vocab(), teacher.get_vocab()
     problem = None
     if ours != theirs:

@@ -34,7 +34,7 @@ class Rollout:
 
     prompt_id: str
     sample_id: str
-    """Unique within a run: ``<prompt_id>/<policy_version>/<index>``."""
+    """Unique within a run: ``<prompt_id>/<seed>/<index>``."""
     prompt_ids: tuple[int, ...]
     completion_ids: tuple[int, ...]
     """At least one token; ends with the end-of-sequence token unless ``finish_reason`` is

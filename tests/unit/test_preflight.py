@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from seqkd.config import load
-from seqkd.errors import DataError, ModelError
+from seqkd.errors import ConfigError
 from seqkd.preflight import check
 
 
@@ -55,18 +55,28 @@ def test_a_good_config_passes(config):
 
 @pytest.mark.parametrize("field", ["student.model", "teacher.model"])
 def test_a_path_that_does_not_exist(config, field):
-    with pytest.raises(ModelError, match=f"{field}: '/nowhere/at/all' does not exist"):
+    with pytest.raises(ConfigError, match=f"{field}: '/nowhere/at/all' does not exist"):
         check(config(f"{field}=/nowhere/at/all"))
 
 
+def test_everything_wrong_is_said_at_once(config, tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        check(config("teacher.model=/nowhere", "rollout.max_tokens=1000", "data.path=/no.jsonl"))
+    assert [line.split(":")[0] for line in str(caught.value).splitlines()] == [
+        "teacher.model",
+        "student.model",
+        "data.path",
+    ]
+
+
 def test_a_hub_name_that_cannot_be_reached(config):
-    with pytest.raises(ModelError, match=r"student.model: 'nobody/nothing' cannot be loaded"):
+    with pytest.raises(ConfigError, match=r"student.model: 'nobody/nothing' cannot be loaded"):
         check(config("student.model=nobody/nothing"))
 
 
 def test_no_causal_language_model(config, tiny, tmp_path):
     vision = changed(tiny["student"], tmp_path, "config.json", lambda c: c.update(model_type="vit"))
-    with pytest.raises(ModelError, match=r"'vit', which is no causal language"):
+    with pytest.raises(ConfigError, match=r"'vit', which is no causal language"):
         check(config(f"student.model={vision}"))
 
 
@@ -86,23 +96,23 @@ def test_another_end_of_sequence(config, tiny, tmp_path):
     other = changed(
         tiny["teacher"], tmp_path, "tokenizer_config.json", lambda c: c.update(eos_token="<|pad|>")
     )
-    with pytest.raises(ModelError, match=r"end-of-sequence is '<\|end\|>' for the student"):
+    with pytest.raises(ConfigError, match=r"end-of-sequence is '<\|end\|>' for the student"):
         check(config(f"teacher.model={other}"))
 
 
 def test_beyond_the_context(config):
-    with pytest.raises(ModelError, match="= 1064 is beyond its context of 512"):
+    with pytest.raises(ConfigError, match="= 1064 is beyond its context of 512"):
         check(config("rollout.max_tokens=1000"))
 
 
 def test_all_prompts_too_long(config):
-    with pytest.raises(DataError, match="all 3 prompts are longer"):
+    with pytest.raises(ConfigError, match="all 3 prompts are longer"):
         check(config("data.max_prompt_tokens=3"))
 
 
 def test_held_out_prompts_that_are_trained_on(config):
     same = config().data.path
-    with pytest.raises(DataError, match=r"3 of 3 prompts are also in data\.path"):
+    with pytest.raises(ConfigError, match=r"3 of 3 prompts are also in data\.path"):
         check(config(f"data.heldout_path={same}"))
 
 
