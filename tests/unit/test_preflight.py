@@ -87,7 +87,7 @@ def test_different_tokenizers(config, tiny, tmp_path):
 
     other = changed(tiny["teacher"], tmp_path, "tokenizer.json", swap)
     with pytest.raises(
-        ModelError, match=r"2 tokens differ, such as 'a' \(student \d+, teacher \d+\)"
+        ConfigError, match=r"2 tokens differ, such as 'a' \(student \d+, teacher \d+\)"
     ):
         check(config(f"teacher.model={other}"))
 
