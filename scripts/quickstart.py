@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RAY = str(Path(sys.executable).parent / "ray")
-# Authentication stays on: `ray start` makes a token for this user, and the client must use it.
+# Authentication by token is on for the head and for its clients.
 ENVIRONMENT = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
@@ -52,6 +52,8 @@ def head_answers() -> bool:
 def start_head() -> None:
     """A head of this machine's cores that listens on loopback only."""
     print("starting a local Ray head", flush=True)
+    token = [RAY, "get-auth-token", "--generate"]  # keeps the one that is there
+    subprocess.run(token, env=ENVIRONMENT, check=True, capture_output=True)
     command = [
         RAY,
         "start",

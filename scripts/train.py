@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
         help="print the resolved configuration, the plan and every finding; start nothing",
     )
     parser.add_argument("--verbose", action="store_true", help="show the libraries' own logs")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     try:
         config = configuration.load(args.config, args.overrides)
         if args.dry_run:

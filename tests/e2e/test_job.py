@@ -45,6 +45,8 @@ def head(environment):
         "--disable-usage-stats",
         f"--ray-client-server-port={PORT + 1}",
     ]
+    token = [RAY, "get-auth-token", "--generate"]
+    subprocess.run(token, env=environment, check=True, capture_output=True)
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
         if "Ray runtime started" in line:
@@ -191,7 +193,7 @@ def test_more_cores_than_the_cluster_has(head, environment, config, tmp_path):
     assert not (tmp_path / "tiny").exists()
 
 
-def test_no_cluster_at_the_address(environment, config, tmp_path):
+def test_no_cluster_at_the_address(head, environment, config, tmp_path):
     done = direct(environment, config, "cluster=127.0.0.1:1", f"runs_dir={tmp_path}")
     refused(done, "no Ray cluster answers at '127.0.0.1:1'", "ray start --head")
 
