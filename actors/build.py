@@ -46,7 +46,8 @@ def _no_cluster(address: str, error: Exception) -> ResourceError:
         )
     return ResourceError(
         f"cluster: no Ray cluster answers at {address!r}. Start one with `ray start --head`, "
-        f"name another address, or leave cluster out to run on this machine. ({text})"
+        "name another address, or leave cluster out to run on this machine. If it is there and "
+        f"wants an authentication token, set RAY_AUTH_MODE=token. ({text})"
     )
 
 
