@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -26,6 +27,7 @@ def connect(config: Config, verbose: bool) -> Iterator[None]:
     address = config.cluster or os.environ.get("RAY_ADDRESS") or "local"
     options: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
     try:
+        _reach(address)
         level = logging.INFO if verbose else logging.ERROR
         ray.init(address, log_to_driver=verbose, logging_level=level, **options)
     except Exception as error:  # Ray raises bare RuntimeError and ConnectionError here
@@ -34,6 +36,13 @@ def connect(config: Config, verbose: bool) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """OSError unless something listens at host:port; Ray itself would go on trying for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def _no_cluster(address: str, error: Exception) -> ResourceError:
