@@ -110,6 +110,8 @@ def build_engine(model: str, engine: Engine, max_model_len: int, **options: Any)
         "max_num_seqs": engine.max_num_seqs,
         "enforce_eager": engine.enforce_eager,
         "tensor_parallel_size": engine.tensor_parallel_size,
+        # Within a placement group vLLM would choose Ray and ask for a bundle of its own per GPU.
+        "distributed_executor_backend": "mp" if engine.tensor_parallel_size > 1 else None,
         "skip_tokenizer_init": True,
         # A checkpoint's own sampling defaults (top-p, penalties) would change the distribution.
         "generation_config": "vllm",

@@ -268,7 +268,7 @@ class Learner(_Schema):
 
 
 class JsonlData(_Schema):
-    """One JSON object a line: a prompt (or chat messages), optionally an answer."""
+    """One JSON object a line: a prompt, optionally an answer."""
 
     kind: Literal["jsonl"] = "jsonl"
     path: str

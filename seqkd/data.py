@@ -72,7 +72,7 @@ def read_prompts(
 def _rows(path: str, field: str) -> Iterator[tuple[int, dict[str, Any]]]:
     file = Path(path).expanduser()
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").split("\n")
     except FileNotFoundError:
         raise DataError(f"{field}: {path}: no such file. Name a JSONL file.") from None
     except (OSError, UnicodeDecodeError) as error:

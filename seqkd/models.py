@@ -16,8 +16,6 @@ from seqkd.errors import ModelError
 from seqkd.token_stats import OutputHead, token_stats
 from seqkd.types import TokenStats, TrainBatch
 
-TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "*.jinja")
-
 
 def dtype_of(precision: str) -> torch.dtype:
     """ "float32" -> torch.float32."""

@@ -92,7 +92,8 @@ def _prompts(
 ) -> tuple[list[Prompt], list[Prompt]]:
     data = config.data
     references = any(phase.sampler == "dataset" for _, phase in config.phases)
-    eos_id = stop_ids[0]
+    # The first stop id of a chat model may be another one than what ends its turns.
+    eos_id = stop_ids[0] if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     train, too_long = read_prompts(data, data.path, "data.path", tokenizer, eos_id, references)
     if too_long:
         found.warnings.append(

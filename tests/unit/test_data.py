@@ -65,6 +65,11 @@ def test_bad_rows_name_the_file_and_line(tmp_path, tokenizer, rows, message):
     assert message in str(caught.value)
 
 
+def test_line_separators_within_a_string_do_not_end_a_row(tmp_path, tokenizer):
+    prompts, _ = read(tmp_path, tokenizer, ['{"prompt": "a\u2028b"}'])
+    assert [p.text for p in prompts] == ["a\u2028b"]
+
+
 def test_a_missing_answer(tmp_path, tokenizer):
     with pytest.raises(DataError, match="no column 'reference'"):
         read(tmp_path, tokenizer, [{"prompt": "a"}], references=True)
