@@ -72,14 +72,6 @@ class RolloutGroup:
         )
         self.policy_version = version.policy_version
 
-    def close(self) -> None:
-        """See :class:`seqkd.protocols.Sampler`."""
-        import ray
-
-        for actor in self.actors:
-            ray.kill(actor)
-        self.actors = []
-
 
 class TeacherGroup:
     """Copies of one teacher; rollouts are dealt out by length."""

@@ -2,8 +2,8 @@
 
 The learner writes one safetensors file to shared memory; every engine on that node reads it, an
 engine elsewhere gets the file's bytes through Ray's object store and writes its own. Each tensor's
-digest is compared as vLLM takes it in, so an engine either has exactly the published weights or
-the sync fails.
+digest is compared as vLLM takes it in. That proves what arrived, not what the engine computes with:
+the log-prob gap of each step (metrics.jsonl) shows that.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from seqkd.errors import SeqkdError
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 done, 2 the user's to mend, 1 a defect."""
+    """Exit code: 0 done, 2 a message says what to mend or which actor failed, 1 a traceback."""
     parser = argparse.ArgumentParser(
         description="Distil a teacher into a student, as a configuration says.",
         epilog="Example: python scripts/train.py configs/tiny.yaml sampler=teacher steps=5",

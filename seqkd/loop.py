@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from seqkd.config import Config, Phase
 from seqkd.data import PromptStream
 from seqkd.evaluation.divergence import HeldOut, Measurement
-from seqkd.metrics import Clock, Recorder
+from seqkd.metrics import Clock, Recorder, describe
 from seqkd.protocols import Learner, Scores, Workers
 from seqkd.rate import RunningRate
 from seqkd.schedule import learning_rate
@@ -49,7 +49,8 @@ def run(
                 lr = learning_rate(config.learner, config.lr(phase), index, phase.steps)
                 result = workers.learner.step(rollouts, scores, counts, phase.objective, lr)
                 rate.update(result.sums)
-            recorder.step(step, name, phase, version, lr, counts, rollouts, result, clock)
+            row = describe(name, phase, version, lr, counts, rollouts, result)
+            recorder.step(step, row, clock)
             step += 1
         if evaluation:
             recorder.note(f"measuring the student after {name} on held-out prompts")

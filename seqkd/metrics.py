@@ -57,27 +57,14 @@ class Recorder:
         kind = phase.objective.kind
         self.note(f"{name}: {phase.steps} steps, {phase.sampler} samples, objective {kind}")
 
-    def step(
-        self,
-        step: int,
-        name: str,
-        phase: Phase,
-        version: int,
-        lr: float,
-        counts: Counts,
-        rollouts: Sequence[Rollout],
-        result: StepResult,
-        clock: Clock,
-    ) -> None:
-        """Record one optimizer step."""
+    def step(self, step: int, row: dict[str, Any], clock: Clock) -> None:
+        """Record one optimizer step, ``row`` from :func:`describe`."""
         total = clock.total()
         self.stage_seconds["other"] += total - sum(clock.seconds.values())
         for stage, seconds in clock.seconds.items():
             self.stage_seconds[stage] += seconds
-        row = describe(name, phase, version, lr, counts, rollouts, result) | {
-            f"time_{stage}_s": seconds for stage, seconds in clock.seconds.items()
-        }
-        row |= {"time_step_s": total, "tokens_per_s": result.sums["tokens"] / total}
+        row = row | {f"time_{stage}_s": seconds for stage, seconds in clock.seconds.items()}
+        row |= {"time_step_s": total, "tokens_per_s": row["tokens"] / total}
         self.file.write(json.dumps({"step": step, **row}) + "\n")
         self.file.flush()
         for key, value in row.items():
@@ -85,18 +72,18 @@ class Recorder:
                 self.board.add_scalar(key, value, step)
         self.done += 1
         self.recent = [*self.recent[-9:], total]
-        self._line(self._progress(name, row), keep=self.done == self.steps)
+        self._line(self._progress(row), keep=self.done == self.steps)
 
     def close(self) -> None:
         """Flush and close every file."""
         self.file.close()
         self.board.close()
 
-    def _progress(self, name: str, row: dict[str, Any]) -> str:
+    def _progress(self, row: dict[str, Any]) -> str:
         filled = round(16 * self.done / self.steps)
         left = (self.steps - self.done) * sum(self.recent) / len(self.recent)
         parts = [
-            f"{name:<6} {self.done:>3}/{self.steps} [{'#' * filled}{'.' * (16 - filled)}]",
+            f"{row['phase']:<6} {self.done:>3}/{self.steps} [{'#' * filled}{'.' * (16 - filled)}]",
             f"loss {row['loss']:<8.4g}",
             *(
                 f"{label} {row[key]:<6.4g}"

@@ -24,9 +24,6 @@ class Sampler(Protocol):
     def load(self, version: WeightVersion) -> None:
         """Take in published weights, verified."""
 
-    def close(self) -> None:
-        """Free the engines."""
-
 
 class Teacher(Protocol):
     """A frozen model that scores."""

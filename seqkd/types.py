@@ -97,9 +97,9 @@ class Counts:
     """Completion tokens in the whole step."""
     rate: float = 0.0
     """Estimate of J = E[sum_t KL_t] / E[L] in nats per token, from data independent of the
-    batch."""
+    batch (but for the first step of a phase, see :mod:`seqkd.rate`)."""
     length: float = 1.0
-    """Estimate of E[L] in tokens, from data independent of the batch."""
+    """Estimate of E[L] in tokens, likewise."""
 
 
 @dataclass(frozen=True, slots=True)

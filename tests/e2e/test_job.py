@@ -92,6 +92,7 @@ def metrics(directory):
 
 def test_student_sampled(head, environment, config, home):
     """Warm-up on teacher samples, then the student's own; everything that a run leaves behind."""
+    before = set(Path("/dev/shm").glob("seqkd-*"))
     done = submit(
         head,
         environment,
@@ -116,7 +117,7 @@ def test_student_sampled(head, environment, config, home):
     assert "student after" in done.stdout
     for name in ("config.yaml", "evaluation.json", "tensorboard", "student/model.safetensors"):
         assert (run / name).exists(), name
-    assert not list(Path("/dev/shm").glob("seqkd-*")), "shared memory is left behind"
+    assert set(Path("/dev/shm").glob("seqkd-*")) <= before, "shared memory is left behind"
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -137,18 +138,6 @@ def test_teacher_sampled_and_a_used_directory(head, environment, config, tmp_pat
 
 
 def test_student_equal_to_teacher_has_nothing_to_learn(head, environment, config, tiny, tmp_path):
-    done = submit(
-        head,
-        environment,
-        config,
-        f"student.model={tiny['teacher']}",
-        "steps=1",
-        "teacher.kind=hf",
-        "teacher.kv_cache_gib=null",
-        f"runs_dir={tmp_path}",
-    )
-    assert done.returncode != 0  # hf has no kv_cache_gib: said, not ignored
-    assert "teacher.kv_cache_gib: unknown key" in done.stdout + done.stderr
     done = submit(
         head,
         environment,
@@ -212,12 +201,13 @@ def test_dry_run_lists_every_finding_and_starts_nothing(environment, config, tmp
     assert done.returncode == 2
     assert "estimator: rao_blackwell" in done.stdout
     assert "rollout 0: 4096 threads" in done.stdout
+    lines = done.stdout.splitlines()
     for finding in (
         "already holds another run",
         "'/nowhere' does not exist",
         "needs 4096 CPU cores",
     ):
-        assert f"error: {finding}" in done.stdout or finding in done.stdout
+        assert any(line.startswith("  error: ") and finding in line for line in lines), finding
     done = direct(environment, config, "--dry-run", f"runs_dir={tmp_path}/other")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "findings: none" in done.stdout

@@ -80,6 +80,7 @@ def test_scientific_notation_is_a_number(path):
         (["learner.lr=.inf"], "learner.lr", "finite number"),
         (["learner.zero_stage=4"], "learner.zero_stage: 4", "0, 1, 2 or 3"),
         (["name=a/b"], "name: 'a/b'", "pattern"),
+        (["teacher.kind=hf", "teacher.kv_cache_gib=null"], "teacher.kv_cache_gib", "unknown key"),
         (["teacher.kind=gpt"], "teacher.kind: 'gpt'", "'vllm', 'hf'"),
         (["objective.kind=ppo"], "objective.kind: 'ppo'", "'sequence_reverse_kl'"),
         (["student.init={kind: prune}"], "student.init.drop_layers", "Set it"),
