@@ -14,6 +14,7 @@ from actors.rollout import RolloutActor
 from seqkd.config import Engine
 from seqkd.errors import SyncError
 from seqkd.models import load_causal_lm
+from seqkd.types import Prompt
 
 PLAN = ActorPlan("rollout", 0, threads=1, gpus=0, share=1, bundle=0)
 
@@ -22,7 +23,7 @@ PLAN = ActorPlan("rollout", 0, threads=1, gpus=0, share=1, bundle=0)
 def engine(local_ray, tiny):
     environment = {"env_vars": PLAN.environment()}
     actor = local_ray.remote(RolloutActor).options(runtime_env=environment).remote((0,), "student")
-    wait(actor.start.remote(tiny["student"], Engine(kv_cache_gib=0.1), 128), "rollout start")
+    wait(actor.start.remote(tiny["student"], Engine(kv_cache_gib=0.1), 512), "rollout start")
     yield actor
     local_ray.kill(actor)
     shutil.rmtree(weight_sync.sync_directory("test"))
@@ -92,7 +93,9 @@ def test_logprobs_are_of_the_distribution_that_drew(engine, model, prompts):
 
 
 def test_after_a_sync_the_engine_has_the_new_weights(engine, model, prompts, tiny):
-    """Every parameter changed, the tied output head included, and nothing cached of the old."""
+    """Every parameter changed, the tied output head included, and nothing cached of the old: the
+    last prompt fills several blocks of the cache."""
+    prompts = [*prompts, Prompt("long", tuple(5 + i % 250 for i in range(400)), "")]
     sample(engine, prompts)
     with torch.no_grad():
         for p in model.parameters():
