@@ -50,8 +50,8 @@ def head_answers() -> bool:
 
 
 def start_head() -> None:
-    """A head of this machine's cores. Its job server is on loopback; Ray's own ports listen on every
-    interface, behind the token."""
+    """A head of this machine's cores. Its job server is on loopback; Ray's own ports listen on
+    every interface, behind the token."""
     print("starting a local Ray head", flush=True)
     token = [RAY, "get-auth-token", "--generate"]  # keeps the one that is there
     subprocess.run(token, env=ENVIRONMENT, check=True, capture_output=True)
