@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
@@ -14,31 +18,34 @@ RAY = str(Path(sys.executable).parent / "ray")
 ENVIRONMENT = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
+@dataclass(frozen=True)
+class Head:
+    """Where a Ray head answers."""
+
+    cluster: str
+    """host:port, for `ray.init`."""
+    jobs: str
+    """URL of the job server, for `ray job submit`."""
+
+
 def main() -> int:
     """Exit code of the job. Arguments are passed on as overrides."""
-    started = not head_answers()
-    if started:
-        start_head()
-    try:
-        runs = ROOT / "runs"
-        command = [
-            RAY,
-            "job",
-            "submit",
-            "--working-dir",
-            str(ROOT),
-            "--",
-            sys.executable,
-            "scripts/train.py",
-            "configs/quickstart.yaml",
-            f"runs_dir={runs}",
-            f"name={free_name(runs)}",
-            *sys.argv[1:],
-        ]
-        return subprocess.run(command, env=ENVIRONMENT, cwd=ROOT, check=False).returncode
-    finally:
-        if started:
-            subprocess.run([RAY, "stop"], env=ENVIRONMENT, check=False, capture_output=True)
+    if head_answers():
+        return submit([])
+    print("starting a local Ray head", flush=True)
+    with local_head(ENVIRONMENT) as head:
+        return submit(["--address", head.jobs])
+
+
+def submit(options: list[str]) -> int:
+    """Run the quickstart as a job and show its output."""
+    runs = ROOT / "runs"
+    command = [
+        *(RAY, "job", "submit", *options, "--working-dir", str(ROOT), "--"),
+        *(sys.executable, "scripts/train.py", "configs/quickstart.yaml"),
+        *(f"runs_dir={runs}", f"name={free_name(runs)}", *sys.argv[1:]),
+    ]
+    return subprocess.run(command, env=ENVIRONMENT, cwd=ROOT, check=False).returncode
 
 
 def head_answers() -> bool:
@@ -49,23 +56,49 @@ def head_answers() -> bool:
     )
 
 
-def start_head() -> None:
-    """A head of this machine's cores. Its job server is on loopback; Ray's own ports listen on
-    every interface, behind the token."""
-    print("starting a local Ray head", flush=True)
+@contextmanager
+def local_head(environment: Mapping[str, str], *options: str) -> Iterator[Head]:
+    """A head of this machine's cores while the block runs, on free ports, so that no other Ray of
+    the machine is in its way or stopped with it. Its job server is on loopback; Ray's own ports
+    listen on every interface, behind the token."""
     token = [RAY, "get-auth-token", "--generate"]  # keeps the one that is there
-    subprocess.run(token, env=ENVIRONMENT, check=True, capture_output=True)
+    subprocess.run(token, env=environment, check=True, capture_output=True)
+    cluster, jobs, client = free_ports(3)
     command = [
-        RAY,
-        "start",
-        "--head",
-        "--node-ip-address=127.0.0.1",
-        "--dashboard-host=127.0.0.1",
-        "--disable-usage-stats",
+        *(RAY, "start", "--head", "--block", "--disable-usage-stats"),
+        *("--node-ip-address=127.0.0.1", f"--port={cluster}", f"--ray-client-server-port={client}"),
+        *("--dashboard-host=127.0.0.1", f"--dashboard-port={jobs}"),
+        # Ray's own choice for the agent that takes jobs is fixed: a second Ray would have none.
+        "--dashboard-agent-listen-port=0",
+        *options,
     ]
-    done = subprocess.run(command, env=ENVIRONMENT, check=False, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"error: ray start failed:\n{done.stdout}{done.stderr}")
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        printed = ""
+        for line in process.stdout or ():
+            printed += line
+            if "Ray runtime started" in line:
+                break
+        else:
+            sys.exit(f"error: ray start failed:\n{printed}")
+        yield Head(f"127.0.0.1:{cluster}", f"http://127.0.0.1:{jobs}")
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def free_ports(number: int) -> list[int]:
+    """Ports of this machine on which nothing listens."""
+    sockets = [socket.socket() for _ in range(number)]
+    try:
+        for probe in sockets:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in sockets]
+    finally:
+        for probe in sockets:
+            probe.close()
 
 
 def free_name(runs: Path) -> str:

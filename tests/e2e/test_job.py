@@ -14,7 +14,8 @@ import yaml
 from tests.conftest import ROOT
 
 RAY = str(Path(sys.executable).parent / "ray")
-PORT, DASHBOARD = 26379, 28265
+TIMEOUT = 300
+"""Seconds for one command; only a hang takes so long."""
 
 
 @pytest.fixture(scope="module")
@@ -32,29 +33,10 @@ def environment(home):
 @pytest.fixture(scope="module")
 def head(environment):
     """`ray start --head`, authentication on, on ports of its own; only it is stopped."""
-    command = [
-        RAY,
-        "start",
-        "--head",
-        "--block",
-        f"--port={PORT}",
-        f"--dashboard-port={DASHBOARD}",
-        "--node-ip-address=127.0.0.1",
-        "--dashboard-host=127.0.0.1",
-        "--num-cpus=2",
-        "--disable-usage-stats",
-        f"--ray-client-server-port={PORT + 1}",
-    ]
-    token = [RAY, "get-auth-token", "--generate"]
-    subprocess.run(token, env=environment, check=True, capture_output=True)
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if "Ray runtime started" in line:
-            break
-    assert process.poll() is None
-    yield f"http://127.0.0.1:{DASHBOARD}"
-    process.terminate()
-    process.wait(60)
+    from quickstart import local_head
+
+    with local_head(environment, "--num-cpus=2") as started:
+        yield started
 
 
 @pytest.fixture(scope="module")
@@ -71,19 +53,16 @@ def config(tiny, tmp_path_factory):
 
 def submit(head, environment, *arguments):
     command = [
-        RAY,
-        "job",
-        "submit",
-        "--address",
-        head,
-        "--working-dir",
-        str(ROOT),
-        "--",
-        sys.executable,
-        "scripts/train.py",
-        *map(str, arguments),
+        *(RAY, "job", "submit", "--address", head.jobs, "--working-dir", str(ROOT), "--"),
+        *(sys.executable, "scripts/train.py", *map(str, arguments)),
     ]
-    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    return run(command, environment)
+
+
+def run(command, environment):
+    return subprocess.run(
+        command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT
+    )
 
 
 def metrics(directory):
@@ -156,8 +135,7 @@ def test_student_equal_to_teacher_has_nothing_to_learn(head, environment, config
 
 
 def direct(environment, *arguments):
-    command = [sys.executable, "scripts/train.py", *map(str, arguments)]
-    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    return run([sys.executable, "scripts/train.py", *map(str, arguments)], environment)
 
 
 def refused(done, *texts):
@@ -170,13 +148,13 @@ def refused(done, *texts):
 def test_a_missing_token(head, environment, config, tmp_path):
     anonymous = environment | {"HOME": str(tmp_path)}
     del anonymous["RAY_AUTH_MODE"]
-    done = direct(anonymous, config, f"cluster=127.0.0.1:{PORT}", f"runs_dir={tmp_path}")
+    done = direct(anonymous, config, f"cluster={head.cluster}", f"runs_dir={tmp_path}")
     refused(done, "cluster:", "authentication token", "RAY_AUTH_MODE=token")
 
 
 def test_more_cores_than_the_cluster_has(head, environment, config, tmp_path):
     done = direct(
-        environment, config, f"cluster=127.0.0.1:{PORT}", "rollout.cpus=64", f"runs_dir={tmp_path}"
+        environment, config, f"cluster={head.cluster}", "rollout.cpus=64", f"runs_dir={tmp_path}"
     )
     refused(done, "needs 64 CPU cores, but the cluster has 2", "rollout.cpus")
     assert not (tmp_path / "tiny").exists()
