@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from actors import placement
+from actors import placement, weight_sync
 from actors.groups import LearnerGroup, RolloutGroup, TeacherGroup, wait
 from seqkd.config import Config
 from seqkd.errors import ActorError, ResourceError
@@ -113,7 +113,7 @@ def _started(
     students = create(RolloutActor, "rollout", stop_ids, "student")
     teachers = create(TeacherActor, "teacher")
     writers = create(RolloutActor, "teacher_sampler", stop_ids, "teacher")
-    master = wait(ranks[0].rendezvous.remote(), "learner start")
+    master, node = wait(ranks[0].rendezvous.remote(), "learner start")
     teacher = expand(config.teacher.model)
     head_of = teacher if config.teacher.scores == "hidden" else None
     starts = {
@@ -130,13 +130,27 @@ def _started(
     for role, refs in starts.items():
         wait(refs, f"{role} start")
     learner = LearnerGroup(ranks, config.learner.micro_batch_prompts, expand(config.student.model))
-    student = RolloutGroup(students, config.rollout, learner, "rollout")
-    sampler = RolloutGroup(writers, config.rollout, None, "teacher_sampler") if writers else None
+    length = config.rollout.max_tokens
+    student = RolloutGroup(students, length, learner, "rollout")
+    sampler = RolloutGroup(writers, length, None, "teacher_sampler")
     try:
         yield Workers(student, TeacherGroup(teachers), learner, sampler)
     finally:
-        with suppress(ActorError):  # a dead rank has nothing to close, and is not the first cause
-            learner.close()
+        for actor in (*ranks, *students, *teachers, *writers):
+            ray.kill(actor)  # one that hangs or waits for a dead one would never close by itself
+        _clean_shared_memory(run_id, node)
+
+
+def _clean_shared_memory(run_id: str, node: str) -> None:
+    """Remove the published weights, by a task of its own where the learner was: its rank may have
+    been killed."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(node, soft=False)
+    task: Any = ray.remote(weight_sync.remove)
+    with suppress(ActorError):  # the node is gone, and its memory with it
+        wait(task.options(num_cpus=0, scheduling_strategy=here).remote(run_id), "cleaning up")
 
 
 def _largest(bundles: tuple[dict[str, float], ...]) -> str:

@@ -8,39 +8,67 @@ from typing import Any
 
 from seqkd import batching
 from seqkd.config import Objective
-from seqkd.config import Rollout as RolloutConfig
 from seqkd.errors import ActorError, SeqkdError
 from seqkd.protocols import Scores
 from seqkd.types import Counts, Prompt, Rollout, StepResult, TeacherScore, WeightVersion
 
+SETTLE_S = 5.0
+"""After one call has failed, how long the others of its group may take to fail as well."""
+
 
 def wait(refs: Any, what: str) -> Any:
-    """ray.get that raises the first cause: a SeqkdError as it is, anything else as ActorError."""
+    """ray.get that raises as soon as one of ``refs`` fails, and the first cause: a death before
+    the errors with which the others notice it. SeqkdErrors come as they are."""
     import ray
-    from ray.exceptions import RayActorError, RayTaskError
+    from ray.exceptions import RayError
 
-    try:
-        return ray.get(refs)
-    except RayTaskError as error:
-        cause = error.cause if isinstance(error.cause, BaseException) else error
+    pending = list(refs) if isinstance(refs, list) else [refs]
+    errors: list[RayError] = []
+    while pending:
+        done, pending = ray.wait(pending, timeout=SETTLE_S if errors else None)
+        if not done:
+            break
+        try:
+            ray.get(done)
+        except RayError as error:
+            errors.append(error)
+    if errors:
+        raise _first_cause(errors, what) from None
+    return ray.get(refs)
+
+
+def _first_cause(errors: list[Any], what: str) -> SeqkdError:
+    from ray.exceptions import RayTaskError
+
+    for error in errors:
+        if not isinstance(error, RayTaskError):  # the actor is gone: killed, out of memory
+            return ActorError(f"{what} died: {error}")
+    causes = [getattr(error, "cause", error) for error in errors]
+    for cause in causes:
         if isinstance(cause, SeqkdError):
-            raise cause from None
-        raise ActorError(f"{what} failed: {type(cause).__name__}: {cause}") from error
-    except RayActorError as error:
-        raise ActorError(f"{what} died: {error}") from error
+            return cause
+    text = next((line for line in str(causes[0]).splitlines() if line.strip()), "")
+    return ActorError(f"{what} failed: {type(causes[0]).__name__}: {text}", details=str(errors[0]))
 
 
 class RolloutGroup:
     """Engines with the same weights; prompts are dealt out evenly."""
 
     def __init__(
-        self, actors: list[Any], config: RolloutConfig, learner: LearnerGroup | None, name: str
+        self, actors: list[Any], max_tokens: int, learner: LearnerGroup | None, name: str
     ) -> None:
-        self.actors, self.config, self.learner, self.name = actors, config, learner, name
+        self.actors, self.max_tokens, self.learner, self.name = actors, max_tokens, learner, name
         self.nodes: list[str] = []
         self.policy_version = 0
 
-    def sample(self, prompts: Sequence[Prompt], samples: int, seed: int) -> list[Rollout]:
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        samples: int,
+        seed: int,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+    ) -> list[Rollout]:
         """See :class:`seqkd.protocols.Sampler`."""
         seeds = [_seed(seed, index) for index in range(len(prompts))]
         parts = [
@@ -48,9 +76,9 @@ class RolloutGroup:
                 list(prompts[i :: len(self.actors)]),
                 seeds[i :: len(self.actors)],
                 samples,
-                self.config.max_tokens,
-                self.config.temperature,
-                self.config.top_p,
+                self.max_tokens,
+                temperature,
+                top_p,
             )
             for i, actor in enumerate(self.actors)
         ]
@@ -160,10 +188,6 @@ class LearnerGroup:
             [rank.export.remote(directory, self.tokenizer_from) for rank in self.ranks],
             "learner export",
         )
-
-    def close(self) -> None:
-        """Remove what the ranks left in shared memory."""
-        wait(self.ranks[0].close.remote(), "learner closing")
 
     def _pack(
         self, part: list[list[Rollout]], scores: Scores, rollouts: Sequence[Rollout]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 from dataclasses import fields, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from seqkd.models import (
     export,
     load_causal_lm,
     load_head,
+    without_dropout,
 )
 from seqkd.objectives import OBJECTIVES
 from seqkd.token_stats import OutputHead
@@ -36,13 +36,14 @@ class LearnerRank:
         self.teacher_head: OutputHead | None = None
         self.policy_version = 0
 
-    def rendezvous(self) -> tuple[str, int]:
-        """Address and free port of this rank, for the others to meet at."""
+    def rendezvous(self) -> tuple[tuple[str, int], str]:
+        """Address and free port of this rank, for the others to meet at; and its Ray node."""
         import ray
 
         with socket.socket() as probe:
             probe.bind(("", 0))
-            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+            master = ray.util.get_node_ip_address(), probe.getsockname()[1]
+        return master, ray.get_runtime_context().get_node_id()
 
     def start(
         self, rank: int, master: tuple[str, int], model: str, teacher: str | None, precision: str
@@ -60,8 +61,9 @@ class LearnerRank:
             "WORLD_SIZE": str(self.config.ranks),
         }
         deepspeed.init_distributed("nccl" if self.config.gpus else "gloo", verbose=False)
-        student = load_causal_lm(model, self.config.precision).to(self.device)
+        student = load_causal_lm(model, self.config.precision, "student.model").to(self.device)
         check_head(student, "student.model")
+        without_dropout(student)
         if self.config.gradient_checkpointing:
             student.gradient_checkpointing_enable()  # type: ignore[operator]
         module = StudentModel(student)
@@ -138,10 +140,6 @@ class LearnerRank:
         state = self._gathered()
         if self.rank == 0:
             export(self.engine.module.model, state, Path(directory), tokenizer_from)
-
-    def close(self) -> None:
-        """Leave nothing in shared memory."""
-        shutil.rmtree(weight_sync.sync_directory(self.run_id), ignore_errors=True)
 
     def _names(self, batch: TrainBatch, wanted: tuple[str, ...]) -> tuple[str, ...]:
         """What the objective reads and everything else that this batch's teacher allows."""

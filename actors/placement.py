@@ -106,10 +106,20 @@ class Plan:
         ]
 
 
-def needs_teacher_sampler(config: Config) -> bool:
-    """Whether the teacher has to generate: in a phase, or for the held-out forward KL."""
-    sampled = any(phase.sampler == "teacher" for _, phase in config.phases)
-    return sampled or config.evaluation.prompts > 0
+def needed(config: Config) -> set[Role]:
+    """Roles that some phase calls; the held-out evaluation calls all."""
+    phases = [phase for _, phase in config.phases]
+    if config.evaluation.prompts:
+        return set(KEYS)
+    samplers = {phase.sampler for phase in phases}
+    roles: set[Role] = {"learner"}
+    if "student" in samplers:
+        roles.add("rollout")
+    if "teacher" in samplers:
+        roles.add("teacher_sampler")
+    if any(phase.objective.teacher_need != "nothing" for phase in phases):
+        roles.add("teacher")
+    return roles
 
 
 def plan(config: Config) -> Plan:
@@ -121,9 +131,9 @@ def plan(config: Config) -> Plan:
         ("learner", learner),
         ("rollout", config.rollout),
         ("teacher", config.teacher),
+        ("teacher_sampler", config.teacher.generation),
     ]
-    if needs_teacher_sampler(config):
-        roles.append(("teacher_sampler", config.teacher.generation))
+    roles = [(role, spec) for role, spec in roles if role in needed(config)]
     if config.placement == "split":
         return _split(roles)
     return _colocated(roles)

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
 import torch
@@ -22,14 +24,18 @@ from torch import Tensor
 from seqkd.errors import SyncError
 from seqkd.types import WeightVersion
 
-SHARED_MEMORY = Path("/dev/shm")
 FILE = "model.safetensors"
+
+
+def shared_memory() -> Path:
+    """A folder in memory, where this machine has one."""
+    memory = Path("/dev/shm")
+    return memory if memory.is_dir() else Path(gettempdir())
 
 
 def sync_directory(run_id: str) -> Path:
     """Where a run's weights are published on this node."""
-    root = SHARED_MEMORY if SHARED_MEMORY.is_dir() else Path("/tmp")
-    return root / f"seqkd-{run_id}"
+    return shared_memory() / f"seqkd-{run_id}"
 
 
 def publish(
@@ -46,6 +52,11 @@ def publish(
     return WeightVersion(policy_version, str(target), node_id, digests)
 
 
+def remove(run_id: str) -> None:
+    """Leave nothing of a run on this node."""
+    shutil.rmtree(sync_directory(run_id), ignore_errors=True)
+
+
 def read_bytes(version: WeightVersion) -> bytes:
     """The published file, for engines on other nodes."""
     return (Path(version.path) / FILE).read_bytes()
@@ -56,15 +67,12 @@ def load(engine: Any, version: WeightVersion, data: bytes | None) -> None:
 
     ``data`` is the file's content where the engine is on another node than the learner.
     """
-    path = Path(version.path) / FILE
-    if data is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-    try:
-        engine.collective_rpc("load_verified", args=(str(path), version.digests))
-    finally:
-        if data is not None:
-            path.unlink()
+    with ExitStack() as stack:
+        directory = Path(version.path)
+        if data is not None:  # a directory of its own: engines of one node may load at once
+            directory = Path(stack.enter_context(TemporaryDirectory(dir=shared_memory())))
+            (directory / FILE).write_bytes(data)
+        engine.collective_rpc("load_verified", args=(str(directory / FILE), version.digests))
     engine.reset_prefix_cache()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from contextlib import closing
 
 from seqkd import config as configuration
 from seqkd import run_directory
@@ -34,6 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         train(config, args.verbose)
         return 0
     except SeqkdError as error:
+        print(getattr(error, "details", ""), end="", file=sys.stderr)
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         return 2
@@ -122,18 +124,17 @@ def train(config: Config, verbose: bool) -> None:
     with build.connect(config, verbose):
         build.check_resources(config)
         run_directory.create(directory, config)
-        print(f"run directory: {directory}", flush=True)
-        recorder = Recorder(directory, config)
+        print(f"run directory: {directory}\nstarting the actors", flush=True)
         student = materialise_student(
             config.student, config.learner.precision, directory / "student_initial"
         )
-        recorder.note("starting the actors")
-        with build.workers(config, student, checked.stop_ids, checked.max_model_len) as workers:
-            started = time.perf_counter()
-            recorder.note(f"actors ready after {started - start:.0f} s")
+        with (
+            closing(Recorder(directory, config)) as recorder,
+            build.workers(config, student, checked.stop_ids, checked.max_model_len) as workers,
+        ):
+            recorder.note(f"actors ready after {time.perf_counter() - start:.0f} s")
             measured = loop.run(config, workers, checked.train, checked.heldout, recorder)
             workers.learner.export(str(directory / "student"))
-        recorder.close()
     if measured:
         evaluation = summary.evaluation_json(
             measured, checked.heldout, checked.tokenizer, config.evaluation.examples

@@ -212,8 +212,19 @@ class _Teacher(Actors):
         "hidden", description="hidden: the whole distribution; logprobs: sampled tokens only."
     )
     generation: Engine = Field(
-        Engine(), description="The vLLM engine with which the teacher writes completions."
+        Engine(),
+        description="The vLLM engine with which the teacher writes completions; what is left out "
+        "is as for scoring.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _generation_inherits(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or not isinstance(data.get("generation") or {}, dict):
+            return data
+        both = cls.model_fields.keys() & Engine.model_fields.keys()
+        inherited = {key: value for key, value in data.items() if key in both}
+        return {**data, "generation": inherited | (data.get("generation") or {})}
 
 
 class VllmTeacher(_Teacher, Engine):
@@ -238,7 +249,7 @@ class Rollout(Engine):
     """Sampling, by the student or by the teacher."""
 
     samples_per_prompt: int = Field(4, ge=1)
-    max_tokens: int = Field(64, ge=1)
+    max_tokens: int = Field(64, ge=1, description="Longest completion, data set answers too.")
     temperature: float = Field(1.0, gt=0)
     top_p: float = Field(1.0, gt=0, le=1)
 
@@ -259,7 +270,10 @@ class Learner(_Schema):
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     lr_warmup_steps: int = Field(0, ge=0)
     min_lr_ratio: float = Field(0.1, ge=0, le=1)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
+        0.9,
+        0.95,
+    )
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
 

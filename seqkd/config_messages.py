@@ -10,7 +10,8 @@ from pydantic import BaseModel
 
 def explain(item: Any, data: dict[str, Any], schema: type[BaseModel]) -> str:
     """One line for one of ``ValidationError.errors()`` of ``data`` against ``schema``."""
-    location = _without_tags(item["loc"], data)
+    # A value error is raised by a whole object, whose last part may itself be a tag.
+    location = _without_tags(item["loc"], data, keep_last=item["type"] != "value_error")
     field = ".".join(str(part) for part in location)
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "extra_forbidden":
@@ -34,12 +35,13 @@ def explain(item: Any, data: dict[str, Any], schema: type[BaseModel]) -> str:
     return f"{field}: {item['input']!r}: {message[0].lower()}{message[1:]}."
 
 
-def _without_tags(location: tuple[Any, ...], data: Any) -> list[Any]:
+def _without_tags(location: tuple[Any, ...], data: Any, keep_last: bool) -> list[Any]:
     """Discriminated unions put the chosen kind into the location; a user never wrote that."""
     kept: list[Any] = []
     node = data
-    for part in location:
-        if isinstance(node, dict) and part not in node and part is not location[-1]:
+    for index, part in enumerate(location):
+        last = index == len(location) - 1
+        if isinstance(node, dict) and part not in node and not (last and keep_last):
             continue
         kept.append(part)
         node = node.get(part) if isinstance(node, dict) else None

@@ -37,12 +37,13 @@ class PromptStream:
 
 
 def read_prompts(
-    data: JsonlData, path: str, field: str, tokenizer: Any, eos_id: int, references: bool
+    data: JsonlData, path: str, field: str, tokenizer: Any, eos_id: int, max_reference: int
 ) -> tuple[list[Prompt], int]:
     """Prompts of one JSONL file, and how many rows were left out as too long.
 
-    Rows with the same tokens are read once. ``references`` demands an answer in every row, which
-    gets the end-of-sequence token ``eos_id``. DataError names the file, the line and the mend.
+    Rows with the same tokens are read once. Where ``max_reference`` is above 0 every row must have
+    an answer, which gets the end-of-sequence token ``eos_id`` and has at most that many tokens.
+    DataError names the file, the line and the mend.
     """
     prompts: dict[str, Prompt] = {}
     too_long = 0
@@ -54,15 +55,20 @@ def read_prompts(
             too_long += 1
             continue
         reference = None
-        if references:
+        if max_reference:
             answer = _text(row, data.reference_key, where)
             reference = (*tokenizer(answer, add_special_tokens=False).input_ids, eos_id)
+            if len(reference) > max_reference:
+                too_long += 1
+                continue
         prompt_id = hashlib.blake2b(repr(ids).encode(), digest_size=8).hexdigest()
         prompts.setdefault(prompt_id, Prompt(prompt_id, ids, text, reference))
     if not prompts and too_long:
         raise DataError(
-            f"{field}: {path}: all {too_long} prompts are longer than data.max_prompt_tokens = "
-            f"{data.max_prompt_tokens}. Raise it (the models' context permitting) or shorten them."
+            f"{field}: {path}: all {too_long} rows are longer than data.max_prompt_tokens = "
+            f"{data.max_prompt_tokens}"
+            + (f" or rollout.max_tokens = {max_reference} (the answer)" if max_reference else "")
+            + ". Raise it (the models' context permitting) or shorten them."
         )
     if not prompts:
         raise DataError(f"{field}: {path}: has no rows. Write one JSON object a line.")

@@ -36,7 +36,16 @@ class ResourceError(SeqkdError):
 
 
 class ActorError(SeqkdError):
-    """An actor failed; the message carries the first cause, not the last symptom."""
+    """An actor failed; the message carries the first cause, not the last symptom.
+
+    ``details`` is the actor's own traceback, shown above the message; empty where it has none."""
+
+    def __init__(self, message: str, details: str = "") -> None:
+        super().__init__(message)
+        self.details = details
+
+    def __reduce__(self) -> tuple[type[ActorError], tuple[str, str]]:
+        return ActorError, (self.message, self.details)
 
 
 class SyncError(SeqkdError):

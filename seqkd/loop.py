@@ -49,7 +49,7 @@ def run(
                 lr = learning_rate(config.learner, config.lr(phase), index, phase.steps)
                 result = workers.learner.step(rollouts, scores, counts, phase.objective, lr)
                 rate.update(result.sums)
-            row = describe(name, phase, version, lr, counts, rollouts, result)
+            row = describe(config, name, phase, version, lr, counts, rollouts, result)
             recorder.step(step, row, clock)
             step += 1
         if evaluation:
@@ -74,10 +74,10 @@ def draw(
             workers.sync()
     with clock("sample"):
         sampler = workers.student if phase.sampler == "student" else workers.teacher_sampler
-        assert sampler is not None
         # Held-out prompts are drawn with the bare seed; training never repeats it.
         seed = (config.seed + 1) * 1_000_003 + step
-        return sampler.sample(prompts, config.samples_per_prompt(phase), seed)
+        samples, rollout = config.samples_per_prompt(phase), config.rollout
+        return sampler.sample(prompts, samples, seed, rollout.temperature, rollout.top_p)
 
 
 def from_reference(prompt: Prompt) -> Rollout:

@@ -109,6 +109,7 @@ class Recorder:
 
 
 def describe(
+    config: Config,
     name: str,
     phase: Phase,
     version: int,
@@ -138,7 +139,8 @@ def describe(
         mean = result.per_token(stat)
         if mean is not None:
             row[f"{stat}_per_token"] = mean
-    if "logprob_gap" in result.sums:
+    # Log-probs of a tempered or cut distribution are no one's but the sampler's.
+    if "logprob_gap" in result.sums and config.rollout.temperature == config.rollout.top_p == 1:
         row |= {
             "logprob_gap_mean": result.per_token("logprob_gap"),
             "logprob_gap_max": result.logprob_gap_max,

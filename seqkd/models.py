@@ -49,6 +49,13 @@ def load_config(model: str, field: str) -> Any:
             f"{field}: {model!r} is of type {config.model_type!r}, which is no causal language "
             "model. Name one that transformers' AutoModelForCausalLM loads."
         )
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]
+    saved = config.architectures or []
+    if saved and not {known} & set(saved):
+        raise ModelError(
+            f"{field}: {model!r} was saved as {saved[0]}, which has no language-model head that "
+            f"fits {known}. Name a checkpoint of {known}."
+        )
     return config
 
 
@@ -69,14 +76,33 @@ def expand(model: str) -> str:
     return str(Path(model).expanduser()) if model.startswith("~") else model
 
 
-def load_causal_lm(model: str, precision: str) -> nn.Module:
-    """The model's weights in ``precision``, on the CPU, in evaluation mode."""
+def load_causal_lm(model: str, precision: str, field: str) -> nn.Module:
+    """The model's weights in ``precision``, on the CPU, in evaluation mode; ModelError names
+    ``field`` where some are missing."""
     from transformers import AutoModelForCausalLM
 
-    loaded: nn.Module = AutoModelForCausalLM.from_pretrained(
-        expand(model), dtype=dtype_of(precision), use_safetensors=True
+    load: Any = AutoModelForCausalLM.from_pretrained
+    loaded, info = load(
+        expand(model), dtype=dtype_of(precision), use_safetensors=True, output_loading_info=True
     )
+    if missing := sorted(info["missing_keys"]):
+        raise ModelError(
+            f"{field}: {model!r} has no weights for {missing[0]} and {len(missing) - 1} others; "
+            "they would be random. Name a complete checkpoint."
+        )
+    assert isinstance(loaded, nn.Module)
     return loaded.eval()
+
+
+def without_dropout(model: nn.Module) -> None:
+    """Set every dropout probability to 0, in place: the model that learns is the one that
+    sampled."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def end_of_sequence_ids(model: str, tokenizer: Any) -> tuple[int, ...]:
@@ -114,12 +140,12 @@ def load_head(model: str, precision: str) -> OutputHead:
     config = load_config(model, "teacher.model")
     files = _safetensors_index(expand(model), cached_file)
     # A tied checkpoint stores the matrix once, under the name of the embedding.
-    ends = ("lm_head.weight", "embed_tokens.weight")
+    ends = ("lm_head.weight", *(("embed_tokens.weight",) if config.tie_word_embeddings else ()))
     name = next((n for end in ends for n in files if n.endswith(end)), None)
     if name is None:
         raise ModelError(
-            f"teacher.model: {model!r} has neither lm_head.weight nor embed_tokens.weight in its "
-            "safetensors files. Set teacher.kind to hf and teacher.scores to logprobs."
+            f"teacher.model: {model!r} has no {' or '.join(ends)} in its safetensors files. Set "
+            "teacher.kind to hf and teacher.scores to logprobs."
         )
     bias_name = name.removesuffix("weight") + "bias"
     tensors = {}
@@ -229,15 +255,27 @@ def check_head(model: nn.Module, field: str) -> None:
         )
 
 
+def check_prune(config: Any, init: Prune) -> None:
+    """ModelError unless ``init`` leaves a part of the layers of a model with ``config``."""
+    first, last = init.drop_layers
+    layers = config.num_hidden_layers
+    if last > layers or last - first >= layers:
+        raise ModelError(
+            f"student.init.drop_layers: [{first}, {last}) does not leave a part of the model's "
+            f"{layers} layers. Choose a range within [0, {layers}]."
+        )
+
+
 def prune(model: nn.Module, init: Prune) -> None:
     """Drop decoder layers [first, last) of a loaded model, in place."""
     first, last = init.drop_layers
     config: Any = model.config
-    layers: Any = model.base_model.layers  # type: ignore[union-attr]
-    if last > len(layers) or last - first >= len(layers):
+    check_prune(config, init)
+    layers: Any = getattr(model.base_model, "layers", None)
+    if layers is None:
         raise ModelError(
-            f"student.init.drop_layers: [{first}, {last}) does not leave a part of the model's "
-            f"{len(layers)} layers. Choose a range within [0, {len(layers)}]."
+            f"student.init.kind: 'prune' does not know where a model of type "
+            f"{config.model_type!r} keeps its layers. Use kind checkpoint with a pruned model."
         )
     kept = nn.ModuleList(layer for i, layer in enumerate(layers) if not first <= i < last)
     for index, layer in enumerate(kept):
@@ -256,7 +294,7 @@ def materialise_student(student: Student, precision: str, directory: Path) -> st
     ``directory`` once the initialisation has been written there."""
     if not isinstance(student.init, Prune):
         return expand(student.model)
-    model = load_causal_lm(student.model, precision)
+    model = load_causal_lm(student.model, precision, "student.model")
     prune(model, student.init)
     export(model, None, directory, expand(student.model))
     return str(directory)

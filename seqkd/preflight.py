@@ -10,10 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from seqkd.config import Config
+from seqkd.config import Config, Prune
 from seqkd.data import read_prompts
 from seqkd.errors import ConfigError, DataError, ModelError, SeqkdError
-from seqkd.models import end_of_sequence_ids, load_config, load_tokenizer
+from seqkd.models import check_prune, end_of_sequence_ids, load_config, load_tokenizer
 from seqkd.types import Prompt
 
 T = TypeVar("T")
@@ -59,6 +59,8 @@ def check(config: Config) -> Checked:
     max_model_len = config.data.max_prompt_tokens + config.rollout.max_tokens
     found.attempt(fits_context, student, "student.model", config)
     found.attempt(fits_context, teacher, "teacher.model", config)
+    if isinstance(config.student.init, Prune):
+        found.attempt(check_prune, student, config.student.init)
     if student and teacher and student.vocab_size != teacher.vocab_size:
         found.warnings.append(
             f"student.model has {student.vocab_size} output rows, teacher.model "
@@ -91,19 +93,21 @@ def _prompts(
     config: Config, tokenizer: Any, stop_ids: tuple[int, ...], found: Findings
 ) -> tuple[list[Prompt], list[Prompt]]:
     data = config.data
-    references = any(phase.sampler == "dataset" for _, phase in config.phases)
+    answers = any(phase.sampler == "dataset" for _, phase in config.phases)
+    longest = config.rollout.max_tokens if answers else 0
     # The first stop id of a chat model may be another one than what ends its turns.
     eos_id = stop_ids[0] if tokenizer.eos_token_id is None else tokenizer.eos_token_id
-    train, too_long = read_prompts(data, data.path, "data.path", tokenizer, eos_id, references)
+    train, too_long = read_prompts(data, data.path, "data.path", tokenizer, eos_id, longest)
     if too_long:
         found.warnings.append(
-            f"data.path: {too_long} prompts left out, longer than data.max_prompt_tokens = "
-            f"{data.max_prompt_tokens}."
+            f"data.path: {too_long} rows left out, longer than data.max_prompt_tokens = "
+            f"{data.max_prompt_tokens}"
+            + (f" or rollout.max_tokens = {longest}." if longest else ".")
         )
     if not config.evaluation.prompts or data.heldout_path is None:
         return train, []
     heldout, _ = read_prompts(
-        data, data.heldout_path, "data.heldout_path", tokenizer, eos_id, references=False
+        data, data.heldout_path, "data.heldout_path", tokenizer, eos_id, max_reference=0
     )
     seen = {prompt.prompt_id for prompt in train}
     leaked = sum(prompt.prompt_id in seen for prompt in heldout)

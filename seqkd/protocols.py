@@ -18,7 +18,14 @@ class Sampler(Protocol):
 
     policy_version: int
 
-    def sample(self, prompts: Sequence[Prompt], samples: int, seed: int) -> list[Rollout]:
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        samples: int,
+        seed: int,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+    ) -> list[Rollout]:
         """``samples`` completions of each prompt, the same for the same seed and weights."""
 
     def load(self, version: WeightVersion) -> None:
@@ -64,7 +71,7 @@ class Workers:
     student: Sampler
     teacher: Teacher
     learner: Learner
-    teacher_sampler: Sampler | None
+    teacher_sampler: Sampler
 
     def sync(self) -> None:
         """Bring the student's sampler to the learner's weights; nothing to do where it has them."""

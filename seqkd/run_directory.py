@@ -20,9 +20,15 @@ def locate(config: Config) -> Path:
     return (runs / config.name).absolute()
 
 
+FIRST = ("config.yaml", "student_initial", "student_initial.partial", "tensorboard")
+"""What a run writes before its first step: a start that failed there may be tried again."""
+
+
 def refuse_used(directory: Path) -> None:
-    """ConfigError where another run is already there."""
-    if directory.exists() and any(directory.iterdir()):
+    """ConfigError where another run, or anything else, is already there."""
+    found = directory.iterdir() if directory.is_dir() else ()
+    metrics = directory / "metrics.jsonl"
+    if any(path.name not in FIRST and (path != metrics or path.stat().st_size) for path in found):
         raise ConfigError(
             f"name: {directory} already holds another run. Choose a new name=…, or remove it."
         )

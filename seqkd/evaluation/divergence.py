@@ -96,7 +96,6 @@ class HeldOut:
     def __init__(
         self, workers: Workers, prompts: Sequence[Prompt], samples: int, seed: int
     ) -> None:
-        assert workers.teacher_sampler is not None
         self.workers, self.prompts, self.samples, self.seed = workers, prompts, samples, seed
         self.teacher_rollouts = workers.teacher_sampler.sample(prompts, samples, seed)
         self.teacher_scores = workers.teacher.score(self.teacher_rollouts)

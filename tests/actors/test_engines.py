@@ -31,7 +31,7 @@ def engine(local_ray, tiny):
 
 @pytest.fixture
 def model(tiny):
-    return load_causal_lm(tiny["student"], "float32")
+    return load_causal_lm(tiny["student"], "float32", "model")
 
 
 def drawn(model, rollout):
@@ -56,7 +56,7 @@ def sync(engine, model, version):
 
 
 def restore(engine, tiny, version):
-    sync(engine, load_causal_lm(tiny["student"], "float32"), version)
+    sync(engine, load_causal_lm(tiny["student"], "float32", "model"), version)
 
 
 def test_logprobs_are_those_of_the_weights(engine, model, prompts):

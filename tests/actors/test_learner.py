@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from actors.groups import LearnerGroup, wait
 from actors.learner import LearnerRank
 from actors.placement import ActorPlan
-from actors.weight_sync import FILE
+from actors.weight_sync import FILE, remove
 from seqkd.config import Learner, SequenceReverseKL
 from seqkd.models import load_causal_lm
 from seqkd.types import Counts, Rollout, TeacherScore
@@ -41,7 +41,7 @@ def batch(tiny):
 def scored(models):
     """Four prompts with two samples each, of different lengths, and the teacher's states."""
     generator = torch.Generator().manual_seed(0)
-    teacher = load_causal_lm(models["teacher"], "float32")
+    teacher = load_causal_lm(models["teacher"], "float32", "model")
     rollouts, scores = [], {}
     for p in range(4):
         prompt = torch.randint(5, 260, (3 + 4 * p,), generator=generator).tolist()
@@ -75,14 +75,16 @@ def counts(batch):
 def learners(local_ray):
     """Start a learner group; all of a test's ranks are killed at the end of the module."""
     ranks: list = []
+    run_ids: list = []
 
     def start(models, **options):
         config = Learner(lr=LR, max_grad_norm=1.0, **options)
         plan = ActorPlan("learner", 0, threads=1, gpus=0, share=1, bundle=0)
         remote = local_ray.remote(LearnerRank).options(runtime_env={"env_vars": plan.environment()})
         run_id = uuid.uuid4().hex
+        run_ids.append(run_id)
         group = [remote.remote(config, run_id) for _ in range(config.ranks)]
-        master = wait(group[0].rendezvous.remote(), "learner")
+        master, _ = wait(group[0].rendezvous.remote(), "learner")
         wait(
             [
                 r.start.remote(rank, master, models["student"], models["teacher"], "float32")
@@ -96,13 +98,14 @@ def learners(local_ray):
     yield start
     for rank in ranks:
         local_ray.kill(rank)
+    for run_id in run_ids:
+        remove(run_id)
 
 
 def trained(learner, batch, counts):
     """Results of STEPS steps, and the published weights."""
     results = [learner.step(*batch, counts, OBJECTIVE, LR) for _ in range(STEPS)]
     state = load_file(f"{learner.publish().path}/{FILE}")
-    learner.close()
     return results, state
 
 
@@ -114,7 +117,7 @@ def reference(batch, tiny):
 def formula(models, batch):
     """The same steps in plain torch: full logits, a sequence at a time, the formula as written."""
     rollouts, _ = batch
-    model, teacher = (load_causal_lm(models[m], "float32") for m in ("student", "teacher"))
+    model, teacher = (load_causal_lm(models[m], "float32", "model") for m in ("student", "teacher"))
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.0)
     norms, rate, length = [], 1.5, 5.0
     for _ in range(STEPS):
@@ -190,7 +193,8 @@ def test_bfloat16_takes_nearly_the_same_step(learners, tiny, batch, counts, refe
         assert (state[name].float() - weight).abs().max() <= 0.01, name
     # The bound alone would hold for no update at all: the embedding moved as it should.
     name = "model.embed_tokens.weight"
-    start = dict(load_causal_lm(tiny["student"], "float32").named_parameters())[name].detach()
+    initial = load_causal_lm(tiny["student"], "float32", "model")
+    start = initial.get_parameter(name).detach()
     moved, should = (state[name].float() - start).flatten(), (expected[name] - start).flatten()
     assert torch.cosine_similarity(moved, should, dim=0) > 0.5
 
@@ -211,4 +215,3 @@ def test_measuring_takes_no_step(learners, tiny, batch, counts):
         assert result.sums[name] == pytest.approx(sum(s[name] for s in again.values()), rel=1e-4)
     assert result.sums["tokens"] == counts.tokens
     assert result.sums["sequences"] == counts.sequences
-    learner.close()

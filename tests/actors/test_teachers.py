@@ -60,7 +60,7 @@ def start(local_ray, tiny):
 def test_the_whole_distribution(start, tiny, rollouts, kind):
     """Hidden states and head give the log-probs of a plain forward pass at every state."""
     scores = TeacherGroup([start(kind, "hidden")]).score(rollouts)
-    model = load_causal_lm(tiny["teacher"], "float32")
+    model = load_causal_lm(tiny["teacher"], "float32", "model")
     head = head_of(model)
     for r in rollouts:
         ids = torch.tensor([[*r.prompt_ids, *r.completion_ids]])
@@ -71,7 +71,7 @@ def test_the_whole_distribution(start, tiny, rollouts, kind):
 
 
 def test_sampled_tokens_only(start, tiny, rollouts):
-    model = load_causal_lm(tiny["teacher"], "float32")
+    model = load_causal_lm(tiny["teacher"], "float32", "model")
     found = {kind: TeacherGroup([start(kind, "logprobs")]).score(rollouts) for kind in KINDS}
     for r in rollouts:
         ids = torch.tensor([[*r.prompt_ids, *r.completion_ids]])

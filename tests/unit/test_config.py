@@ -65,6 +65,12 @@ def test_a_partial_objective_keeps_the_natural_kind(path):
     assert objective.estimator == "single_step"
 
 
+def test_a_teacher_writes_with_the_engine_it_scores_with(path):
+    teacher = load(path, ["teacher.cpus=3", "teacher.generation.kv_cache_gib=2"]).teacher
+    assert (teacher.generation.cpus, teacher.generation.kv_cache_gib) == (3, 2)
+    assert teacher.kv_cache_gib == 1
+
+
 def test_scientific_notation_is_a_number(path):
     assert load(path, ["learner.lr=1e-4"]).learner.lr == 1e-4
 
@@ -102,6 +108,8 @@ def test_scientific_notation_is_a_number(path):
         (["learner.ranks=3"], "prompts_per_step 4", "Set it to 6"),
         (["data.heldout_path=null"], "data.heldout_path is not set", "evaluation.prompts to 0"),
         (["rollout.tensor_parallel_size=2"], "gpus 0", "Set gpus"),
+        (["teacher.tensor_parallel_size=2"], " teacher: gpus 0", "Set gpus"),
+        (["learner.betas=[0.9, 1.5]"], "learner.betas.1: 1.5", "less than 1"),
         (["steps"], "'steps'", "key=value"),
         (["name.deep=1"], "name is the value 'x'", "no key below"),
         (["steps=[1"], "steps=[1", "not YAML"),

@@ -12,11 +12,11 @@ from seqkd.errors import DataError
 from seqkd.types import Prompt
 
 
-def read(tmp_path, tokenizer, rows, references=False, **options):
+def read(tmp_path, tokenizer, rows, max_reference=0, **options):
     file = tmp_path / "rows.jsonl"
     file.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
     data = JsonlData(path=str(file), **options)
-    return read_prompts(data, str(file), "data.path", tokenizer, 0, references)
+    return read_prompts(data, str(file), "data.path", tokenizer, 0, max_reference)
 
 
 def test_a_prompt_is_rendered_with_the_chat_template(tmp_path, tokenizer):
@@ -35,9 +35,15 @@ def test_plain_text(tmp_path, tokenizer):
 
 def test_answers_end_with_end_of_sequence(tmp_path, tokenizer):
     (prompt,), _ = read(
-        tmp_path, tokenizer, [{"prompt": "hi", "reference": "yes"}], references=True
+        tmp_path, tokenizer, [{"prompt": "hi", "reference": "yes"}], max_reference=16
     )
     assert tokenizer.decode(prompt.reference_ids) == "yes<|end|>"
+
+
+def test_answers_beyond_the_longest_completion_are_left_out_and_counted(tmp_path, tokenizer):
+    rows = [{"prompt": "a", "reference": "b" * 15}, {"prompt": "c", "reference": "d" * 16}]
+    prompts, too_long = read(tmp_path, tokenizer, rows, max_reference=16)
+    assert (len(prompts[0].reference_ids), len(prompts), too_long) == (16, 1, 1)
 
 
 def test_equal_prompts_are_read_once_and_long_ones_counted(tmp_path, tokenizer):
@@ -51,7 +57,7 @@ def test_equal_prompts_are_read_once_and_long_ones_counted(tmp_path, tokenizer):
     [
         ([], "no rows"),
         (["", "  "], "no rows"),
-        ([{"prompt": "x" * 99}], "all 1 prompts are longer than data.max_prompt_tokens = 20"),
+        ([{"prompt": "x" * 99}], "all 1 rows are longer than data.max_prompt_tokens = 20"),
         ([{"question": "x"}], "rows.jsonl:1: has no column 'prompt'; it has 'question'"),
         ([{"prompt": "a"}, {"prompt": 3}], "rows.jsonl:2: 'prompt' is 3, not text"),
         ([{"prompt": " "}], "not text"),
@@ -72,7 +78,7 @@ def test_line_separators_within_a_string_do_not_end_a_row(tmp_path, tokenizer):
 
 def test_a_missing_answer(tmp_path, tokenizer):
     with pytest.raises(DataError, match="no column 'reference'"):
-        read(tmp_path, tokenizer, [{"prompt": "a"}], references=True)
+        read(tmp_path, tokenizer, [{"prompt": "a"}], max_reference=16)
 
 
 def test_a_missing_file(tmp_path, tokenizer):

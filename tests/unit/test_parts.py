@@ -10,7 +10,15 @@ from seqkd import run_directory
 from seqkd.config import Config, Learner, Prune
 from seqkd.errors import ConfigError, ModelError, ResourceError
 from seqkd.evaluation.divergence import ratio
-from seqkd.models import check_head, head_of, last_hidden, load_causal_lm, load_head, prune
+from seqkd.models import (
+    check_head,
+    head_of,
+    last_hidden,
+    load_causal_lm,
+    load_head,
+    prune,
+    without_dropout,
+)
 from seqkd.rate import RunningRate
 from seqkd.schedule import learning_rate
 from tests.unit.test_config import MINIMAL
@@ -81,6 +89,19 @@ def test_threads_come_from_the_request():
     assert actor.environment()["OMP_NUM_THREADS"] == "3"
 
 
+def test_only_roles_that_are_called_get_processes():
+    from actors.placement import plan
+
+    none = {"evaluation": {"prompts": 0}}
+    assert {a.role for a in plan(config(sampler="dataset", **none)).actors} == {"learner"}
+    assert {a.role for a in plan(config(sampler="teacher", **none)).actors} == {
+        "learner",
+        "teacher_sampler",
+    }
+    assert {a.role for a in plan(config(**none)).actors} == {"learner", "rollout", "teacher"}
+    assert len({a.role for a in plan(config(sampler="dataset")).actors}) == 4
+
+
 def test_a_plan_that_does_not_fit_says_what_to_lower():
     from actors.placement import plan
 
@@ -95,18 +116,28 @@ def test_a_plan_that_does_not_fit_says_what_to_lower():
     assert "rollout.cpus or rollout.actors (now 16 together)" in str(caught.value)
     assert "placement to colocated" in str(caught.value)
     with pytest.raises(
-        ResourceError, match=r"needs 1 GPUs, but the cluster has 0\. Lower teacher\.gpus"
+        ResourceError, match=r"needs 2 GPUs, but the cluster has 0\. Lower teacher\.gpus"
     ):
         the_plan.check(cpus=64, gpus=0, where="the cluster")
-    the_plan.check(cpus=19, gpus=1, where="the cluster")
+    the_plan.check(cpus=19, gpus=2, where="the cluster")
 
 
 def test_a_used_run_directory_is_refused(tmp_path):
     c = config(runs_dir=str(tmp_path))
     directory = run_directory.locate(c)
     run_directory.create(directory, c)
+    (directory / "metrics.jsonl").write_text("")
+    run_directory.create(directory, c)  # the first start failed before its first step
+    (directory / "metrics.jsonl").write_text("{}\n")
     with pytest.raises(ConfigError, match=r"already holds another run\. Choose a new name"):
         run_directory.refuse_used(directory)
+
+
+def test_a_directory_with_other_files_is_refused(tmp_path):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "thesis.tex").write_text("")
+    with pytest.raises(ConfigError, match="already holds"):
+        run_directory.refuse_used(tmp_path / "x")
 
 
 def test_within_a_packaged_job_runs_go_home(tmp_path, monkeypatch):
@@ -126,13 +157,13 @@ def test_a_directory_that_cannot_be_written(tmp_path):
 
 
 def test_head_from_a_checkpoint_is_the_models(tiny):
-    model = load_causal_lm(tiny["teacher"], "float32")
+    model = load_causal_lm(tiny["teacher"], "float32", "model")
     assert torch.equal(load_head(tiny["teacher"], "float32").weight, head_of(model).weight)
     check_head(model, "teacher.model")
 
 
 def test_an_unknown_logit_transform_is_refused(tiny):
-    model = load_causal_lm(tiny["teacher"], "float32")
+    model = load_causal_lm(tiny["teacher"], "float32", "model")
     forward = model.forward
 
     def doubled(*args, **kwargs):
@@ -145,8 +176,31 @@ def test_an_unknown_logit_transform_is_refused(tiny):
         check_head(model, "student.model")
 
 
+def test_a_checkpoint_with_missing_weights_is_refused(tiny, tmp_path):
+    model = load_causal_lm(tiny["student"], "float32", "model")
+    state = model.state_dict()
+    del state["model.layers.1.mlp.up_proj.weight"]
+    model.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(ModelError, match=r"student\.model: .* model\.layers\.1\.mlp\.up_proj"):
+        load_causal_lm(str(tmp_path), "float32", "student.model")
+
+
+def test_without_dropout_training_mode_computes_what_evaluation_mode_does():
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    small = {"vocab_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    llama = LlamaConfig(hidden_size=16, intermediate_size=16, attention_dropout=0.5, **small)
+    ids = torch.arange(16)[None]
+    for model in (LlamaForCausalLM(llama), GPT2LMHeadModel(GPT2Config(n_embd=16, **small))):
+        expected = model.eval()(ids).logits
+        assert not torch.allclose(model.train()(ids).logits, expected)
+        without_dropout(model)
+        assert torch.allclose(model.train()(ids).logits, expected)
+
+
 def test_pruning_drops_the_named_layers(tiny):
-    model, whole = (load_causal_lm(tiny["teacher"], "float32") for _ in range(2))
+    model, whole = (load_causal_lm(tiny["teacher"], "float32", "model") for _ in range(2))
     prune(model, Prune(drop_layers=(1, 3)))
     assert model.config.num_hidden_layers == 2
     kept = [whole.model.layers[0], whole.model.layers[3]]
@@ -165,4 +219,4 @@ def test_pruning_drops_the_named_layers(tiny):
 @pytest.mark.parametrize("layers", [(2, 5), (0, 4)])
 def test_pruning_beyond_the_model(tiny, layers):
     with pytest.raises(ModelError, match="4 layers"):
-        prune(load_causal_lm(tiny["teacher"], "float32"), Prune(drop_layers=layers))
+        prune(load_causal_lm(tiny["teacher"], "float32", "model"), Prune(drop_layers=layers))

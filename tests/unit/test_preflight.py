@@ -53,6 +53,20 @@ def test_a_good_config_passes(config):
     assert checked.stop_ids == (0,)
 
 
+def test_a_checkpoint_without_a_language_model_head(config, tiny, tmp_path):
+    def strip(content):
+        content["architectures"] = ["LlamaModel"]
+
+    model = changed(tiny["teacher"], tmp_path, "config.json", strip)
+    with pytest.raises(ConfigError, match=r"teacher\.model: .*was saved as LlamaModel"):
+        check(config(f"teacher.model={model}"))
+
+
+def test_layers_that_are_not_there(config):
+    with pytest.raises(ConfigError, match=r"drop_layers: \[1, 9\) .* 2 layers"):
+        check(config("student.init={kind: prune, drop_layers: [1, 9]}"))
+
+
 @pytest.mark.parametrize("field", ["student.model", "teacher.model"])
 def test_a_path_that_does_not_exist(config, field):
     with pytest.raises(ConfigError, match=f"{field}: '/nowhere/at/all' does not exist"):
@@ -106,7 +120,7 @@ def test_beyond_the_context(config):
 
 
 def test_all_prompts_too_long(config):
-    with pytest.raises(ConfigError, match="all 3 prompts are longer"):
+    with pytest.raises(ConfigError, match="all 3 rows are longer"):
         check(config("data.max_prompt_tokens=3"))
 
 
