@@ -6,11 +6,19 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any
 
+from actors.learner import RankPart
 from seqkd import batching
-from seqkd.config import Objective
 from seqkd.errors import ActorError, SeqkdError
-from seqkd.protocols import Scores
-from seqkd.types import Counts, Prompt, Rollout, StepResult, TeacherScore, WeightVersion
+from seqkd.protocols import Measured, Part, Scores
+from seqkd.types import (
+    PartResult,
+    Prompt,
+    Rollout,
+    StepResult,
+    TeacherScore,
+    TrainBatch,
+    WeightVersion,
+)
 
 SETTLE_S = 5.0
 """After one call has failed, how long the others of its group may take to fail as well."""
@@ -64,18 +72,18 @@ class RolloutGroup:
     def sample(
         self,
         prompts: Sequence[Prompt],
-        samples: int,
+        samples: Sequence[int],
         seed: int,
         temperature: float = 1.0,
         top_p: float = 1.0,
     ) -> list[Rollout]:
         """See :class:`seqkd.protocols.Sampler`."""
-        seeds = [_seed(seed, index) for index in range(len(prompts))]
+        seeds = [_seed(f"{self.name}/{seed}/{index}") for index in range(len(prompts))]
         parts = [
             actor.sample.remote(
                 list(prompts[i :: len(self.actors)]),
                 seeds[i :: len(self.actors)],
-                samples,
+                list(samples[i :: len(self.actors)]),
                 self.max_tokens,
                 temperature,
                 top_p,
@@ -129,47 +137,46 @@ class LearnerGroup:
         self.tokenizer_from = tokenizer_from
         self.policy_version = 0
 
-    def step(
-        self,
-        rollouts: Sequence[Rollout],
-        scores: Scores,
-        counts: Counts,
-        objective: Objective,
-        lr: float,
-    ) -> StepResult:
+    def step(self, parts: Sequence[Part], lr: float) -> StepResult:
         """See :class:`seqkd.protocols.Learner`."""
-        plan = batching.partition(rollouts, len(self.ranks), self.micro_batch_prompts)
-        results = wait(
+        dealt = [self._deal(part.rollouts, part.scores) for part in parts]
+        results: list[StepResult] = wait(
             [
-                rank.step.remote(self._pack(part, scores, rollouts), counts, objective, lr)
-                for rank, part in zip(self.ranks, plan, strict=True)
+                rank.step.remote(
+                    [
+                        RankPart(batches[index], part.counts, part.terms, part.teacher_fraction)
+                        for part, batches in zip(parts, dealt, strict=True)
+                    ],
+                    lr,
+                )
+                for index, rank in enumerate(self.ranks)
             ],
             "learner step",
         )
         self.policy_version += 1
-        names = results[0].sums
+        of_parts = zip(*(result.parts for result in results), strict=True)
         return StepResult(
             loss=sum(r.loss for r in results),
             grad_norm=results[0].grad_norm,
-            sums={name: sum(r.sums[name] for r in results) for name in names},
-            logprob_gap_max=max(r.logprob_gap_max for r in results),
+            parts=tuple(sum(of_part, PartResult()) for of_part in of_parts),
         )
 
-    def measure(self, rollouts: Sequence[Rollout], scores: Scores) -> dict[str, dict[str, float]]:
+    def measure(self, rollouts: Sequence[Rollout], scores: Scores) -> Measured:
         """See :class:`seqkd.protocols.Learner`."""
         plan = batching.partition(rollouts, len(self.ranks), self.micro_batch_prompts)
+        dealt = self._deal(rollouts, scores)
         results = wait(
-            [
-                rank.measure.remote(self._pack(part, scores, rollouts))
-                for rank, part in zip(self.ranks, plan, strict=True)
-            ],
+            [rank.measure.remote(batches) for rank, batches in zip(self.ranks, dealt, strict=True)],
             "learner measuring",
         )
         measured = {}
-        for part, sums in zip(plan, results, strict=True):
-            for micro_batch, of_batch in zip(part, sums, strict=True):
+        for part, values in zip(plan, results, strict=True):
+            for micro_batch, of_batch in zip(part, values, strict=True):
                 for row, rollout in enumerate(micro_batch):
-                    measured[rollout.sample_id] = {n: v[row].item() for n, v in of_batch.items()}
+                    length = len(rollout.completion_ids)
+                    measured[rollout.sample_id] = {
+                        name: value[row, :length].tolist() for name, value in of_batch.items()
+                    }
         return measured
 
     def publish(self) -> WeightVersion:
@@ -189,14 +196,15 @@ class LearnerGroup:
             "learner export",
         )
 
-    def _pack(
-        self, part: list[list[Rollout]], scores: Scores, rollouts: Sequence[Rollout]
-    ) -> list[Any]:
+    def _deal(self, rollouts: Sequence[Rollout], scores: Scores) -> list[list[TrainBatch]]:
+        """Each rank's micro-batches."""
         filler = min(rollouts, key=lambda r: len(r.prompt_ids) + len(r.completion_ids))
-        return [batching.pack(micro_batch, scores, filler) for micro_batch in part]
+        return [
+            [batching.pack(micro_batch, scores, filler) for micro_batch in part]
+            for part in batching.partition(rollouts, len(self.ranks), self.micro_batch_prompts)
+        ]
 
 
-def _seed(seed: int, index: int) -> int:
-    """A sampling seed for one prompt, unrelated between prompts and steps."""
-    text = f"{seed}/{index}".encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "big") >> 1
+def _seed(text: str) -> int:
+    """A sampling seed for one prompt, unrelated between samplers, steps and prompts."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "big") >> 1

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
-from dataclasses import fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor
 
 from actors import weight_sync
-from seqkd.config import Learner, Objective
+from seqkd.config import Term
+from seqkd.config_roles import Learner
 from seqkd.models import (
     StudentModel,
     as_token_stats,
@@ -22,9 +24,37 @@ from seqkd.models import (
     load_head,
     without_dropout,
 )
-from seqkd.objectives import OBJECTIVES
+from seqkd.objectives import OBJECTIVES, mixture_weight
 from seqkd.token_stats import OutputHead
-from seqkd.types import Counts, StepResult, TrainBatch, WeightVersion
+from seqkd.types import (
+    Counts,
+    Divergence,
+    PartResult,
+    Stat,
+    StepResult,
+    TrainBatch,
+    WeightVersion,
+)
+
+
+@dataclass(frozen=True)
+class RankPart:
+    """One rank's share of a :class:`seqkd.protocols.Part`."""
+
+    micro_batches: list[TrainBatch]
+    counts: Counts
+    terms: tuple[Term, ...]
+    teacher_fraction: float | None
+
+    def weight(self, batch: TrainBatch, stats: Mapping[Stat, Tensor]) -> Tensor | None:
+        """[B] importance weights of a mixture's sequences; None where there is no mixture."""
+        if self.teacher_fraction is None:
+            return None
+        ours, theirs = (
+            (stats[name].detach() * batch.loss_mask).sum(1)
+            for name in ("student_logprob", "teacher_logprob")
+        )
+        return mixture_weight(ours, theirs, self.teacher_fraction)
 
 
 class LearnerRank:
@@ -82,43 +112,41 @@ class LearnerRank:
             bias = None if head.bias is None else head.bias.to(self.device)
             self.teacher_head = replace(head, weight=head.weight.to(self.device), bias=bias)
 
-    def step(
-        self, micro_batches: list[TrainBatch], counts: Counts, objective: Objective, lr: float
-    ) -> StepResult:
+    def step(self, parts: list[RankPart], lr: float) -> StepResult:
         """One optimizer step on this rank's micro-batches. The result's sums are this rank's."""
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         self.engine.train()
-        loss_of, total = OBJECTIVES[objective.kind], 0.0
-        sums: dict[str, float] = {}
-        gap_max = 0.0
-        for index, batch in enumerate(micro_batches):
-            self.engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
+        total, results = 0.0, [PartResult() for _ in parts]
+        pending = [(i, part, batch) for i, part in enumerate(parts) for batch in part.micro_batches]
+        for number, (index, part, batch) in enumerate(pending, 1):
+            self.engine.set_gradient_accumulation_boundary(number == len(pending))
             batch = self._to_device(batch)
-            stats = self.engine(batch, self._names(batch, objective.stats()), self.teacher_head)
-            loss = loss_of(as_token_stats(batch, stats), counts, **objective.options())
+            stats = self.engine(batch, _names(batch, part.terms), self.teacher_head)
+            weight = part.weight(batch, stats)
+            loss = sum(
+                _loss(term, batch, stats, part.counts, weight) * term.weight for term in part.terms
+            )
             # DeepSpeed averages over ranks; the loss already divides by global counts.
             self.engine.backward(loss * self.config.ranks)
-            total += loss.item()
-            gap_max = max(gap_max, _accumulate(sums, batch, stats))
+            total += float(loss)
+            results[index] += _result(batch, stats, weight)
         norm = self._grad_norm_before_step()
         self.engine.step()
         self.policy_version += 1
         if norm is None:
             norm = float(self.engine.get_global_grad_norm())
-        return StepResult(total, norm, sums, gap_max)
+        return StepResult(total, norm, tuple(results))
 
     def measure(self, micro_batches: list[TrainBatch]) -> list[dict[str, Tensor]]:
-        """[B] sums over each sequence's tokens of every statistic, a dict a micro-batch."""
+        """[B, T] every statistic that the teacher's scores allow, a dict a micro-batch."""
         self.engine.eval()
         results = []
         with torch.no_grad():
             for batch in micro_batches:
                 batch = self._to_device(batch)
-                stats = self.engine(batch, self._names(batch, ()), self.teacher_head)
-                results.append(
-                    {name: (v * batch.loss_mask).sum(1).cpu() for name, v in stats.items()}
-                )
+                stats = self.engine(batch, _names(batch, ()), self.teacher_head)
+                results.append({str(name): value.cpu() for name, value in stats.items()})
         return results
 
     def publish(self) -> WeightVersion | None:
@@ -140,15 +168,6 @@ class LearnerRank:
         state = self._gathered()
         if self.rank == 0:
             export(self.engine.module.model, state, Path(directory), tokenizer_from)
-
-    def _names(self, batch: TrainBatch, wanted: tuple[str, ...]) -> tuple[str, ...]:
-        """What the objective reads and everything else that this batch's teacher allows."""
-        names = ("student_logprob", "entropy", *wanted)
-        if batch.teacher_hidden is not None:
-            names += ("teacher_logprob", "reverse_kl", "forward_kl")
-        elif batch.teacher_logprobs is not None:
-            names += ("teacher_logprob",)
-        return tuple(dict.fromkeys(names))
 
     def _to_device(self, batch: TrainBatch) -> TrainBatch:
         if self.device == "cpu":
@@ -201,22 +220,60 @@ def deepspeed_config(config: Learner) -> dict[str, Any]:
     }
 
 
-def _accumulate(sums: dict[str, float], batch: TrainBatch, stats: dict[str, Tensor]) -> float:
-    """Add a micro-batch to ``sums``; returns its largest log-prob gap."""
+def _names(batch: TrainBatch, terms: tuple[Term, ...]) -> tuple[Stat, ...]:
+    """What the terms read and everything else that this batch's teacher allows."""
+    names: list[Stat] = ["student_logprob", "entropy"]
+    for term in terms:
+        wanted = term.objective.divergence()
+        names += [*term.objective.stats(), *([Divergence(*wanted)] if wanted else [])]
+    if batch.teacher_hidden is not None or batch.teacher_logprobs is not None:
+        names.append("teacher_logprob")
+    if batch.teacher_hidden is not None or batch.teacher_top_ids is not None:
+        names += ["reverse_kl", "forward_kl"]
+    return tuple(dict.fromkeys(names))
+
+
+def _loss(
+    term: Term,
+    batch: TrainBatch,
+    stats: dict[Stat, Tensor],
+    counts: Counts,
+    weight: Tensor | None,
+) -> Tensor:
+    wanted = term.objective.divergence()
+    divergence = Divergence(*wanted) if wanted else None
+    read = as_token_stats(batch, stats, divergence, weight)
+    return OBJECTIVES[term.objective.kind](read, counts, **term.objective.options())
+
+
+def _result(batch: TrainBatch, stats: dict[Stat, Tensor], weight: Tensor | None) -> PartResult:
+    """What a micro-batch was like."""
     mask = batch.loss_mask
-    found = {name: (v.detach() * mask).sum().item() for name, v in stats.items()}
-    found |= {"tokens": mask.sum().item(), "sequences": mask.any(1).sum().item()}
-    gap = _logprob_gap(batch, stats)
+    given = {n: v.detach() for n, v in stats.items() if isinstance(n, str)}
+    sums = {name: (value * mask).sum().item() for name, value in given.items()}
+    sums |= {"tokens": mask.sum().item(), "sequences": mask.any(1).sum().item()}
+    weights = mask.any(1).float() if weight is None else weight * mask.any(1)
+    sums |= {"weight": weights.sum().item(), "weight_squared": (weights**2).sum().item()}
+    gap = _logprob_gap(batch, given)
     if gap is not None:
-        found["logprob_gap"] = gap.sum().item()
-    for name, value in found.items():
-        sums[name] = sums.get(name, 0.0) + value
-    return 0.0 if gap is None else gap.max().item()
+        sums["logprob_gap"] = gap.sum().item()
+    cost = given.get("reverse_kl")
+    if cost is None and "teacher_logprob" in given:
+        cost = given["student_logprob"] - given["teacher_logprob"]
+    return PartResult(
+        sums,
+        0.0 if gap is None else gap.max().item(),
+        None if cost is None else (cost * mask * weights[:, None]).sum(0).cpu(),
+        None if cost is None else (mask * weights[:, None]).sum(0).cpu(),
+    )
 
 
-def _logprob_gap(batch: TrainBatch, stats: dict[str, Tensor]) -> Tensor | None:
-    """[B, T] |log-prob of the drawn token here - at the sampler|, of the model that drew it."""
-    name = "student_logprob" if batch.source == "student" else "teacher_logprob"
-    if batch.rollout_logprobs is None or name not in stats:
+def _logprob_gap(batch: TrainBatch, stats: Mapping[str, Tensor]) -> Tensor | None:
+    """[B, T] |log-prob of the drawn token here - at the sampler|, of the model that drew it; 0
+    where that is not known here."""
+    if batch.rollout_logprobs is None:
         return None
-    return ((stats[name].detach() - batch.rollout_logprobs) * batch.loss_mask).abs()
+    drawn = batch.by_teacher[:, None]
+    here = torch.where(drawn, stats.get("teacher_logprob", torch.nan), stats["student_logprob"])
+    gap = ((here - batch.rollout_logprobs) * batch.loss_mask).abs()
+    return None if gap.isnan().all() else gap.nan_to_num(0.0)

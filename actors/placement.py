@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from seqkd.config import Actors, Config
+from seqkd.config import Config
+from seqkd.config_roles import Actors
 from seqkd.errors import ResourceError
 
 Role = Literal["learner", "rollout", "teacher", "teacher_sampler"]
@@ -108,16 +109,16 @@ class Plan:
 
 def needed(config: Config) -> set[Role]:
     """Roles that some phase calls; the held-out evaluation calls all."""
-    phases = [phase for _, phase in config.phases]
     if config.evaluation.prompts:
         return set(KEYS)
-    samplers = {phase.sampler for phase in phases}
+    terms = [term for _, phase in config.phases for term in phase.terms]
+    samplers = {term.sampler for term in terms}
     roles: set[Role] = {"learner"}
-    if "student" in samplers:
+    if samplers & {"student", "mixture"}:
         roles.add("rollout")
-    if "teacher" in samplers:
+    if samplers & {"teacher", "mixture"}:
         roles.add("teacher_sampler")
-    if any(phase.objective.teacher_need != "nothing" for phase in phases):
+    if "mixture" in samplers or any(term.objective.teacher_need != "nothing" for term in terms):
         roles.add("teacher")
     return roles
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from actors import weight_sync
-from seqkd.config import Engine
+from seqkd.config_roles import Engine
 from seqkd.types import Prompt, Rollout, Source, WeightVersion
 
 
@@ -25,17 +25,17 @@ class RolloutActor:
         self,
         prompts: list[Prompt],
         seeds: list[int],
-        samples_per_prompt: int,
+        samples: list[int],
         max_tokens: int,
         temperature: float,
         top_p: float,
     ) -> list[Rollout]:
-        """``samples_per_prompt`` completions of each prompt; ``seeds[i]`` fixes prompt i's."""
+        """``samples[i]`` completions of prompt i, fixed by ``seeds[i]``."""
         from vllm import SamplingParams
 
         params = [
             SamplingParams(
-                n=samples_per_prompt,
+                n=number,
                 seed=seed,
                 max_tokens=max_tokens,
                 temperature=temperature,
@@ -45,7 +45,7 @@ class RolloutActor:
                 logprobs=0,
                 detokenize=False,
             )
-            for seed in seeds
+            for seed, number in zip(seeds, samples, strict=True)
         ]
         outputs = self.llm.generate(
             [{"prompt_token_ids": list(p.token_ids)} for p in prompts], params, use_tqdm=False
@@ -63,7 +63,7 @@ class RolloutActor:
         )
         return Rollout(
             prompt_id=prompt.prompt_id,
-            sample_id=f"{prompt.prompt_id}/{seed:08x}/{index}",
+            sample_id=f"{prompt.prompt_id}/{self.source}/{seed:08x}/{index}",
             prompt_ids=prompt.token_ids,
             completion_ids=tokens,
             rollout_logprobs=logprobs,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from actors.rollout import build_engine
 from seqkd import batching
-from seqkd.config import HfTeacher, Teacher, VllmTeacher
+from seqkd.config_roles import HfTeacher, Teacher, VllmTeacher
 from seqkd.models import (
     check_head,
     expand,
@@ -18,6 +18,7 @@ from seqkd.models import (
     load_causal_lm,
     load_head,
 )
+from seqkd.token_stats import OutputHead
 from seqkd.types import Rollout, TeacherScore
 
 
@@ -26,9 +27,9 @@ class TeacherActor:
 
     def start(self, config: Teacher, max_model_len: int) -> None:
         """Load the model. Apart from the constructor, so that a failure keeps its cause."""
-        self.logprobs_only = config.scores == "logprobs"
+        self.top_k = config.top_k if config.scores == "top_k" else 0
         self.states: VllmStates | HfStates = STATES[config.kind](config, max_model_len)
-        self.head = self.states.head() if self.logprobs_only else None
+        self.head: OutputHead | None = None if config.scores == "hidden" else self.states.head()
 
     def score(self, rollouts: list[Rollout]) -> list[TeacherScore]:
         """One score a rollout, in order."""
@@ -42,7 +43,8 @@ class TeacherActor:
         if self.head is None:
             return TeacherScore(rollout.sample_id, hidden=states.clone())
         targets = torch.tensor(rollout.completion_ids)
-        return TeacherScore(rollout.sample_id, logprobs=self.head.logprobs(states, targets))
+        logprobs, ids, top = self.head.logprobs(states, targets, self.top_k)
+        return TeacherScore(rollout.sample_id, logprobs=logprobs, top_ids=ids, top_logprobs=top)
 
 
 class VllmStates:

@@ -133,7 +133,9 @@ def train(config: Config, verbose: bool) -> None:
             build.workers(config, student, checked.stop_ids, checked.max_model_len) as workers,
         ):
             recorder.note(f"actors ready after {time.perf_counter() - start:.0f} s")
-            measured = loop.run(config, workers, checked.train, checked.heldout, recorder)
+            measured = loop.run(
+                config, workers, checked.train, checked.heldout, checked.corpus, recorder
+            )
             workers.learner.export(str(directory / "student"))
     if measured:
         evaluation = summary.evaluation_json(

@@ -6,7 +6,7 @@ The state before completion token t of a prompt of length P stands at position P
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
@@ -71,22 +71,43 @@ def pack(
         loss_mask=loss_mask,
         group=torch.tensor([prompts[r.prompt_id] for r in rows]),
         rollout_logprobs=_padded_logprobs(rows),
-        source=rows[0].source,
+        by_teacher=torch.tensor([r.source == "teacher" for r in rows]),
     )
+    given = [scores[r.sample_id] for r in rollouts] if scores else []
     if not rollouts:
-        empty = torch.zeros(0, _hidden_size(scores)) if scores else None
-        return replace(batch, loss_mask=torch.zeros_like(loss_mask), teacher_hidden=empty)
-    return _with_scores(batch, [scores[r.sample_id] for r in rows]) if scores else batch
+        batch = replace(batch, loss_mask=torch.zeros_like(loss_mask))
+        # No state, but tensors of the widths that the others have: all ranks run the same code.
+        given = [_nothing(next(iter(scores.values())))] if scores else []
+    return _with_scores(batch, given) if given else batch
 
 
 def _with_scores(batch: TrainBatch, scores: list[TeacherScore]) -> TrainBatch:
-    hidden = [s.hidden for s in scores if s.hidden is not None]
-    if hidden:
-        lengths = [len(h) for h in hidden]
-        assert lengths == batch.loss_mask.sum(1).tolist(), "a score for every completion token"
-        return replace(batch, teacher_hidden=torch.cat(hidden))
-    logprobs = [s.logprobs for s in scores if s.logprobs is not None]
-    return replace(batch, teacher_logprobs=_pad(logprobs))
+    """Scores are of one form, as one teacher gives them."""
+
+    def flat(name: str) -> Tensor | None:
+        rows = [getattr(score, name) for score in scores]
+        if rows[0] is None:
+            return None
+        lengths = batch.loss_mask.sum(1).tolist()
+        assert list(map(len, rows)) == lengths, "a score for every completion token"
+        return torch.cat(rows)
+
+    logprobs = None
+    if (every := flat("logprobs")) is not None:
+        logprobs = torch.zeros(batch.loss_mask.shape).masked_scatter(batch.loss_mask, every)
+    return replace(
+        batch,
+        teacher_hidden=flat("hidden"),
+        teacher_logprobs=logprobs,
+        teacher_top_ids=flat("top_ids"),
+        teacher_top_logprobs=flat("top_logprobs"),
+    )
+
+
+def _nothing(score: TeacherScore) -> TeacherScore:
+    """A score of no tokens, in the form of ``score``."""
+    tensors = {f.name: getattr(score, f.name) for f in fields(score) if f.name != "sample_id"}
+    return TeacherScore("", **{n: None if t is None else t[:0] for n, t in tensors.items()})
 
 
 def _padded_logprobs(rows: list[Rollout]) -> Tensor | None:
@@ -94,11 +115,6 @@ def _padded_logprobs(rows: list[Rollout]) -> Tensor | None:
     if len(given) < len(rows):
         return None
     return _pad([torch.tensor(logprobs, dtype=torch.float32) for logprobs in given])
-
-
-def _hidden_size(scores: Mapping[str, TeacherScore]) -> int:
-    hidden = next(iter(scores.values())).hidden
-    return 0 if hidden is None else hidden.shape[-1]
 
 
 def _length(rollout: Rollout) -> int:

@@ -75,6 +75,24 @@ def read_prompts(
     return list(prompts.values()), too_long
 
 
+def read_corpus(data: JsonlData, tokenizer: Any, eos_id: int) -> list[Prompt]:
+    """Pieces of plain text, at most ``data.corpus_tokens`` tokens each: the first token is the
+    prompt, the others its completion. A text ends with the end-of-sequence token."""
+    assert data.corpus_path is not None
+    pieces = []
+    for number, row in _rows(data.corpus_path, "data.corpus_path"):
+        text = _text(row, data.text_key, f"data.corpus_path: {data.corpus_path}:{number}")
+        ids = (*tokenizer(text).input_ids, eos_id)
+        for low in range(0, len(ids) - 1, data.corpus_tokens):
+            piece = ids[low : low + data.corpus_tokens]
+            if len(piece) > 1:
+                name = f"corpus/{number}/{low}"
+                pieces.append(Prompt(name, piece[:1], text, piece[1:]))
+    if not pieces:
+        raise DataError(f"data.corpus_path: {data.corpus_path}: has no rows. Write one a line.")
+    return pieces
+
+
 def _rows(path: str, field: str) -> Iterator[tuple[int, dict[str, Any]]]:
     file = Path(path).expanduser()
     try:
@@ -99,7 +117,7 @@ def _text(row: dict[str, Any], key: str, where: str) -> str:
     if key not in row:
         raise DataError(
             f"{where}: has no column {key!r}; it has {', '.join(map(repr, row)) or 'none'}. Set "
-            "data.prompt_key or data.reference_key to the column's name."
+            "data.prompt_key, data.reference_key or data.text_key to the column's name."
         )
     value = row[key]
     if not isinstance(value, str) or not value.strip():

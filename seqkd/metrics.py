@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from seqkd.config import Config, Phase
-from seqkd.types import Counts, Rollout, StepResult
+from seqkd.protocols import Part
+from seqkd.types import PartResult, StepResult
 
 STAGES = ("sync", "sample", "score", "learn")
 
@@ -54,8 +55,12 @@ class Recorder:
     def begin(self, name: str, phase: Phase) -> None:
         """Announce a phase."""
         self.recent: list[float] = []
-        kind = phase.objective.kind
-        self.note(f"{name}: {phase.steps} steps, {phase.sampler} samples, objective {kind}")
+        terms = " + ".join(
+            f"{'' if term.weight == 1 else f'{term.weight:g} '}{term.objective.kind} "
+            f"({term.sampler} samples)"
+            for term in phase.terms
+        )
+        self.note(f"{name}: {phase.steps} steps, {terms}")
 
     def step(self, step: int, row: dict[str, Any], clock: Clock) -> None:
         """Record one optimizer step, ``row`` from :func:`describe`."""
@@ -114,27 +119,45 @@ def describe(
     phase: Phase,
     version: int,
     lr: float,
-    counts: Counts,
-    rollouts: Sequence[Rollout],
+    parts: Sequence[Part],
     result: StepResult,
 ) -> dict[str, Any]:
-    """The metrics of one step, without times. Divergences in nats, lengths in tokens."""
+    """The metrics of one step, without times. Divergences in nats, lengths in tokens. Those of the
+    phase's own sampler have plain names, those of the others the sampler's name before them."""
     row: dict[str, Any] = {
         "phase": name,
         "sampler": phase.sampler,
         "objective": phase.objective.kind,
         "policy_version": version,
-        "rollout_policy_version": max(r.policy_version for r in rollouts),
         "loss": result.loss,
         "grad_norm": result.grad_norm,
         "lr": lr,
+    }
+    for sampler, part, learnt in zip(phase.by_sampler, parts, result.parts, strict=True):
+        prefix = "" if sampler == phase.sampler else f"{sampler}/"
+        described = _describe_part(config, part, learnt)
+        row |= {prefix + key: value for key, value in described.items()}
+    return row
+
+
+def _describe_part(config: Config, part: Part, result: PartResult) -> dict[str, Any]:
+    counts, rollouts = part.counts, part.rollouts
+    row: dict[str, Any] = {
+        "rollout_policy_version": max(r.policy_version for r in rollouts),
         "sequences": counts.sequences,
         "tokens": counts.tokens,
         "length": counts.tokens / counts.sequences,
         "eos_rate": sum(r.finish_reason == "stop" for r in rollouts) / len(rollouts),
     }
-    if phase.objective.needs_rate:
+    if any(term.objective.running for term in part.terms):
         row |= {"rate": counts.rate, "expected_length": counts.length}
+    if part.teacher_fraction is not None:
+        weight, squared = result.sums["weight"], result.sums["weight_squared"]
+        row |= {
+            "teacher_samples": sum(r.source == "teacher" for r in rollouts),
+            "mean_weight": weight / counts.sequences,
+            "effective_sample_size": weight**2 / squared,
+        }
     for stat in ("reverse_kl", "forward_kl", "entropy", "student_logprob", "teacher_logprob"):
         mean = result.per_token(stat)
         if mean is not None:

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from seqkd.config import Prune, Student
+from seqkd.config_roles import Prune, Student
 from seqkd.errors import ModelError
-from seqkd.token_stats import OutputHead, token_stats
-from seqkd.types import TokenStats, TrainBatch
+from seqkd.token_stats import FullTeacher, KnownTeacher, OutputHead, TopTeacher, token_stats
+from seqkd.types import Divergence, Stat, TokenStats, TrainBatch
 
 
 def dtype_of(precision: str) -> torch.dtype:
@@ -204,13 +204,13 @@ class StudentModel(nn.Module):
         self.model = model
 
     def forward(
-        self, batch: TrainBatch, names: tuple[str, ...], teacher_head: OutputHead | None
-    ) -> dict[str, Tensor]:
+        self, batch: TrainBatch, names: tuple[Stat, ...], teacher_head: OutputHead | None
+    ) -> dict[Stat, Tensor]:
         """[B, T] float32 a name, 0 on padding (see :func:`seqkd.token_stats.token_stats`)."""
         hidden = last_hidden(self.model, batch.input_ids, batch.attention_mask)
         rows = torch.arange(len(hidden), device=hidden.device)[:, None]
         states = hidden[rows, batch.state_index][batch.loss_mask]
-        given = (
+        given: dict[Stat, Tensor] = (
             {"teacher_logprob": batch.teacher_logprobs}
             if batch.teacher_logprobs is not None
             else {}
@@ -220,8 +220,7 @@ class StudentModel(nn.Module):
             head_of(self.model),
             batch.target_ids[batch.loss_mask],
             tuple(name for name in names if name not in given),
-            batch.teacher_hidden,
-            teacher_head,
+            known_teacher(batch, teacher_head),
         )
         return given | {
             name: torch.zeros(batch.loss_mask.shape, device=value.device).masked_scatter(
@@ -231,9 +230,33 @@ class StudentModel(nn.Module):
         }
 
 
-def as_token_stats(batch: TrainBatch, stats: Mapping[str, Tensor]) -> TokenStats:
+def known_teacher(batch: TrainBatch, head: OutputHead | None) -> KnownTeacher | None:
+    """What the batch knows of the teacher's distributions."""
+    if batch.teacher_hidden is not None:
+        assert head is not None
+        return FullTeacher(batch.teacher_hidden, head)
+    if batch.teacher_top_ids is not None:
+        assert batch.teacher_top_logprobs is not None
+        return TopTeacher(batch.teacher_top_ids, batch.teacher_top_logprobs)
+    return None
+
+
+def as_token_stats(
+    batch: TrainBatch,
+    stats: Mapping[Stat, Tensor],
+    divergence: Divergence | None = None,
+    weight: Tensor | None = None,
+) -> TokenStats:
     """What :class:`StudentModel` returns, as the record that objectives read."""
-    return TokenStats(loss_mask=batch.loss_mask, group=batch.group, **stats)
+    named = {name: value for name, value in stats.items() if isinstance(name, str)}
+    return TokenStats(
+        loss_mask=batch.loss_mask,
+        group=batch.group,
+        divergence=None if divergence is None else stats[divergence],
+        rollout_logprob=batch.rollout_logprobs,
+        weight=weight,
+        **named,
+    )
 
 
 def check_head(model: nn.Module, field: str) -> None:

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from seqkd.config import Config, Prune
-from seqkd.data import read_prompts
+from seqkd.config import Config
+from seqkd.config_roles import Prune
+from seqkd.data import read_corpus, read_prompts
 from seqkd.errors import ConfigError, DataError, ModelError, SeqkdError
 from seqkd.models import check_prune, end_of_sequence_ids, load_config, load_tokenizer
 from seqkd.types import Prompt
@@ -27,6 +28,7 @@ class Checked:
     stop_ids: tuple[int, ...]
     train: list[Prompt]
     heldout: list[Prompt]
+    corpus: list[Prompt]
     max_model_len: int
     warnings: tuple[str, ...]
 
@@ -59,6 +61,7 @@ def check(config: Config) -> Checked:
     max_model_len = config.data.max_prompt_tokens + config.rollout.max_tokens
     found.attempt(fits_context, student, "student.model", config)
     found.attempt(fits_context, teacher, "teacher.model", config)
+    found.attempt(top_k_fits, teacher, config)
     if isinstance(config.student.init, Prune):
         found.attempt(check_prune, student, config.student.init)
     if student and teacher and student.vocab_size != teacher.vocab_size:
@@ -87,13 +90,29 @@ def fits_context(model: Any, name: str, config: Config) -> None:
             f"{name}: data.max_prompt_tokens {prompt} + rollout.max_tokens {completion} = "
             f"{prompt + completion} is beyond its context of {context}. Lower one of the two."
         )
+    pieces = config.data.corpus_tokens if config.data.corpus_path else 0
+    if context and pieces > context:
+        raise ModelError(
+            f"{name}: data.corpus_tokens {pieces} is beyond its context of {context}. Lower it."
+        )
+
+
+def top_k_fits(model: Any, config: Config) -> None:
+    """ModelError unless the teacher's vocabulary has more than ``top_k`` tokens."""
+    if config.teacher.scores == "top_k" and config.teacher.top_k >= model.vocab_size:
+        raise ModelError(
+            f"teacher.top_k: {config.teacher.top_k} is not below the teacher's vocabulary of "
+            f"{model.vocab_size}. Lower it, or set teacher.scores to hidden."
+        )
 
 
 def _prompts(
     config: Config, tokenizer: Any, stop_ids: tuple[int, ...], found: Findings
-) -> tuple[list[Prompt], list[Prompt]]:
+) -> tuple[list[Prompt], list[Prompt], list[Prompt]]:
+    """For training, held out, and plain text."""
     data = config.data
-    answers = any(phase.sampler == "dataset" for _, phase in config.phases)
+    samplers = {term.sampler for _, phase in config.phases for term in phase.terms}
+    answers = "dataset" in samplers
     longest = config.rollout.max_tokens if answers else 0
     # The first stop id of a chat model may be another one than what ends its turns.
     eos_id = stop_ids[0] if tokenizer.eos_token_id is None else tokenizer.eos_token_id
@@ -104,8 +123,9 @@ def _prompts(
             f"{data.max_prompt_tokens}"
             + (f" or rollout.max_tokens = {longest}." if longest else ".")
         )
+    corpus = read_corpus(data, tokenizer, eos_id) if "corpus" in samplers else []
     if not config.evaluation.prompts or data.heldout_path is None:
-        return train, []
+        return train, [], corpus
     heldout, _ = read_prompts(
         data, data.heldout_path, "data.heldout_path", tokenizer, eos_id, max_reference=0
     )
@@ -121,7 +141,7 @@ def _prompts(
             f"data.heldout_path has {len(heldout)} prompts, fewer than evaluation.prompts = "
             f"{config.evaluation.prompts}; all of them are used."
         )
-    return train, heldout[: config.evaluation.prompts]
+    return train, heldout[: config.evaluation.prompts], corpus
 
 
 def same_tokenizer(student: Any, teacher: Any, config: Config) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from seqkd.config import Objective
+from seqkd.config import Term
 from seqkd.types import Counts, Prompt, Rollout, StepResult, TeacherScore, WeightVersion
 
 Scores = Mapping[str, TeacherScore]
@@ -21,12 +21,12 @@ class Sampler(Protocol):
     def sample(
         self,
         prompts: Sequence[Prompt],
-        samples: int,
+        samples: Sequence[int],
         seed: int,
         temperature: float = 1.0,
         top_p: float = 1.0,
     ) -> list[Rollout]:
-        """``samples`` completions of each prompt, the same for the same seed and weights."""
+        """``samples[i]`` completions of prompt i, the same for the same seed and weights."""
 
     def load(self, version: WeightVersion) -> None:
         """Take in published weights, verified."""
@@ -39,23 +39,32 @@ class Teacher(Protocol):
         """A score for every rollout, by sample id."""
 
 
+@dataclass(frozen=True)
+class Part:
+    """What one step learns from the completions of one sampler."""
+
+    rollouts: Sequence[Rollout]
+    scores: Scores
+    counts: Counts
+    terms: tuple[Term, ...]
+    teacher_fraction: float | None = None
+    """The share of teacher samples in a mixture, whose sequences are weighted; else None."""
+
+
+Measured = dict[str, dict[str, list[float]]]
+"""By sample id: every statistic that the score allows, a number a completion token."""
+
+
 class Learner(Protocol):
     """The student's weights and its optimizer."""
 
     policy_version: int
 
-    def step(
-        self,
-        rollouts: Sequence[Rollout],
-        scores: Scores,
-        counts: Counts,
-        objective: Objective,
-        lr: float,
-    ) -> StepResult:
-        """One optimizer step; sums are global."""
+    def step(self, parts: Sequence[Part], lr: float) -> StepResult:
+        """One optimizer step on the sum of all parts; results are global."""
 
-    def measure(self, rollouts: Sequence[Rollout], scores: Scores) -> dict[str, dict[str, float]]:
-        """Sums over each sequence's tokens of every statistic, by sample id; no step is taken."""
+    def measure(self, rollouts: Sequence[Rollout], scores: Scores) -> Measured:
+        """What the student thinks of ``rollouts``; no step is taken."""
 
     def publish(self) -> WeightVersion:
         """Make the current weights available to samplers."""

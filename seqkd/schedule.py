@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from seqkd.config import Learner
+from seqkd.config_roles import Learner
 
 
 def learning_rate(learner: Learner, peak: float, step: int, steps: int) -> float:

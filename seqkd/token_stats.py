@@ -12,12 +12,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from seqkd.objectives import DIVERGENCES
+from seqkd.types import Divergence, Stat
+
 CHUNK_ELEMENTS = 2**22
 """Elements of one [chunk, V] tensor: 16 MiB in float32. From 32 MiB on, glibc maps fresh pages for
 every temporary and the kernel clears them: a third of the step on a CPU."""
 
 STUDENT_ONLY = frozenset({"student_logprob", "entropy"})
 STATS = ("student_logprob", "teacher_logprob", "reverse_kl", "forward_kl", "entropy")
+MONITORED = {"reverse_kl": "token_reverse_kl", "forward_kl": "token_forward_kl"}
+"""Divergences that have a name of their own, being reported whatever the objective."""
 
 
 @dataclass(frozen=True)
@@ -41,57 +46,115 @@ class OutputHead:
         logits = raw * self.scale if self.scale != 1.0 else raw
         return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
 
-    def logprobs(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """[n, H], [n] -> [n] float32 log-probability of each target, in chunks, no gradient."""
-        with torch.no_grad():
-            parts = [
-                _gather(torch.log_softmax(self.finish(self.raw(h)), -1), t)
-                for h, t in zip(
-                    hidden.split(_chunk(self.weight)),
-                    targets.split(_chunk(self.weight)),
-                    strict=True,
-                )
-            ]
-        return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
+    @torch.no_grad()
+    def logprobs(
+        self, hidden: Tensor, targets: Tensor, top_k: int = 0
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """[n, H], [n] -> [n] float32 log-probability of each target, and with ``top_k`` what
+        :func:`top_teacher` makes of each distribution; in chunks."""
+        chosen = hidden.new_empty(len(hidden), dtype=torch.float32)
+        ids = torch.empty(len(hidden), top_k, dtype=torch.int32, device=hidden.device)
+        top = chosen.new_empty(len(hidden), top_k + 1)
+        for rows in _rows(len(hidden), self.weight):
+            logprobs = torch.log_softmax(self.finish(self.raw(hidden[rows])), -1)
+            chosen[rows] = _gather(logprobs, targets[rows])
+            if top_k:
+                ids[rows], top[rows] = top_teacher(logprobs, top_k)
+        return (chosen, ids, top) if top_k else (chosen, None, None)
+
+
+@dataclass(frozen=True)
+class FullTeacher:
+    """A teacher known by its hidden states: its whole distribution at every state."""
+
+    hidden: Tensor
+    """[N, H']"""
+    head: OutputHead
+    """Frozen."""
+
+    def rows(self, rows: slice) -> FullTeacher:
+        """The teacher at some of the states."""
+        return FullTeacher(self.hidden[rows], self.head)
+
+
+@dataclass(frozen=True)
+class TopTeacher:
+    """A teacher known by its k most probable tokens. Divergences are those between the two
+    distributions over k + 1 events, the k tokens and all others (the tail): true divergences, never
+    negative, and never above the divergence of the whole distributions."""
+
+    ids: Tensor
+    """[N, k]"""
+    logprobs: Tensor
+    """[N, k + 1], the tail last."""
+
+    def rows(self, rows: slice) -> TopTeacher:
+        """The teacher at some of the states."""
+        return TopTeacher(self.ids[rows], self.logprobs[rows])
+
+
+KnownTeacher = FullTeacher | TopTeacher
+
+
+def top_teacher(logprobs: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """[N, V] log-probs -> ([N, k] int32, [N, k + 1]): the k largest, and the rest as one event."""
+    values, ids = logprobs.topk(k)
+    rest = logprobs.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
+    return ids.to(torch.int32), torch.cat([values, rest], -1)
 
 
 def token_stats(
     hidden: Tensor,
     head: OutputHead,
     targets: Tensor,
-    names: tuple[str, ...],
-    teacher_hidden: Tensor | None = None,
-    teacher_head: OutputHead | None = None,
-) -> dict[str, Tensor]:
+    names: tuple[Stat, ...],
+    teacher: KnownTeacher | None = None,
+) -> dict[Stat, Tensor]:
     """Per-token statistics, [N] float32 each, differentiable in ``hidden`` and ``head``.
 
     Args:
         hidden: [N, H] student states; targets: [N] the tokens drawn there.
-        names: which of :data:`STATS`; those outside :data:`STUDENT_ONLY` need the teacher.
-        teacher_hidden: [N, H'] teacher states, with teacher_head its frozen head.
+        names: which of :data:`STATS`, or divergences; those outside :data:`STUDENT_ONLY` need the
+            teacher, ``teacher_logprob`` a :class:`FullTeacher`.
 
     Where one vocabulary is padded beyond the other, both are read up to the shorter.
     """
     if not names:
         return {}
-    work = _Work(head, targets, names, teacher_hidden, teacher_head)
+    work = _Work(head, targets, names, teacher)
     values = _ChunkedStats.apply(hidden, head.weight, head.bias, work)
     return dict(zip(names, values, strict=True))
+
+
+def stats_of_logits(
+    logits: Tensor, teacher_logits: Tensor, targets: Tensor, names: tuple[Stat, ...]
+) -> dict[Stat, Tensor]:
+    """The same from logits, [..., V] twice and [...]: for other trainers and small examples. Keeps
+    whole [..., V] tensors for the backward pass."""
+    flat = _reduce(
+        logits.flatten(0, -2), teacher_logits.detach().flatten(0, -2), targets.flatten(), names
+    )
+    return {name: value.view(targets.shape) for name, value in flat.items()}
 
 
 @dataclass(frozen=True)
 class _Work:
     head: OutputHead
     targets: Tensor
-    names: tuple[str, ...]
-    teacher_hidden: Tensor | None
-    teacher_head: OutputHead | None
+    names: tuple[Stat, ...]
+    teacher: KnownTeacher | None
 
-    def teacher_logits(self, rows: slice, names: tuple[str, ...]) -> Tensor | None:
-        if STUDENT_ONLY.issuperset(names):
-            return None
-        assert self.teacher_hidden is not None and self.teacher_head is not None
-        return self.teacher_head.finish(self.teacher_head.raw(self.teacher_hidden[rows]))
+    def values(self, raw: Tensor, rows: slice, names: tuple[Stat, ...]) -> dict[Stat, Tensor]:
+        """[n] a name, of the states ``rows`` with raw logits [n, V]."""
+        teacher: Tensor | TopTeacher | None = None
+        if not STUDENT_ONLY.issuperset(names):
+            assert self.teacher is not None
+            part = self.teacher.rows(rows)
+            if isinstance(part, FullTeacher):
+                teacher = part.head.finish(part.head.raw(part.hidden))
+            else:
+                teacher = part
+        return _reduce(self.head.finish(raw), teacher, self.targets[rows], names)
 
 
 class _ChunkedStats(torch.autograd.Function):
@@ -105,8 +168,7 @@ class _ChunkedStats(torch.autograd.Function):
         out = {name: hidden.new_empty(len(hidden), dtype=torch.float32) for name in work.names}
         for rows in _rows(len(hidden), weight):
             raw = work.head.raw(hidden[rows])
-            logits, teacher = work.head.finish(raw), work.teacher_logits(rows, work.names)
-            for name, value in _reduce(logits, teacher, work.targets[rows], work.names).items():
+            for name, value in work.values(raw, rows, work.names).items():
                 out[name][rows] = value
         return tuple(out[name] for name in work.names)
 
@@ -124,8 +186,7 @@ class _ChunkedStats(torch.autograd.Function):
         for rows in _rows(len(hidden), weight) if names else ():
             with torch.enable_grad():
                 raw = work.head.raw(hidden[rows].detach()).detach().requires_grad_()
-                logits, teacher = work.head.finish(raw), work.teacher_logits(rows, names)
-                values = _reduce(logits, teacher, work.targets[rows], names)
+                values = work.values(raw, rows, names)
                 total = sum((values[name] * given[name][rows]).sum() for name in names)
                 (d_raw,) = torch.autograd.grad(total, raw)
             low = d_raw.to(weight.dtype)
@@ -142,28 +203,51 @@ class _ChunkedStats(torch.autograd.Function):
 
 
 def _reduce(
-    logits: Tensor, teacher: Tensor | None, targets: Tensor, names: tuple[str, ...]
-) -> dict[str, Tensor]:
-    """[n, V] logits -> [n] a name. The definitions, as written."""
-    if teacher is not None and teacher.shape[-1] != logits.shape[-1]:
+    logits: Tensor,
+    teacher: Tensor | TopTeacher | None,
+    targets: Tensor,
+    names: tuple[Stat, ...],
+) -> dict[Stat, Tensor]:
+    """[n, V] logits, the teacher's logits or its most probable tokens -> [n] a name."""
+    if isinstance(teacher, Tensor) and teacher.shape[-1] != logits.shape[-1]:
         size = min(teacher.shape[-1], logits.shape[-1])
         logits, teacher = logits[:, :size], teacher[:, :size]
     log_q = torch.log_softmax(logits, -1)
-    values = {}
+    values: dict[Stat, Tensor] = {}
     if "student_logprob" in names:
         values["student_logprob"] = _gather(log_q, targets)
     if "entropy" in names:
         values["entropy"] = -(log_q.exp() * log_q).sum(-1)
     if teacher is None:
         return values
-    log_p = torch.log_softmax(teacher, -1)
     if "teacher_logprob" in names:
-        values["teacher_logprob"] = _gather(log_p, targets)
-    if "reverse_kl" in names:
-        values["reverse_kl"] = (log_q.exp() * (log_q - log_p)).sum(-1)
-    if "forward_kl" in names:
-        values["forward_kl"] = (log_p.exp() * (log_p - log_q)).sum(-1)
+        assert isinstance(teacher, Tensor)
+        values["teacher_logprob"] = _gather(torch.log_softmax(teacher, -1), targets)
+    wanted = {
+        name: Divergence(MONITORED[name]) if isinstance(name, str) else name
+        for name in names
+        if not isinstance(name, str) or name in MONITORED
+    }
+    for temperature in dict.fromkeys(d.temperature for d in wanted.values()):
+        ours, theirs = _distributions(logits, log_q, teacher, temperature)
+        for name, (kind, coefficient, of) in wanted.items():
+            if of == temperature:
+                options = () if coefficient is None else (coefficient,)
+                values[name] = DIVERGENCES[kind](ours, theirs, *options) * temperature**2
     return values
+
+
+def _distributions(
+    logits: Tensor, log_q: Tensor, teacher: Tensor | TopTeacher, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Log-probs of student and teacher over the same events, [n, V] or [n, k + 1] each."""
+    if isinstance(teacher, TopTeacher):
+        ids = teacher.ids.long()
+        rest = log_q.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
+        return torch.cat([log_q.gather(-1, ids), rest], -1), teacher.logprobs
+    if temperature == 1.0:
+        return log_q, torch.log_softmax(teacher, -1)
+    return torch.log_softmax(logits / temperature, -1), torch.log_softmax(teacher / temperature, -1)
 
 
 def _gather(logprobs: Tensor, targets: Tensor) -> Tensor:

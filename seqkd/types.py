@@ -8,11 +8,26 @@ V vocabulary. Log-probabilities are natural logarithms; divergences are in nats.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-Source = Literal["student", "teacher", "dataset"]
+Source = Literal["student", "teacher", "dataset", "corpus"]
+
+
+class Divergence(NamedTuple):
+    """A divergence between the two next-token distributions of one state, with its options."""
+
+    kind: str
+    """A key of :data:`seqkd.objectives.DIVERGENCES`."""
+    coefficient: float | None = None
+    """beta of ``gjsd``, lambda of the skew divergences."""
+    temperature: float = 1.0
+    """Both distributions are softmax(logits / temperature), the divergence times its square."""
+
+
+Stat = str | Divergence
+"""The name of a per-token quantity: a field of :class:`TokenStats`, or a divergence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +49,7 @@ class Rollout:
 
     prompt_id: str
     sample_id: str
-    """Unique within a run: ``<prompt_id>/<seed>/<index>``."""
+    """Unique within a run: ``<prompt_id>/<source>/<seed>/<index>``."""
     prompt_ids: tuple[int, ...]
     completion_ids: tuple[int, ...]
     """At least one token; ends with the end-of-sequence token unless ``finish_reason`` is
@@ -50,7 +65,8 @@ class Rollout:
 
 @dataclass(frozen=True, slots=True)
 class TeacherScore:
-    """What a teacher says about one rollout. Exactly one of the two fields is set."""
+    """What a teacher says about one rollout: ``hidden``, or ``logprobs``, with or without the two
+    ``top`` fields."""
 
     sample_id: str
     hidden: Tensor | None = None
@@ -58,6 +74,11 @@ class TeacherScore:
     token; with the teacher's output head they are its whole next-token distribution."""
     logprobs: Tensor | None = None
     """[T] float32 log-probability of each completion token."""
+    top_ids: Tensor | None = None
+    """[T, k] int32, the teacher's k most probable tokens at the state before each token."""
+    top_logprobs: Tensor | None = None
+    """[T, k + 1] float32, their log-probabilities; last the logarithm of what is left (the
+    tail)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +99,16 @@ class TrainBatch:
     """[B] long, equal for samples of the same prompt."""
     rollout_logprobs: Tensor | None
     """[B, T] float32, 0 on padding; None for completions that were not sampled."""
-    source: Source
-    """Who wrote the completions of this micro-batch."""
+    by_teacher: Tensor
+    """[B] bool, True where the teacher wrote the completion."""
     teacher_hidden: Tensor | None = None
     """[N, H] teacher states in the order of ``loss_mask.nonzero()``."""
     teacher_logprobs: Tensor | None = None
     """[B, T] float32, 0 on padding."""
+    teacher_top_ids: Tensor | None = None
+    """[N, k], in the order of ``teacher_hidden``."""
+    teacher_top_logprobs: Tensor | None = None
+    """[N, k + 1], likewise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,9 +122,13 @@ class Counts:
     """Completion tokens in the whole step."""
     rate: float = 0.0
     """Estimate of J = E[sum_t KL_t] / E[L] in nats per token, from data independent of the
-    batch (but for the first step of a phase, see :mod:`seqkd.rate`)."""
+    batch (but for the first step of a phase, see :mod:`seqkd.running`)."""
     length: float = 1.0
     """Estimate of E[L] in tokens, likewise."""
+    costs: Tensor | None = None
+    """[T'] estimate of E[KL_t; the sequence has a token t], likewise, up to a common factor."""
+    alive: Tensor | None = None
+    """[T'] estimate of the probability that a sequence has a token t, times the same factor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,9 +150,45 @@ class TokenStats:
     """sum_v p(v|s_t) log p(v|s_t)/q(v|s_t), exact over the vocabulary."""
     entropy: Tensor | None = None
     """-sum_v q log q of the student."""
+    divergence: Tensor | None = None
+    """The divergence that a token-level objective asked for."""
+    rollout_logprob: Tensor | None = None
+    """log-probability of y_t when it was drawn; no gradient."""
+    weight: Tensor | None = None
+    """[B] importance weight of each whole sequence; None stands for 1. No gradient."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
+class PartResult:
+    """What one part of a step was like: global over ranks and micro-batches."""
+
+    sums: dict[str, float] = field(default_factory=dict)
+    """Sums over completion tokens of every monitored statistic, plus "tokens", "sequences", the
+    weights of sequences and their squares ("weight", "weight_squared"), and "logprob_gap", the
+    absolute difference between the sampler's log-probs and those of the same model here."""
+    logprob_gap_max: float = 0.0
+    """The largest such difference."""
+    costs: Tensor | None = None
+    """[T] weighted sum over sequences of the divergence at each position (of the sampled
+    log-ratio where the teacher's distribution is not known); None without a teacher."""
+    alive: Tensor | None = None
+    """[T] weighted number of sequences that have a token there."""
+
+    def per_token(self, name: str) -> float | None:
+        """Mean of a monitored statistic over completion tokens; None if not monitored."""
+        return self.sums[name] / self.sums["tokens"] if name in self.sums else None
+
+    def __add__(self, other: PartResult) -> PartResult:
+        names = self.sums | other.sums
+        return PartResult(
+            {n: self.sums.get(n, 0.0) + other.sums.get(n, 0.0) for n in names},
+            max(self.logprob_gap_max, other.logprob_gap_max),
+            add_padded(self.costs, other.costs),
+            add_padded(self.alive, other.alive),
+        )
+
+
+@dataclass(frozen=True)
 class StepResult:
     """What one optimizer step reports: global over ranks and micro-batches."""
 
@@ -131,16 +196,19 @@ class StepResult:
     """The surrogate that was minimised. Its gradient means something, its value need not."""
     grad_norm: float
     """L2 norm before clipping."""
-    sums: dict[str, float] = field(default_factory=dict)
-    """Sums over completion tokens of every monitored statistic, plus "tokens", "sequences" and
-    "logprob_gap", the absolute difference between the sampler's log-probs and those of the same
-    model here."""
-    logprob_gap_max: float = 0.0
-    """The largest such difference."""
+    parts: tuple[PartResult, ...]
+    """One for each part of the step, in order."""
 
-    def per_token(self, name: str) -> float | None:
-        """Mean of a monitored statistic over completion tokens; None if not monitored."""
-        return self.sums[name] / self.sums["tokens"] if name in self.sums else None
+
+def add_padded(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """Sum of two vectors, the shorter one continued with zeros; None counts as nothing."""
+    if a is None or b is None:
+        return b if a is None else a
+    if len(a) < len(b):
+        a, b = b, a
+    result = a.clone()
+    result[: len(b)] += b
+    return result
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from seqkd.protocols import Workers
+from seqkd.protocols import Measured, Workers
 from seqkd.types import Prompt, Rollout
 
 RESAMPLES = 10_000
@@ -97,21 +97,23 @@ class HeldOut:
         self, workers: Workers, prompts: Sequence[Prompt], samples: int, seed: int
     ) -> None:
         self.workers, self.prompts, self.samples, self.seed = workers, prompts, samples, seed
-        self.teacher_rollouts = workers.teacher_sampler.sample(prompts, samples, seed)
+        self.teacher_rollouts = workers.teacher_sampler.sample(
+            prompts, [samples] * len(prompts), seed
+        )
         self.teacher_scores = workers.teacher.score(self.teacher_rollouts)
 
     def measure(self) -> Measurement:
         """The student as it is now; the same random numbers every time."""
         self.workers.sync()
-        rollouts = self.workers.student.sample(self.prompts, self.samples, self.seed)
+        rollouts = self.workers.student.sample(
+            self.prompts, [self.samples] * len(self.prompts), self.seed
+        )
         scores = self.workers.teacher.score(rollouts)
         on_student = self.workers.learner.measure(rollouts, scores)
         on_teacher = self.workers.learner.measure(self.teacher_rollouts, self.teacher_scores)
         return Measurement(
-            reverse_kl=self._sums(rollouts, {k: v["reverse_kl"] for k, v in on_student.items()}),
-            forward_kl=self._sums(
-                self.teacher_rollouts, {k: v["forward_kl"] for k, v in on_teacher.items()}
-            ),
+            reverse_kl=self._sums(rollouts, _totals(on_student, "reverse_kl")),
+            forward_kl=self._sums(self.teacher_rollouts, _totals(on_teacher, "forward_kl")),
             student_tokens=self._sums(rollouts, _lengths(rollouts)),
             teacher_tokens=self._sums(self.teacher_rollouts, _lengths(self.teacher_rollouts)),
             student_ended=self._sums(rollouts, _ended(rollouts)),
@@ -131,6 +133,10 @@ class HeldOut:
     def _first(self, rollouts: Sequence[Rollout]) -> tuple[Rollout, ...]:
         by_prompt = {r.prompt_id: r for r in reversed(rollouts)}
         return tuple(by_prompt[p.prompt_id] for p in self.prompts)
+
+
+def _totals(measured: Measured, name: str) -> dict[str, float]:
+    return {sample_id: sum(values[name]) for sample_id, values in measured.items()}
 
 
 def _lengths(rollouts: Sequence[Rollout]) -> dict[str, float]:

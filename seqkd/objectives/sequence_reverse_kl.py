@@ -14,6 +14,11 @@ rao_blackwell  sum_t [KL_t + sg(sum_{u>t} KL_u) log q(y_t)]        2504.10637
 
 All four have the gradient of KL(q || p) as their expectation under the student.
 
+``baseline`` is subtracted from what multiplies log q(y_t), and is independent of the sample:
+``leave_one_out`` is the mean of the prompt's other samples at the same position, 0 for those that
+ended; ``position_mean`` the mean at that position over past batches (``counts.costs``,
+``counts.alive``).
+
 ``normalization``:
 
 - ``total``: the sum above, averaged over sequences. Its optimum includes silence: a student that
@@ -22,13 +27,23 @@ All four have the gradient of KL(q || p) as their expectation under the student.
   reduced by the rate rho = J and the sum is divided by E[L] (``counts.rate``, ``counts.length``,
   both independent of the batch), so that a token more or less costs nothing on average.
 - ``minillm``: the paper's R_{t+1} / (T - t - 1), T the sequence's length; biased.
+
+Two dials between the sequence and the token level, biased for every value below 1:
+``future_weight`` multiplies the future in each return, ``discount`` its cost u - t tokens ahead by
+discount^(u - t). At 0 either leaves the token level. ``clip_ratio`` and ``truncated_is`` correct
+for samples of an older student (:mod:`seqkd.objectives.off_policy`).
+
+Where ``stats.weight`` is set (:mod:`seqkd.objectives.mixture`), every sequence is weighted by it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from seqkd.objectives.off_policy import policy_gradient_term
 from seqkd.types import Counts, TokenStats
 
 
@@ -39,6 +54,10 @@ def sequence_reverse_kl(
     estimator: str = "rao_blackwell",
     baseline: str = "leave_one_out",
     normalization: str = "rate",
+    future_weight: float = 1.0,
+    discount: float = 1.0,
+    clip_ratio: float | None = None,
+    truncated_is: float | None = None,
 ) -> Tensor:
     """Surrogate loss (scalar) on student samples; needs the stats that its table row names."""
     mask = stats.loss_mask
@@ -54,7 +73,10 @@ def sequence_reverse_kl(
         cost = cost - counts.rate
     cost = cost * mask
 
-    returns = _returns(cost, mask, estimator)
+    def returns_of(costs: Tensor) -> Tensor:
+        return _returns(costs, estimator, future_weight, discount)
+
+    returns = returns_of(cost) * mask
     if normalization == "minillm":
         remaining = mask.sum(1, keepdim=True) - torch.arange(
             1, mask.shape[1] + 1, device=mask.device
@@ -62,24 +84,37 @@ def sequence_reverse_kl(
         returns = returns / remaining.clamp(min=1)
     if baseline == "leave_one_out":
         returns = returns - leave_one_out(returns, stats.group)
+    elif baseline == "position_mean":
+        returns = returns - position_mean(
+            returns_of, counts, estimator, normalization, mask.shape[1]
+        )
 
-    surrogate = returns * stats.student_logprob
+    surrogate = policy_gradient_term(stats, returns, clip_ratio, truncated_is)
     if exact:
         assert stats.reverse_kl is not None
         surrogate = surrogate + stats.reverse_kl
+    if stats.weight is not None:
+        surrogate = surrogate * stats.weight[:, None]
     divisor = counts.sequences * (counts.length if normalization == "rate" else 1.0)
     return (surrogate * mask).sum() / divisor
 
 
-def _returns(cost: Tensor, mask: Tensor, estimator: str) -> Tensor:
-    """[B, T] what log q(y_t) is multiplied by; 0 after the end of a sequence."""
-    total = cost.sum(1, keepdim=True)
-    before = cost.cumsum(1) - cost
+def _returns(cost: Tensor, estimator: str, future_weight: float, discount: float) -> Tensor:
+    """[B, T] costs, 0 after the end -> [B, T] what log q(y_t) is multiplied by."""
     if estimator == "reinforce":
-        return total * mask
-    if estimator == "reward_to_go":
-        return (total - before) * mask
-    return (total - before - cost) * mask
+        return cost.sum(1, keepdim=True).expand_as(cost)
+    future = future_weight * discounted_future(cost, discount)
+    return future + cost if estimator == "reward_to_go" else future
+
+
+def discounted_future(cost: Tensor, discount: float) -> Tensor:
+    """[B, T] -> [B, T] sum_{u>t} discount^(u-t) cost_u."""
+    if discount == 1.0:
+        return cost.flip(1).cumsum(1).flip(1) - cost
+    ahead = torch.zeros_like(cost)
+    for t in range(cost.shape[1] - 2, -1, -1):
+        ahead[:, t] = discount * (cost[:, t + 1] + ahead[:, t + 1])
+    return ahead
 
 
 def leave_one_out(returns: Tensor, group: Tensor) -> Tensor:
@@ -89,3 +124,19 @@ def leave_one_out(returns: Tensor, group: Tensor) -> Tensor:
     same = (group[:, None] == group[None, :]).to(returns.dtype)
     others = same - torch.eye(len(group), dtype=returns.dtype, device=returns.device)
     return others @ returns / others.sum(1, keepdim=True).clamp(min=1)
+
+
+def position_mean(
+    returns_of: Callable[[Tensor], Tensor],
+    counts: Counts,
+    estimator: str,
+    normalization: str,
+    size: int,
+) -> Tensor:
+    """[size] mean return of the sequences that have a token t, over past batches; 0 where none
+    had. Under reinforce, whose return is the whole cost, the mean over all sequences."""
+    assert counts.costs is not None and counts.alive is not None
+    cost = counts.costs - counts.rate * counts.alive if normalization == "rate" else counts.costs
+    alive = counts.alive[:1].expand_as(cost) if estimator == "reinforce" else counts.alive
+    means = torch.where(alive > 0, returns_of(cost[None])[0] / alive, 0.0)
+    return torch.nn.functional.pad(means, (0, max(0, size - len(means))))[:size]

@@ -11,7 +11,7 @@ from actors import weight_sync
 from actors.groups import wait
 from actors.placement import ActorPlan
 from actors.rollout import RolloutActor
-from seqkd.config import Engine
+from seqkd.config_roles import Engine
 from seqkd.errors import SyncError
 from seqkd.models import load_causal_lm
 from seqkd.types import Prompt
@@ -45,7 +45,9 @@ def drawn(model, rollout):
 
 def sample(engine, prompts, seed=3, n=3, temperature=1.0, max_tokens=12):
     seeds = [seed + i for i in range(len(prompts))]
-    return wait(engine.sample.remote(prompts, seeds, n, max_tokens, temperature, 1.0), "sampling")
+    numbers = [n] * len(prompts)
+    call = engine.sample.remote(prompts, seeds, numbers, max_tokens, temperature, 1.0)
+    return wait(call, "sampling")
 
 
 def sync(engine, model, version):

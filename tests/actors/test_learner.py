@@ -12,11 +12,14 @@ from actors.groups import LearnerGroup, wait
 from actors.learner import LearnerRank
 from actors.placement import ActorPlan
 from actors.weight_sync import FILE, remove
-from seqkd.config import Learner, SequenceReverseKL
+from seqkd.config import Term
+from seqkd.config_objectives import SequenceReverseKL
+from seqkd.config_roles import Learner
 from seqkd.models import load_causal_lm
+from seqkd.protocols import Part
 from seqkd.types import Counts, Rollout, TeacherScore
 
-OBJECTIVE = SequenceReverseKL()
+TERMS = (Term(objective=SequenceReverseKL()),)
 LR, STEPS = 1e-3, 2
 
 
@@ -104,7 +107,7 @@ def learners(local_ray):
 
 def trained(learner, batch, counts):
     """Results of STEPS steps, and the published weights."""
-    results = [learner.step(*batch, counts, OBJECTIVE, LR) for _ in range(STEPS)]
+    results = [learner.step([Part(*batch, counts, TERMS)], LR) for _ in range(STEPS)]
     state = load_file(f"{learner.publish().path}/{FILE}")
     return results, state
 
@@ -209,9 +212,16 @@ def test_measuring_takes_no_step(learners, tiny, batch, counts):
     assert measured.keys() == {r.sample_id for r in odd}
     again = learner.measure(rollouts, scores)
     for sample_id, sums in measured.items():
-        assert sums["reverse_kl"] == pytest.approx(again[sample_id]["reverse_kl"], rel=1e-5)
-    result = learner.step(rollouts, scores, counts, OBJECTIVE, LR)
+        assert sums["reverse_kl"] == pytest.approx(again[sample_id]["reverse_kl"], rel=1e-4)
+    result = learner.step([Part(rollouts, scores, counts, TERMS)], LR)
+    (part,) = result.parts
     for name in ("reverse_kl", "forward_kl", "entropy", "student_logprob", "teacher_logprob"):
-        assert result.sums[name] == pytest.approx(sum(s[name] for s in again.values()), rel=1e-4)
-    assert result.sums["tokens"] == counts.tokens
-    assert result.sums["sequences"] == counts.sequences
+        total = sum(sum(s[name]) for s in again.values())
+        assert part.sums[name] == pytest.approx(total, rel=1e-4)
+    assert part.sums["tokens"] == counts.tokens
+    assert part.sums["sequences"] == counts.sequences
+    lengths = [len(r.completion_ids) for r in rollouts]
+    for t in range(max(lengths)):
+        at_t = sum(s["reverse_kl"][t] for s in again.values() if t < len(s["reverse_kl"]))
+        assert part.costs[t].item() == pytest.approx(at_t, rel=1e-4)
+        assert part.alive[t].item() == sum(t < length for length in lengths)

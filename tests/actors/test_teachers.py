@@ -8,7 +8,7 @@ import torch
 from actors.groups import TeacherGroup, wait
 from actors.placement import ActorPlan
 from actors.teacher import TeacherActor
-from seqkd.config import HfTeacher, VllmTeacher
+from seqkd.config_roles import HfTeacher, VllmTeacher
 from seqkd.errors import ActorError
 from seqkd.models import head_of, load_causal_lm
 from seqkd.types import Rollout

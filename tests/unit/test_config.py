@@ -8,7 +8,8 @@ import sys
 import pytest
 import yaml
 
-from seqkd.config import Config, SequenceReverseKL, dump, load
+from seqkd.config import Config, dump, load
+from seqkd.config_objectives import SequenceReverseKL
 from seqkd.errors import ConfigError
 from tests.conftest import ROOT
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from seqkd import run_directory
-from seqkd.config import Config, Learner, Prune
+from seqkd.config import Config
+from seqkd.config_roles import Learner, Prune
 from seqkd.errors import ConfigError, ModelError, ResourceError
 from seqkd.evaluation.divergence import ratio
 from seqkd.models import (
@@ -19,7 +20,7 @@ from seqkd.models import (
     prune,
     without_dropout,
 )
-from seqkd.rate import RunningRate
+from seqkd.running import RunningCosts, by_position
 from seqkd.schedule import learning_rate
 from tests.unit.test_config import MINIMAL
 
@@ -41,14 +42,20 @@ def test_schedule_warms_up_and_decays():
     assert learning_rate(Learner(lr_warmup_steps=9), 1.0, 0, 1) == 1.0
 
 
-def test_running_rate_never_sees_its_own_batch():
-    rate = RunningRate()
-    assert not rate.known
-    rate.update({"reverse_kl": 6.0, "tokens": 3.0, "sequences": 1.0})
-    counts = rate.counts([])
+def test_running_costs_never_see_their_own_batch():
+    running = RunningCosts()
+    assert not running.known
+    running.update(*by_position([(1.0, [3.0, 1.0, 2.0])]))
+    counts = running.counts([])
     assert (counts.rate, counts.length) == (2.0, 3.0)
-    rate.update({"student_logprob": -1.0, "teacher_logprob": -3.0, "tokens": 1.0, "sequences": 1.0})
-    assert rate.counts([]).rate == pytest.approx((0.9 * 6 + 2) / (0.9 * 3 + 1))
+    running.update(*by_position([(1.0, [2.0]), (0.5, [4.0])]))
+    counts = running.counts([])
+    assert counts.costs.tolist() == [1.5 + 4, 0.5, 1.0]
+    assert counts.alive.tolist() == [0.5 + 1.5, 0.5, 0.5]
+    assert counts.rate == pytest.approx(7 / 3)
+    assert counts.length == pytest.approx(3 / 2)
+    running.update(None, None)  # a step without a teacher says nothing of costs
+    assert running.counts([]).rate == counts.rate
 
 
 def test_ratio_is_of_sums_and_its_interval_covers_it():

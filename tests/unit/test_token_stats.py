@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from seqkd import token_stats as module
-from seqkd.token_stats import STATS, OutputHead, token_stats
+from seqkd.token_stats import STATS, FullTeacher, OutputHead, token_stats
 
 N, H, V = 11, 6, 17
 
@@ -36,15 +36,17 @@ def setup():
     }
 
 
+def teacher(s):
+    return FullTeacher(s["teacher_hidden"], OutputHead(s["teacher_weight"]))
+
+
 @pytest.mark.parametrize("rows", [1, 4, 100])
 @pytest.mark.parametrize("options", [{}, {"scale": 0.5}, {"softcap": 2.0}], ids=str)
 def test_values_and_gradients(setup, monkeypatch, rows, options):
     monkeypatch.setattr(module, "CHUNK_ELEMENTS", rows * V)
     s = setup
     head = OutputHead(s["weight"], s["bias"], **options)
-    found = token_stats(
-        s["hidden"], head, s["targets"], STATS, s["teacher_hidden"], OutputHead(s["teacher_weight"])
-    )
+    found = token_stats(s["hidden"], head, s["targets"], STATS, teacher(s))
     logits = s["hidden"] @ s["weight"].T + s["bias"]
     logits = logits * options.get("scale", 1.0)
     if "softcap" in options:
@@ -66,9 +68,8 @@ def test_monitored_statistics_get_no_gradient_from_the_loss(setup):
     """A statistic that the loss does not use changes no gradient."""
     s = setup
     args = (s["hidden"], OutputHead(s["weight"]), s["targets"])
-    teacher = (s["teacher_hidden"], OutputHead(s["teacher_weight"]))
-    alone = token_stats(*args, ("reverse_kl",), *teacher)["reverse_kl"].sum()
-    beside = token_stats(*args, STATS, *teacher)["reverse_kl"].sum()
+    alone = token_stats(*args, ("reverse_kl",), teacher(s))["reverse_kl"].sum()
+    beside = token_stats(*args, STATS, teacher(s))["reverse_kl"].sum()
     assert torch.equal(*(torch.autograd.grad(x, s["weight"])[0] for x in (alone, beside)))
 
 
@@ -76,9 +77,8 @@ def test_equal_models_have_no_divergence(setup):
     s = setup
     head = OutputHead(s["weight"])
     hidden = s["hidden"].detach()
-    found = token_stats(
-        s["hidden"], head, s["targets"], STATS, hidden, OutputHead(s["weight"].detach())
-    )
+    same = FullTeacher(hidden, OutputHead(s["weight"].detach()))
+    found = token_stats(s["hidden"], head, s["targets"], STATS, same)
     assert found["reverse_kl"].abs().max() < 1e-6
     assert found["forward_kl"].abs().max() < 1e-6
     assert torch.allclose(found["student_logprob"], found["teacher_logprob"])
@@ -95,8 +95,9 @@ def test_no_tokens(setup):
 def test_padded_vocabularies_are_read_up_to_the_shorter(setup):
     s = setup
     wider = OutputHead(torch.cat([s["teacher_weight"], torch.randn(4, 5)]))
-    args = (s["hidden"], OutputHead(s["weight"]), s["targets"], STATS, s["teacher_hidden"])
-    padded, plain = token_stats(*args, wider), token_stats(*args, OutputHead(s["teacher_weight"]))
+    args = (s["hidden"], OutputHead(s["weight"]), s["targets"], STATS)
+    padded = token_stats(*args, FullTeacher(s["teacher_hidden"], wider))
+    plain = token_stats(*args, teacher(s))
     for name in STATS:
         assert torch.equal(padded[name], plain[name])
 
@@ -106,4 +107,6 @@ def test_head_logprobs(setup):
     head = OutputHead(s["weight"].detach(), s["bias"].detach())
     logits = s["hidden"] @ s["weight"].T + s["bias"]
     expected = torch.log_softmax(logits, -1)[torch.arange(N), s["targets"]]
-    assert torch.allclose(head.logprobs(s["hidden"].detach(), s["targets"]), expected, atol=1e-5)
+    found, ids, top = head.logprobs(s["hidden"].detach(), s["targets"])
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert ids is None and top is None

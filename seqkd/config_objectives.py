@@ -1,0 +1,231 @@
+"""The configuration of objectives, one class a kind: on whose samples it is defined, what it reads
+of each token and its options. The function of the same name lives in seqkd/objectives.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from seqkd.config_schema import SamplerName, Schema, TeacherNeed
+
+ANY: tuple[SamplerName, ...] = ("student", "teacher", "mixture", "dataset")
+
+
+class _Objective(Schema):
+    samplers: ClassVar[tuple[SamplerName, ...]]
+
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of the objective's function."""
+        return self.model_dump(exclude={"kind"})
+
+    def stats(self) -> tuple[str, ...]:
+        """Names of the :class:`~seqkd.types.TokenStats` fields that the function reads."""
+        raise NotImplementedError
+
+    def divergence(self) -> tuple[str, float | None, float] | None:
+        """The :class:`~seqkd.types.Divergence` that the function reads, if any."""
+        return None
+
+    @property
+    def running(self) -> bool:
+        """Whether the function reads the running estimates of :class:`~seqkd.types.Counts`."""
+        return False
+
+    @property
+    def on_policy(self) -> bool:
+        """Whether it is an expectation under the student's own distribution."""
+        return False
+
+    @property
+    def teacher_need(self) -> TeacherNeed:
+        """The least that a teacher must provide."""
+        names = set(self.stats())
+        if names & {"reverse_kl", "forward_kl"} or self.divergence():
+            return "distribution"
+        return "logprobs" if "teacher_logprob" in names else "nothing"
+
+
+class _PolicyGradient(_Objective):
+    """On the student's own samples, or on a mixture that is weighted back to them."""
+
+    clip_ratio: float | None = Field(
+        None, gt=0, lt=1, description="PPO's clipping of the token ratio, for older samples."
+    )
+    truncated_is: float | None = Field(
+        None, ge=1, description="Token ratio as a weight, cut here, for older samples."
+    )
+    samplers: ClassVar = ("student", "mixture")
+
+    @property
+    def on_policy(self) -> bool:
+        return True
+
+    @model_validator(mode="after")
+    def _one_correction(self) -> _PolicyGradient:
+        if self.clip_ratio is not None and self.truncated_is is not None:
+            raise ValueError("clip_ratio and truncated_is both correct for older samples. Set one.")
+        return self
+
+
+class SequenceReverseKL(_PolicyGradient):
+    """KL(q || p) of whole sequences, by policy gradient."""
+
+    kind: Literal["sequence_reverse_kl"] = "sequence_reverse_kl"
+    estimator: Literal["reinforce", "reward_to_go", "single_step", "rao_blackwell"] = (
+        "rao_blackwell"
+    )
+    baseline: Literal["none", "leave_one_out", "position_mean"] = "leave_one_out"
+    normalization: Literal["rate", "total", "minillm"] = "rate"
+    future_weight: float = Field(
+        1.0, ge=0, le=1, description="0: token level; 1: the whole sequence."
+    )
+    discount: float = Field(1.0, ge=0, le=1, description="Of a cost, per token ahead.")
+
+    @model_validator(mode="after")
+    def _options_fit_the_estimator(self) -> SequenceReverseKL:
+        if self.normalization == "minillm" and self.estimator in ("reinforce", "reward_to_go"):
+            raise ValueError(
+                f"normalization 'minillm' divides the future return R_(t+1), which estimator "
+                f"{self.estimator!r} does not separate. Set estimator to single_step or "
+                "rao_blackwell."
+            )
+        if self.normalization == "minillm" and self.baseline == "position_mean":
+            raise ValueError(
+                "baseline 'position_mean' knows the mean cost at each position, not its mean over "
+                "what remains, which normalization 'minillm' divides by. Set baseline to "
+                "leave_one_out or none."
+            )
+        if self.estimator == "reinforce" and (self.future_weight != 1 or self.discount != 1):
+            raise ValueError(
+                "estimator 'reinforce' has one return for the whole sequence, without a future to "
+                "weight. Set estimator to reward_to_go, or future_weight and discount to 1."
+            )
+        return self
+
+    @property
+    def running(self) -> bool:
+        return self.normalization == "rate" or self.baseline == "position_mean"
+
+    def stats(self) -> tuple[str, ...]:
+        return {
+            "reinforce": ("student_logprob", "teacher_logprob"),
+            "reward_to_go": ("student_logprob", "teacher_logprob"),
+            "single_step": ("student_logprob", "teacher_logprob", "reverse_kl"),
+            "rao_blackwell": ("student_logprob", "reverse_kl"),
+        }[self.estimator]
+
+
+class SampledToken(_PolicyGradient):
+    """Token-level reverse KL by policy gradient on the sampled token alone."""
+
+    kind: Literal["sampled_token"] = "sampled_token"
+
+    def stats(self) -> tuple[str, ...]:
+        return ("student_logprob", "teacher_logprob")
+
+
+class SequenceForwardKL(_Objective):
+    """KL(p || q) of whole sequences on teacher samples: -log q(y), y ~ p."""
+
+    kind: Literal["sequence_forward_kl"] = "sequence_forward_kl"
+    samplers: ClassVar = ("teacher",)
+
+    def stats(self) -> tuple[str, ...]:
+        return ("student_logprob",)
+
+
+class SFT(_Objective):
+    """Mean over tokens of -log q(y_t) on given text."""
+
+    kind: Literal["sft"] = "sft"
+    samplers: ClassVar = ("dataset", "corpus")
+
+    def stats(self) -> tuple[str, ...]:
+        return ("student_logprob",)
+
+
+class _TokenLevel(_Objective):
+    """Mean over tokens of a divergence at each state; the states come from any source."""
+
+    temperature: float = Field(
+        1.0, gt=0, description="Of both distributions; the divergence is multiplied by its square."
+    )
+    samplers: ClassVar = ANY
+
+    def options(self) -> dict[str, Any]:
+        return {}
+
+    def stats(self) -> tuple[str, ...]:
+        return ()
+
+    def coefficient(self) -> float | None:
+        """The divergence's own option."""
+        return None
+
+    def divergence(self) -> tuple[str, float | None, float]:
+        return (str(self.kind), self.coefficient(), self.temperature)  # type: ignore[attr-defined]
+
+
+class TokenForwardKL(_TokenLevel):
+    """KL(p || q) at each state."""
+
+    kind: Literal["token_forward_kl"] = "token_forward_kl"
+
+
+class TokenReverseKL(_TokenLevel):
+    """KL(q || p) at each state."""
+
+    kind: Literal["token_reverse_kl"] = "token_reverse_kl"
+
+
+class GJSD(_TokenLevel):
+    """Generalised Jensen-Shannon divergence at each state."""
+
+    kind: Literal["gjsd"] = "gjsd"
+    beta: float = Field(0.5, gt=0, lt=1, description="Near 0 like forward KL, near 1 like reverse.")
+
+    def coefficient(self) -> float:
+        return self.beta
+
+
+class _Skew(_TokenLevel):
+    skew: float = Field(0.1, gt=0, lt=1, description="Lambda: each one's share in its mixture.")
+
+    def coefficient(self) -> float:
+        return self.skew
+
+
+class SkewKL(_Skew):
+    """KL(p || lambda p + (1 - lambda) q) at each state."""
+
+    kind: Literal["skew_kl"] = "skew_kl"
+
+
+class SkewReverseKL(_Skew):
+    """KL(q || lambda q + (1 - lambda) p) at each state."""
+
+    kind: Literal["skew_reverse_kl"] = "skew_reverse_kl"
+
+
+Objective = Annotated[
+    SequenceReverseKL
+    | SequenceForwardKL
+    | SampledToken
+    | SFT
+    | TokenForwardKL
+    | TokenReverseKL
+    | GJSD
+    | SkewKL
+    | SkewReverseKL,
+    Field(discriminator="kind"),
+]
+
+NATURAL_OBJECTIVE: dict[str, str] = {
+    "student": "sequence_reverse_kl",
+    "mixture": "sequence_reverse_kl",
+    "teacher": "sequence_forward_kl",
+    "dataset": "sft",
+    "corpus": "sft",
+}

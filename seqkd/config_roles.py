@@ -1,0 +1,149 @@
+"""The configuration of the models and of the actors that hold them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from seqkd.config_schema import Precision, Schema
+
+
+class Checkpoint(Schema):
+    """Start from the model as it is."""
+
+    kind: Literal["checkpoint"] = "checkpoint"
+
+
+class Prune(Schema):
+    """Start from the model without layers [first, last): depth pruning."""
+
+    kind: Literal["prune"] = "prune"
+    drop_layers: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=1)]]
+
+    @field_validator("drop_layers")
+    @classmethod
+    def _a_range(cls, value: tuple[int, int]) -> tuple[int, int]:
+        if value[0] >= value[1]:
+            raise ValueError("drop_layers is [first, last) and first must be below last.")
+        return value
+
+
+class Student(Schema):
+    """The model that learns."""
+
+    model: str = Field(description="A local directory or a hub name, in transformers' format.")
+    init: Annotated[Checkpoint | Prune, Field(discriminator="kind")] = Checkpoint()
+
+
+class Actors(Schema):
+    """How many processes a role has and what each of them gets."""
+
+    actors: int = Field(1, ge=1)
+    cpus: int = Field(1, ge=1, description="Threads of each actor.")
+    gpus: float = Field(0.0, ge=0, description="GPUs of each actor; a fraction shares one.")
+
+    @field_validator("gpus")
+    @classmethod
+    def _whole_above_one(cls, value: float) -> float:
+        if value > 1 and value != int(value):
+            raise ValueError("above 1, gpus must be a whole number.")
+        return value
+
+
+class Engine(Actors):
+    """Actors that each hold a vLLM engine."""
+
+    precision: Precision = "float32"
+    tensor_parallel_size: int = Field(1, ge=1, description="GPUs that share one engine's model.")
+    kv_cache_gib: float = Field(1.0, gt=0, description="KV cache of an engine on a CPU.")
+    gpu_memory_utilization: float = Field(0.45, gt=0, le=1, description="Share of each GPU.")
+    max_num_seqs: int = Field(64, ge=1, description="Sequences an engine runs at once.")
+    enforce_eager: bool = True
+
+    @model_validator(mode="after")
+    def _gpus_cover_tensor_parallel(self) -> Engine:
+        if self.tensor_parallel_size > 1 and self.gpus != self.tensor_parallel_size:
+            raise ValueError(
+                f"gpus {self.gpus:g} does not equal tensor_parallel_size "
+                f"{self.tensor_parallel_size}. Set gpus to the same number."
+            )
+        return self
+
+
+class _Teacher(Actors):
+    model: str = Field(description="A local directory or a hub name, in transformers' format.")
+    scores: Literal["hidden", "top_k", "logprobs"] = Field(
+        "hidden",
+        description="hidden: the whole distribution; top_k: the most probable tokens and the rest "
+        "as one event; logprobs: sampled tokens only.",
+    )
+    top_k: int = Field(64, ge=1, description="Tokens that scores=top_k names at each state.")
+    generation: Engine = Field(
+        Engine(),
+        description="The vLLM engine with which the teacher writes completions; what is left out "
+        "is as for scoring.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _generation_inherits(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or not isinstance(data.get("generation") or {}, dict):
+            return data
+        both = cls.model_fields.keys() & Engine.model_fields.keys()
+        inherited = {key: value for key, value in data.items() if key in both}
+        return {**data, "generation": inherited | (data.get("generation") or {})}
+
+
+class VllmTeacher(_Teacher, Engine):
+    """A teacher that scores by vLLM's pooling runner."""
+
+    kind: Literal["vllm"] = "vllm"
+    batch_tokens: int = Field(8192, ge=1, description="Tokens scored in one engine step.")
+
+
+class HfTeacher(_Teacher):
+    """A teacher that scores by a transformers forward pass."""
+
+    kind: Literal["hf"] = "hf"
+    precision: Precision = "float32"
+    batch_tokens: int = Field(4096, ge=1, description="Padded tokens of one forward pass.")
+
+
+Teacher = Annotated[VllmTeacher | HfTeacher, Field(discriminator="kind")]
+
+
+class Rollout(Engine):
+    """Sampling, by the student or by the teacher."""
+
+    samples_per_prompt: int = Field(4, ge=1)
+    max_tokens: int = Field(64, ge=1, description="Longest completion, data set answers too.")
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    teacher_fraction: float = Field(
+        0.2, gt=0, lt=1, description="Share of teacher samples under sampler=mixture."
+    )
+
+
+class Learner(Schema):
+    """The DeepSpeed ranks and the optimizer."""
+
+    ranks: int = Field(1, ge=1)
+    cpus: int = Field(1, ge=1, description="Threads of each rank.")
+    gpus: float = Field(0.0, ge=0, le=1, description="GPUs of each rank.")
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    precision: Precision = "float32"
+    gradient_checkpointing: bool = False
+    micro_batch_prompts: int = Field(
+        1, ge=1, description="Prompts, with all their samples, in one forward and backward."
+    )
+    lr: float = Field(1e-5, gt=0)
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    lr_warmup_steps: int = Field(0, ge=0)
+    min_lr_ratio: float = Field(0.1, ge=0, le=1)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
+        0.9,
+        0.95,
+    )
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)

@@ -1,0 +1,19 @@
+"""What every part of the configuration is made of."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+SamplerName = Literal["student", "teacher", "mixture", "dataset", "corpus"]
+TeacherNeed = Literal["nothing", "logprobs", "distribution"]
+Precision = Literal["float32", "bfloat16"]
+
+
+class Schema(BaseModel):
+    """Frozen; unknown keys and infinite numbers are refused."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=()
+    )

@@ -1,0 +1,30 @@
+"""Per-token policy gradient on the sampled token alone: sum_t sg(r_t) log q(y_t|s_t) with the cost
+r_t = log q(y_t|s_t) - log p(y_t|s_t).
+
+Its expectation under the student is the gradient of the token-level reverse KL at the states
+visited; it needs the teacher's log-prob of the drawn token only, so an API that returns those will
+do. It drops the future term: a biased estimate of the sequence-level gradient.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from seqkd.objectives.off_policy import policy_gradient_term
+from seqkd.types import Counts, TokenStats
+
+
+def sampled_token(
+    stats: TokenStats,
+    counts: Counts,
+    *,
+    clip_ratio: float | None = None,
+    truncated_is: float | None = None,
+) -> Tensor:
+    """Mean over completion tokens; needs ``student_logprob`` and ``teacher_logprob``."""
+    assert stats.student_logprob is not None and stats.teacher_logprob is not None
+    cost = stats.student_logprob.detach() - stats.teacher_logprob
+    surrogate = policy_gradient_term(stats, cost, clip_ratio, truncated_is)
+    if stats.weight is not None:
+        surrogate = surrogate * stats.weight[:, None]
+    return (surrogate * stats.loss_mask).sum() / counts.tokens

@@ -1,0 +1,13 @@
+"""The loss of every token-level objective: the mean over tokens of its divergence."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from seqkd.types import Counts, TokenStats
+
+
+def token_mean(stats: TokenStats, counts: Counts) -> Tensor:
+    """Mean over completion tokens of ``divergence``, on states from any source."""
+    assert stats.divergence is not None
+    return (stats.divergence * stats.loss_mask).sum() / counts.tokens

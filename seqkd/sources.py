@@ -1,0 +1,115 @@
+"""The completions that a step learns from: whose they are, their teacher scores, their counts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from seqkd.config import Config, Phase
+from seqkd.config_schema import SamplerName
+from seqkd.metrics import Clock
+from seqkd.objectives import mixture_weight
+from seqkd.protocols import Part, Sampler, Scores, Workers
+from seqkd.running import RunningCosts, by_position
+from seqkd.types import Prompt, Rollout, Source
+
+
+class StepSource:
+    """What one phase learns from one sampler's completions."""
+
+    def __init__(
+        self, config: Config, phase: Phase, sampler: SamplerName, workers: Workers
+    ) -> None:
+        self.config, self.phase, self.sampler, self.workers = config, phase, sampler, workers
+        self.terms = phase.by_sampler[sampler]
+        self.fraction = config.rollout.teacher_fraction if sampler == "mixture" else None
+        self.running = RunningCosts()
+        self.steps: list[list[Rollout]] = []
+        self.scores: Scores = {}
+
+    def draw(self, batches: Sequence[Sequence[Prompt]], step: int, clock: Clock) -> None:
+        """Sample and score, at once, what the next ``len(batches)`` steps learn from."""
+        prompts = [prompt for batch in batches for prompt in batch]
+        rollouts = self._rollouts(prompts, step, clock)
+        with clock("score"):
+            needs = {term.objective.teacher_need for term in self.terms}
+            needed = needs != {"nothing"} or self.fraction is not None
+            self.scores = self.workers.teacher.score(rollouts) if needed else {}
+        # A prompt that comes twice (at the end of an epoch) is learnt at its first place.
+        place = {p.prompt_id: i for i, b in reversed(list(enumerate(batches))) for p in b}
+        self.steps = [[r for r in rollouts if place[r.prompt_id] == i] for i in range(len(batches))]
+
+    def part(self, clock: Clock) -> Part:
+        """What the next step learns from."""
+        rollouts = self.steps.pop(0)
+        scores = {r.sample_id: self.scores[r.sample_id] for r in rollouts} if self.scores else {}
+        if any(term.objective.running for term in self.terms) and not self.running.known:
+            with clock("learn"):
+                self._first_estimate(rollouts, scores)
+        counts = self.running.counts(rollouts)
+        return Part(rollouts, scores, counts, self.terms, self.fraction)
+
+    def _rollouts(self, prompts: list[Prompt], step: int, clock: Clock) -> list[Rollout]:
+        if self.sampler in ("dataset", "corpus"):
+            return [given(prompt, self.sampler) for prompt in prompts]
+        if self.sampler != "teacher":
+            with clock("sync"):
+                self.workers.sync()
+        # Held-out prompts are drawn with the bare seed; training never repeats it.
+        seed = (self.config.seed + 1) * 1_000_003 + step
+        samples = self.config.samples_per_prompt(self.phase)
+        from_teacher = np.zeros(len(prompts), dtype=int)
+        if self.sampler == "teacher":
+            from_teacher[:] = samples
+        elif self.fraction is not None:
+            generator = np.random.default_rng([self.config.seed, step])
+            from_teacher = generator.binomial(samples, self.fraction, len(prompts))
+        with clock("sample"):
+            return [
+                *self._sample(self.workers.student, prompts, samples - from_teacher, seed),
+                *self._sample(self.workers.teacher_sampler, prompts, from_teacher, seed),
+            ]
+
+    def _sample(
+        self, sampler: Sampler, prompts: list[Prompt], samples: np.ndarray, seed: int
+    ) -> list[Rollout]:
+        wanted = [(p, int(n)) for p, n in zip(prompts, samples, strict=True) if n]
+        if not wanted:
+            return []
+        of, numbers = zip(*wanted, strict=True)
+        rollout = self.config.rollout
+        return sampler.sample(of, numbers, seed, rollout.temperature, rollout.top_p)
+
+    def _first_estimate(self, rollouts: list[Rollout], scores: Scores) -> None:
+        """From the first batch itself: a phase has no past batch to estimate its costs from."""
+        rows = []
+        for values in self.workers.learner.measure(rollouts, scores).values():
+            weight = 1.0
+            if self.fraction is not None:
+                ours, theirs = (
+                    torch.tensor(sum(values[n])) for n in ("student_logprob", "teacher_logprob")
+                )
+                weight = mixture_weight(ours, theirs, self.fraction).item()
+            costs = values.get("reverse_kl") or [
+                q - p
+                for q, p in zip(values["student_logprob"], values["teacher_logprob"], strict=True)
+            ]
+            rows.append((weight, costs))
+        self.running.update(*by_position(rows))
+
+
+def given(prompt: Prompt, source: Source) -> Rollout:
+    """A prompt's own text as a completion."""
+    assert prompt.reference_ids is not None
+    return Rollout(
+        prompt_id=prompt.prompt_id,
+        sample_id=f"{prompt.prompt_id}/{source}",
+        prompt_ids=prompt.token_ids,
+        completion_ids=prompt.reference_ids,
+        rollout_logprobs=None,
+        source=source,
+        policy_version=0,
+        finish_reason="stop",
+    )

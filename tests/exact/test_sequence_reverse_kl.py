@@ -1,0 +1,346 @@
+"""Every estimator of the sequence-level reverse KL against the gradient of its definition, by
+enumeration: what is called unbiased equals it to 1e-9, what is called biased does not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from seqkd.enumerated import Language, gradient
+from seqkd.objectives import OBJECTIVES, mixture_weight, sampled_token, sequence_reverse_kl
+from tests.exact.expectation import expected_gradient, finite_difference, select
+
+ESTIMATORS = ("reinforce", "reward_to_go", "single_step", "rao_blackwell")
+NORMALIZATIONS = ("total", "rate")
+ALPHA = 0.3
+
+LANGUAGES = {"V3T4": (0, 3, 4), "V3T7": (1, 3, 7), "V4T5": (2, 4, 5)}
+
+
+@pytest.fixture(params=LANGUAGES)
+def language(request):
+    return Language(*LANGUAGES[request.param])
+
+
+@pytest.fixture
+def small():
+    """15 sequences: pairs of them are few."""
+    return Language(3, 3, 3)
+
+
+@pytest.fixture
+def smallest():
+    """7 sequences: so are quadruples."""
+    return Language(4, 3, 2)
+
+
+def bias(language, normalization, samples=1, probabilities=None, weighted=False, **options):
+    """Largest difference between the expected and the exact gradient."""
+    theta = language.theta
+    exact = gradient(getattr(language, normalization), theta)
+    counts = options.pop("counts", None) or language.counts(theta, samples)
+    probabilities = language.student(theta) if probabilities is None else probabilities
+    subject = Weighted(language) if weighted else language
+    found = expected_gradient(
+        subject,
+        theta,
+        lambda s: sequence_reverse_kl(s, counts, normalization=normalization, **options),
+        probabilities,
+        samples,
+    )
+    return (found - exact).abs().max().item()
+
+
+class Weighted:
+    """A language whose statistics carry the weights of a mixture."""
+
+    def __init__(self, language, alpha=ALPHA):
+        self.language, self.sequences, self.alpha = language, language.sequences, alpha
+
+    def stats(self, theta):
+        stats = self.language.stats(theta)
+        ours, theirs = stats.student_logprob.sum(1), stats.teacher_logprob.sum(1)
+        return replace(stats, weight=mixture_weight(ours, theirs, self.alpha))
+
+
+class Older:
+    """A language whose samples another student drew."""
+
+    def __init__(self, language):
+        self.language, self.sequences = language, language.sequences
+        generator = torch.Generator().manual_seed(9)
+        shift = torch.randn(language.theta.shape, generator=generator, dtype=torch.float64)
+        self.theta = language.theta + 0.7 * shift
+        self.probabilities = language.student(self.theta)
+
+    def stats(self, theta):
+        drawn = self.language.stats(self.theta).student_logprob
+        return replace(self.language.stats(theta), rollout_logprob=drawn)
+
+
+# --- the definitions themselves
+
+
+def test_the_language_is_complete(language):
+    assert language.student(language.theta).sum().item() == pytest.approx(1, abs=1e-12)
+    assert language.teacher().sum().item() == pytest.approx(1, abs=1e-12)
+
+
+def test_rao_blackwell_identity(language):
+    """E sum_t r_t = E sum_t KL_t."""
+    stats = language.stats(language.theta)
+    exact = (language.student(language.theta) * stats.reverse_kl.sum(1)).sum()
+    assert exact.item() == pytest.approx(language.total(language.theta).item(), abs=1e-12)
+
+
+@pytest.mark.parametrize("definition", NORMALIZATIONS)
+def test_autograd_of_the_definition_is_its_finite_difference(language, definition):
+    function = getattr(language, definition)
+    exact = gradient(function, language.theta)
+    assert torch.allclose(exact, finite_difference(function, language.theta), atol=1e-8)
+
+
+# --- unbiased
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+class TestUnbiased:
+    def test_alone(self, language, estimator, normalization):
+        assert bias(language, normalization, estimator=estimator, baseline="none") <= 1e-9
+
+    def test_leave_one_out_of_two(self, small, estimator, normalization):
+        assert bias(small, normalization, samples=2, estimator=estimator) <= 1e-9
+
+    def test_leave_one_out_of_four(self, smallest, estimator, normalization):
+        assert bias(smallest, normalization, samples=4, estimator=estimator) <= 1e-9
+
+    def test_position_mean(self, language, estimator, normalization):
+        """With the costs of another student: right or wrong, they do not depend on the sample."""
+        counts, other = language.counts(language.theta), language.counts(language.theta + 1.3)
+        counts = replace(counts, costs=other.costs, alive=other.alive)
+        options = {"estimator": estimator, "baseline": "position_mean", "counts": counts}
+        assert bias(language, normalization, **options) <= 1e-9
+
+    @pytest.mark.parametrize("baseline", ["none", "position_mean"])
+    def test_mixture(self, language, estimator, normalization, baseline):
+        p, q = language.teacher(), language.student(language.theta)
+        mixed = (1 - ALPHA) * q + ALPHA * p
+        options = {"estimator": estimator, "baseline": baseline}
+        assert bias(language, normalization, 1, mixed, weighted=True, **options) <= 1e-9
+
+    def test_mixture_with_leave_one_out(self, small, estimator, normalization):
+        mixed = (1 - ALPHA) * small.student(small.theta) + ALPHA * small.teacher()
+        assert bias(small, normalization, 2, mixed, weighted=True, estimator=estimator) <= 1e-9
+
+    @pytest.mark.parametrize("correction", [{"clip_ratio": 0.2}, {"truncated_is": 1.0}], ids=str)
+    def test_corrections_on_fresh_samples(self, language, estimator, normalization, correction):
+        fresh = Older(language)
+        fresh.theta = language.theta
+        found = expected_gradient(
+            fresh,
+            language.theta,
+            lambda s: sequence_reverse_kl(
+                s,
+                language.counts(language.theta),
+                estimator=estimator,
+                baseline="none",
+                normalization=normalization,
+                **correction,
+            ),
+            language.student(language.theta),
+        )
+        exact = gradient(getattr(language, normalization), language.theta)
+        assert (found - exact).abs().max() <= 1e-9
+
+
+def test_position_mean_is_the_mean_return(language):
+    """With exact costs the expected return left at each position is 0, under every estimator."""
+    theta = language.theta
+    counts, q = language.counts(theta), language.student(theta)
+    for estimator in ("reward_to_go", "rao_blackwell"):
+        for discount in (1.0, 0.8):
+            stats = language.stats(theta)
+            # d loss / d log q(y_t) is what multiplies it.
+            logprob = stats.student_logprob.detach().requires_grad_()
+            loss = sequence_reverse_kl(
+                replace(stats, student_logprob=logprob, weight=q),
+                counts,
+                estimator=estimator,
+                baseline="position_mean",
+                discount=discount,
+            )
+            (returns,) = torch.autograd.grad(loss, logprob)
+            assert returns.sum(0).abs().max() <= 1e-12
+
+
+def test_mixture_weights_are_bounded_and_average_to_one(language):
+    stats = language.stats(language.theta)
+    p, q = language.teacher(), language.student(language.theta)
+    weight = mixture_weight(stats.student_logprob.sum(1), stats.teacher_logprob.sum(1), ALPHA)
+    assert weight.max() <= 1 / (1 - ALPHA)
+    assert (((1 - ALPHA) * q + ALPHA * p) * weight).sum().item() == pytest.approx(1, abs=1e-12)
+
+
+def test_mixture_weights_far_from_each_other_are_finite():
+    weight = mixture_weight(torch.tensor([-5000.0, -1.0]), torch.tensor([-1.0, -5000.0]), 0.2)
+    assert weight.tolist() == pytest.approx([0.0, 1.25])
+
+
+# --- biased, and towards what
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"normalization": "minillm", "estimator": "single_step"},
+        {"normalization": "minillm", "estimator": "rao_blackwell"},
+        {"normalization": "total", "future_weight": 0.5},
+        {"normalization": "rate", "future_weight": 0.5},
+        {"normalization": "total", "discount": 0.7},
+        {"normalization": "rate", "discount": 0.7},
+    ],
+    ids=str,
+)
+def test_biased(language, options):
+    definition = "rate" if options["normalization"] == "rate" else "total"
+    exact = gradient(getattr(language, definition), language.theta)
+    found = expected_gradient(
+        language,
+        language.theta,
+        lambda s: sequence_reverse_kl(
+            s, language.counts(language.theta), baseline="none", **options
+        ),
+        language.student(language.theta),
+    )
+    assert (found - exact).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("estimator", ["reward_to_go", "single_step", "rao_blackwell"])
+@pytest.mark.parametrize("dial", [{"future_weight": 0.0}, {"discount": 0.0}], ids=str)
+def test_without_the_future_it_is_the_token_level(language, estimator, dial):
+    """E_q sum_t grad KL_t, the states' own distribution held fixed."""
+    theta, q = language.theta, language.student(language.theta)
+    exact = gradient(lambda th: (q * language.stats(th).reverse_kl.sum(1)).sum(), theta)
+    found = expected_gradient(
+        language,
+        theta,
+        lambda s: sequence_reverse_kl(
+            s,
+            language.counts(theta),
+            estimator=estimator,
+            baseline="none",
+            normalization="total",
+            **dial,
+        ),
+        q,
+    )
+    assert (found - exact).abs().max() <= 1e-9
+    assert (found - gradient(language.total, theta)).abs().max() > 1e-3
+
+
+def test_the_dials_are_the_formula(language):
+    """sum_{u>t} discount^(u-t) KL_u times future_weight, written one sequence at a time."""
+    stats, theta = language.stats(language.theta), language.theta
+    for row in range(0, len(language.sequences), 7):
+        expected = 0.0
+        for t in range(len(language.sequences[row])):
+            ahead = range(t + 1, len(language.sequences[row]))
+            future = sum(0.8 ** (u - t) * stats.reverse_kl[row, u].item() for u in ahead)
+            expected += stats.reverse_kl[row, t] + 0.6 * future * stats.student_logprob[row, t]
+        found = sequence_reverse_kl(
+            select(stats, [row], [0]),
+            language.counts(theta),
+            baseline="none",
+            normalization="total",
+            future_weight=0.6,
+            discount=0.8,
+        )
+        assert found.item() == pytest.approx(expected.item(), abs=1e-12)
+
+
+def test_minillm_normalization_is_the_papers(language):
+    """R_(t+1) / (T - t - 1), written from the formula, one sequence at a time."""
+    stats = language.stats(language.theta)
+    for row, tokens in enumerate(language.sequences):
+        length, expected = len(tokens), 0.0
+        for t in range(length):
+            future = sum(stats.reverse_kl[row, u].item() for u in range(t + 1, length))
+            future = future / (length - t - 1) if t < length - 1 else 0.0
+            expected += stats.reverse_kl[row, t] + future * stats.student_logprob[row, t]
+        found = sequence_reverse_kl(
+            select(stats, [row], [0]),
+            language.counts(language.theta),
+            baseline="none",
+            normalization="minillm",
+        )
+        assert found.item() == pytest.approx(expected.item(), abs=1e-12)
+
+
+# --- sampled tokens, and samples of an older student
+
+
+def test_sampled_token_has_the_mean_of_the_token_level(language):
+    theta, q = language.theta, language.student(language.theta)
+    counts = replace(language.counts(theta), tokens=1.0)
+    exact = gradient(lambda th: (q * language.stats(th).reverse_kl.sum(1)).sum(), theta)
+    found = expected_gradient(language, theta, lambda s: sampled_token(s, counts), q)
+    assert (found - exact).abs().max() <= 1e-9
+    assert (found - gradient(language.total, theta)).abs().max() > 1e-3
+    mixed = (1 - ALPHA) * q + ALPHA * language.teacher()
+    weighted = Weighted(language)
+    found = expected_gradient(weighted, theta, lambda s: sampled_token(s, counts), mixed)
+    assert (found - exact).abs().max() <= 1e-9
+
+
+def test_the_token_ratio_corrects_the_choice_of_each_token(language):
+    """Untruncated: the token-level gradient at the states that the older student visits. Truncated
+    at 1, clipped, or uncorrected: not."""
+    older, theta = Older(language), language.theta
+    counts = replace(language.counts(theta), tokens=1.0)
+    exact = gradient(
+        lambda th: (older.probabilities * language.stats(th).reverse_kl.sum(1)).sum(), theta
+    )
+
+    def found(**options):
+        return expected_gradient(
+            older, theta, lambda s: sampled_token(s, counts, **options), older.probabilities
+        )
+
+    assert (found(truncated_is=1e9) - exact).abs().max() <= 1e-9
+    for options in ({}, {"truncated_is": 1.0}, {"clip_ratio": 0.2}):
+        assert (found(**options) - exact).abs().max() > 1e-3, options
+
+
+def test_truncation_and_clipping_are_their_formulas(language):
+    older, theta = Older(language), language.theta
+    stats = older.stats(theta)
+    ratio = (stats.student_logprob - stats.rollout_logprob).exp()
+    cost = (stats.student_logprob - stats.teacher_logprob).detach()
+    counts = replace(language.counts(theta), tokens=1.0)
+    for row in range(0, len(language.sequences), 5):
+        one, length = select(stats, [row], [0]), len(language.sequences[row])
+        truncated = clipped = 0.0
+        for t in range(length):
+            w, r = ratio[row, t].item(), cost[row, t].item()
+            truncated += min(w, 1.1) * r * stats.student_logprob[row, t].item()
+            clipped += max(w * r, min(max(w, 0.9), 1.1) * r)
+        assert sampled_token(one, counts, truncated_is=1.1).item() == pytest.approx(truncated)
+        assert sampled_token(one, counts, clip_ratio=0.1).item() == pytest.approx(clipped)
+
+
+def test_token_level_reverse_kl_on_student_samples_is_biased(language):
+    theta = language.theta
+    exact = gradient(language.total, theta)
+
+    def loss(stats):
+        counts = replace(language.counts(theta), tokens=1.0)
+        return OBJECTIVES["token_reverse_kl"](replace(stats, divergence=weigh(stats)), counts)
+
+    def weigh(stats):
+        return stats.reverse_kl * stats.weight[:, None]
+
+    found = expected_gradient(language, theta, loss, language.student(theta))
+    assert (found - exact).abs().max() > 1e-3
