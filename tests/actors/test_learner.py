@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from actors.learner import LearnerRank
 from actors.placement import ActorPlan
 from actors.weight_sync import FILE, remove
 from seqkd.config import Term
-from seqkd.config_objectives import SequenceReverseKL
+from seqkd.config_objectives import GJSD, SequenceReverseKL
 from seqkd.config_roles import Learner
 from seqkd.models import load_causal_lm
 from seqkd.protocols import Part
@@ -225,3 +226,61 @@ def test_measuring_takes_no_step(learners, tiny, batch, counts):
         at_t = sum(s["reverse_kl"][t] for s in again.values() if t < len(s["reverse_kl"]))
         assert part.costs[t].item() == pytest.approx(at_t, rel=1e-4)
         assert part.alive[t].item() == sum(t < length for length in lengths)
+
+
+def test_terms_of_several_samplers_and_a_mixture(learners, tiny, batch):
+    """0.5 x reverse KL on a weighted mixture + 2 x (sft + GJSD at temperature 2) on other
+    sequences, on two ranks, against plain torch."""
+    rollouts, scores = batch
+    mixed, others = rollouts[:4], [replace(r, source="dataset") for r in rollouts[4:]]
+    mixed = [replace(r, source="teacher") if i % 2 else r for i, r in enumerate(mixed)]
+    counts = Counts(sequences=4, tokens=20, rate=1.5, length=5.0)
+    reverse = Term(
+        sampler="mixture", objective=SequenceReverseKL(estimator="reward_to_go"), weight=0.5
+    )
+    terms = (
+        Term(sampler="dataset", weight=2.0),
+        Term(sampler="dataset", objective=GJSD(beta=0.3, temperature=2.0), weight=2.0),
+    )
+    model, teacher = (load_causal_lm(tiny[m], "float32", "model") for m in ("student", "teacher"))
+
+    def logits(of, r):
+        span = slice(len(r.prompt_ids) - 1, -1)
+        return of(torch.tensor([[*r.prompt_ids, *r.completion_ids]])).logits[0, span]
+
+    def drawn(of, r):
+        every = torch.log_softmax(logits(of, r), -1)
+        return every[torch.arange(len(every)), list(r.completion_ids)]
+
+    loss = torch.zeros(())
+    future = {}
+    for r in mixed:
+        cost = (drawn(model, r) - drawn(teacher, r)).detach() - 1.5
+        future[r.sample_id] = [cost[t:].sum().item() for t in range(len(cost))]
+    for r in mixed:
+        (other,) = [o for o in mixed if o.prompt_id == r.prompt_id and o is not r]
+        q, p = drawn(model, r).sum().exp().item(), drawn(teacher, r).sum().exp().item()
+        weight = q / (0.75 * q + 0.25 * p)
+        for t, logprob in enumerate(drawn(model, r)):
+            base = future[other.sample_id][t] if t < len(other.completion_ids) else 0.0
+            returned = future[r.sample_id][t] - base
+            loss = loss + 0.5 * weight * returned * logprob / (4 * 5.0)
+    for r in others:
+        loss = loss - 2 * drawn(model, r).sum() / 20
+        q, p = (torch.softmax(logits(m, r) / 2, -1) for m in (model, teacher))
+        m = 0.3 * p + 0.7 * q
+        of_token = 0.3 * (p * (p / m).log()).sum(-1) + 0.7 * (q * (q / m).log()).sum(-1)
+        loss = loss + 2 * 4 * of_token.sum() / 20
+    loss.backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()
+
+    learner = learners(tiny, ranks=2, zero_stage=2)
+    parts = [
+        Part(mixed, {r.sample_id: scores[r.sample_id] for r in mixed}, counts, (reverse,), 0.25),
+        Part(others, {r.sample_id: scores[r.sample_id] for r in others}, counts, terms),
+    ]
+    result = learner.step(parts, LR)
+    assert result.grad_norm == pytest.approx(norm, rel=1e-4)
+    assert result.loss == pytest.approx(loss.item(), rel=1e-4)
+    assert result.parts[0].sums["sequences"] == result.parts[1].sums["sequences"] == 4
+    assert result.parts[1].sums["weight"] == 4

@@ -84,6 +84,21 @@ def test_sampled_tokens_only(start, tiny, rollouts):
             assert (found[kind][r.sample_id].logprobs - expected).abs().max() <= 1e-4
 
 
+def test_the_most_probable_tokens_and_the_rest(start, tiny, rollouts):
+    model = load_causal_lm(tiny["teacher"], "float32", "model")
+    found = TeacherGroup([start("hf", "top_k")]).score(rollouts)
+    for r in rollouts:
+        ids = torch.tensor([[*r.prompt_ids, *r.completion_ids]])
+        with torch.no_grad():
+            every = torch.log_softmax(model(ids).logits[0], -1)[len(r.prompt_ids) - 1 : -1]
+        score = found[r.sample_id]
+        assert torch.equal(score.top_ids.long(), every.topk(64).indices)
+        assert (score.top_logprobs[:, :64] - every.topk(64).values).abs().max() <= 1e-4
+        assert torch.allclose(score.top_logprobs.exp().sum(-1), torch.ones(len(every)), atol=1e-5)
+        drawn = every.gather(-1, torch.tensor(r.completion_ids)[:, None]).squeeze(-1)
+        assert (score.logprobs - drawn).abs().max() <= 1e-4
+
+
 def test_a_failure_shows_its_first_cause(local_ray):
     actor = local_ray.remote(TeacherActor).remote()
     with pytest.raises(ActorError, match=r"teacher start failed: \w+: .*nowhere"):

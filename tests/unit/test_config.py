@@ -66,6 +66,21 @@ def test_a_partial_objective_keeps_the_natural_kind(path):
     assert objective.estimator == "single_step"
 
 
+def test_terms_that_share_a_sampler_share_its_completions(path):
+    config = load(
+        path,
+        [
+            "sampler=dataset",
+            "weight=0.5",
+            "plus=[{sampler: dataset, weight: 0.5, objective: {kind: token_forward_kl}}, "
+            "{sampler: student}]",
+        ],
+    )
+    assert list(config.by_sampler) == ["dataset", "student"]
+    kinds = {name: [t.objective.kind for t in ts] for name, ts in config.by_sampler.items()}
+    assert kinds == {"dataset": ["sft", "token_forward_kl"], "student": ["sequence_reverse_kl"]}
+
+
 def test_a_teacher_writes_with_the_engine_it_scores_with(path):
     teacher = load(path, ["teacher.cpus=3", "teacher.generation.kv_cache_gib=2"]).teacher
     assert (teacher.generation.cpus, teacher.generation.kv_cache_gib) == (3, 2)
@@ -106,6 +121,51 @@ def test_scientific_notation_is_a_number(path):
             "single_step or rao_blackwell",
         ),
         (["teacher.scores=logprobs"], "teacher.scores is 'logprobs'", "to hidden"),
+        (
+            ["objective={kind: gjsd, beta: 1}"],
+            "objective.beta: 1",
+            "less than 1",
+        ),
+        (["objective={kind: skew_kl, skew: 0}"], "objective.skew: 0", "greater than 0"),
+        (["objective.discount=1.5"], "objective.discount: 1.5", "less than or equal to 1"),
+        (["objective.truncated_is=0.5"], "objective.truncated_is: 0.5", "greater than or equal"),
+        (
+            ["objective={clip_ratio: 0.2, truncated_is: 2}"],
+            "clip_ratio and truncated_is",
+            "Set one",
+        ),
+        (
+            ["objective={estimator: reinforce, discount: 0.9}"],
+            "estimator 'reinforce'",
+            "discount to 1",
+        ),
+        (
+            ["objective={normalization: minillm, baseline: position_mean}"],
+            "baseline 'position_mean'",
+            "leave_one_out",
+        ),
+        (
+            ["sampler=mixture", "objective.clip_ratio=0.2"],
+            "objective.clip_ratio",
+            "Set sampler to student",
+        ),
+        (["rollout.teacher_fraction=1"], "rollout.teacher_fraction: 1", "less than 1"),
+        (
+            ["teacher.scores=top_k", "objective={kind: gjsd, temperature: 2}"],
+            "objective.temperature 2",
+            "teacher.scores to hidden",
+        ),
+        (
+            ["plus=[{sampler: corpus, objective: {kind: sft}}]"],
+            "plus.0.sampler 'corpus'",
+            "data.corpus_path",
+        ),
+        (
+            ["plus=[{sampler: teacher, objective: {kind: sequence_reverse_kl}}]"],
+            "plus.0: objective 'sequence_reverse_kl'",
+            "Set sampler to student",
+        ),
+        (["plus=[{sampler: teacher, weight: 0}]"], "plus.0.weight: 0", "greater than 0"),
         (["learner.ranks=3"], "prompts_per_step 4", "Set it to 6"),
         (["data.heldout_path=null"], "data.heldout_path is not set", "evaluation.prompts to 0"),
         (["rollout.tensor_parallel_size=2"], "gpus 0", "Set gpus"),

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from seqkd.config import JsonlData
-from seqkd.data import PromptStream, read_prompts
+from seqkd.data import PromptStream, read_corpus, read_prompts
 from seqkd.errors import DataError
 from seqkd.types import Prompt
 
@@ -103,3 +103,21 @@ def test_the_position_can_be_restored():
     b.position = a.position
     assert a.take(9) == b.take(9)
     assert stream(1).take(5) != stream(0).take(5)
+
+
+def test_a_corpus_is_cut_into_pieces(tmp_path, tokenizer):
+    file = tmp_path / "texts.jsonl"
+    file.write_text('{"text": "abcdefgh"}\n{"text": "x"}\n')
+    data = JsonlData(path="unused", corpus_path=str(file), corpus_tokens=4)
+    pieces = read_corpus(data, tokenizer, 0)
+    read = [tokenizer.decode((*p.token_ids, *p.reference_ids)) for p in pieces]
+    assert read == ["abcd", "efgh", "x<|end|>"]
+    assert len({p.prompt_id for p in pieces}) == 3
+
+
+def test_a_corpus_without_text(tmp_path, tokenizer):
+    file = tmp_path / "texts.jsonl"
+    file.write_text('{"body": "abc"}\n')
+    data = JsonlData(path="unused", corpus_path=str(file))
+    with pytest.raises(DataError, match=r"data\.corpus_path: .*:1: has no column 'text'"):
+        read_corpus(data, tokenizer, 0)

@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from seqkd import token_stats as module
-from seqkd.token_stats import STATS, FullTeacher, OutputHead, token_stats
+from seqkd.token_stats import (
+    STATS,
+    FullTeacher,
+    OutputHead,
+    TopTeacher,
+    stats_of_logits,
+    token_stats,
+    top_teacher,
+)
+from seqkd.types import Divergence
 
 N, H, V = 11, 6, 17
 
@@ -110,3 +119,124 @@ def test_head_logprobs(setup):
     found, ids, top = head.logprobs(s["hidden"].detach(), s["targets"])
     assert torch.allclose(found, expected, atol=1e-5)
     assert ids is None and top is None
+
+
+def logits_of(s):
+    return s["hidden"] @ s["weight"].T, s["teacher_hidden"] @ s["teacher_weight"].T
+
+
+def test_temperature_divides_the_logits_and_its_square_multiplies(setup):
+    s, names = setup, (Divergence("token_forward_kl", temperature=3.0), "reverse_kl")
+    ours, theirs = logits_of(s)
+    q, p = torch.softmax(ours / 3, -1), torch.softmax(theirs / 3, -1)
+    found = token_stats(s["hidden"], OutputHead(s["weight"]), s["targets"], names, teacher(s))
+    assert torch.allclose(found[names[0]], 9 * (p * (p / q).log()).sum(-1), atol=1e-5)
+    plain = reference(ours, theirs, s["targets"])["reverse_kl"]
+    assert torch.allclose(found["reverse_kl"], plain, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["gjsd", "skew_kl", "skew_reverse_kl"])
+def test_a_divergence_with_a_coefficient(setup, kind):
+    s, name = setup, Divergence(kind, 0.3)
+    ours, theirs = logits_of(s)
+    q, p = torch.softmax(ours, -1), torch.softmax(theirs, -1)
+    m, r = 0.3 * p + 0.7 * q, 0.3 * q + 0.7 * p
+    expected = {
+        "gjsd": 0.3 * (p * (p / m).log()).sum(-1) + 0.7 * (q * (q / m).log()).sum(-1),
+        "skew_kl": (p * (p / m).log()).sum(-1),
+        "skew_reverse_kl": (q * (q / r).log()).sum(-1),
+    }[kind]
+    found = token_stats(s["hidden"], OutputHead(s["weight"]), s["targets"], (name,), teacher(s))
+    assert torch.allclose(found[name], expected, atol=1e-5)
+
+
+KINDS = (
+    "reverse_kl",
+    "forward_kl",
+    Divergence("gjsd", 0.5),
+    Divergence("skew_kl", 0.1),
+    Divergence("skew_reverse_kl", 0.1),
+)
+
+
+def test_top_k_divergences_are_true_ones_below_the_whole_and_converge(setup):
+    s = setup
+    _, theirs = logits_of(s)
+    args = (s["hidden"], OutputHead(s["weight"]), s["targets"], KINDS)
+    whole = token_stats(*args, teacher(s))
+    below = {name: torch.zeros(N) for name in KINDS}
+    for k in range(1, V):
+        found = token_stats(*args, TopTeacher(*top_teacher(torch.log_softmax(theirs, -1), k)))
+        for name in KINDS:
+            # Each k splits one event of the last: a divergence can only grow.
+            assert (found[name] >= below[name] - 1e-5).all(), (name, k)
+            assert (found[name] <= whole[name] + 1e-5).all(), (name, k)
+            below[name] = found[name]
+    for name in KINDS:
+        assert torch.allclose(below[name], whole[name], atol=1e-5), name
+
+
+def test_top_k_is_the_definition_over_k_plus_one_events(setup):
+    s = setup
+    ours, theirs = logits_of(s)
+    q, p = torch.softmax(ours, -1), torch.softmax(theirs, -1)
+    expected = []
+    for row in range(N):
+        top = sorted(range(V), key=lambda v: -p[row, v].item())[:3]
+        a = [*(q[row, v] for v in top), 1 - sum(q[row, v] for v in top)]
+        b = [*(p[row, v] for v in top), 1 - sum(p[row, v] for v in top)]
+        expected.append(sum(x * (x / y).log() for x, y in zip(a, b, strict=True)))
+    known = TopTeacher(*top_teacher(torch.log_softmax(theirs, -1), 3))
+    args = (s["hidden"], OutputHead(s["weight"]), s["targets"], ("reverse_kl",))
+    found = token_stats(*args, known)["reverse_kl"]
+    assert torch.allclose(found, torch.stack(expected), atol=1e-5)
+    gradients = (torch.autograd.grad(x.sum(), s["hidden"])[0] for x in (found, sum(expected)))
+    assert torch.allclose(*gradients, atol=1e-4)
+
+
+def test_an_output_head_names_its_most_probable_tokens(setup, monkeypatch):
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 4 * V)
+    s = setup
+    head = OutputHead(s["weight"].detach())
+    every = torch.log_softmax(s["hidden"].detach() @ s["weight"].detach().T, -1)
+    _, ids, top = head.logprobs(s["hidden"].detach(), s["targets"], top_k=5)
+    assert torch.allclose(top.exp().sum(-1), torch.ones(N), atol=1e-5)
+    assert torch.allclose(top[:, :5], every.gather(-1, ids.long()), atol=1e-6)
+    assert torch.equal(ids.long(), every.topk(5).indices)
+
+
+def test_from_logits_as_from_hidden_states(setup):
+    s, names = setup, (*STATS, Divergence("gjsd", 0.3))
+    ours, theirs = logits_of(s)
+    shaped = (x[:10].view(2, 5, -1) for x in (ours, theirs))
+    found = stats_of_logits(*shaped, s["targets"][:10].view(2, 5), names)
+    expected = token_stats(s["hidden"], OutputHead(s["weight"]), s["targets"], names, teacher(s))
+    for name in names:
+        assert found[name].shape == (2, 5)
+        assert torch.allclose(found[name].flatten(), expected[name][:10], atol=1e-5), name
+
+
+def test_bfloat16_is_near_float32(setup):
+    """Hidden states and heads rounded to 8 bits: within 3 % and 0.03 nats."""
+    s = setup
+    names = (*STATS, Divergence("gjsd", 0.5))
+    full = token_stats(s["hidden"], OutputHead(s["weight"]), s["targets"], names, teacher(s))
+    low = {k: s[k].detach().bfloat16() for k in ("hidden", "weight", "teacher_hidden")}
+    known = FullTeacher(low["teacher_hidden"], OutputHead(s["teacher_weight"].bfloat16()))
+    half = token_stats(low["hidden"], OutputHead(low["weight"]), s["targets"], names, known)
+    for name in names:
+        assert half[name].dtype == torch.float32
+        assert ((half[name] - full[name]).abs() <= 0.03 + 0.03 * full[name].abs()).all(), name
+
+
+def test_vocabularies_as_published():
+    """151,936 rows against 152,064, as in two sizes of one model family: read up to the shorter."""
+    torch.manual_seed(0)
+    hidden, targets = torch.randn(3, 4), torch.tensor([0, 151_935, 7])
+    student, known = torch.randn(151_936, 4), torch.randn(152_064, 4)
+    found = token_stats(
+        hidden, OutputHead(student), targets, STATS, FullTeacher(hidden, OutputHead(known))
+    )
+    expected = reference(hidden @ student.T, hidden @ known[:151_936].T, targets)
+    for name in STATS:
+        assert torch.allclose(found[name], expected[name], atol=1e-4), name

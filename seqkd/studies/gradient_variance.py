@@ -1,0 +1,164 @@
+"""The estimators on a real teacher and student: the same completions through each, and how much
+their gradients vary from prompt to prompt."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from seqkd import batching
+from seqkd.models import StudentModel, as_token_stats, head_of, last_hidden
+from seqkd.objectives import OBJECTIVES
+from seqkd.types import Counts, Divergence, Prompt, Rollout, TeacherScore, TokenStats
+
+SKETCH = 2**16
+"""Length of the random projection of a gradient: squared norms are right on average, to about
+sqrt(2 / SKETCH) of themselves."""
+
+ESTIMATORS: dict[str, tuple[str, dict[str, Any]]] = {
+    f"{name}{', leave-one-out' if baseline != 'none' else ''}": (
+        "sequence_reverse_kl",
+        {"estimator": estimator, "baseline": baseline, "normalization": "total", **options},
+    )
+    for name, estimator, options in (
+        ("reinforce", "reinforce", {}),
+        ("reward_to_go", "reward_to_go", {}),
+        ("single_step", "single_step", {}),
+        ("rao_blackwell", "rao_blackwell", {}),
+        ("minillm", "rao_blackwell", {"normalization": "minillm"}),
+        ("discount 0.8", "rao_blackwell", {"discount": 0.8}),
+    )
+    for baseline in ("none", "leave_one_out")
+} | {
+    "rao_blackwell, rate, leave-one-out": ("sequence_reverse_kl", {}),
+    "sampled_token": ("sampled_token", {}),
+    "token_reverse_kl": ("token_reverse_kl", {}),
+}
+NAMES = ("student_logprob", "teacher_logprob", "reverse_kl", Divergence("token_reverse_kl"))
+
+
+@dataclass(frozen=True)
+class Variance:
+    """Of one estimator's gradient of one prompt's samples, per sequence."""
+
+    variance: float
+    """Trace of the covariance over prompts."""
+    signal: float
+    """Squared norm of the mean gradient, corrected for the variance of that mean."""
+    seconds: float
+    """Of one prompt's backward pass."""
+
+
+def sample(model: Any, prompt: Prompt, samples: int, tokens: int, eos: int) -> list[Rollout]:
+    """Completions by plain ancestral sampling, [samples]."""
+    ids = torch.tensor([prompt.token_ids] * samples)
+    drawn = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=True,
+        top_k=0,
+        top_p=1.0,
+        temperature=1.0,
+        repetition_penalty=1.0,
+        max_new_tokens=tokens,
+        eos_token_id=eos,
+        pad_token_id=eos,
+    )[:, ids.shape[1] :]
+    rollouts = []
+    for index, row in enumerate(drawn.tolist()):
+        ended = eos in row
+        completion = tuple(row[: row.index(eos) + 1] if ended else row)
+        rollouts.append(
+            Rollout(
+                prompt.prompt_id,
+                f"{prompt.prompt_id}/{index}",
+                prompt.token_ids,
+                completion,
+                None,
+                "student",
+                0,
+                "stop" if ended else "length",
+            )
+        )
+    return rollouts
+
+
+def measure(
+    student: Any, teacher: Any, groups: Sequence[list[Rollout]], seed: int
+) -> dict[str, Variance]:
+    """Variances over ``groups``, the samples of one prompt each."""
+    module, sketch = StudentModel(student), Sketch(student, seed)
+    batches = [batching.pack(g, _scores(teacher, g), g[0]) for g in groups]
+    head = head_of(teacher)
+    lengths = sum(b.loss_mask.sum().item() for b in batches)
+    sequences = sum(len(group) for group in groups)
+    with torch.no_grad():
+        divergence = sum(module(b, ("reverse_kl",), head)["reverse_kl"].sum() for b in batches)
+    found: dict[str, list[Tensor]] = {name: [] for name in ESTIMATORS}
+    seconds = dict.fromkeys(ESTIMATORS, 0.0)
+    for batch in batches:
+        size = len(batch.loss_mask)
+        # Every loss per sequence, so that they compare; the rate and E[L] are of all prompts.
+        counts = Counts(size, size, float(divergence) / lengths, lengths / sequences)
+        stats = as_token_stats(batch, module(batch, NAMES, head), Divergence("token_reverse_kl"))
+        for name in ESTIMATORS:
+            start = time.perf_counter()
+            found[name].append(sketch.of(_loss(name, stats, counts)))
+            seconds[name] += time.perf_counter() - start
+    return {
+        name: _variance(torch.stack(rows), seconds[name] / len(groups))
+        for name, rows in found.items()
+    }
+
+
+class Sketch:
+    """A random projection of the gradient of all of a model's parameters (count sketch)."""
+
+    def __init__(self, model: nn.Module, seed: int) -> None:
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        generator = torch.Generator().manual_seed(seed)
+        self.places = [
+            torch.randint(SKETCH, (p.numel(),), generator=generator) for p in self.parameters
+        ]
+        self.signs = [
+            torch.randint(2, (p.numel(),), generator=generator, dtype=torch.int8) * 2 - 1
+            for p in self.parameters
+        ]
+
+    def of(self, loss: Tensor) -> Tensor:
+        """[SKETCH] of d loss / d parameters; the graph is kept."""
+        result = torch.zeros(SKETCH)
+        gradients = torch.autograd.grad(loss, self.parameters, retain_graph=True)
+        for gradient, place, sign in zip(gradients, self.places, self.signs, strict=True):
+            result.index_add_(0, place, gradient.flatten() * sign)
+        return result
+
+
+def _loss(name: str, stats: TokenStats, counts: Counts) -> Tensor:
+    kind, options = ESTIMATORS[name]
+    return OBJECTIVES[kind](stats, counts, **options)
+
+
+def _variance(gradients: Tensor, seconds: float) -> Variance:
+    """From [G, SKETCH]; unbiased."""
+    groups, mean = len(gradients), gradients.mean(0)
+    variance = ((gradients - mean) ** 2).sum().item() / (groups - 1)
+    signal = (mean**2).sum().item() - variance / groups
+    return Variance(variance, signal, seconds)
+
+
+@torch.no_grad()
+def _scores(teacher: Any, rollouts: list[Rollout]) -> dict[str, TeacherScore]:
+    ids, mask = batching.padded([batching.fed_tokens(r) for r in rollouts])
+    hidden = last_hidden(teacher, ids, mask)
+    return {
+        r.sample_id: TeacherScore(
+            r.sample_id, hidden=row[: len(batching.fed_tokens(r))][batching.state_span(r)]
+        )
+        for r, row in zip(rollouts, hidden, strict=True)
+    }

@@ -1,0 +1,161 @@
+"""Loss and gradient of a real model do not depend on padding, order or division into micro-batches;
+and every objective stays finite where sequences are very long, very short or all alike."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from seqkd import batching
+from seqkd.config import Term
+from seqkd.models import StudentModel, as_token_stats, head_of, last_hidden, load_causal_lm
+from seqkd.objectives import DIVERGENCES, OBJECTIVES
+from seqkd.types import Counts, Divergence, Rollout, TeacherScore, TokenStats
+
+COEFFICIENT = {"gjsd": 0.5, "skew_kl": 0.1, "skew_reverse_kl": 0.1}
+SEQUENCE = "sequence_reverse_kl"
+CASES = [
+    *((kind, {}) for kind in OBJECTIVES if kind != SEQUENCE),
+    *((SEQUENCE, {"estimator": e}) for e in ("reinforce", "reward_to_go", "single_step")),
+    *((SEQUENCE, {"normalization": n}) for n in ("rate", "total", "minillm")),
+    *((SEQUENCE, {"baseline": b}) for b in ("none", "position_mean")),
+    (SEQUENCE, {"discount": 0.9}),
+    (SEQUENCE, {"future_weight": 0.5}),
+    (SEQUENCE, {"clip_ratio": 0.2}),
+    (SEQUENCE, {"truncated_is": 2.0}),
+    ("sampled_token", {"clip_ratio": 0.2}),
+]
+COUNTS = Counts(6, 40, 0.7, 6.5, torch.tensor([3.0, 2, 1]), torch.tensor([4.0, 3, 1]))
+NAMES = ("student_logprob", "teacher_logprob", "reverse_kl", "forward_kl")
+
+
+@pytest.fixture(scope="module")
+def models(tiny):
+    student = StudentModel(load_causal_lm(tiny["student"], "float32", "model"))
+    return student, load_causal_lm(tiny["teacher"], "float32", "model")
+
+
+@pytest.fixture(scope="module")
+def data(models):
+    """Three prompts, two samples each: one token, no end of sequence, two alike."""
+    _, teacher = models
+    generator = torch.Generator().manual_seed(0)
+    rollouts, scores = [], {}
+    lengths = {"a": (1, 9), "b": (12, 4), "c": (7, 7)}
+    for prompt_id, (first, second) in lengths.items():
+        prompt = torch.randint(5, 260, (first + 2,), generator=generator).tolist()
+        alike = torch.randint(5, 260, (7,), generator=generator).tolist()
+        for index, length in enumerate((first, second)):
+            ids = torch.randint(5, 260, (length,), generator=generator).tolist()
+            ids = alike if prompt_id == "c" else ids
+            logprobs = tuple(-torch.rand(length, generator=generator) * 6)
+            r = Rollout(
+                prompt_id,
+                f"{prompt_id}/{index}",
+                tuple(prompt),
+                tuple(ids),
+                tuple(map(float, logprobs)),
+                "student",
+                0,
+                "length",
+            )
+            fed = torch.tensor([batching.fed_tokens(r)])
+            with torch.no_grad():
+                states = last_hidden(teacher, fed, torch.ones_like(fed))[0, batching.state_span(r)]
+            rollouts.append(r)
+            scores[r.sample_id] = TeacherScore(r.sample_id, hidden=states)
+    return rollouts, scores
+
+
+def outcome(models, batches, kind, options):
+    """Loss and gradients of all parameters, summed over micro-batches."""
+    student, teacher = models
+    student.zero_grad()
+    wanted = Divergence(kind, COEFFICIENT.get(kind)) if kind in DIVERGENCES else None
+    total = 0.0
+    for batch in batches:
+        stats = student(batch, (*NAMES, *([wanted] if wanted else [])), head_of(teacher))
+        read = as_token_stats(batch, stats, wanted)
+        loss = OBJECTIVES[kind](read, COUNTS, **options)
+        loss.backward()
+        total += loss.item()
+    return total, [p.grad.clone() for p in student.parameters()]
+
+
+def padded(batch, left, right):
+    """The same micro-batch with that many more padding positions in S, and ``right`` in T."""
+    pad = torch.nn.functional.pad
+    return replace(
+        batch,
+        input_ids=pad(batch.input_ids, (left, right), value=7),
+        attention_mask=pad(batch.attention_mask, (left, right)),
+        state_index=(pad(batch.state_index, (0, right)) + left),
+        target_ids=pad(batch.target_ids, (0, right), value=3),
+        loss_mask=pad(batch.loss_mask, (0, right)),
+        rollout_logprobs=pad(batch.rollout_logprobs, (0, right), value=-4.0),
+    )
+
+
+@pytest.mark.parametrize(("kind", "options"), CASES, ids=str)
+def test_padding_order_and_division(models, data, kind, options):
+    rollouts, scores = data
+    whole = batching.pack(rollouts, scores, rollouts[0])
+    loss, gradients = outcome(models, [whole], kind, options)
+    assert max(g.abs().max() for g in gradients) > 1e-3
+    mixed = [rollouts[i] for i in (3, 0, 4, 1, 5, 2)]
+    others = {
+        "right": [padded(whole, 0, 5)],
+        "left": [padded(whole, 4, 0)],
+        "order": [batching.pack(mixed, scores, mixed[0])],
+        "division": [batching.pack(rollouts[i : i + 2], scores, rollouts[0]) for i in (4, 0, 2)],
+        "an empty one": [whole, batching.pack([], scores, rollouts[0])],
+    }
+    for name, batches in others.items():
+        again, others_gradients = outcome(models, batches, kind, options)
+        assert again == pytest.approx(loss, rel=1e-5, abs=1e-5), name
+        for ours, theirs in zip(gradients, others_gradients, strict=True):
+            assert (ours - theirs).abs().max() <= 1e-5 * max(1.0, ours.abs().max()), name
+
+
+@pytest.mark.parametrize(("kind", "options"), CASES, ids=str)
+def test_a_completion_of_8192_tokens_is_finite(kind, options):
+    generator = torch.Generator().manual_seed(0)
+    size = (2, 8192)
+
+    def drawn():
+        return (torch.rand(size, generator=generator) * 12).requires_grad_()
+
+    given = {"student_logprob": drawn(), "reverse_kl": drawn(), "divergence": drawn()}
+    stats = TokenStats(
+        loss_mask=torch.ones(size, dtype=torch.bool),
+        group=torch.tensor([0, 0]),
+        student_logprob=-given["student_logprob"],
+        teacher_logprob=-drawn().detach(),
+        reverse_kl=given["reverse_kl"],
+        divergence=given["divergence"],
+        rollout_logprob=-drawn().detach(),
+    )
+    loss = OBJECTIVES[kind](stats, COUNTS, **options)
+    loss.backward()
+    assert loss.isfinite()
+    gradients = [g.grad for g in given.values() if g.grad is not None]
+    assert gradients
+    assert all(g.isfinite().all() for g in gradients)
+
+
+def test_every_case_is_an_objective_of_the_configuration():
+    for kind, options in CASES:
+        objective = {"kind": kind, **options}
+        if options.get("estimator") == "reinforce" or options.get("normalization") == "minillm":
+            objective["baseline"] = "none"
+        for sampler in ("student", "teacher", "dataset"):
+            try:
+                assert Term.model_validate({"sampler": sampler, "objective": objective})
+                break
+            except ValueError:
+                continue
+        else:
+            raise AssertionError(objective)
+    assert {kind for kind, _ in CASES} == set(OBJECTIVES)

@@ -1,0 +1,103 @@
+"""What a step learns from: whose completions, how many, and in which step."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from seqkd.config import Config
+from seqkd.metrics import Clock
+from seqkd.sources import StepSource
+from seqkd.types import Prompt, Rollout, TeacherScore
+from tests.unit.test_config import MINIMAL
+
+PROMPTS = [Prompt(str(i), (i,), "", (7, 0)) for i in range(12)]
+
+
+class Sampler:
+    """At an engine's endpoint: completions of the prompt's own id."""
+
+    def __init__(self, source):
+        self.source, self.calls = source, []
+
+    def sample(self, prompts, samples, seed, temperature, top_p):
+        self.calls.append((seed, dict(zip((p.prompt_id for p in prompts), samples, strict=True))))
+        return [
+            Rollout(p.prompt_id, f"{p.prompt_id}/{self.source}/{seed}/{i}", p.token_ids, (1, 2),
+                    (-1.0, -2.0), self.source, 0, "stop")
+            for p, n in zip(prompts, samples, strict=True)
+            for i in range(n)
+        ]  # fmt: skip
+
+
+class Teacher:
+    def score(self, rollouts):
+        return {r.sample_id: TeacherScore(r.sample_id) for r in rollouts}
+
+
+class Learner:
+    def measure(self, rollouts, scores):
+        values = {"student_logprob": [-1.0, -1.0], "teacher_logprob": [-2.0, -3.0]}
+        return {r.sample_id: values for r in rollouts}
+
+
+def source(sampler, **changes):
+    config = Config.model_validate({**MINIMAL, "sampler": sampler, **changes})
+    workers = SimpleNamespace(
+        student=Sampler("student"),
+        teacher_sampler=Sampler("teacher"),
+        teacher=Teacher(),
+        learner=Learner(),
+        sync=lambda: None,
+    )
+    return StepSource(config, config, sampler, workers), workers
+
+
+def test_a_mixture_draws_each_sequence_from_one_of_the_two():
+    s, workers = source("mixture", rollout={"samples_per_prompt": 50, "teacher_fraction": 0.3})
+    s.draw([PROMPTS[:4], PROMPTS[4:8]], 0, Clock())
+    for step, prompts in ((0, PROMPTS[:4]), (1, PROMPTS[4:8])):
+        part = s.part(Clock())
+        assert part.teacher_fraction == 0.3
+        assert {r.prompt_id for r in part.rollouts} == {p.prompt_id for p in prompts}, step
+        assert part.counts.sequences == len(part.rollouts) == 200
+        share = sum(r.source == "teacher" for r in part.rollouts) / 200
+        assert 0.2 <= share <= 0.4
+        assert part.scores.keys() == {r.sample_id for r in part.rollouts}
+    s.draw([PROMPTS[:4]], 1, Clock())
+    (_, first), (_, second) = workers.teacher_sampler.calls
+    assert {k: first[k] for k in second} != second, "drawn anew at every step"
+
+
+def test_several_steps_learn_from_one_draw_in_order():
+    s, workers = source("student", updates_per_rollout=3)
+    batches = [PROMPTS[0:4], PROMPTS[4:8], [*PROMPTS[8:11], PROMPTS[0]]]
+    s.draw(batches, 5, Clock())
+    assert len(workers.student.calls) == 1
+    ids = [[r.prompt_id for r in s.part(Clock()).rollouts] for _ in batches]
+    assert {*ids[1]} == {"4", "5", "6", "7"}
+    # A prompt that comes twice is learnt, all of its samples, where it came first.
+    assert ids[0].count("0") == 8
+    assert {*ids[2]} == {"8", "9", "10"}
+
+
+def test_the_first_step_estimates_from_its_own_batch():
+    s, _ = source("student", objective={"estimator": "reward_to_go"})
+    s.draw([PROMPTS[:4]], 0, Clock())
+    counts = s.part(Clock()).counts
+    assert counts.rate == pytest.approx((1 + 2) / 2)
+    assert counts.length == 2
+    assert counts.costs.tolist() == [16, 32]
+
+
+@pytest.mark.parametrize("sampler", ["dataset", "corpus"])
+def test_given_text_is_a_completion_without_a_sampler(sampler):
+    changes = {"data": {**MINIMAL["data"], "corpus_path": "texts.jsonl"}}
+    s, workers = source(sampler, **changes)
+    s.draw([PROMPTS[:4]], 0, Clock())
+    part = s.part(Clock())
+    assert [r.completion_ids for r in part.rollouts] == [(7, 0)] * 4
+    assert {r.source for r in part.rollouts} == {sampler}
+    assert part.scores == {}
+    assert workers.student.calls == []
