@@ -90,7 +90,8 @@ class RolloutGroup:
             )
             for i, actor in enumerate(self.actors)
         ]
-        return [r for part in wait(parts, f"{self.name} sampling") for r in part]
+        drawn = [iter(part) for part in wait(parts, f"{self.name} sampling")]
+        return [next(drawn[i % len(drawn)]) for i, n in enumerate(samples) for _ in range(n)]
 
     def load(self, version: WeightVersion) -> None:
         """See :class:`seqkd.protocols.Sampler`."""

@@ -58,11 +58,11 @@ def one_gaussian(out: Path) -> None:
         GRID, log_density(*TEACHER)[0].exp() / WIDTH, color="0.85", label="teacher"
     )
     for kind, fitted in fits.items():
-        for label, mode in ((f"{kind} KL", modes[0]), (None, modes[1])):
-            nearest = int((fitted.means[:, 0] - mode).abs().argmin())
-            density = fitted.log_density[nearest].exp() / WIDTH
+        ends = fitted.means[:, 0]
+        for number, end in enumerate(sorted({round(e, 1) for e in ends.tolist()})):
+            density = fitted.log_density[int((ends - end).abs().argmin())].exp() / WIDTH
             color = {"forward": "C0", "reverse": "C1"}[kind]
-            axes[0].plot(GRID, density, color=color, label=label)
+            axes[0].plot(GRID, density, color=color, label=None if number else f"{kind} KL")
     axes[0].set_xlim(-9, 9)
     axes[0].set_title("forward KL covers, reverse KL chooses")
     axes[0].legend()
@@ -102,7 +102,7 @@ def two_gaussians(out: Path, starts: int, seed: int) -> None:
         axes[0].fill_between(numbers, path[0], path[2], alpha=0.2)
     axes[0].set_yscale("log")
     axes[0].set_ylim(1e-6, None)
-    axes[0].set_xlim(0, 1000)
+    axes[0].set_xlim(0, 500)
     axes[0].set_xlabel("step (Adam, 0.05)")
     axes[0].set_ylabel("KL (nats)")
     axes[0].legend()

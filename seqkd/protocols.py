@@ -26,7 +26,8 @@ class Sampler(Protocol):
         temperature: float = 1.0,
         top_p: float = 1.0,
     ) -> list[Rollout]:
-        """``samples[i]`` completions of prompt i, the same for the same seed and weights."""
+        """``samples[i]`` completions of prompt i, prompt by prompt; the same for the same seed and
+        weights."""
 
     def load(self, version: WeightVersion) -> None:
         """Take in published weights, verified."""

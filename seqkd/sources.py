@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -31,15 +31,13 @@ class StepSource:
 
     def draw(self, batches: Sequence[Sequence[Prompt]], step: int, clock: Clock) -> None:
         """Sample and score, at once, what the next ``len(batches)`` steps learn from."""
-        prompts = [prompt for batch in batches for prompt in batch]
-        rollouts = self._rollouts(prompts, step, clock)
+        by_prompt = iter(self._rollouts([p for batch in batches for p in batch], step, clock))
+        self.steps = [[r for _ in batch for r in next(by_prompt)] for batch in batches]
+        rollouts = [r for of_step in self.steps for r in of_step]
         with clock("score"):
             needs = {term.objective.teacher_need for term in self.terms}
             needed = needs != {"nothing"} or self.fraction is not None
             self.scores = self.workers.teacher.score(rollouts) if needed else {}
-        # A prompt that comes twice (at the end of an epoch) is learnt at its first place.
-        place = {p.prompt_id: i for i, b in reversed(list(enumerate(batches))) for p in b}
-        self.steps = [[r for r in rollouts if place[r.prompt_id] == i] for i in range(len(batches))]
 
     def part(self, clock: Clock) -> Part:
         """What the next step learns from."""
@@ -51,9 +49,10 @@ class StepSource:
         counts = self.running.counts(rollouts)
         return Part(rollouts, scores, counts, self.terms, self.fraction)
 
-    def _rollouts(self, prompts: list[Prompt], step: int, clock: Clock) -> list[Rollout]:
+    def _rollouts(self, prompts: list[Prompt], step: int, clock: Clock) -> list[list[Rollout]]:
+        """The completions of each prompt."""
         if self.sampler in ("dataset", "corpus"):
-            return [given(prompt, self.sampler) for prompt in prompts]
+            return [[given(prompt, self.sampler)] for prompt in prompts]
         if self.sampler != "teacher":
             with clock("sync"):
                 self.workers.sync()
@@ -67,20 +66,20 @@ class StepSource:
             generator = np.random.default_rng([self.config.seed, step])
             from_teacher = generator.binomial(samples, self.fraction, len(prompts))
         with clock("sample"):
-            return [
-                *self._sample(self.workers.student, prompts, samples - from_teacher, seed),
-                *self._sample(self.workers.teacher_sampler, prompts, from_teacher, seed),
-            ]
+            ours = self._sample(self.workers.student, prompts, samples - from_teacher, seed)
+            theirs = self._sample(self.workers.teacher_sampler, prompts, from_teacher, seed)
+        return [[*a, *b] for a, b in zip(ours, theirs, strict=True)]
 
     def _sample(
         self, sampler: Sampler, prompts: list[Prompt], samples: np.ndarray, seed: int
-    ) -> list[Rollout]:
+    ) -> list[list[Rollout]]:
         wanted = [(p, int(n)) for p, n in zip(prompts, samples, strict=True) if n]
-        if not wanted:
-            return []
-        of, numbers = zip(*wanted, strict=True)
         rollout = self.config.rollout
-        return sampler.sample(of, numbers, seed, rollout.temperature, rollout.top_p)
+        drawn: Iterator[Rollout] = iter(())
+        if wanted:
+            of, numbers = zip(*wanted, strict=True)
+            drawn = iter(sampler.sample(of, numbers, seed, rollout.temperature, rollout.top_p))
+        return [[next(drawn) for _ in range(n)] for n in samples]
 
     def _first_estimate(self, rollouts: list[Rollout], scores: Scores) -> None:
         """From the first batch itself: a phase has no past batch to estimate its costs from."""

@@ -29,8 +29,8 @@ def teacher(rank: int, generator: torch.Generator, logit_scale: float = 3.0) -> 
     """[64, 64] of ``rank``, scaled so that logits of a standard normal input have that standard
     deviation."""
     left, right = (torch.randn(SIZE, rank, generator=generator) for _ in range(2))
-    weight: Tensor = left @ right.T
-    return weight * (logit_scale * SIZE**0.5 / weight.norm().item())
+    weight = torch.einsum("ir,jr->ij", left, right)
+    return weight.mul(logit_scale * SIZE**0.5 / weight.norm().item())
 
 
 def train(

@@ -9,6 +9,7 @@ import pytest
 
 from actors import groups
 from seqkd.errors import ActorError, ModelError
+from seqkd.types import Prompt, Rollout
 
 
 class Worker:
@@ -55,3 +56,27 @@ def test_a_defect_keeps_its_traceback(workers):
         groups.wait(workers[0].fail.remote(), "teacher scoring")
     assert str(caught.value) == "teacher scoring failed: ConnectionError: connection closed by peer"
     assert "in fail" in caught.value.details
+
+
+class Engine:
+    """One that answers with the prompt's own id."""
+
+    def sample(self, prompts, seeds, samples, max_tokens, temperature, top_p):
+        return [
+            Rollout(p.prompt_id, f"{p.prompt_id}/{seed}/{i}", p.token_ids, (1,), (0.0,), "student",
+                    0, "length")
+            for p, seed, n in zip(prompts, seeds, samples, strict=True)
+            for i in range(n)
+        ]  # fmt: skip
+
+
+def test_completions_come_prompt_by_prompt_whatever_engine_drew_them(local_ray):
+    engines = [local_ray.remote(Engine).options(num_cpus=0).remote() for _ in range(3)]
+    prompts = [Prompt(str(i), (i,), "") for i in range(8)]
+    samples = [2, 1, 3, 1, 1, 2, 4, 1]
+    drawn = groups.RolloutGroup(engines, 1, None, "rollout").sample(prompts, samples, seed=0)
+    expected = [str(i) for i, n in enumerate(samples) for _ in range(n)]
+    assert [r.prompt_id for r in drawn] == expected
+    assert len({r.sample_id.split("/")[1] for r in drawn}) == len(prompts), "a seed a prompt"
+    for engine in engines:
+        local_ray.kill(engine)
