@@ -209,6 +209,12 @@ class SkewReverseKL(_Skew):
     kind: Literal["skew_reverse_kl"] = "skew_reverse_kl"
 
 
+class TotalVariation(_TokenLevel):
+    """Half the L1 distance at each state."""
+
+    kind: Literal["total_variation"] = "total_variation"
+
+
 Objective = Annotated[
     SequenceReverseKL
     | SequenceForwardKL
@@ -218,7 +224,8 @@ Objective = Annotated[
     | TokenReverseKL
     | GJSD
     | SkewKL
-    | SkewReverseKL,
+    | SkewReverseKL
+    | TotalVariation,
     Field(discriminator="kind"),
 ]
 

@@ -25,6 +25,7 @@ from seqkd.objectives.skew_kl import skew_kl, skew_reverse_kl
 from seqkd.objectives.token_forward_kl import token_forward_kl
 from seqkd.objectives.token_mean import token_mean
 from seqkd.objectives.token_reverse_kl import token_reverse_kl
+from seqkd.objectives.total_variation import total_variation
 
 DIVERGENCES: dict[str, Callable[..., Tensor]] = {
     "token_forward_kl": token_forward_kl,
@@ -32,6 +33,7 @@ DIVERGENCES: dict[str, Callable[..., Tensor]] = {
     "gjsd": gjsd,
     "skew_kl": skew_kl,
     "skew_reverse_kl": skew_reverse_kl,
+    "total_variation": total_variation,
 }
 
 OBJECTIVES: dict[str, Callable[..., Tensor]] = {
@@ -56,4 +58,5 @@ __all__ = [
     "token_forward_kl",
     "token_mean",
     "token_reverse_kl",
+    "total_variation",
 ]

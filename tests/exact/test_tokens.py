@@ -34,6 +34,7 @@ DEFINITIONS = {
     "gjsd": lambda q, p, b: b * kl(p, mix(b, p, q)) + (1 - b) * kl(q, mix(b, p, q)),
     "skew_kl": lambda q, p, s: kl(p, mix(s, p, q)),
     "skew_reverse_kl": lambda q, p, s: kl(q, mix(s, q, p)),
+    "total_variation": lambda q, p, _: sum(abs(a - b) for a, b in zip(p, q, strict=True)) / 2,
 }
 COEFFICIENTS = {"gjsd": (0.1, 0.5, 0.9), "skew_kl": (0.1, 0.6), "skew_reverse_kl": (0.1, 0.6)}
 CASES = [(kind, c) for kind in DEFINITIONS for c in COEFFICIENTS.get(kind, (None,))]
