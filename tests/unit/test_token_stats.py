@@ -156,6 +156,7 @@ KINDS = (
     Divergence("gjsd", 0.5),
     Divergence("skew_kl", 0.1),
     Divergence("skew_reverse_kl", 0.1),
+    Divergence("total_variation"),
 )
 
 
