@@ -128,7 +128,7 @@ def real_models(args: argparse.Namespace) -> None:
     from seqkd.data import read_prompts
     from seqkd.errors import SeqkdError
     from seqkd.models import load_causal_lm, load_tokenizer
-    from seqkd.studies.gradient_variance import measure, sample
+    from seqkd.studies.gradient_variance import costs_by_position, measure, sample
 
     transformers.utils.logging.disable_progress_bar()
     path = args.prompts or Path("~/.cache/seqkd/data/chat_train.jsonl").expanduser()
@@ -146,7 +146,8 @@ def real_models(args: argparse.Namespace) -> None:
         groups.append(sample(student, prompt, args.samples, args.tokens, tokenizer.eos_token_id))
         print(f"\r(c) sampling: prompt {number} of {args.groups}", end="", flush=True)
     print("\r(c) gradients of every estimator            ", end="", flush=True)
-    found = measure(student, teacher, groups, args.seed)
+    costs, alive = costs_by_position(student, teacher, groups)
+    found = measure(student, teacher, groups, (costs.sum() / alive.sum()).item(), args.seed)
     print(
         f"\r(c) {args.groups} prompts, {args.samples} completions each, the same for all "
         f"(seed {args.seed}).\n    Variance of a prompt's gradient over prompts, reward_to_go = 1; "
@@ -156,7 +157,14 @@ def real_models(args: argparse.Namespace) -> None:
     print(f"{'estimator':38}{'variance':>10}{'signal':>10}{'s/prompt':>10}")
     for name, v in found.items():
         signal = v.signal / v.variance
-        print(f"{name:38}{v.variance / unit:>10.3f}{signal:>10.3f}{v.seconds:>10.2f}")
+        print(f"{name:38}{v.variance / unit:>10.4f}{signal:>10.3f}{v.seconds:>10.2f}")
+    print("\nreverse KL per token by position (nats)")
+    for low in range(0, len(costs), 12):
+        part = slice(low, low + 12)
+        print(
+            f"  tokens {low:>3} to {low + len(costs[part]) - 1:>3}"
+            f"{costs[part].sum() / alive[part].sum():>10.3f}{int(alive[part].sum()):>8} tokens"
+        )
 
 
 if __name__ == "__main__":

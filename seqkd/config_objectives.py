@@ -77,7 +77,7 @@ class SequenceReverseKL(_PolicyGradient):
         "rao_blackwell"
     )
     baseline: Literal["none", "leave_one_out", "position_mean"] = "leave_one_out"
-    normalization: Literal["rate", "total", "minillm"] = "rate"
+    normalization: Literal["rate", "total", "minillm"] = "minillm"
     future_weight: float = Field(
         1.0, ge=0, le=1, description="0: token level; 1: the whole sequence."
     )
@@ -89,13 +89,13 @@ class SequenceReverseKL(_PolicyGradient):
             raise ValueError(
                 f"normalization 'minillm' divides the future return R_(t+1), which estimator "
                 f"{self.estimator!r} does not separate. Set estimator to single_step or "
-                "rao_blackwell."
+                "rao_blackwell, or normalization to total or rate."
             )
         if self.normalization == "minillm" and self.baseline == "position_mean":
             raise ValueError(
                 "baseline 'position_mean' knows the mean cost at each position, not its mean over "
                 "what remains, which normalization 'minillm' divides by. Set baseline to "
-                "leave_one_out or none."
+                "leave_one_out or none, or normalization to total or rate."
             )
         if self.estimator == "reinforce" and (self.future_weight != 1 or self.discount != 1):
             raise ValueError(

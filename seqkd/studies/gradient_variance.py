@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from seqkd import batching
 from seqkd.models import StudentModel, as_token_stats, head_of, last_hidden
 from seqkd.objectives import OBJECTIVES
-from seqkd.types import Counts, Divergence, Prompt, Rollout, TeacherScore, TokenStats
+from seqkd.types import Counts, Divergence, Prompt, Rollout, TeacherScore, TokenStats, add_padded
 
 SKETCH = 2**16
 """Length of the random projection of a gradient: squared norms are right on average, to about
@@ -35,7 +35,7 @@ ESTIMATORS: dict[str, tuple[str, dict[str, Any]]] = {
     )
     for baseline in ("none", "leave_one_out")
 } | {
-    "rao_blackwell, rate, leave-one-out": ("sequence_reverse_kl", {}),
+    "rao_blackwell, rate, leave-one-out": ("sequence_reverse_kl", {"normalization": "rate"}),
     "sampled_token": ("sampled_token", {}),
     "token_reverse_kl": ("token_reverse_kl", {}),
 }
@@ -88,23 +88,35 @@ def sample(model: Any, prompt: Prompt, samples: int, tokens: int, eos: int) -> l
     return rollouts
 
 
+def costs_by_position(
+    student: Any, teacher: Any, groups: Sequence[list[Rollout]]
+) -> tuple[Tensor, Tensor]:
+    """([T] sum of KL_t over all completions, [T] completions that have a token t)."""
+    module, head = StudentModel(student), head_of(teacher)
+    costs = alive = None
+    with torch.no_grad():
+        for group in groups:
+            batch = batching.pack(group, _scores(teacher, group), group[0])
+            values = module(batch, ("reverse_kl",), head)["reverse_kl"]
+            costs = add_padded(costs, values.sum(0))
+            alive = add_padded(alive, batch.loss_mask.sum(0).float())
+    assert costs is not None and alive is not None
+    return costs, alive
+
+
 def measure(
-    student: Any, teacher: Any, groups: Sequence[list[Rollout]], seed: int
+    student: Any, teacher: Any, groups: Sequence[list[Rollout]], rate: float, seed: int
 ) -> dict[str, Variance]:
-    """Variances over ``groups``, the samples of one prompt each."""
+    """Variances over ``groups``, the samples of one prompt each; ``rate`` in nats per token."""
     module, sketch = StudentModel(student), Sketch(student, seed)
     batches = [batching.pack(g, _scores(teacher, g), g[0]) for g in groups]
     head = head_of(teacher)
-    lengths = sum(b.loss_mask.sum().item() for b in batches)
-    sequences = sum(len(group) for group in groups)
-    with torch.no_grad():
-        divergence = sum(module(b, ("reverse_kl",), head)["reverse_kl"].sum() for b in batches)
     found: dict[str, list[Tensor]] = {name: [] for name in ESTIMATORS}
     seconds = dict.fromkeys(ESTIMATORS, 0.0)
     for batch in batches:
         size = len(batch.loss_mask)
-        # Every loss per sequence, so that they compare; the rate and E[L] are of all prompts.
-        counts = Counts(size, size, float(divergence) / lengths, lengths / sequences)
+        # Every loss per sequence, so that they compare.
+        counts = Counts(size, tokens=size, rate=rate, length=1.0)
         stats = as_token_stats(batch, module(batch, NAMES, head), Divergence("token_reverse_kl"))
         for name in ESTIMATORS:
             start = time.perf_counter()

@@ -20,7 +20,7 @@ from seqkd.models import load_causal_lm
 from seqkd.protocols import Part
 from seqkd.types import Counts, Rollout, TeacherScore
 
-TERMS = (Term(objective=SequenceReverseKL()),)
+TERMS = (Term(objective=SequenceReverseKL(normalization="rate")),)
 LR, STEPS = 1e-3, 2
 
 
@@ -236,7 +236,9 @@ def test_terms_of_several_samplers_and_a_mixture(learners, tiny, batch):
     mixed = [replace(r, source="teacher") if i % 2 else r for i, r in enumerate(mixed)]
     counts = Counts(sequences=4, tokens=20, rate=1.5, length=5.0)
     reverse = Term(
-        sampler="mixture", objective=SequenceReverseKL(estimator="reward_to_go"), weight=0.5
+        sampler="mixture",
+        objective=SequenceReverseKL(estimator="reward_to_go", normalization="rate"),
+        weight=0.5,
     )
     terms = (
         Term(sampler="dataset", weight=2.0),

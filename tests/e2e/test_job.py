@@ -106,11 +106,14 @@ def test_student_sampled(head, environment, config, home):
 
 def test_teacher_sampled_and_a_used_directory(head, environment, config, tmp_path):
     overrides = ["sampler=teacher", "steps=2", "evaluation.prompts=0", f"runs_dir={tmp_path}"]
+    overrides.append("plus=[{sampler: dataset, weight: 0.5}, {sampler: mixture}]")
     done = submit(head, environment, config, *overrides)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = metrics(tmp_path / "tiny")
     assert {(r["sampler"], r["objective"]) for r in rows} == {("teacher", "sequence_forward_kl")}
     assert [r["policy_version"] for r in rows] == [0, 1]
+    assert all(r["dataset/sequences"] == 4 and r["dataset/eos_rate"] == 1 for r in rows)
+    assert all(0 < r["mixture/effective_sample_size"] <= 16 for r in rows)
     again = submit(head, environment, config, *overrides)
     assert again.returncode != 0
     assert "already holds another run" in again.stdout + again.stderr
@@ -122,6 +125,7 @@ def test_student_equal_to_teacher_has_nothing_to_learn(head, environment, config
         environment,
         config,
         f"student.model={tiny['teacher']}",
+        "objective.normalization=rate",
         "steps=1",
         f"runs_dir={tmp_path}",
     )

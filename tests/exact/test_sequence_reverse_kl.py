@@ -170,6 +170,7 @@ def test_position_mean_is_the_mean_return(language):
                 counts,
                 estimator=estimator,
                 baseline="position_mean",
+                normalization="rate",
                 discount=discount,
             )
             (returns,) = torch.autograd.grad(loss, logprob)

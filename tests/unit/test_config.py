@@ -135,7 +135,7 @@ def test_scientific_notation_is_a_number(path):
             "Set one",
         ),
         (
-            ["objective={estimator: reinforce, discount: 0.9}"],
+            ["objective={estimator: reinforce, normalization: total, discount: 0.9}"],
             "estimator 'reinforce'",
             "discount to 1",
         ),

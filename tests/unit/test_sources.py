@@ -82,7 +82,7 @@ def test_several_steps_learn_from_one_draw_in_order():
 
 
 def test_the_first_step_estimates_from_its_own_batch():
-    s, _ = source("student", objective={"estimator": "reward_to_go"})
+    s, _ = source("student", objective={"estimator": "reward_to_go", "normalization": "rate"})
     s.draw([PROMPTS[:4]], 0, Clock())
     counts = s.part(Clock()).counts
     assert counts.rate == pytest.approx((1 + 2) / 2)
