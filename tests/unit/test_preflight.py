@@ -62,6 +62,12 @@ def test_a_checkpoint_without_a_language_model_head(config, tiny, tmp_path):
         check(config(f"teacher.model={model}"))
 
 
+def test_more_top_tokens_than_the_vocabulary_has(config):
+    overrides = ["teacher.scores=top_k", "teacher.top_k=100000"]
+    with pytest.raises(ConfigError, match=r"teacher\.top_k: 100000 is not below .* vocabulary of"):
+        check(config(*overrides))
+
+
 def test_layers_that_are_not_there(config):
     with pytest.raises(ConfigError, match=r"drop_layers: \[1, 9\) .* 2 layers"):
         check(config("student.init={kind: prune, drop_layers: [1, 9]}"))
