@@ -12,7 +12,9 @@ from typing import Any
 
 from actors import placement, weight_sync
 from actors.groups import LearnerGroup, RolloutGroup, TeacherGroup, wait
+from seqkd.api_client import key_of
 from seqkd.config import Config
+from seqkd.config_roles import ApiTeacher
 from seqkd.errors import ActorError, ResourceError
 from seqkd.models import expand
 from seqkd.protocols import Workers
@@ -100,6 +102,7 @@ def _started(
 ) -> Iterator[Workers]:
     import ray
 
+    from actors.api_teacher import ApiSampler
     from actors.learner import LearnerRank
     from actors.rollout import RolloutActor
     from actors.teacher import TeacherActor
@@ -112,19 +115,28 @@ def _started(
     ranks = create(LearnerRank, "learner", config.learner, run_id)
     students = create(RolloutActor, "rollout", stop_ids, "student")
     teachers = create(TeacherActor, "teacher")
-    writers = create(RolloutActor, "teacher_sampler", stop_ids, "teacher")
+    api = config.teacher if isinstance(config.teacher, ApiTeacher) else None
+    writers = (
+        create(ApiSampler, "teacher_sampler", stop_ids)
+        if api
+        else create(RolloutActor, "teacher_sampler", stop_ids, "teacher")
+    )
     master, node = wait(ranks[0].rendezvous.remote(), "learner start")
     teacher = expand(config.teacher.model)
-    head_of = teacher if config.teacher.scores == "hidden" else None
+    head_of = None
+    if config.teacher.scores == "hidden":
+        head_of = (teacher, config.teacher.precision)
     starts = {
         "learner": [
-            r.start.remote(rank, master, student_path, head_of, config.teacher.precision)
-            for rank, r in enumerate(ranks)
+            r.start.remote(rank, master, student_path, head_of) for rank, r in enumerate(ranks)
         ],
         "rollout": [a.start.remote(student_path, config.rollout, max_model_len) for a in students],
         "teacher": [a.start.remote(config.teacher, max_model_len) for a in teachers],
         "teacher_sampler": [
-            a.start.remote(teacher, config.teacher.generation, max_model_len) for a in writers
+            a.start.remote(api, key_of(api), expand(config.student.model))
+            if api
+            else a.start.remote(teacher, config.teacher.generation, max_model_len)
+            for a in writers
         ],
     }
     for role, refs in starts.items():
@@ -134,7 +146,8 @@ def _started(
     student = RolloutGroup(students, length, learner, "rollout")
     sampler = RolloutGroup(writers, length, None, "teacher_sampler")
     try:
-        yield Workers(student, TeacherGroup(teachers), learner, sampler)
+        teacher_group = TeacherGroup(teachers)
+        yield Workers(student, teacher_group, learner, sampler, config.teacher.distribution)
     finally:
         for actor in (*ranks, *students, *teachers, *writers):
             ray.kill(actor)  # one that hangs or waits for a dead one would never close by itself

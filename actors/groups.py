@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -92,6 +93,11 @@ class RolloutGroup:
         ]
         drawn = [iter(part) for part in wait(parts, f"{self.name} sampling")]
         return [next(drawn[i % len(drawn)]) for i, n in enumerate(samples) for _ in range(n)]
+
+    def usage(self) -> dict[str, int]:
+        """See :class:`seqkd.protocols.Sampler`."""
+        counts = wait([actor.usage.remote() for actor in self.actors], self.name)
+        return dict(sum(map(Counter, counts), Counter()))
 
     def load(self, version: WeightVersion) -> None:
         """See :class:`seqkd.protocols.Sampler`."""

@@ -76,10 +76,10 @@ class LearnerRank:
         return master, ray.get_runtime_context().get_node_id()
 
     def start(
-        self, rank: int, master: tuple[str, int], model: str, teacher: str | None, precision: str
+        self, rank: int, master: tuple[str, int], model: str, teacher: tuple[str, str] | None
     ) -> None:
         """Join the group and load the student; ``teacher`` names the model whose output head is
-        kept here, frozen, in ``precision``."""
+        kept here, frozen, and its precision."""
         import deepspeed
 
         self.rank = rank
@@ -108,7 +108,7 @@ class LearnerRank:
             for parameter in layer.parameters():
                 deepspeed.zero.register_external_parameter(module, parameter)
         if teacher is not None:
-            head = load_head(teacher, precision)
+            head = load_head(*teacher)
             bias = None if head.bias is None else head.bias.to(self.device)
             self.teacher_head = replace(head, weight=head.weight.to(self.device), bias=bias)
 

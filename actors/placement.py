@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from seqkd.config import Config
-from seqkd.config_roles import Actors
+from seqkd.config_roles import Actors, ApiTeacher
 from seqkd.errors import ResourceError
 
 Role = Literal["learner", "rollout", "teacher", "teacher_sampler"]
@@ -108,17 +108,20 @@ class Plan:
 
 
 def needed(config: Config) -> set[Role]:
-    """Roles that some phase calls; the held-out evaluation calls all."""
-    if config.evaluation.prompts:
-        return set(KEYS)
+    """Roles that some phase or the held-out evaluation calls."""
     terms = [term for _, phase in config.phases for term in phase.terms]
     samplers = {term.sampler for term in terms}
+    measured = config.evaluation.prompts > 0
     roles: set[Role] = {"learner"}
-    if samplers & {"student", "mixture"}:
+    if measured or samplers & {"student", "mixture"}:
         roles.add("rollout")
-    if samplers & {"teacher", "mixture"}:
+    if measured or samplers & {"teacher", "mixture"}:
         roles.add("teacher_sampler")
-    if "mixture" in samplers or any(term.objective.teacher_need != "nothing" for term in terms):
+    if (
+        (measured and config.teacher.distribution)
+        or "mixture" in samplers
+        or any(term.objective.teacher_need != "nothing" for term in terms)
+    ):
         roles.add("teacher")
     return roles
 
@@ -131,9 +134,10 @@ def plan(config: Config) -> Plan:
     roles: list[tuple[Role, Actors]] = [
         ("learner", learner),
         ("rollout", config.rollout),
-        ("teacher", config.teacher),
         ("teacher_sampler", config.teacher.generation),
     ]
+    if not isinstance(config.teacher, ApiTeacher):
+        roles.append(("teacher", config.teacher))
     roles = [(role, spec) for role, spec in roles if role in needed(config)]
     if config.placement == "split":
         return _split(roles)

@@ -72,6 +72,10 @@ class RolloutActor:
             finish_reason="length" if completion.finish_reason == "length" else "stop",
         )
 
+    def usage(self) -> dict[str, int]:
+        """Nothing that is paid for."""
+        return {}
+
     def node(self) -> str:
         """Id of the Ray node this engine is on."""
         import ray

@@ -165,11 +165,6 @@ class Config(Phase):
                 field = f"{where}plus.{index - 1}." if index else where
                 self._teacher_provides(term.objective, field)
                 self._samples_fit(term, self.samples_per_prompt(phase), field)
-        if self.evaluation.prompts and self.teacher.scores == "logprobs":
-            raise ValueError(
-                "evaluation needs the teacher's distribution, but teacher.scores is 'logprobs'. "
-                "Set evaluation.prompts to 0 or teacher.scores to hidden or top_k."
-            )
         if self.evaluation.prompts and self.data.heldout_path is None:
             raise ValueError(
                 f"evaluation.prompts is {self.evaluation.prompts}, but data.heldout_path is not "
@@ -178,11 +173,22 @@ class Config(Phase):
         return self
 
     def _teacher_provides(self, objective: Objective, where: str) -> None:
-        scores = self.teacher.scores
-        if objective.teacher_need == "distribution" and scores == "logprobs":
+        scores, need = self.teacher.scores, objective.teacher_need
+        if need == "distribution" and not self.teacher.distribution:
             raise ValueError(
                 f"{where}objective {objective.kind!r} needs the teacher's distribution, but "
-                "teacher.scores is 'logprobs'. Set teacher.scores to hidden or top_k."
+                f"teacher.scores is {scores!r}. "
+                + (
+                    "Set sampler to teacher, or use a local teacher (kind vllm or hf)."
+                    if scores == "none"
+                    else "Set teacher.scores to hidden or top_k."
+                )
+            )
+        if need == "logprobs" and scores == "none":
+            raise ValueError(
+                f"{where}objective {objective.kind!r} needs the teacher's log-probs, which teacher "
+                f"kind {self.teacher.kind!r} does not give. Set sampler to teacher, or use a local "
+                "teacher (kind vllm or hf)."
             )
         wanted = objective.divergence()
         if wanted and wanted[2] != 1 and scores == "top_k":
@@ -193,6 +199,12 @@ class Config(Phase):
 
     def _samples_fit(self, term: Term, samples: int, where: str) -> None:
         objective, rollout = term.objective, self.rollout
+        if term.sampler == "mixture" and self.teacher.scores == "none":
+            raise ValueError(
+                f"{where}sampler 'mixture' weighs each completion by the teacher's probability of "
+                f"it, which teacher kind {self.teacher.kind!r} does not give. Set sampler to "
+                "teacher."
+            )
         tempered = rollout.temperature != 1 or rollout.top_p != 1
         if tempered and (objective.on_policy or term.sampler == "mixture"):
             raise ValueError(

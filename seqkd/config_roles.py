@@ -85,6 +85,11 @@ class _Teacher(Actors):
         "is as for scoring.",
     )
 
+    @property
+    def distribution(self) -> bool:
+        """Whether its scores tell its distribution."""
+        return self.scores != "logprobs"
+
     @model_validator(mode="before")
     @classmethod
     def _generation_inherits(cls, data: Any) -> Any:
@@ -110,7 +115,36 @@ class HfTeacher(_Teacher):
     batch_tokens: int = Field(4096, ge=1, description="Padded tokens of one forward pass.")
 
 
-Teacher = Annotated[VllmTeacher | HfTeacher, Field(discriminator="kind")]
+class ApiTeacher(Schema):
+    """A teacher behind an OpenAI-compatible endpoint: it writes, and that is all. Its text is
+    tokenized anew for the student, so that the two tokenizers may differ."""
+
+    kind: Literal["openai"] = "openai"
+    model: str = Field(description="The name under which the endpoint serves it.")
+    base_url: str = Field(pattern=r"^https?://", description="Up to and including /v1.")
+    api: Literal["chat", "completions"] = Field(
+        "chat", description="chat: the endpoint's own template; completions: the student's."
+    )
+    key_env: str = Field("OPENAI_API_KEY", description="Environment variable that holds the key.")
+    concurrency: int = Field(8, ge=1, description="Requests under way at once.")
+    timeout_s: float = Field(120.0, gt=0, description="Of one request.")
+    max_retries: int = Field(
+        10, ge=0, description="Of one request, with growing pauses, before the run fails."
+    )
+    scores: Literal["none"] = "none"
+
+    @property
+    def distribution(self) -> bool:
+        """Whether its scores tell its distribution."""
+        return False
+
+    @property
+    def generation(self) -> Actors:
+        """The process that makes the requests."""
+        return Actors()
+
+
+Teacher = Annotated[VllmTeacher | HfTeacher | ApiTeacher, Field(discriminator="kind")]
 
 
 class Rollout(Engine):

@@ -62,7 +62,8 @@ def read_prompts(
                 too_long += 1
                 continue
         prompt_id = hashlib.blake2b(repr(ids).encode(), digest_size=8).hexdigest()
-        prompts.setdefault(prompt_id, Prompt(prompt_id, ids, text, reference))
+        messages = tuple((m["role"], m["content"]) for m in _messages(text, data))
+        prompts.setdefault(prompt_id, Prompt(prompt_id, ids, text, reference, messages))
     if not prompts and too_long:
         raise DataError(
             f"{field}: {path}: all {too_long} rows are longer than data.max_prompt_tokens = "
@@ -125,6 +126,11 @@ def _text(row: dict[str, Any], key: str, where: str) -> str:
     return value
 
 
+def _messages(text: str, data: JsonlData) -> list[dict[str, str]]:
+    system = [{"role": "system", "content": data.system}] if data.system is not None else []
+    return [*system, {"role": "user", "content": text}]
+
+
 def _render(text: str, data: JsonlData, tokenizer: Any) -> list[int]:
     if not data.chat:
         ids: list[int] = tokenizer(
@@ -135,9 +141,8 @@ def _render(text: str, data: JsonlData, tokenizer: Any) -> list[int]:
         raise DataError(
             "data.chat: is true, but the student's tokenizer has no chat template. Set it to false."
         )
-    system = [{"role": "system", "content": data.system}] if data.system is not None else []
     rendered = tokenizer.apply_chat_template(
-        [*system, {"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
+        _messages(text, data), add_generation_prompt=True, tokenize=False
     )
     rendered_ids: list[int] = tokenizer(rendered, add_special_tokens=False).input_ids
     return rendered_ids

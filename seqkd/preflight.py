@@ -10,8 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from seqkd.api_client import check_endpoint
 from seqkd.config import Config
-from seqkd.config_roles import Prune
+from seqkd.config_roles import ApiTeacher, Prune
 from seqkd.data import read_corpus, read_prompts
 from seqkd.errors import ConfigError, DataError, ModelError, SeqkdError
 from seqkd.models import check_prune, end_of_sequence_ids, load_config, load_tokenizer
@@ -55,30 +56,38 @@ class Findings:
 def check(config: Config) -> Checked:
     """Raises ConfigError with a line for every error found."""
     found = Findings()
-    students, teachers = config.student.model, config.teacher.model
+    students = config.student.model
     student = found.attempt(load_config, students, "student.model")
-    teacher = found.attempt(load_config, teachers, "teacher.model")
+    tokenizer = found.attempt(load_tokenizer, students, "student.model") if student else None
     max_model_len = config.data.max_prompt_tokens + config.rollout.max_tokens
     found.attempt(fits_context, student, "student.model", config)
-    found.attempt(fits_context, teacher, "teacher.model", config)
-    found.attempt(top_k_fits, teacher, config)
     if isinstance(config.student.init, Prune):
         found.attempt(check_prune, student, config.student.init)
-    if student and teacher and student.vocab_size != teacher.vocab_size:
-        found.warnings.append(
-            f"student.model has {student.vocab_size} output rows, teacher.model "
-            f"{teacher.vocab_size}: divergences use the first "
-            f"{min(student.vocab_size, teacher.vocab_size)}, the rest is padding."
-        )
-    tokenizer = found.attempt(load_tokenizer, students, "student.model") if student else None
-    other = found.attempt(load_tokenizer, teachers, "teacher.model") if teacher else None
-    found.attempt(same_tokenizer, tokenizer, other, config)
+    if isinstance(config.teacher, ApiTeacher):
+        found.attempt(check_endpoint, config.teacher)
+    else:
+        _local_teacher(config, student, tokenizer, found)
     stop_ids = found.attempt(end_of_sequence_ids, students, tokenizer)
     prompts = found.attempt(_prompts, config, tokenizer, stop_ids, found)
     if found.errors:
         raise ConfigError("\n".join(found.errors))
     assert tokenizer is not None and stop_ids is not None and prompts is not None
     return Checked(tokenizer, stop_ids, *prompts, max_model_len, tuple(found.warnings))
+
+
+def _local_teacher(config: Config, student: Any, tokenizer: Any, found: Findings) -> None:
+    name = config.teacher.model
+    teacher = found.attempt(load_config, name, "teacher.model")
+    found.attempt(fits_context, teacher, "teacher.model", config)
+    if student and teacher and student.vocab_size != teacher.vocab_size:
+        found.warnings.append(
+            f"student.model has {student.vocab_size} output rows, teacher.model "
+            f"{teacher.vocab_size}: divergences use the first "
+            f"{min(student.vocab_size, teacher.vocab_size)}, the rest is padding."
+        )
+    found.attempt(top_k_fits, teacher, config)
+    other = found.attempt(load_tokenizer, name, "teacher.model") if teacher else None
+    found.attempt(same_tokenizer, tokenizer, other, config)
 
 
 def fits_context(model: Any, name: str, config: Config) -> None:
@@ -99,6 +108,7 @@ def fits_context(model: Any, name: str, config: Config) -> None:
 
 def top_k_fits(model: Any, config: Config) -> None:
     """ModelError unless the teacher's vocabulary has more than ``top_k`` tokens."""
+    assert not isinstance(config.teacher, ApiTeacher)
     if config.teacher.scores == "top_k" and config.teacher.top_k >= model.vocab_size:
         raise ModelError(
             f"teacher.top_k: {config.teacher.top_k} is not below the teacher's vocabulary of "

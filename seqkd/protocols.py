@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from seqkd.config import Term
@@ -32,6 +32,9 @@ class Sampler(Protocol):
     def load(self, version: WeightVersion) -> None:
         """Take in published weights, verified."""
 
+    def usage(self) -> dict[str, int]:
+        """What was asked of a paid endpoint so far; nothing of an engine."""
+
 
 class Teacher(Protocol):
     """A frozen model that scores."""
@@ -50,6 +53,8 @@ class Part:
     terms: tuple[Term, ...]
     teacher_fraction: float | None = None
     """The share of teacher samples in a mixture, whose sequences are weighted; else None."""
+    usage: Mapping[str, int] = field(default_factory=dict)
+    """What the teacher's endpoint was asked for so far."""
 
 
 Measured = dict[str, dict[str, list[float]]]
@@ -82,6 +87,8 @@ class Workers:
     teacher: Teacher
     learner: Learner
     teacher_sampler: Sampler
+    distribution: bool
+    """Whether the teacher's scores tell its distribution, and with it divergences."""
 
     def sync(self) -> None:
         """Bring the student's sampler to the learner's weights; nothing to do where it has them."""

@@ -28,6 +28,7 @@ class StepSource:
         self.running = RunningCosts()
         self.steps: list[list[Rollout]] = []
         self.scores: Scores = {}
+        self.usage: dict[str, int] = {}
 
     def draw(self, batches: Sequence[Sequence[Prompt]], step: int, clock: Clock) -> None:
         """Sample and score, at once, what the next ``len(batches)`` steps learn from."""
@@ -47,7 +48,7 @@ class StepSource:
             with clock("learn"):
                 self._first_estimate(rollouts, scores)
         counts = self.running.counts(rollouts)
-        return Part(rollouts, scores, counts, self.terms, self.fraction)
+        return Part(rollouts, scores, counts, self.terms, self.fraction, self.usage)
 
     def _rollouts(self, prompts: list[Prompt], step: int, clock: Clock) -> list[list[Rollout]]:
         """The completions of each prompt."""
@@ -68,6 +69,8 @@ class StepSource:
         with clock("sample"):
             ours = self._sample(self.workers.student, prompts, samples - from_teacher, seed)
             theirs = self._sample(self.workers.teacher_sampler, prompts, from_teacher, seed)
+            if from_teacher.any():
+                self.usage = self.workers.teacher_sampler.usage()
         return [[*a, *b] for a, b in zip(ours, theirs, strict=True)]
 
     def _sample(

@@ -18,6 +18,7 @@ LABELS = {
     "reverse_kl_per_sequence": "reverse KL per sequence (nats)",
     "forward_kl_per_token": "forward KL per token (nats)",
     "forward_kl_per_sequence": "forward KL per sequence (nats)",
+    "nll_per_token": "teacher's text, NLL per token (nats)",
     "student_length": "completion length, student (tokens)",
     "teacher_length": "completion length, teacher (tokens)",
     "student_eos_rate": "ended by itself, student",
@@ -33,15 +34,20 @@ def evaluation_json(
 ) -> dict[str, Any]:
     """Everything measured, as plain data: figures by stage, paired changes, completions."""
     tables = {stage: m.table() for stage, m in measurements.items()}
+    known = next(iter(tables.values()))
+    divergences: list[str] = ["reverse_kl_per_token", "forward_kl_per_token"]
     changes = {
-        f"{a} -> {b}": asdict(paired_change(measurements[a], measurements[b]))
-        for a, b in _pairs(list(measurements))
+        figure: {
+            f"{a} -> {b}": asdict(paired_change(measurements[a], measurements[b], figure))
+            for a, b in _pairs(list(measurements))
+        }
+        for figure in ([f for f in divergences if f in known] or ["nll_per_token"])
     }
     return {
         "prompts": len(prompts),
         "interval": "95 % percentile bootstrap over prompts",
         "figures": {s: {k: asdict(v) for k, v in t.items()} for s, t in tables.items()},
-        "change_of_reverse_kl_per_token": changes,
+        "changes": changes,
         "examples": [
             _example(i, measurements, prompts, tokenizer)
             for i in range(min(examples, len(prompts)))
@@ -61,17 +67,21 @@ def render(evaluation: dict[str, Any]) -> str:
     lines = [
         f"Held-out prompts: {evaluation['prompts']}; mean [95 % interval over prompts]",
         "",
-        " " * 37 + "".join(f"{_stage(stage):<26}" for stage in stages),
+        " " * 38 + "".join(f"{_stage(stage):<26}" for stage in stages),
     ]
     for key, label in LABELS.items():
+        if key not in evaluation["figures"][stages[0]]:
+            continue
         cells = [str(Interval(**evaluation["figures"][stage][key])) for stage in stages]
-        lines.append(f"{label:<37}" + "".join(f"{cell:<26}" for cell in cells))
+        lines.append(f"{label:<38}" + "".join(f"{cell:<26}" for cell in cells))
     lines.append("")
-    for pair, change in evaluation["change_of_reverse_kl_per_token"].items():
-        verdict = "excludes 0" if change["low"] > 0 or change["high"] < 0 else "includes 0"
-        lines.append(
-            f"reverse KL per token, {pair}: {Interval(**change)} (paired over prompts; {verdict})"
-        )
+    for figure, changes in evaluation["changes"].items():
+        for pair, change in changes.items():
+            verdict = "excludes 0" if change["low"] > 0 or change["high"] < 0 else "includes 0"
+            lines.append(
+                f"{LABELS[figure].removesuffix(' (nats)')}, {pair}: {Interval(**change)} "
+                f"(paired over prompts; {verdict})"
+            )
     for example in evaluation["examples"]:
         lines += ["", f"Prompt: {_shown(example['prompt'])}"]
         for who, text in example["completions"].items():

@@ -41,6 +41,8 @@ class Prompt:
     """The user's words, for reports."""
     reference_ids: tuple[int, ...] | None = None
     """Tokens of the data set's own answer, end-of-sequence included; None where it has none."""
+    messages: tuple[tuple[str, str], ...] = ()
+    """The same as (role, content), for a teacher that has a template of its own."""
 
 
 @dataclass(frozen=True, slots=True)

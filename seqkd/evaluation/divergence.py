@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from seqkd.protocols import Measured, Workers
+from seqkd.protocols import Measured, Scores, Workers
 from seqkd.types import Prompt, Rollout
 
 RESAMPLES = 10_000
@@ -31,34 +31,38 @@ class Interval:
         return f"{self.mean:.3g} [{self.low:.3g}, {self.high:.3g}]"
 
 
+FIGURES: dict[str, tuple[str, str]] = {
+    "reverse_kl_per_token": ("reverse_kl", "student_tokens"),
+    "reverse_kl_per_sequence": ("reverse_kl", "sequences"),
+    "forward_kl_per_token": ("forward_kl", "teacher_tokens"),
+    "forward_kl_per_sequence": ("forward_kl", "sequences"),
+    "nll_per_token": ("nll", "teacher_tokens"),
+    "student_length": ("student_tokens", "sequences"),
+    "teacher_length": ("teacher_tokens", "sequences"),
+    "student_eos_rate": ("student_ended", "sequences"),
+    "teacher_eos_rate": ("teacher_ended", "sequences"),
+}
+"""What is reported, as a ratio of two sums. ``nll`` is -log q of the teacher's text: the forward KL
+up to the teacher's entropy, known for every teacher that writes."""
+
+
 @dataclass(frozen=True)
 class Measurement:
     """Sums over the samples of each prompt, [P] each: P prompts in a fixed order."""
 
-    reverse_kl: Array
-    forward_kl: Array
-    student_tokens: Array
-    teacher_tokens: Array
-    student_ended: Array
-    teacher_ended: Array
-    samples: int
-    """Completions a prompt."""
+    sums: dict[str, Array]
+    """By the names that :data:`FIGURES` uses; divergences only where the teacher's distribution is
+    known."""
     student_rollouts: tuple[Rollout, ...]
     """The first sample of each prompt."""
     teacher_rollouts: tuple[Rollout, ...]
 
     def table(self) -> dict[str, Interval]:
-        """Every figure, with units in its name (nats, tokens)."""
-        sequences = np.full(len(self.reverse_kl), float(self.samples))
+        """Every figure that is known, with units in its name (nats, tokens)."""
         return {
-            "reverse_kl_per_token": ratio(self.reverse_kl, self.student_tokens),
-            "reverse_kl_per_sequence": ratio(self.reverse_kl, sequences),
-            "forward_kl_per_token": ratio(self.forward_kl, self.teacher_tokens),
-            "forward_kl_per_sequence": ratio(self.forward_kl, sequences),
-            "student_length": ratio(self.student_tokens, sequences),
-            "teacher_length": ratio(self.teacher_tokens, sequences),
-            "student_eos_rate": ratio(self.student_ended, sequences),
-            "teacher_eos_rate": ratio(self.teacher_ended, sequences),
+            figure: ratio(self.sums[above], self.sums[below])
+            for figure, (above, below) in FIGURES.items()
+            if above in self.sums
         }
 
 
@@ -70,20 +74,20 @@ def ratio(numerator: Array, denominator: Array) -> Interval:
     return Interval(float(numerator.sum() / denominator.sum()), float(low), float(high))
 
 
-def paired_change(before: Measurement, after: Measurement) -> Interval:
-    """Change of the reverse KL per token, prompts resampled together in both measurements."""
-    picks = _picks(len(before.reverse_kl))
+def paired_change(before: Measurement, after: Measurement, figure: str) -> Interval:
+    """Change of a figure, prompts resampled together in both measurements."""
+    above, below = FIGURES[figure]
+    picks = _picks(len(before.sums[above]))
 
-    def rate(m: Measurement, rows: Array | slice) -> Array:
-        sums: Array = m.reverse_kl[rows].sum(-1) / m.student_tokens[rows].sum(-1)
-        return sums
+    def value(m: Measurement, rows: Array | slice) -> Array:
+        result: Array = m.sums[above][rows].sum(-1) / m.sums[below][rows].sum(-1)
+        return result
 
-    changes = rate(after, picks) - rate(before, picks)
+    changes = value(after, picks) - value(before, picks)
     low, high = np.percentile(changes, (2.5, 97.5))
     everything = slice(None)
-    return Interval(
-        float(rate(after, everything) - rate(before, everything)), float(low), float(high)
-    )
+    change = value(after, everything) - value(before, everything)
+    return Interval(float(change), float(low), float(high))
 
 
 def _picks(prompts: int) -> Array:
@@ -96,32 +100,35 @@ class HeldOut:
     def __init__(
         self, workers: Workers, prompts: Sequence[Prompt], samples: int, seed: int
     ) -> None:
-        self.workers, self.prompts, self.samples, self.seed = workers, prompts, samples, seed
-        self.teacher_rollouts = workers.teacher_sampler.sample(
-            prompts, [samples] * len(prompts), seed
-        )
-        self.teacher_scores = workers.teacher.score(self.teacher_rollouts)
+        self.workers, self.prompts, self.seed = workers, prompts, seed
+        self.samples = [samples] * len(prompts)
+        self.teacher_rollouts = workers.teacher_sampler.sample(prompts, self.samples, seed)
+        self.teacher_scores = self._scores(self.teacher_rollouts)
 
     def measure(self) -> Measurement:
         """The student as it is now; the same random numbers every time."""
         self.workers.sync()
-        rollouts = self.workers.student.sample(
-            self.prompts, [self.samples] * len(self.prompts), self.seed
-        )
-        scores = self.workers.teacher.score(rollouts)
-        on_student = self.workers.learner.measure(rollouts, scores)
-        on_teacher = self.workers.learner.measure(self.teacher_rollouts, self.teacher_scores)
-        return Measurement(
-            reverse_kl=self._sums(rollouts, _totals(on_student, "reverse_kl")),
-            forward_kl=self._sums(self.teacher_rollouts, _totals(on_teacher, "forward_kl")),
-            student_tokens=self._sums(rollouts, _lengths(rollouts)),
-            teacher_tokens=self._sums(self.teacher_rollouts, _lengths(self.teacher_rollouts)),
-            student_ended=self._sums(rollouts, _ended(rollouts)),
-            teacher_ended=self._sums(self.teacher_rollouts, _ended(self.teacher_rollouts)),
-            samples=self.samples,
-            student_rollouts=self._first(rollouts),
-            teacher_rollouts=self._first(self.teacher_rollouts),
-        )
+        rollouts = self.workers.student.sample(self.prompts, self.samples, self.seed)
+        learner = self.workers.learner
+        on_teacher = learner.measure(self.teacher_rollouts, self.teacher_scores)
+        sums = {
+            "sequences": np.array(self.samples, dtype=float),
+            "student_tokens": self._sums(rollouts, _lengths(rollouts)),
+            "teacher_tokens": self._sums(self.teacher_rollouts, _lengths(self.teacher_rollouts)),
+            "student_ended": self._sums(rollouts, _ended(rollouts)),
+            "teacher_ended": self._sums(self.teacher_rollouts, _ended(self.teacher_rollouts)),
+            "nll": -self._sums(self.teacher_rollouts, _totals(on_teacher, "student_logprob")),
+        }
+        if self.workers.distribution:
+            on_student = learner.measure(rollouts, self._scores(rollouts))
+            sums["reverse_kl"] = self._sums(rollouts, _totals(on_student, "reverse_kl"))
+            sums["forward_kl"] = self._sums(
+                self.teacher_rollouts, _totals(on_teacher, "forward_kl")
+            )
+        return Measurement(sums, self._first(rollouts), self._first(self.teacher_rollouts))
+
+    def _scores(self, rollouts: Sequence[Rollout]) -> Scores:
+        return self.workers.teacher.score(rollouts) if self.workers.distribution else {}
 
     def _sums(self, rollouts: Sequence[Rollout], values: dict[str, float]) -> Array:
         """[P] sum of ``values`` (by sample id) over each prompt's samples."""

@@ -83,8 +83,8 @@ def test_everything_wrong_is_said_at_once(config, tmp_path):
     with pytest.raises(ConfigError) as caught:
         check(config("teacher.model=/nowhere", "rollout.max_tokens=1000", "data.path=/no.jsonl"))
     assert [line.split(":")[0] for line in str(caught.value).splitlines()] == [
-        "teacher.model",
         "student.model",
+        "teacher.model",
         "data.path",
     ]
 

@@ -30,6 +30,9 @@ class Sampler:
             for i in range(n)
         ]  # fmt: skip
 
+    def usage(self):
+        return {"requests": len(self.calls)}
+
 
 class Teacher:
     def score(self, rollouts):
