@@ -171,7 +171,7 @@ def test_no_cluster_at_the_address(head, environment, config, tmp_path):
 
 def test_dry_run_lists_every_finding_and_starts_nothing(environment, config, tmp_path):
     (tmp_path / "tiny").mkdir()
-    (tmp_path / "tiny" / "metrics.jsonl").write_text("")
+    (tmp_path / "tiny" / "metrics.jsonl").write_text("{}\n")
     done = direct(
         environment,
         config,
