@@ -92,6 +92,16 @@ class Phase(Term):
         "from samples of an older student.",
     )
 
+    @model_validator(mode="after")
+    def _weights_are_of_the_mixture_that_drew(self) -> Phase:
+        weighted = [t for t in self.terms if t.sampler == "mixture" and t.objective.on_policy]
+        if weighted and self.updates_per_rollout > 1:
+            raise ValueError(
+                f"updates_per_rollout {self.updates_per_rollout} learns from samples of an older "
+                "student, but the weights of sampler 'mixture' are those of today's. Set it to 1."
+            )
+        return self
+
     @property
     def terms(self) -> tuple[Term, ...]:
         """Every summand of the loss."""

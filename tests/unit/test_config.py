@@ -149,6 +149,7 @@ def test_scientific_notation_is_a_number(path):
             "objective.clip_ratio",
             "Set sampler to student",
         ),
+        (["sampler=mixture", "updates_per_rollout=2"], "updates_per_rollout 2", "Set it to 1"),
         (["rollout.teacher_fraction=1"], "rollout.teacher_fraction: 1", "less than 1"),
         (
             ["teacher.scores=top_k", "objective={kind: gjsd, temperature: 2}"],

@@ -38,5 +38,10 @@ def test_configurations_on_the_page_are_read(text):
     assert len(Config.model_validate({**data, **yaml.safe_load(text)}).terms) > 1
 
 
+@pytest.mark.parametrize("text", blocks((ROOT / "README.md").read_text(), "yaml"))
+def test_configurations_of_the_readme_are_read(text):
+    assert Config.model_validate({**MINIMAL, **yaml.safe_load(text)})
+
+
 def test_every_objective_is_in_the_table():
     assert set(re.findall(r"^\| `(\w+)`", OBJECTIVES_PAGE, re.MULTILINE)) == set(OBJECTIVES)
