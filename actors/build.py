@@ -72,7 +72,11 @@ def check_resources(config: Config) -> None:
 
 @contextmanager
 def workers(
-    config: Config, student_path: str, stop_ids: tuple[int, ...], max_model_len: int
+    config: Config,
+    student_path: str,
+    stop_ids: tuple[int, ...],
+    max_model_len: int,
+    vocabulary: int,
 ) -> Iterator[Workers]:
     """Start every actor of the plan, wait until each is ready, and free all of it at the end."""
     from ray.util.placement_group import placement_group, remove_placement_group
@@ -85,7 +89,8 @@ def workers(
                 f"cluster: no node has {_largest(plan.bundles)} free. Wait for the other jobs, or "
                 "set placement to split so that the roles may be on different nodes."
             )
-        with _started(config, plan, group, student_path, stop_ids, max_model_len) as crew:
+        arguments = (student_path, stop_ids, max_model_len, vocabulary)
+        with _started(config, plan, group, *arguments) as crew:
             yield crew
     finally:
         remove_placement_group(group)
@@ -99,6 +104,7 @@ def _started(
     student_path: str,
     stop_ids: tuple[int, ...],
     max_model_len: int,
+    vocabulary: int,
 ) -> Iterator[Workers]:
     import ray
 
@@ -131,7 +137,7 @@ def _started(
             r.start.remote(rank, master, student_path, head_of) for rank, r in enumerate(ranks)
         ],
         "rollout": [a.start.remote(student_path, config.rollout, max_model_len) for a in students],
-        "teacher": [a.start.remote(config.teacher, max_model_len) for a in teachers],
+        "teacher": [a.start.remote(config.teacher, max_model_len, vocabulary) for a in teachers],
         "teacher_sampler": [
             a.start.remote(api, key_of(api), expand(config.student.model))
             if api

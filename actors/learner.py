@@ -253,7 +253,7 @@ def _result(batch: TrainBatch, stats: dict[Stat, Tensor], weight: Tensor | None)
     sums = {name: (value * mask).sum().item() for name, value in given.items()}
     sums |= {"tokens": mask.sum().item(), "sequences": mask.any(1).sum().item()}
     weights = mask.any(1).float() if weight is None else weight * mask.any(1)
-    sums |= {"weight": weights.sum().item(), "weight_squared": (weights**2).sum().item()}
+    sums |= {"weight": weights.sum().item(), "weight_squared": (weights.double() ** 2).sum().item()}
     gap = _logprob_gap(batch, given)
     if gap is not None:
         sums["logprob_gap"] = gap.sum().item()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from actors.rollout import build_engine
 from seqkd import batching
-from seqkd.config_roles import HfTeacher, Teacher, VllmTeacher
+from seqkd.config_roles import HfTeacher, VllmTeacher
 from seqkd.models import (
     check_head,
     expand,
@@ -25,11 +25,14 @@ from seqkd.types import Rollout, TeacherScore
 class TeacherActor:
     """Scores rollouts with one frozen model."""
 
-    def start(self, config: Teacher, max_model_len: int) -> None:
-        """Load the model. Apart from the constructor, so that a failure keeps its cause."""
+    def start(self, config: VllmTeacher | HfTeacher, max_model_len: int, vocabulary: int) -> None:
+        """Load the model. Apart from the constructor, so that a failure keeps its cause. Scores are
+        over the first ``vocabulary`` tokens: what is beyond is padding of one of the two models."""
         self.top_k = config.top_k if config.scores == "top_k" else 0
         self.states: VllmStates | HfStates = STATES[config.kind](config, max_model_len)
-        self.head: OutputHead | None = None if config.scores == "hidden" else self.states.head()
+        self.head: OutputHead | None = None
+        if config.scores != "hidden":
+            self.head = self.states.head().first(vocabulary)
 
     def score(self, rollouts: list[Rollout]) -> list[TeacherScore]:
         """One score a rollout, in order."""
@@ -42,9 +45,13 @@ class TeacherActor:
     def _score(self, rollout: Rollout, states: Tensor) -> TeacherScore:
         if self.head is None:
             return TeacherScore(rollout.sample_id, hidden=states.clone())
-        targets = torch.tensor(rollout.completion_ids)
-        logprobs, ids, top = self.head.logprobs(states, targets, self.top_k)
-        return TeacherScore(rollout.sample_id, logprobs=logprobs, top_ids=ids, top_logprobs=top)
+        device = self.head.weight.device
+        targets = torch.tensor(rollout.completion_ids, device=device)
+        logprobs, *top = self.head.logprobs(states.to(device), targets, self.top_k)
+        ids, values = (None if t is None else t.cpu() for t in top)
+        return TeacherScore(
+            rollout.sample_id, logprobs=logprobs.cpu(), top_ids=ids, top_logprobs=values
+        )
 
 
 class VllmStates:

@@ -130,13 +130,13 @@ def train(config: Config, verbose: bool) -> None:
         )
         with (
             closing(Recorder(directory, config)) as recorder,
-            build.workers(config, student, checked.stop_ids, checked.max_model_len) as workers,
+            build.workers(
+                config, student, checked.stop_ids, checked.max_model_len, checked.vocabulary
+            ) as workers,
         ):
             recorder.note(f"actors ready after {time.perf_counter() - start:.0f} s")
-            measured = loop.run(
-                config, workers, checked.train, checked.heldout, checked.corpus, recorder
-            )
-            workers.learner.export(str(directory / "student"))
+            data = (checked.train, checked.heldout, checked.corpus)
+            measured = loop.run(config, workers, *data, recorder, str(directory / "student"))
     if measured:
         evaluation = summary.evaluation_json(
             measured, checked.heldout, checked.tokenizer, config.evaluation.examples

@@ -40,7 +40,12 @@ class Reply:
 
 def key_of(config: ApiTeacher) -> str:
     """The key from the environment. A server on this machine needs none; ModelError elsewhere."""
-    key = os.environ.get(config.key_env)
+    key = os.environ.get(config.key_env, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise ModelError(
+            f"teacher.key_env: what {config.key_env} holds is no key: it has characters that an "
+            "HTTP header cannot carry. Set it to the key alone."
+        )
     if key:
         return key
     if urlsplit(config.base_url).hostname in ("127.0.0.1", "localhost", "::1"):
@@ -55,19 +60,18 @@ def check_endpoint(config: ApiTeacher) -> None:
     """ModelError unless the endpoint answers, takes the key and serves the model."""
     import openai
 
-    client = openai.OpenAI(
-        base_url=config.base_url, api_key=key_of(config), timeout=20, max_retries=3
-    )
+    key = key_of(config)
+    client = openai.OpenAI(base_url=config.base_url, api_key=key, timeout=20, max_retries=3)
     try:
         served = [model.id for model in client.models.list()]
     except openai.NotFoundError:  # an endpoint need not list its models
         return
-    except openai.OpenAIError as error:
+    except (*UNREADABLE, openai.OpenAIError) as error:
         raise ModelError(
-            f"teacher.base_url: {config.base_url} does not list its models: {_cause(error)}. Check "
-            f"the address and the key in {config.key_env}."
+            f"teacher.base_url: {config.base_url} does not list its models: {_cause(error, key)}. "
+            f"Check the address (it mostly ends in /v1) and the key in {config.key_env}."
         ) from None
-    if config.model not in served:
+    if not any(name == config.model or name.endswith(f"/{config.model}") for name in served):
         raise ModelError(
             f"teacher.model: {config.model!r} is not served at {config.base_url}, which has "
             f"{', '.join(map(repr, served)) or 'none'}."
@@ -123,9 +127,12 @@ class ApiClient:
                 self.used["unreadable"] += 1
                 await asyncio.sleep(min(8.0, 0.1 * 2**attempt))
             except openai.OpenAIError as error:  # the client has already repeated what it may
-                raise ActorError(f"teacher endpoint {self._where()}: {_cause(error)}") from None
+                raise ActorError(
+                    f"teacher endpoint {self._where()}: {_cause(error, self.key)}"
+                ) from None
         raise ActorError(
-            f"teacher endpoint {self._where()}: its answers cannot be read: {_cause(problem)}"
+            f"teacher endpoint {self._where()}: its answers cannot be read: "
+            f"{_cause(problem, self.key)}"
         )
 
     async def _ask(self, client: Any, request: Request, options: dict[str, Any]) -> Any:
@@ -136,22 +143,22 @@ class ApiClient:
         return await client.chat.completions.create(messages=messages, **common)
 
     def _read(self, answer: Any) -> Reply:
+        if answer.usage is not None:
+            self.used["prompt_tokens"] += answer.usage.prompt_tokens
+            self.used["completion_tokens"] += answer.usage.completion_tokens
         (choice,) = answer.choices
         text = choice.text if self.config.api == "completions" else choice.message.content
         if not isinstance(text, str) or choice.finish_reason not in ("stop", "length"):
             raise ValueError(f"text {text!r:.40}, finish_reason {choice.finish_reason!r}")
         if not text and choice.finish_reason == "length":
             raise ValueError("no text, and cut")
-        if answer.usage is not None:
-            self.used["prompt_tokens"] += answer.usage.prompt_tokens
-            self.used["completion_tokens"] += answer.usage.completion_tokens
         return Reply(text, choice.finish_reason == "stop")
 
     def _where(self) -> str:
         return f"{self.config.model!r} at {self.config.base_url}"
 
 
-def _cause(error: BaseException) -> str:
-    """One line; of a connection error, what the socket said."""
-    inner = error.__cause__ or error
-    return f"{type(error).__name__}: {' '.join(str(inner).split()):.200}"
+def _cause(error: BaseException, key: str) -> str:
+    """One line, without the key; of a connection error, what the socket said."""
+    inner = str(error.__cause__ or error).replace(key, "***")
+    return f"{type(error).__name__}: {' '.join(inner.split()):.200}"

@@ -200,6 +200,13 @@ class Config(Phase):
                 f"kind {self.teacher.kind!r} does not give. Set sampler to teacher, or use a local "
                 "teacher (kind vllm or hf)."
             )
+        sampled = "teacher_logprob" in objective.stats() and objective.running
+        if sampled and scores == "top_k":
+            raise ValueError(
+                f"{where}objective.estimator charges log-ratios of the whole distribution, but its "
+                "running costs would be those of teacher.scores 'top_k', which are lower. Set "
+                "objective.estimator to rao_blackwell, or teacher.scores to hidden or logprobs."
+            )
         wanted = objective.divergence()
         if wanted and wanted[2] != 1 and scores == "top_k":
             raise ValueError(

@@ -133,6 +133,15 @@ class ApiTeacher(Schema):
     )
     scores: Literal["none"] = "none"
 
+    @field_validator("key_env")
+    @classmethod
+    def _a_name(cls, value: str) -> str:
+        if not value.isidentifier():  # its text is not shown: it may be the key itself
+            raise ValueError(
+                "is not the name of an environment variable. Name the one with the key."
+            )
+        return value
+
     @property
     def distribution(self) -> bool:
         """Whether its scores tell its distribution."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateError
 
 from seqkd.config import JsonlData
 from seqkd.errors import DataError
@@ -45,7 +46,7 @@ def read_prompts(
     an answer, which gets the end-of-sequence token ``eos_id`` and has at most that many tokens.
     DataError names the file, the line and the mend.
     """
-    prompts: dict[str, Prompt] = {}
+    prompts: dict[tuple[str, tuple[int, ...] | None], Prompt] = {}
     too_long = 0
     for number, row in _rows(path, field):
         where = f"{field}: {path}:{number}"
@@ -63,7 +64,8 @@ def read_prompts(
                 continue
         prompt_id = hashlib.blake2b(repr(ids).encode(), digest_size=8).hexdigest()
         messages = tuple((m["role"], m["content"]) for m in _messages(text, data))
-        prompts.setdefault(prompt_id, Prompt(prompt_id, ids, text, reference, messages))
+        row_id = prompt_id, reference  # other answers to the same prompt are other rows
+        prompts.setdefault(row_id, Prompt(prompt_id, ids, text, reference, messages))
     if not prompts and too_long:
         raise DataError(
             f"{field}: {path}: all {too_long} rows are longer than data.max_prompt_tokens = "
@@ -141,8 +143,14 @@ def _render(text: str, data: JsonlData, tokenizer: Any) -> list[int]:
         raise DataError(
             "data.chat: is true, but the student's tokenizer has no chat template. Set it to false."
         )
-    rendered = tokenizer.apply_chat_template(
-        _messages(text, data), add_generation_prompt=True, tokenize=False
-    )
+    try:
+        rendered = tokenizer.apply_chat_template(
+            _messages(text, data), add_generation_prompt=True, tokenize=False
+        )
+    except TemplateError as error:
+        mend = "data.system to null" if data.system is not None else "data.chat to false"
+        raise DataError(
+            f"data.chat: the student's chat template refuses the prompt: {error}. Set {mend}."
+        ) from None
     rendered_ids: list[int] = tokenizer(rendered, add_special_tokens=False).input_ids
     return rendered_ids

@@ -21,9 +21,10 @@ def run(
     heldout: Sequence[Prompt],
     corpus: Sequence[Prompt],
     recorder: Recorder,
+    export_to: str,
 ) -> dict[str, Measurement]:
-    """Train through every phase; returns held-out measurements by the name of what preceded
-    them, "initial" first."""
+    """Train through every phase, each of which leaves its student at ``export_to``; returns
+    held-out measurements by the name of what preceded them, "initial" first."""
     stream, texts = PromptStream(train, config.seed), PromptStream(corpus, config.seed)
     evaluation = None
     measurements = {}
@@ -52,6 +53,7 @@ def run(
                 source.running.update(learnt.costs, learnt.alive)
             recorder.step(step, describe(config, name, phase, version, lr, parts, result), clock)
             step += 1
+        workers.learner.export(export_to)
         if evaluation:
             recorder.note(f"measuring the student after {name} on held-out prompts")
             measurements[name] = evaluation.measure()

@@ -136,6 +136,10 @@ def describe(
     for sampler, part, learnt in zip(phase.by_sampler, parts, result.parts, strict=True):
         prefix = "" if sampler == phase.sampler else f"{sampler}/"
         described = _describe_part(config, part, learnt)
+        drawn = described["rollout_policy_version"]
+        if sampler in ("student", "mixture") and drawn != version:
+            # Of an older student the gap is how far training has gone, not a fault.
+            described = {k: v for k, v in described.items() if not k.startswith("logprob_gap")}
         row |= {prefix + key: value for key, value in described.items()}
     return row
 
@@ -157,7 +161,7 @@ def _describe_part(config: Config, part: Part, result: PartResult) -> dict[str, 
         row |= {
             "teacher_samples": sum(r.source == "teacher" for r in rollouts),
             "mean_weight": weight / counts.sequences,
-            "effective_sample_size": weight**2 / squared,
+            "effective_sample_size": weight**2 / squared if squared else 0.0,
         }
     for stat in ("reverse_kl", "forward_kl", "entropy", "student_logprob", "teacher_logprob"):
         mean = result.per_token(stat)

@@ -56,7 +56,7 @@ def load_config(model: str, field: str) -> Any:
             f"{field}: {model!r} was saved as {saved[0]}, which has no language-model head that "
             f"fits {known}. Name a checkpoint of {known}."
         )
-    return config
+    return config.get_text_config()
 
 
 def load_tokenizer(model: str, field: str) -> Any:

@@ -31,6 +31,8 @@ class Checked:
     heldout: list[Prompt]
     corpus: list[Prompt]
     max_model_len: int
+    vocabulary: int
+    """Tokens that both models have."""
     warnings: tuple[str, ...]
 
 
@@ -65,17 +67,19 @@ def check(config: Config) -> Checked:
         found.attempt(check_prune, student, config.student.init)
     if isinstance(config.teacher, ApiTeacher):
         found.attempt(check_endpoint, config.teacher)
+        teacher = None
     else:
-        _local_teacher(config, student, tokenizer, found)
+        teacher = _local_teacher(config, student, tokenizer, found)
     stop_ids = found.attempt(end_of_sequence_ids, students, tokenizer)
     prompts = found.attempt(_prompts, config, tokenizer, stop_ids, found)
     if found.errors:
         raise ConfigError("\n".join(found.errors))
     assert tokenizer is not None and stop_ids is not None and prompts is not None
-    return Checked(tokenizer, stop_ids, *prompts, max_model_len, tuple(found.warnings))
+    vocabulary = min(model.vocab_size for model in (student, teacher) if model is not None)
+    return Checked(tokenizer, stop_ids, *prompts, max_model_len, vocabulary, tuple(found.warnings))
 
 
-def _local_teacher(config: Config, student: Any, tokenizer: Any, found: Findings) -> None:
+def _local_teacher(config: Config, student: Any, tokenizer: Any, found: Findings) -> Any:
     name = config.teacher.model
     teacher = found.attempt(load_config, name, "teacher.model")
     found.attempt(fits_context, teacher, "teacher.model", config)
@@ -88,6 +92,7 @@ def _local_teacher(config: Config, student: Any, tokenizer: Any, found: Findings
     found.attempt(top_k_fits, teacher, config)
     other = found.attempt(load_tokenizer, name, "teacher.model") if teacher else None
     found.attempt(same_tokenizer, tokenizer, other, config)
+    return teacher
 
 
 def fits_context(model: Any, name: str, config: Config) -> None:

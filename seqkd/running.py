@@ -30,7 +30,7 @@ class RunningCosts:
 
     def update(self, costs: Tensor | None, alive: Tensor | None) -> None:
         """Add a batch's :attr:`~seqkd.types.PartResult.costs` and ``alive``."""
-        if costs is None or alive is None:
+        if costs is None or alive is None or not alive.sum() > 0:
             return
         decayed = (None if v is None else DECAY * v for v in (self.costs, self.alive))
         self.costs, self.alive = map(add_padded, decayed, (costs, alive))

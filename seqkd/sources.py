@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -105,9 +106,10 @@ class StepSource:
 def given(prompt: Prompt, source: Source) -> Rollout:
     """A prompt's own text as a completion."""
     assert prompt.reference_ids is not None
+    answer = hashlib.blake2b(repr(prompt.reference_ids).encode(), digest_size=4).hexdigest()
     return Rollout(
         prompt_id=prompt.prompt_id,
-        sample_id=f"{prompt.prompt_id}/{source}",
+        sample_id=f"{prompt.prompt_id}/{source}/{answer}",
         prompt_ids=prompt.token_ids,
         completion_ids=prompt.reference_ids,
         rollout_logprobs=None,

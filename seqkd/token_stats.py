@@ -36,6 +36,11 @@ class OutputHead:
     scale: float = 1.0
     softcap: float | None = None
 
+    def first(self, rows: int) -> OutputHead:
+        """The same for the first ``rows`` tokens alone."""
+        bias = None if self.bias is None else self.bias[:rows]
+        return OutputHead(self.weight[:rows], bias, self.scale, self.softcap)
+
     def raw(self, hidden: Tensor) -> Tensor:
         """[n, H] -> [n, V] float32, before scale and softcap."""
         raw = (hidden.to(self.weight.dtype) @ self.weight.T).float()

@@ -88,7 +88,7 @@ def sequence_reverse_kl(
         returns = returns - leave_one_out(returns, stats.group)
     elif baseline == "position_mean":
         returns = returns - position_mean(
-            returns_of, counts, estimator, normalization, mask.shape[1]
+            returns_of, counts, estimator, normalization, mask.shape[1], mask.device
         )
 
     surrogate = policy_gradient_term(stats, returns, clip_ratio, truncated_is)
@@ -134,6 +134,7 @@ def position_mean(
     estimator: str,
     normalization: str,
     size: int,
+    device: torch.device,
 ) -> Tensor:
     """[size] mean return of the sequences that have a token t, over past batches; 0 where none
     had. Under reinforce, whose return is the whole cost, the mean over all sequences."""
@@ -141,4 +142,4 @@ def position_mean(
     cost = counts.costs - counts.rate * counts.alive if normalization == "rate" else counts.costs
     alive = counts.alive[:1].expand_as(cost) if estimator == "reinforce" else counts.alive
     means = torch.where(alive > 0, returns_of(cost[None])[0] / alive, 0.0)
-    return torch.nn.functional.pad(means, (0, max(0, size - len(means))))[:size]
+    return torch.nn.functional.pad(means, (0, max(0, size - len(means))))[:size].to(device)

@@ -48,7 +48,7 @@ def start(local_ray, tiny):
         environment = {"env_vars": plan.environment()}
         actor = local_ray.remote(TeacherActor).options(runtime_env=environment).remote()
         actors.append(actor)
-        wait(actor.start.remote(config, 64), "teacher start")
+        wait(actor.start.remote(config, 64, 300), "teacher start")
         return actor
 
     yield start
@@ -76,7 +76,7 @@ def test_sampled_tokens_only(start, tiny, rollouts):
     for r in rollouts:
         ids = torch.tensor([[*r.prompt_ids, *r.completion_ids]])
         with torch.no_grad():
-            every = torch.log_softmax(model(ids).logits[0], -1)
+            every = torch.log_softmax(model(ids).logits[0, :, :300], -1)
         first = len(r.prompt_ids) - 1
         expected = torch.stack([every[first + t, v] for t, v in enumerate(r.completion_ids)])
         for kind in KINDS:
@@ -90,7 +90,7 @@ def test_the_most_probable_tokens_and_the_rest(start, tiny, rollouts):
     for r in rollouts:
         ids = torch.tensor([[*r.prompt_ids, *r.completion_ids]])
         with torch.no_grad():
-            every = torch.log_softmax(model(ids).logits[0], -1)[len(r.prompt_ids) - 1 : -1]
+            every = torch.log_softmax(model(ids).logits[0, :, :300], -1)[len(r.prompt_ids) - 1 : -1]
         score = found[r.sample_id]
         assert torch.equal(score.top_ids.long(), every.topk(64).indices)
         assert (score.top_logprobs[:, :64] - every.topk(64).values).abs().max() <= 1e-4
@@ -102,7 +102,7 @@ def test_the_most_probable_tokens_and_the_rest(start, tiny, rollouts):
 def test_a_failure_shows_its_first_cause(local_ray):
     actor = local_ray.remote(TeacherActor).remote()
     with pytest.raises(ActorError, match=r"teacher start failed: \w+: .*nowhere"):
-        wait(actor.start.remote(HfTeacher(model="/nowhere"), 64), "teacher start")
+        wait(actor.start.remote(HfTeacher(model="/nowhere"), 64, 320), "teacher start")
     local_ray.kill(actor)
     with pytest.raises(ActorError, match="teacher scoring died"):
         TeacherGroup([actor]).score([])

@@ -24,7 +24,9 @@ class Peer(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
-        self.reply(200, {"object": "list", "data": [{"id": "t", "object": "model"}]})
+        if "page" in self.path:
+            return self.send(200, b"<html></html>", kind="text/html")
+        return self.reply(200, {"object": "list", "data": [{"id": "t", "object": "model"}]})
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -42,6 +44,8 @@ class Peer(BaseHTTPRequestHandler):
     def fail(self, fault, body):
         if isinstance(fault, int):
             return self.reply(fault, {"error": {"message": "no"}}, ("retry-after-ms", "10"))
+        if fault == "echo":
+            return self.reply(401, {"error": {"message": f"no: {self.headers['Authorization']}"}})
         if fault == "cut":
             self.send_response(200)
             self.send_header("Content-Type", "application/json")
@@ -72,9 +76,9 @@ class Peer(BaseHTTPRequestHandler):
     def reply(self, status, content, *headers):
         self.send(status, json.dumps(content).encode(), *headers)
 
-    def send(self, status, data, *headers):
+    def send(self, status, data, *headers, kind="application/json"):
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(data)))
         for header in headers:
             self.send_header(*header)
@@ -175,3 +179,28 @@ def test_the_key_comes_from_the_environment(monkeypatch):
         key_of(remote)
     monkeypatch.setenv("SOME_KEY", "secret")
     assert key_of(remote) == "secret"
+
+
+@pytest.mark.parametrize("value", ["sk-secret\u2026", "sk-\x07secret"])
+def test_what_is_no_key_is_refused_without_being_shown(monkeypatch, value):
+    remote = ApiTeacher(model="t", base_url="https://api.example.com/v1", key_env="SOME_KEY")
+    monkeypatch.setenv("SOME_KEY", value)
+    with pytest.raises(ModelError, match="SOME_KEY holds is no key") as caught:
+        key_of(remote)
+    assert "secret" not in str(caught.value)
+    monkeypatch.setenv("SOME_KEY", "sk-secret\r\n")
+    assert key_of(remote) == "sk-secret"
+
+
+def test_a_key_that_an_endpoint_repeats_is_not_shown(peer):
+    peer.faults = ["echo"]
+    with pytest.raises(ActorError, match=r"AuthenticationError: .*\*\*\*") as caught:
+        ask(peer)
+    assert "key" not in str(caught.value).split("AuthenticationError")[1]
+
+
+def test_a_page_in_place_of_a_model_list(peer):
+    port = peer.server_address[1]
+    page = ApiTeacher(model="t", base_url=f"http://127.0.0.1:{port}/page")
+    with pytest.raises(ModelError, match=r"teacher\.base_url: .*ends in /v1"):
+        check_endpoint(page)

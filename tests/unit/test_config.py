@@ -150,6 +150,19 @@ def test_scientific_notation_is_a_number(path):
             "Set sampler to student",
         ),
         (["sampler=mixture", "updates_per_rollout=2"], "updates_per_rollout 2", "Set it to 1"),
+        (
+            [
+                "teacher.scores=top_k",
+                "objective={estimator: single_step, normalization: rate}",
+            ],
+            "objective.estimator",
+            "rao_blackwell",
+        ),
+        (
+            ["teacher={kind: openai, model: m, base_url: 'http://x/v1', key_env: sk-123}"],
+            "teacher.key_env: is not the name",
+            "Name the one",
+        ),
         (["rollout.teacher_fraction=1"], "rollout.teacher_fraction: 1", "less than 1"),
         (
             ["teacher.scores=top_k", "objective={kind: gjsd, temperature: 2}"],

@@ -121,3 +121,17 @@ def test_a_corpus_without_text(tmp_path, tokenizer):
     data = JsonlData(path="unused", corpus_path=str(file))
     with pytest.raises(DataError, match=r"data\.corpus_path: .*:1: has no column 'text'"):
         read_corpus(data, tokenizer, 0)
+
+
+def test_several_answers_to_one_prompt_are_all_kept(tmp_path, tokenizer):
+    rows = [{"prompt": "a", "reference": r} for r in ("b", "c", "b")]
+    prompts, _ = read(tmp_path, tokenizer, rows, max_reference=16)
+    assert [tokenizer.decode(p.reference_ids) for p in prompts] == ["b<|end|>", "c<|end|>"]
+    assert len({p.prompt_id for p in prompts}) == 1
+
+
+def test_a_template_that_refuses_a_system_message(tmp_path, tokenizer, monkeypatch):
+    template = "{{ raise_exception('no system role') }}"
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    with pytest.raises(DataError, match=r"refuses the prompt: no system role\. Set data\.system"):
+        read(tmp_path, tokenizer, [{"prompt": "a"}], system="be brief")
