@@ -121,29 +121,24 @@ def _started(
     ranks = create(LearnerRank, "learner", config.learner, run_id)
     students = create(RolloutActor, "rollout", stop_ids, "student")
     teachers = create(TeacherActor, "teacher")
-    api = config.teacher if isinstance(config.teacher, ApiTeacher) else None
-    writers = (
-        create(ApiSampler, "teacher_sampler", stop_ids)
-        if api
-        else create(RolloutActor, "teacher_sampler", stop_ids, "teacher")
-    )
+    teacher, head_of = expand(config.teacher.model), None
+    writing: tuple[Any, ...]
+    if isinstance(config.teacher, ApiTeacher):
+        writers = create(ApiSampler, "teacher_sampler", stop_ids)
+        writing = config.teacher, key_of(config.teacher), expand(config.student.model)
+    else:
+        writers = create(RolloutActor, "teacher_sampler", stop_ids, "teacher")
+        writing = teacher, config.teacher.generation, max_model_len
+        if config.teacher.scores == "hidden":
+            head_of = (teacher, config.teacher.precision)
     master, node = wait(ranks[0].rendezvous.remote(), "learner start")
-    teacher = expand(config.teacher.model)
-    head_of = None
-    if config.teacher.scores == "hidden":
-        head_of = (teacher, config.teacher.precision)
     starts = {
         "learner": [
             r.start.remote(rank, master, student_path, head_of) for rank, r in enumerate(ranks)
         ],
         "rollout": [a.start.remote(student_path, config.rollout, max_model_len) for a in students],
         "teacher": [a.start.remote(config.teacher, max_model_len, vocabulary) for a in teachers],
-        "teacher_sampler": [
-            a.start.remote(api, key_of(api), expand(config.student.model))
-            if api
-            else a.start.remote(teacher, config.teacher.generation, max_model_len)
-            for a in writers
-        ],
+        "teacher_sampler": [a.start.remote(*writing) for a in writers],
     }
     for role, refs in starts.items():
         wait(refs, f"{role} start")

@@ -53,7 +53,6 @@ def bias_and_variance(out: Path, seed: int) -> None:
     print(f"{'':38}{'far student':^34}{'trained student':^34}")
     print(f"{'estimator':38}" + f"{'bias':>10}{'cosine':>10}{'variance':>12}  " * 2)
     relative: dict[str, dict[str, float]] = {name: {} for name in students}
-    unit = dict.fromkeys(students, 1.0)
     measured = {
         row.name: {name: quality(language, theta, row) for name, theta in students.items()}
         for row in ROWS
