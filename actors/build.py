@@ -16,7 +16,15 @@ from seqkd.api_client import key_of
 from seqkd.config import Config
 from seqkd.config_roles import ApiTeacher
 from seqkd.errors import ActorError, ResourceError
+from seqkd.journal import (
+    Journal,
+    JournaledSampler,
+    JournaledTeacher,
+    sampling_settings,
+    score_form,
+)
 from seqkd.models import expand
+from seqkd.preflight import Checked
 from seqkd.protocols import Workers
 
 
@@ -62,26 +70,27 @@ def _no_cluster(address: str, error: Exception) -> ResourceError:
     )
 
 
-def check_resources(config: Config) -> None:
+def check_resources(config: Config, roles: set[placement.Role] | None = None) -> None:
     """ResourceError where the cluster could never hold the plan."""
     import ray
 
     have = ray.cluster_resources()
-    placement.plan(config).check(have.get("CPU", 0), have.get("GPU", 0), "the cluster")
+    placement.plan(config, roles).check(have.get("CPU", 0), have.get("GPU", 0), "the cluster")
 
 
 @contextmanager
 def workers(
     config: Config,
     student_path: str,
-    stop_ids: tuple[int, ...],
-    max_model_len: int,
-    vocabulary: int,
+    checked: Checked,
+    journal: Journal | None = None,
+    roles: set[placement.Role] | None = None,
 ) -> Iterator[Workers]:
-    """Start every actor of the plan, wait until each is ready, and free all of it at the end."""
+    """Start every actor of the plan, wait until each is ready, and free all of it at the end. Of a
+    teacher with a journal, what is there is read and what is new is kept."""
     from ray.util.placement_group import placement_group, remove_placement_group
 
-    plan = placement.plan(config)
+    plan = placement.plan(config, roles)
     group = placement_group(list(plan.bundles), strategy="PACK")
     try:
         if not group.wait(timeout_seconds=60):
@@ -89,8 +98,9 @@ def workers(
                 f"cluster: no node has {_largest(plan.bundles)} free. Wait for the other jobs, or "
                 "set placement to split so that the roles may be on different nodes."
             )
-        arguments = (student_path, stop_ids, max_model_len, vocabulary)
-        with _started(config, plan, group, *arguments) as crew:
+        with _started(config, plan, group, student_path, checked) as crew:
+            if journal is not None:
+                _record(crew, plan, config, journal, checked)
             yield crew
     finally:
         remove_placement_group(group)
@@ -102,9 +112,7 @@ def _started(
     plan: placement.Plan,
     group: Any,
     student_path: str,
-    stop_ids: tuple[int, ...],
-    max_model_len: int,
-    vocabulary: int,
+    checked: Checked,
 ) -> Iterator[Workers]:
     import ray
 
@@ -112,6 +120,8 @@ def _started(
     from actors.learner import LearnerRank
     from actors.rollout import RolloutActor
     from actors.teacher import TeacherActor
+
+    stop_ids, max_model_len = checked.stop_ids, checked.max_model_len
 
     def create(cls: type, role: placement.Role, *args: Any) -> list[Any]:
         remote: Any = ray.remote(cls)
@@ -131,13 +141,17 @@ def _started(
         writing = teacher, config.teacher.generation, max_model_len
         if config.teacher.scores == "hidden":
             head_of = (teacher, config.teacher.precision)
-    master, node = wait(ranks[0].rendezvous.remote(), "learner start")
+    master = node = None
+    if ranks:
+        master, node = wait(ranks[0].rendezvous.remote(), "learner start")
     starts = {
         "learner": [
             r.start.remote(rank, master, student_path, head_of) for rank, r in enumerate(ranks)
         ],
         "rollout": [a.start.remote(student_path, config.rollout, max_model_len) for a in students],
-        "teacher": [a.start.remote(config.teacher, max_model_len, vocabulary) for a in teachers],
+        "teacher": [
+            a.start.remote(config.teacher, max_model_len, checked.vocabulary) for a in teachers
+        ],
         "teacher_sampler": [a.start.remote(*writing) for a in writers],
     }
     for role, refs in starts.items():
@@ -152,7 +166,24 @@ def _started(
     finally:
         for actor in (*ranks, *students, *teachers, *writers):
             ray.kill(actor)  # one that hangs or waits for a dead one would never close by itself
-        _clean_shared_memory(run_id, node)
+        if node is not None:
+            _clean_shared_memory(run_id, node)
+
+
+def _record(
+    crew: Workers,
+    plan: placement.Plan,
+    config: Config,
+    journal: Journal,
+    checked: Checked,
+) -> None:
+    """Put the journal before the teacher, or in its place where the plan has none."""
+    crew.live_teacher = bool(plan.role("teacher"))
+    writer = crew.teacher_sampler if plan.role("teacher_sampler") else None
+    scorer = crew.teacher if crew.live_teacher else None
+    settings = sampling_settings(config, checked.stop_ids)
+    crew.teacher_sampler = JournaledSampler(writer, journal, settings)
+    crew.teacher = JournaledTeacher(scorer, journal, score_form(config, checked.vocabulary))
 
 
 def _clean_shared_memory(run_id: str, node: str) -> None:

@@ -110,38 +110,52 @@ class Plan:
 def needed(config: Config) -> set[Role]:
     """Roles that some phase or the held-out evaluation calls."""
     terms = [term for _, phase in config.phases for term in phase.terms]
-    samplers = {term.sampler for term in terms}
+    samplers = config.samplers
     measured = config.evaluation.prompts > 0
+    asked = measured and not config.two_step  # else the journal has what the teacher said
     roles: set[Role] = {"learner"}
     if measured or samplers & {"student", "mixture"}:
         roles.add("rollout")
-    if measured or samplers & {"teacher", "mixture"}:
+    if asked or samplers & {"teacher", "mixture"}:
         roles.add("teacher_sampler")
     if (
-        (measured and config.teacher.distribution)
+        (asked and config.teacher.distribution)
         or "mixture" in samplers
-        or any(term.objective.teacher_need != "nothing" for term in terms)
+        or any(t.objective.teacher_need != "nothing" for t in terms if t.sampler != "journal")
     ):
         roles.add("teacher")
     return roles
 
 
-def plan(config: Config) -> Plan:
-    """Processes and bundles of ``config``."""
+def recording(config: Config) -> set[Role]:
+    """Roles that writing what sampler=journal reads takes."""
+    terms = [t for _, phase in config.phases for t in phase.terms if t.sampler == "journal"]
+    measured = config.evaluation.prompts > 0 and config.two_step
+    roles: set[Role] = set()
+    if measured or any(config.source(term.sampler) == "teacher" for term in terms):
+        roles.add("teacher_sampler")
+    if (measured and config.teacher.distribution) or any(
+        term.objective.teacher_need != "nothing" for term in terms
+    ):
+        roles.add("teacher")
+    return roles
+
+
+def plan(config: Config, roles: set[Role] | None = None) -> Plan:
+    """Processes and bundles of ``config``: of what it needs, or of ``roles``."""
+    chosen = needed(config) if roles is None else roles
     learner = Actors(
         actors=config.learner.ranks, cpus=config.learner.cpus, gpus=config.learner.gpus
     )
-    roles: list[tuple[Role, Actors]] = [
+    specs: list[tuple[Role, Actors]] = [
         ("learner", learner),
         ("rollout", config.rollout),
         ("teacher_sampler", config.teacher.generation),
     ]
     if not isinstance(config.teacher, ApiTeacher):
-        roles.append(("teacher", config.teacher))
-    roles = [(role, spec) for role, spec in roles if role in needed(config)]
-    if config.placement == "split":
-        return _split(roles)
-    return _colocated(roles)
+        specs.append(("teacher", config.teacher))
+    specs = [(role, spec) for role, spec in specs if role in chosen]
+    return _split(specs) if config.placement == "split" else _colocated(specs)
 
 
 def _split(roles: list[tuple[Role, Actors]]) -> Plan:

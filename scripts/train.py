@@ -6,11 +6,12 @@ import argparse
 import sys
 import time
 from contextlib import closing
+from typing import Any
 
 from seqkd import config as configuration
 from seqkd import run_directory
 from seqkd.config import Config
-from seqkd.errors import SeqkdError
+from seqkd.errors import SeqkdError, reported
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,17 +29,26 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--verbose", action="store_true", help="show the libraries' own logs")
     args = parser.parse_intermixed_args(argv)
-    try:
+
+    def run() -> int:
         config = configuration.load(args.config, args.overrides)
-        if args.dry_run:
-            return dry_run(config)
-        train(config, args.verbose)
-        return 0
-    except SeqkdError as error:
-        print(getattr(error, "details", ""), end="", file=sys.stderr)
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
-        return 2
+        return dry_run(config) if args.dry_run else train(config, args.verbose)
+
+    return reported(run)
+
+
+def check(config: Config) -> tuple[Config, Any, Any]:
+    """The configuration, with the recorded teacher where none is loaded; the journal, if any; and
+    what the checks found."""
+    from seqkd import preflight
+    from seqkd.journal import open_journal
+    from seqkd.precompute import check_recorded
+
+    config, journal = open_journal(config, teacher_here=not config.two_step)
+    checked = preflight.check(config)
+    if config.two_step:
+        check_recorded(config, journal, checked)
+    return config, journal, checked
 
 
 def dry_run(config: Config) -> int:
@@ -46,7 +56,6 @@ def dry_run(config: Config) -> int:
     import os
 
     from actors.placement import plan
-    from seqkd.preflight import check
 
     quiet()
     directory, problems, warnings = run_directory.locate(config), [], ()
@@ -61,7 +70,7 @@ def dry_run(config: Config) -> int:
 
     def checked() -> None:
         nonlocal warnings
-        found = check(config)
+        *_, found = check(config)
         warnings = found.warnings
         print(f"  {len(found.train)} training prompts, {len(found.heldout)} held-out prompts")
 
@@ -103,21 +112,21 @@ def quiet() -> None:
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def train(config: Config, verbose: bool) -> None:
+def train(config: Config, verbose: bool) -> int:
     """The whole run, from the checks to the exported student."""
     directory = run_directory.locate(config)
     run_directory.refuse_used(directory)
     if not verbose:
         quiet()
-    from seqkd.preflight import check
 
     start = time.perf_counter()
-    checked = check(config)
+    config, journal, checked = check(config)
     for warning in checked.warnings:
         print(f"warning: {warning}", flush=True)
 
     from actors import build
     from seqkd import loop, summary
+    from seqkd.journal import keep_teacher
     from seqkd.metrics import Recorder
     from seqkd.models import materialise_student
 
@@ -125,14 +134,14 @@ def train(config: Config, verbose: bool) -> None:
         build.check_resources(config)
         run_directory.create(directory, config)
         print(f"run directory: {directory}\nstarting the actors", flush=True)
+        if journal is not None and not config.two_step:
+            keep_teacher(config, journal)
         student = materialise_student(
             config.student, config.learner.precision, directory / "student_initial"
         )
         with (
             closing(Recorder(directory, config)) as recorder,
-            build.workers(
-                config, student, checked.stop_ids, checked.max_model_len, checked.vocabulary
-            ) as workers,
+            build.workers(config, student, checked, journal) as workers,
         ):
             recorder.note(f"actors ready after {time.perf_counter() - start:.0f} s")
             data = (checked.train, checked.heldout, checked.corpus)
@@ -144,6 +153,7 @@ def train(config: Config, verbose: bool) -> None:
         summary.write(directory, evaluation)
         print("\n" + summary.render(evaluation))
     print("\n" + summary.closing(directory, recorder.stage_seconds, time.perf_counter() - start))
+    return 0
 
 
 if __name__ == "__main__":

@@ -39,6 +39,16 @@ class JsonlData(Schema):
     )
 
 
+class Journal(Schema):
+    """Where a teacher's completions and scores are kept, so that none is asked for twice."""
+
+    path: str = Field(description="A directory that several runs may share.")
+    records: Literal["teacher", "dataset"] = Field(
+        "teacher",
+        description="What sampler=journal reads: the teacher's completions, or the rows' answers.",
+    )
+
+
 class Evaluation(Schema):
     """Measured on held-out prompts before, between and after the phases."""
 
@@ -130,6 +140,7 @@ class Config(Phase):
     student: Student
     teacher: Teacher
     data: JsonlData
+    journal: Journal | None = None
     rollout: Rollout = Rollout()
     learner: Learner = Learner()
     warmup: Warmup | None = None
@@ -147,6 +158,28 @@ class Config(Phase):
         """Names and phases in the order in which they run."""
         warmup = (("warmup", self.warmup),) if self.warmup else ()
         return (*warmup, ("main", self))
+
+    @property
+    def samplers(self) -> frozenset[SamplerName]:
+        """Of every term."""
+        return frozenset(term.sampler for _, phase in self.phases for term in phase.terms)
+
+    @property
+    def two_step(self) -> bool:
+        """Whether all that is learnt of the teacher is in the journal, so that none is loaded."""
+        live = [t for _, p in self.phases for t in p.terms if t.sampler != "journal"]
+        asked = any(
+            t.sampler in ("teacher", "mixture") or t.objective.teacher_need != "nothing"
+            for t in live
+        )
+        return "journal" in self.samplers and not asked
+
+    def source(self, sampler: SamplerName) -> SamplerName:
+        """Whose completions they are: what the journal records, where they come from there."""
+        if sampler != "journal":
+            return sampler
+        assert self.journal is not None
+        return self.journal.records
 
     def samples_per_prompt(self, phase: Phase) -> int:
         """Samples a prompt in ``phase``."""
@@ -243,6 +276,18 @@ class Config(Phase):
             raise ValueError(
                 f"{where}objective.baseline 'leave_one_out' compares the samples of a prompt, "
                 f"but samples_per_prompt is {samples}. Set it to at least 2, or baseline to none."
+            )
+        if term.sampler == "journal" and self.journal is None:
+            raise ValueError(
+                f"{where}sampler 'journal' reads what scripts/precompute.py wrote, but journal is "
+                "not set. Set journal.path to its directory."
+            )
+        if self.source(term.sampler) not in objective.samplers:
+            raise ValueError(
+                f"{where}objective {objective.kind!r} is defined on samples of the "
+                f"{' or '.join(objective.samplers)}, but journal.records is "
+                f"{self.source(term.sampler)!r}. Set objective.kind to "
+                f"{NATURAL_OBJECTIVE[self.source(term.sampler)]}, or to a token-level one."
             )
         if term.sampler == "corpus" and self.data.corpus_path is None:
             raise ValueError(

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from seqkd.config_schema import SamplerName, Schema, TeacherNeed
 
-ANY: tuple[SamplerName, ...] = ("student", "teacher", "mixture", "dataset")
+ANY: tuple[SamplerName, ...] = ("student", "teacher", "mixture", "dataset", "journal")
 
 
 class _Objective(Schema):
@@ -130,7 +130,7 @@ class SequenceForwardKL(_Objective):
     """KL(p || q) of whole sequences on teacher samples: -log q(y), y ~ p."""
 
     kind: Literal["sequence_forward_kl"] = "sequence_forward_kl"
-    samplers: ClassVar = ("teacher",)
+    samplers: ClassVar = ("teacher", "journal")
 
     def stats(self) -> tuple[str, ...]:
         return ("student_logprob",)
@@ -140,7 +140,7 @@ class SFT(_Objective):
     """Mean over tokens of -log q(y_t) on given text."""
 
     kind: Literal["sft"] = "sft"
-    samplers: ClassVar = ("dataset", "corpus")
+    samplers: ClassVar = ("dataset", "corpus", "journal")
 
     def stats(self) -> tuple[str, ...]:
         return ("student_logprob",)
@@ -235,4 +235,5 @@ NATURAL_OBJECTIVE: dict[str, str] = {
     "teacher": "sequence_forward_kl",
     "dataset": "sft",
     "corpus": "sft",
+    "journal": "sequence_forward_kl",
 }

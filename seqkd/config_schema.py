@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-SamplerName = Literal["student", "teacher", "mixture", "dataset", "corpus"]
+SamplerName = Literal["student", "teacher", "mixture", "dataset", "corpus", "journal"]
 TeacherNeed = Literal["nothing", "logprobs", "distribution"]
 Precision = Literal["float32", "bfloat16"]
 

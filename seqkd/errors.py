@@ -7,6 +7,9 @@ traceback.
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+
 
 class SeqkdError(Exception):
     """Base of every error that is the user's to mend. Its string is the whole message."""
@@ -25,6 +28,10 @@ class ConfigError(SeqkdError):
 
 class DataError(SeqkdError):
     """A data set that cannot be read as prompts."""
+
+
+class JournalError(SeqkdError):
+    """A journal that lacks what a run needs of it, or cannot be read."""
 
 
 class ModelError(SeqkdError):
@@ -50,3 +57,14 @@ class ActorError(SeqkdError):
 
 class SyncError(SeqkdError):
     """The weights an engine received are not the weights that the learner sent."""
+
+
+def reported(action: Callable[[], int]) -> int:
+    """The exit code of ``action``; 2, with the message on stderr, where a user has to act."""
+    try:
+        return action()
+    except SeqkdError as error:
+        print(getattr(error, "details", ""), end="", file=sys.stderr)
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        return 2

@@ -10,7 +10,7 @@ from seqkd.evaluation.divergence import HeldOut, Measurement
 from seqkd.metrics import Clock, Recorder, describe
 from seqkd.protocols import Workers
 from seqkd.schedule import learning_rate
-from seqkd.sources import StepSource
+from seqkd.sources import StepSource, draws
 from seqkd.types import Prompt
 
 
@@ -35,16 +35,15 @@ def run(
     step = 0
     for name, phase in config.phases:
         recorder.begin(name, phase)
+        prompts = draws(phase, stream, texts)
         sources = [StepSource(config, phase, sampler, workers) for sampler in phase.by_sampler]
         for index in range(phase.steps):
             clock = Clock()
             version = workers.learner.policy_version
             if index % phase.updates_per_rollout == 0:
-                steps = range(min(phase.updates_per_rollout, phase.steps - index))
+                drawn = next(prompts)
                 for source in sources:
-                    rows = texts if source.sampler == "corpus" else stream
-                    drawn = [rows.take(phase.prompts_per_step) for _ in steps]
-                    source.draw(drawn, step, clock)
+                    source.draw(drawn[source.sampler], step, clock)
             parts = [source.part(clock) for source in sources]
             lr = learning_rate(config.learner, config.lr(phase), index, phase.steps)
             with clock("learn"):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor, nn
 
 from seqkd.config_roles import Prune, Student
@@ -154,6 +156,49 @@ def load_head(model: str, precision: str) -> OutputHead:
             with safe_open(files[wanted], framework="pt") as reader:
                 tensors[wanted] = reader.get_tensor(wanted).to(dtype_of(precision))
     return OutputHead(tensors[name], tensors.get(bias_name), **_logit_options(config))
+
+
+def export_head(model: str, precision: str, directory: Path) -> None:
+    """Write a model directory with configuration, tokenizer and the output head alone: what the
+    learner and the checks read of a teacher."""
+    from safetensors.torch import save_file
+    from transformers import AutoConfig, GenerationConfig
+
+    AutoConfig.from_pretrained(expand(model)).save_pretrained(directory)
+    load_tokenizer(model, "teacher.model").save_pretrained(directory)
+    with suppress(OSError):  # a model need not have one
+        GenerationConfig.from_pretrained(expand(model)).save_pretrained(directory)
+    head = load_head(model, precision)
+    tensors = {"lm_head.weight": head.weight}
+    if head.bias is not None:
+        tensors["lm_head.bias"] = head.bias
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+
+
+def checkpoint_digest(model: str, download: bool) -> str | None:
+    """A hash of a checkpoint's configuration and every byte of its weights. Where it is not on
+    this machine it is fetched if ``download`` says so, else None."""
+    from transformers.utils.hub import cached_file
+
+    def find(model: str, name: str, **options: Any) -> str | None:
+        return cached_file(model, name, local_files_only=not download, **options)
+
+    try:
+        if download:
+            load_config(model, "teacher.model")
+        config = find(expand(model), "config.json")
+        files = _safetensors_index(expand(model), find)
+    except (OSError, ModelError):
+        if download:
+            raise
+        return None
+    digest = xxhash.xxh3_128()
+    for file in (config, *sorted(set(files.values()))):
+        assert file is not None
+        with open(file, "rb") as reader:
+            while block := reader.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def _safetensors_index(model: str, cached_file: Any) -> dict[str, str]:

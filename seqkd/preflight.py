@@ -126,8 +126,8 @@ def _prompts(
 ) -> tuple[list[Prompt], list[Prompt], list[Prompt]]:
     """For training, held out, and plain text."""
     data = config.data
-    samplers = {term.sampler for _, phase in config.phases for term in phase.terms}
-    answers = "dataset" in samplers
+    samplers = config.samplers
+    answers = "dataset" in map(config.source, samplers)
     longest = config.rollout.max_tokens if answers else 0
     # The first stop id of a chat model may be another one than what ends its turns.
     eos_id = stop_ids[0] if tokenizer.eos_token_id is None else tokenizer.eos_token_id

@@ -89,6 +89,8 @@ class Workers:
     teacher_sampler: Sampler
     distribution: bool
     """Whether the teacher's scores tell its distribution, and with it divergences."""
+    live_teacher: bool = True
+    """Whether it can score what it has not seen; not where it is known from a journal alone."""
 
     def sync(self) -> None:
         """Bring the student's sampler to the learner's weights; nothing to do where it has them."""

@@ -10,11 +10,26 @@ import torch
 
 from seqkd.config import Config, Phase
 from seqkd.config_schema import SamplerName
+from seqkd.data import PromptStream
 from seqkd.metrics import Clock
 from seqkd.objectives import mixture_weight
 from seqkd.protocols import Part, Sampler, Scores, Workers
 from seqkd.running import RunningCosts, by_position
 from seqkd.types import Prompt, Rollout, Source
+
+
+def draws(
+    phase: Phase, stream: PromptStream, texts: PromptStream
+) -> Iterator[dict[SamplerName, list[list[Prompt]]]]:
+    """The prompts of each draw of ``phase``: by sampler, a list for every step that learns from
+    it. ``stream`` and ``texts`` go on from where they are."""
+    for first in range(0, phase.steps, phase.updates_per_rollout):
+        steps = range(min(phase.updates_per_rollout, phase.steps - first))
+        drawn = {}
+        for sampler in phase.by_sampler:
+            rows = texts if sampler == "corpus" else stream
+            drawn[sampler] = [rows.take(phase.prompts_per_step) for _ in steps]
+        yield drawn
 
 
 class StepSource:
@@ -24,8 +39,11 @@ class StepSource:
         self, config: Config, phase: Phase, sampler: SamplerName, workers: Workers
     ) -> None:
         self.config, self.phase, self.sampler, self.workers = config, phase, sampler, workers
+        self.source = config.source(sampler)
         self.terms = phase.by_sampler[sampler]
         self.fraction = config.rollout.teacher_fraction if sampler == "mixture" else None
+        needs = {term.objective.teacher_need for term in self.terms}
+        self.scored = needs != {"nothing"} or self.fraction is not None
         self.running = RunningCosts()
         self.steps: list[list[Rollout]] = []
         self.scores: Scores = {}
@@ -37,9 +55,7 @@ class StepSource:
         self.steps = [[r for _ in batch for r in next(by_prompt)] for batch in batches]
         rollouts = [r for of_step in self.steps for r in of_step]
         with clock("score"):
-            needs = {term.objective.teacher_need for term in self.terms}
-            needed = needs != {"nothing"} or self.fraction is not None
-            self.scores = self.workers.teacher.score(rollouts) if needed else {}
+            self.scores = self.workers.teacher.score(rollouts) if self.scored else {}
 
     def part(self, clock: Clock) -> Part:
         """What the next step learns from."""
@@ -53,16 +69,16 @@ class StepSource:
 
     def _rollouts(self, prompts: list[Prompt], step: int, clock: Clock) -> list[list[Rollout]]:
         """The completions of each prompt."""
-        if self.sampler in ("dataset", "corpus"):
-            return [[given(prompt, self.sampler)] for prompt in prompts]
-        if self.sampler != "teacher":
+        if self.source in ("dataset", "corpus"):
+            return [[given(prompt, self.source)] for prompt in prompts]
+        if self.source != "teacher":
             with clock("sync"):
                 self.workers.sync()
         # Held-out prompts are drawn with the bare seed; training never repeats it.
         seed = (self.config.seed + 1) * 1_000_003 + step
         samples = self.config.samples_per_prompt(self.phase)
         from_teacher = np.zeros(len(prompts), dtype=int)
-        if self.sampler == "teacher":
+        if self.source == "teacher":
             from_teacher[:] = samples
         elif self.fraction is not None:
             generator = np.random.default_rng([self.config.seed, step])

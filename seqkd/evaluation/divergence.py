@@ -119,9 +119,10 @@ class HeldOut:
             "teacher_ended": self._sums(self.teacher_rollouts, _ended(self.teacher_rollouts)),
             "nll": -self._sums(self.teacher_rollouts, _totals(on_teacher, "student_logprob")),
         }
-        if self.workers.distribution:
+        if self.workers.distribution and self.workers.live_teacher:
             on_student = learner.measure(rollouts, self._scores(rollouts))
             sums["reverse_kl"] = self._sums(rollouts, _totals(on_student, "reverse_kl"))
+        if self.workers.distribution:
             sums["forward_kl"] = self._sums(
                 self.teacher_rollouts, _totals(on_teacher, "forward_kl")
             )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import load_file
 
 from tests.conftest import ROOT
 
@@ -138,8 +140,76 @@ def test_student_equal_to_teacher_has_nothing_to_learn(head, environment, config
     assert abs(figures["forward_kl_per_sequence"]["mean"]) <= 1e-4
 
 
-def direct(environment, *arguments):
-    return run([sys.executable, "scripts/train.py", *map(str, arguments)], environment)
+def direct(environment, *arguments, script="train.py"):
+    return run([sys.executable, f"scripts/{script}", *map(str, arguments)], environment)
+
+
+def test_scoring_first_and_training_later_is_the_live_run(environment, config, tiny, tmp_path):
+    """The same weights after 10 steps, with the teacher's checkpoint gone the second time."""
+    teacher, common, two_step = two_ways(config, tiny, tmp_path, "teacher", "evaluation.prompts=2")
+    succeeds(direct(environment, *common, "sampler=teacher", "journal=null", "name=live"))
+    refused(direct(environment, *two_step), "holds nothing of the teacher", "scripts/precompute.py")
+    succeeds(direct(environment, *two_step, script="precompute.py"))
+    shutil.rmtree(teacher)
+    succeeds(direct(environment, *two_step))
+    assert_same_student(tmp_path, tiny)
+    later, live = (
+        json.loads((tmp_path / name / "evaluation.json").read_text())["figures"]["main"]
+        for name in ("later", "live")
+    )
+    assert later["forward_kl_per_token"] == pytest.approx(live["forward_kl_per_token"])
+    assert "reverse_kl_per_token" not in later, "no one can score what the student says now"
+
+
+def test_scoring_the_rows_answers_first_in_two_goes(environment, config, tiny, tmp_path):
+    """As above, by the most probable tokens; a journal that lacks some is completed."""
+    teacher, common, two_step = two_ways(
+        config, tiny, tmp_path, "dataset", "evaluation.prompts=0", scores="top_k, top_k: 32"
+    )
+    succeeds(direct(environment, *common, "sampler=dataset", "journal=null", "name=live"))
+    succeeds(direct(environment, *two_step, "steps=4", script="precompute.py"))
+    refused(direct(environment, *two_step), "lacks", "scores of 24 completions")
+    shards = set((tmp_path / "journal").rglob("*.arrow"))
+    succeeds(direct(environment, *two_step, script="precompute.py"))
+    assert len(set((tmp_path / "journal").rglob("*.arrow")) - shards) == 6
+    shutil.rmtree(teacher)
+    succeeds(direct(environment, *two_step))
+    assert_same_student(tmp_path, tiny)
+
+
+def two_ways(config, tiny, tmp_path, records, evaluation, scores="hidden"):
+    """The teacher's own copy; what both runs have in common; the two-step run."""
+    teacher = shutil.copytree(tiny["teacher"], tmp_path / "the-teacher")
+    common = [
+        config,
+        f"teacher={{kind: hf, model: {teacher}, scores: {scores}}}",
+        f"data.path={answers(tmp_path)}",
+        *("steps=10", "rollout.samples_per_prompt=2", "objective={kind: token_forward_kl}"),
+        *(evaluation, "evaluation.examples=0", f"runs_dir={tmp_path}"),
+        f"journal={{path: {tmp_path}/journal, records: {records}}}",
+    ]
+    return teacher, common, [*common, "sampler=journal", "name=later"]
+
+
+def assert_same_student(tmp_path, tiny):
+    later, live, initial = (
+        load_file(folder / "model.safetensors")
+        for folder in (tmp_path / "later/student", tmp_path / "live/student", Path(tiny["student"]))
+    )
+    assert max((later[n] - live[n]).abs().max() for n in live) <= 1e-6
+    assert max((live[n] - initial[n]).abs().max() for n in live) > 1e-3
+
+
+def succeeds(done):
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def answers(tmp_path):
+    """Rows with answers, more than ten steps of four take."""
+    file = tmp_path / "answers.jsonl"
+    rows = [{"prompt": f"say {i}", "reference": f"{i}!"} for i in range(50)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
 
 
 def refused(done, *texts):

@@ -149,6 +149,17 @@ def test_scientific_notation_is_a_number(path):
             "objective.clip_ratio",
             "Set sampler to student",
         ),
+        (["sampler=journal"], "sampler 'journal' reads", "Set journal.path"),
+        (
+            ["sampler=journal", "journal={path: j, records: dataset}"],
+            "journal.records is 'dataset'",
+            "Set objective.kind to sft",
+        ),
+        (
+            ["sampler=journal", "journal={path: j}", "objective={kind: sft}"],
+            "journal.records is 'teacher'",
+            "Set objective.kind to sequence_forward_kl",
+        ),
         (["sampler=mixture", "updates_per_rollout=2"], "updates_per_rollout 2", "Set it to 1"),
         (
             [

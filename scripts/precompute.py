@@ -1,0 +1,97 @@
+"""Score first, train later: python scripts/precompute.py CONFIG [key=value ...]"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+
+from train import quiet
+
+from seqkd import config as configuration
+from seqkd.config import Config, Phase
+from seqkd.errors import ConfigError, reported
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code: 0 done, 2 a message says what to mend or which actor failed, 1 a traceback."""
+    parser = argparse.ArgumentParser(
+        description="Let the teacher write and score what sampler=journal reads, for "
+        "scripts/train.py to learn from without it. Once more: what is there is kept.",
+        epilog="Example: python scripts/precompute.py two_step.yaml && "
+        "python scripts/train.py two_step.yaml",
+    )
+    parser.add_argument("config", help="YAML file with journal.path and sampler: journal")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. steps=100")
+    parser.add_argument("--verbose", action="store_true", help="show the libraries' own logs")
+    args = parser.parse_intermixed_args(argv)
+    return reported(
+        lambda: precompute(configuration.load(args.config, args.overrides), args.verbose)
+    )
+
+
+def precompute(config: Config, verbose: bool) -> int:
+    """The checks, the teacher's actors, and every draw of the run."""
+    if "journal" not in config.samplers:
+        raise ConfigError("sampler: no term has sampler 'journal'. Add sampler=journal.")
+    if not verbose:
+        quiet()
+    from actors import build, placement
+    from seqkd import preflight
+    from seqkd.journal import keep_teacher, open_journal
+    from seqkd.precompute import record
+
+    checked = preflight.check(config)
+    for warning in checked.warnings:
+        print(f"warning: {warning}", flush=True)
+    _, journal = open_journal(config, teacher_here=True)
+    assert journal is not None
+    print(f"journal: {journal.directory}", flush=True)
+    roles = placement.recording(config)
+    print(size(config, "teacher" in roles), flush=True)
+    start = time.perf_counter()
+    steps = sum(p.steps for _, p in config.phases if "journal" in p.by_sampler)
+
+    def report(done: int, tokens: int) -> None:
+        seconds = time.perf_counter() - start
+        left = seconds / done * (steps - done)
+        print(
+            f"{done:>5}/{steps} steps  {tokens} tokens  {tokens / seconds:.0f} tokens/s  "
+            f"ETA {int(left // 60)}:{int(left % 60):02d}",
+            flush=True,
+        )
+
+    with build.connect(config, verbose):
+        build.check_resources(config, roles)
+        keep_teacher(config, journal)
+        with build.workers(config, config.student.model, checked, journal, roles) as workers:
+            print(f"actors ready after {time.perf_counter() - start:.0f} s", flush=True)
+            start = time.perf_counter()
+            record(config, workers, checked, report)
+    print("done: scripts/train.py with the same configuration learns from it, with no teacher")
+    return 0
+
+
+def size(config: Config, scored: bool) -> str:
+    """What the journal will take at most, before it is written."""
+    from seqkd.journal import bytes_per_token
+
+    tokens = config.rollout.max_tokens * sum(
+        phase.steps * phase.prompts_per_step * samples(config, phase)
+        for _, phase in config.phases
+        if "journal" in phase.by_sampler
+    )
+    each = bytes_per_token(config) if scored else 4  # the token itself
+    return (
+        f"{each:,} bytes a token, at most {tokens:,} tokens ({tokens * each / 2**30:.3g} GiB); "
+        f"teacher.scores {config.teacher.scores}" + ("" if scored else ", which nothing here needs")
+    )
+
+
+def samples(config: Config, phase: Phase) -> int:
+    """Completions of one prompt."""
+    return config.samples_per_prompt(phase) if config.source("journal") == "teacher" else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,329 @@
+"""What a teacher wrote and scored, on disk, so that nothing is asked of it twice.
+
+Completions and scores are addressed by what they answer: token ids and sampling settings, below a
+directory for the teacher's own identity. A live run takes from the journal what is there and adds
+what is not; under ``sampler: journal`` it is all there is (score first, train later), and the same
+code runs on the same values. The journal keeps the teacher's output head and tokenizer too, so
+that its checkpoint need not be there. The student's own samples are not kept: they do not recur.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from seqkd.config import Config
+from seqkd.config_roles import ApiTeacher, Engine
+from seqkd.errors import JournalError
+from seqkd.models import checkpoint_digest, dtype_of, export_head, load_config
+from seqkd.protocols import Sampler, Teacher
+from seqkd.shards import Shards
+from seqkd.types import Prompt, Rollout, TeacherScore, WeightVersion
+
+COMPLETIONS = pa.schema(
+    [
+        ("address", pa.string()),
+        ("sample_id", pa.string()),
+        ("prompt_ids", pa.list_(pa.int32())),
+        ("completion_ids", pa.list_(pa.int32())),
+        ("logprobs", pa.list_(pa.float64())),
+        ("finish_reason", pa.string()),
+    ]
+)
+TENSORS = {"hidden": None, "logprobs": torch.float32, "top_ids": torch.int32,
+           "top_logprobs": torch.float32}  # fmt: skip
+"""The fields of a score and their types on disk; hidden states have the teacher's precision."""
+SCORES = pa.schema(
+    [
+        ("address", pa.string()),
+        ("tokens", pa.int32()),
+        *((name, pa.large_binary()) for name in TENSORS),
+    ]
+)
+
+
+class Journal:
+    """One teacher's completions and scores."""
+
+    def __init__(self, directory: Path, precision: str) -> None:
+        self.directory = directory
+        self.hidden_dtype = dtype_of(precision)
+        self.completions = Shards(directory / "completions", COMPLETIONS)
+        self.scores = Shards(directory / "scores", SCORES)
+
+    @property
+    def teacher(self) -> str:
+        """A model directory with the teacher's configuration, tokenizer and output head alone."""
+        return str(self.directory / "teacher")
+
+    def read_score(self, address: str, sample_id: str) -> TeacherScore:
+        """The score under ``address``, as that of ``sample_id``."""
+        (row,) = self.scores.rows(address, 0, 1)
+        return TeacherScore(
+            sample_id, **{n: self._tensor(n, row[n], row["tokens"].as_py()) for n in TENSORS}
+        )
+
+    def add_scores(self, scores: Sequence[tuple[str, TeacherScore]]) -> None:
+        """Keep scores, each with its address."""
+        self.scores.append([self._score_row(address, score) for address, score in scores])
+
+    def _score_row(self, address: str, score: TeacherScore) -> dict[str, Any]:
+        tensors = {n: getattr(score, n) for n in TENSORS}
+        tokens = next(len(t) for t in tensors.values() if t is not None)
+        return {"address": address, "tokens": tokens} | {
+            n: None if t is None else _bytes(t.to(self._dtype(n))) for n, t in tensors.items()
+        }
+
+    def _dtype(self, name: str) -> torch.dtype:
+        return TENSORS[name] or self.hidden_dtype
+
+    def _tensor(self, name: str, value: Any, tokens: int) -> Tensor | None:
+        if not value.is_valid:
+            return None
+        # A copy: the file is mapped read-only.
+        flat = torch.frombuffer(bytearray(value.as_buffer()), dtype=self._dtype(name))
+        return flat if name == "logprobs" else flat.view(tokens, -1)
+
+
+def open_journal(config: Config, teacher_here: bool) -> tuple[Config, Journal | None]:
+    """The journal of ``config``'s teacher, if it names one. Without a teacher the returned
+    configuration has the recorded one in place of the checkpoint."""
+    if config.journal is None:
+        return config, None
+    root = Path(config.journal.path).expanduser().absolute()
+    known = {
+        file.parent: json.loads(file.read_text(encoding="utf-8"))
+        for file in sorted(root.glob("*/teacher.json"))
+    }
+    spec, identity = describe_teacher(config), identify_teacher(config, teacher_here)
+    directory = root / identity if identity else None
+    if not teacher_here and directory not in known:
+        # The checkpoint is elsewhere, and its name is all there is to go by.
+        named = [path for path, other in known.items() if other == spec]
+        if identity or len(named) != 1:
+            held = "; ".join(str(other) for other in known.values()) or "nothing at all"
+            raise JournalError(
+                f"journal.path: {root} holds nothing of the teacher {spec}; it holds {held}. Name "
+                "that teacher, or run scripts/precompute.py with this configuration first."
+            )
+        directory = named[0]
+    assert directory is not None, "a live teacher's checkpoint has been found before"
+    precision = "float32" if isinstance(config.teacher, ApiTeacher) else config.teacher.precision
+    journal = Journal(directory, precision)
+    if not teacher_here and not isinstance(config.teacher, ApiTeacher):
+        teacher = config.teacher.model_copy(update={"model": journal.teacher})
+        config = config.model_copy(update={"teacher": teacher})
+    return config, journal
+
+
+def describe_teacher(config: Config) -> dict[str, str]:
+    """What makes a teacher another one, in a user's words."""
+    teacher = config.teacher
+    if isinstance(teacher, ApiTeacher):
+        return {"model": teacher.model, "base_url": teacher.base_url, "api": teacher.api}
+    return {"model": teacher.model, "precision": teacher.precision}
+
+
+def identify_teacher(config: Config, here: bool) -> str | None:
+    """Name of the teacher's directory: a hash of its weights, or of how it is reached. None where
+    its checkpoint is not on this machine and need not be ``here``."""
+    spec = describe_teacher(config)
+    if not isinstance(config.teacher, ApiTeacher):
+        digest = checkpoint_digest(config.teacher.model, download=here)
+        if digest is None:
+            return None
+        spec["model"] = digest
+    return _hash(spec)
+
+
+def keep_teacher(config: Config, journal: Journal) -> None:
+    """Write down whose journal it is, with the head and tokenizer that reading it takes."""
+    description = journal.directory / "teacher.json"
+    if description.exists():
+        return
+    journal.directory.mkdir(parents=True, exist_ok=True)
+    if not isinstance(config.teacher, ApiTeacher):
+        export_head(config.teacher.model, config.teacher.precision, Path(journal.teacher))
+    partial = description.with_suffix(".partial")
+    partial.write_text(json.dumps(describe_teacher(config), indent=2) + "\n", encoding="utf-8")
+    partial.rename(description)
+
+
+class JournaledSampler:
+    """The teacher's completions: recorded ones first, in order, then new ones, which are kept."""
+
+    def __init__(self, inner: Sampler | None, journal: Journal, settings: Sequence[object]) -> None:
+        self.inner, self.journal, self.settings = inner, journal, settings
+        self.taken: Counter[str] = Counter()
+        self.reused = 0
+        self.policy_version = 0
+
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        samples: Sequence[int],
+        seed: int,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+    ) -> list[Rollout]:
+        """See :class:`seqkd.protocols.Sampler`. A prompt that comes again takes the completions
+        after those that it took before; without a teacher it begins anew at the last."""
+        stored = self.journal.completions
+        places = []
+        missing: Counter[str] = Counter()
+        by_address: dict[str, Prompt] = {}
+        for prompt, number in zip(prompts, samples, strict=True):
+            address = self.address(prompt, temperature, top_p)
+            first = self.taken[address]
+            if self.inner is None and number:
+                have = stored.count(address)
+                if have < number:
+                    raise _lacking(self.journal, f"{number} completions of {prompt.text!r:.60}")
+                first = first if first + number <= have else 0
+            self.taken[address] = first + number
+            places.append((prompt, address, first, first + number))
+            lack = self.taken[address] - stored.count(address)
+            missing[address] = max(missing[address], lack, 0)
+            by_address[address] = prompt
+        asked = {a: n for a, n in missing.items() if n}
+        self.reused += sum(samples) - sum(asked.values())
+        if asked:
+            assert self.inner is not None
+            new = self.inner.sample(
+                [by_address[a] for a in asked], list(asked.values()), seed, temperature, top_p
+            )
+            drawn = iter(new)
+            stored.append(
+                [_completion_row(a, next(drawn)) for a, n in asked.items() for _ in range(n)]
+            )
+        return [
+            _as_rollout(prompt, row)
+            for prompt, address, first, last in places
+            for row in (stored.rows(address, first, last) if last > first else ())
+        ]
+
+    def address(self, prompt: Prompt, temperature: float, top_p: float) -> str:
+        """Of the completions of ``prompt`` that are drawn so."""
+        return _hash([prompt.token_ids, self.settings, float(temperature), float(top_p)])
+
+    def load(self, version: WeightVersion) -> None:
+        """A teacher's weights never change."""
+        raise NotImplementedError
+
+    def usage(self) -> dict[str, int]:
+        """What was asked of an endpoint so far, and how many completions were there already."""
+        return {**(self.inner.usage() if self.inner else {}), "reused": self.reused}
+
+
+class JournaledTeacher:
+    """Scores: recorded ones, and new ones, which are kept unless the student wrote the text."""
+
+    def __init__(self, inner: Teacher | None, journal: Journal, form: str) -> None:
+        self.inner, self.journal, self.form = inner, journal, form
+
+    def score(self, rollouts: Sequence[Rollout]) -> dict[str, TeacherScore]:
+        """See :class:`seqkd.protocols.Teacher`."""
+        addresses = {r.sample_id: self.address(r) for r in rollouts}
+        missing = {
+            addresses[r.sample_id]: r
+            for r in rollouts
+            if addresses[r.sample_id] not in self.journal.scores
+        }
+        new: dict[str, TeacherScore] = {}
+        if missing:
+            if self.inner is None:
+                raise _lacking(self.journal, f"scores of {len(missing)} completions")
+            given = self.inner.score(list(missing.values()))
+            new = {address: given[r.sample_id] for address, r in missing.items()}
+            kept = [(a, new[a]) for a, r in missing.items() if r.source != "student"]
+            self.journal.add_scores(kept)
+        return {
+            sample_id: replace(new[a], sample_id=sample_id)
+            if a in new
+            else self.journal.read_score(a, sample_id)
+            for sample_id, a in addresses.items()
+        }
+
+    def lacks(self, rollouts: Sequence[Rollout]) -> int:
+        """How many of them have no score in the journal."""
+        return sum(self.address(r) not in self.journal.scores for r in rollouts)
+
+    def address(self, rollout: Rollout) -> str:
+        """Of the score of ``rollout``'s tokens, in this form."""
+        return _hash([rollout.prompt_ids, rollout.completion_ids, self.form])
+
+
+def sampling_settings(config: Config, stop_ids: tuple[int, ...]) -> list[object]:
+    """What else a completion of the teacher depends on: other settings, other addresses."""
+    generation = config.teacher.generation
+    precision = generation.precision if isinstance(generation, Engine) else None
+    return [config.rollout.max_tokens, stop_ids, precision]
+
+
+def score_form(config: Config, vocabulary: int) -> str:
+    """What kind of score it is: one of another kind has another address."""
+    scores = config.teacher.scores
+    if scores == "hidden":
+        return scores
+    top_k = f"{config.teacher.top_k} " if scores == "top_k" else ""  # type: ignore[union-attr]
+    return f"{scores} {top_k}of {vocabulary}"
+
+
+def bytes_per_token(config: Config) -> int:
+    """What the score of one completion token takes on disk."""
+    teacher = config.teacher
+    if isinstance(teacher, ApiTeacher) or teacher.scores == "logprobs":
+        return 4
+    if teacher.scores == "top_k":
+        return 4 + 4 * teacher.top_k + 4 * (teacher.top_k + 1)
+    hidden_size: int = load_config(teacher.model, "teacher.model").hidden_size
+    return hidden_size * dtype_of(teacher.precision).itemsize
+
+
+def _lacking(journal: Journal, what: str) -> JournalError:
+    return JournalError(
+        f"journal.path: {journal.directory} lacks {what}. Run scripts/precompute.py with the same "
+        "configuration; what is there already is kept."
+    )
+
+
+def _completion_row(address: str, rollout: Rollout) -> dict[str, Any]:
+    return {
+        "address": address,
+        "sample_id": rollout.sample_id,
+        "prompt_ids": rollout.prompt_ids,
+        "completion_ids": rollout.completion_ids,
+        "logprobs": rollout.rollout_logprobs,
+        "finish_reason": rollout.finish_reason,
+    }
+
+
+def _as_rollout(prompt: Prompt, row: dict[str, Any]) -> Rollout:
+    logprobs = row["logprobs"].as_py()
+    return Rollout(
+        prompt_id=prompt.prompt_id,
+        sample_id=row["sample_id"].as_py(),
+        prompt_ids=prompt.token_ids,
+        completion_ids=tuple(row["completion_ids"].as_py()),
+        rollout_logprobs=None if logprobs is None else tuple(logprobs),
+        source="teacher",
+        policy_version=0,
+        finish_reason=row["finish_reason"].as_py(),
+    )
+
+
+def _hash(value: Any) -> str:
+    return hashlib.blake2b(json.dumps(value).encode(), digest_size=16).hexdigest()
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes()

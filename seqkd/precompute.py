@@ -1,0 +1,92 @@
+"""The two-step way: let the teacher write and score first, train without it later."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+
+from seqkd.config import Config, Phase
+from seqkd.data import PromptStream
+from seqkd.errors import JournalError
+from seqkd.journal import (
+    Journal,
+    JournaledSampler,
+    JournaledTeacher,
+    sampling_settings,
+    score_form,
+)
+from seqkd.metrics import Clock
+from seqkd.preflight import Checked
+from seqkd.protocols import Workers
+from seqkd.sources import StepSource, draws, given
+from seqkd.types import Prompt, Rollout
+
+
+def planned(config: Config, checked: Checked) -> Iterator[tuple[int, Phase, list[list[Prompt]]]]:
+    """Every draw of sampler=journal in the run of ``config``: its first step, its phase, and the
+    prompts of each step."""
+    stream = PromptStream(checked.train, config.seed)
+    texts = PromptStream(checked.corpus, config.seed)
+    step = 0
+    for _, phase in config.phases:
+        for drawn in draws(phase, stream, texts):
+            if "journal" in drawn:
+                yield step, phase, drawn["journal"]
+            step += len(drawn[phase.sampler])
+
+
+def record(
+    config: Config,
+    workers: Workers,
+    checked: Checked,
+    report: Callable[[int, int], None],
+) -> None:
+    """Fill the journal behind ``workers`` with what sampler=journal and the held-out figures will
+    read; ``report(steps, tokens)`` says how far it is after each draw. What is there already is
+    not asked for again."""
+    steps = tokens = 0
+    for step, phase, batches in planned(config, checked):
+        source = StepSource(config, phase, "journal", workers)
+        source.draw(batches, step, Clock())
+        steps += len(batches)
+        tokens += sum(len(r.completion_ids) for of_step in source.steps for r in of_step)
+        report(steps, tokens)
+    if config.two_step and checked.heldout:
+        samples = [config.evaluation.samples_per_prompt] * len(checked.heldout)
+        rollouts = workers.teacher_sampler.sample(checked.heldout, samples, config.seed)
+        if workers.distribution:
+            workers.teacher.score(rollouts)
+
+
+def check_recorded(config: Config, journal: Journal, checked: Checked) -> None:
+    """JournalError unless the journal has all that a run without a teacher will read of it."""
+    sampler = JournaledSampler(None, journal, sampling_settings(config, checked.stop_ids))
+    teacher = JournaledTeacher(None, journal, score_form(config, checked.vocabulary))
+    prompts, completions = set(), 0
+
+    def look(prompt: Prompt, samples: int, scored: bool, own: bool, *drawn: float) -> None:
+        nonlocal completions
+        rollouts: list[Rollout] = [given(prompt, "dataset")] if own else []
+        if not own:
+            with suppress(JournalError):
+                rollouts = sampler.sample([prompt], [samples], 0, *drawn)
+        if not rollouts:
+            prompts.add(prompt.prompt_id)
+        completions += teacher.lacks(rollouts) if scored else 0
+
+    rollout = config.rollout
+    for _, phase, batches in planned(config, checked):
+        terms = phase.by_sampler["journal"]
+        scored = any(term.objective.teacher_need != "nothing" for term in terms)
+        own, samples = config.source("journal") == "dataset", config.samples_per_prompt(phase)
+        for prompt in (p for batch in batches for p in batch):
+            look(prompt, samples, scored, own, rollout.temperature, rollout.top_p)
+    for prompt in checked.heldout:
+        samples = config.evaluation.samples_per_prompt
+        look(prompt, samples, config.teacher.distribution, own=False)
+    if prompts or completions:
+        raise JournalError(
+            f"journal.path: {journal.directory} lacks completions of {len(prompts)} prompts and "
+            f"scores of {completions} completions that this run will read. Run "
+            "scripts/precompute.py with the same configuration; what is there is kept."
+        )

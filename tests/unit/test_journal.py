@@ -1,0 +1,247 @@
+"""What a teacher said once is never asked again, and is read back as it was said."""
+
+from __future__ import annotations
+
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from seqkd.config import Config
+from seqkd.errors import JournalError
+from seqkd.journal import (
+    Journal,
+    JournaledSampler,
+    JournaledTeacher,
+    bytes_per_token,
+    keep_teacher,
+    open_journal,
+    score_form,
+)
+from seqkd.models import load_head
+from seqkd.precompute import check_recorded
+from seqkd.types import Prompt, Rollout, TeacherScore
+from tests.unit.test_config import MINIMAL
+
+PROMPTS = [Prompt(f"p{i}", (i, 9), f"prompt {i}") for i in range(4)]
+
+
+class Sampler:
+    """At an engine's endpoint: a completion is told by how many came before it."""
+
+    def __init__(self):
+        self.calls, self.number = [], 0
+
+    def sample(self, prompts, samples, seed, temperature=1.0, top_p=1.0):
+        self.calls.append({p.prompt_id: n for p, n in zip(prompts, samples, strict=True)})
+        return [self.rollout(p) for p, n in zip(prompts, samples, strict=True) for _ in range(n)]
+
+    def rollout(self, prompt):
+        self.number += 1
+        return Rollout(prompt.prompt_id, f"{prompt.prompt_id}/{self.number}", prompt.token_ids,
+                       (self.number, 7), (-0.1, -1 / 3), "teacher", 0, "length")  # fmt: skip
+
+    def usage(self):
+        return {"requests": len(self.calls)}
+
+
+class Teacher:
+    """At a scorer's endpoint, in one of the three forms."""
+
+    def __init__(self, form="logprobs"):
+        self.form, self.scored = form, []
+
+    def score(self, rollouts):
+        self.scored += [r.sample_id for r in rollouts]
+        return {r.sample_id: self.one(r) for r in rollouts}
+
+    def one(self, rollout):
+        generator = torch.Generator().manual_seed(sum(rollout.completion_ids))
+        tokens = len(rollout.completion_ids)
+        logprobs = -torch.rand(tokens, generator=generator)
+        if self.form == "hidden":
+            return TeacherScore(rollout.sample_id, hidden=torch.randn(tokens, 8))
+        if self.form == "logprobs":
+            return TeacherScore(rollout.sample_id, logprobs=logprobs)
+        top = torch.arange(tokens * 3, dtype=torch.int32).view(tokens, 3)
+        return TeacherScore(rollout.sample_id, None, logprobs, top, -torch.rand(tokens, 4))
+
+
+def journal(tmp_path, precision="float32"):
+    return Journal(tmp_path / "j", precision)
+
+
+def sampler(inner, journal):
+    return JournaledSampler(inner, journal, [32, (0,), "float32"])
+
+
+def test_recorded_completions_come_first_and_only_the_rest_is_asked_for(tmp_path):
+    inner = Sampler()
+    first = sampler(inner, journal(tmp_path)).sample(PROMPTS[:2], [2, 1], 0)
+    again = sampler(inner, journal(tmp_path))
+    assert again.sample(PROMPTS[:2], [2, 1], 0) == first
+    more = again.sample([PROMPTS[0], PROMPTS[2]], [1, 2], 1)
+    assert inner.calls == [{"p0": 2, "p1": 1}, {"p0": 1, "p2": 2}]
+    assert [r.completion_ids[0] for r in more] == [4, 5, 6]
+    assert again.usage() == {"requests": 2, "reused": 3}
+    other = sampler(inner, journal(tmp_path))
+    assert len(other.sample(PROMPTS[:1], [3], 7)) == 3, "in the order in which they were drawn"
+    assert len(inner.calls) == 2
+    other.sample(PROMPTS[:1], [1], 7, temperature=0.5)
+    assert inner.calls[2:] == [{"p0": 1}], "other settings are other completions"
+
+
+def test_the_same_prompt_twice_in_a_step_gets_different_completions(tmp_path):
+    drawn = sampler(Sampler(), journal(tmp_path)).sample([PROMPTS[0], PROMPTS[0]], [2, 2], 0)
+    assert [r.completion_ids[0] for r in drawn] == [1, 2, 3, 4]
+
+
+def test_without_a_teacher_completions_begin_anew_and_a_lack_is_said(tmp_path):
+    recorded = sampler(Sampler(), journal(tmp_path)).sample(PROMPTS[:1], [4], 0)
+    alone = sampler(None, journal(tmp_path))
+    drawn = [alone.sample(PROMPTS[:1], [2], seed) for seed in range(3)]
+    assert drawn == [recorded[:2], recorded[2:], recorded[:2]]
+    with pytest.raises(JournalError, match=r"lacks 5 completions of 'prompt 0'\. Run scripts/pre"):
+        alone.sample(PROMPTS[:1], [5], 0)
+
+
+@pytest.mark.parametrize("form", ["hidden", "top_k", "logprobs"])
+def test_a_score_is_read_back_as_it_was_given_and_never_asked_for_twice(tmp_path, form):
+    rollouts = Sampler().sample(PROMPTS, [1] * 4, 0)
+    inner = Teacher(form)
+    given = JournaledTeacher(inner, journal(tmp_path), form).score(rollouts)
+    again = JournaledTeacher(inner, journal(tmp_path), form)
+    assert again.lacks(rollouts) == 0
+    read = again.score([*reversed(rollouts), rollouts[0]])
+    assert inner.scored == [r.sample_id for r in rollouts]
+    for rollout in rollouts:
+        for name in ("hidden", "logprobs", "top_ids", "top_logprobs"):
+            a, b = (getattr(s[rollout.sample_id], name) for s in (given, read))
+            assert (a is None and b is None) or (a.dtype == b.dtype and torch.equal(a, b)), name
+    JournaledTeacher(inner, journal(tmp_path), "another form").score(rollouts)
+    assert len(inner.scored) == 8
+
+
+def test_one_text_under_two_names_is_scored_once(tmp_path):
+    first = Sampler().sample(PROMPTS[:1], [1], 0)[0]
+    twin = Rollout(**{n: getattr(first, n) for n in first.__slots__} | {"sample_id": "twin"})
+    inner = Teacher()
+    scores = JournaledTeacher(inner, journal(tmp_path), "f").score([first, twin])
+    assert len(inner.scored) == 1
+    assert {s.sample_id for s in scores.values()} == {first.sample_id, "twin"}
+
+
+def test_what_the_student_wrote_is_scored_and_not_kept(tmp_path):
+    rollout = Rollout("p", "s", (1,), (2, 3), None, "student", 3, "stop")
+    inner = Teacher()
+    for _ in range(2):
+        assert JournaledTeacher(inner, journal(tmp_path), "f").score([rollout])["s"] is not None
+    assert len(inner.scored) == 2
+    assert not list((tmp_path / "j").rglob("*.arrow"))
+
+
+def test_states_of_a_half_precision_teacher_take_two_bytes(tmp_path):
+    rollouts = Sampler().sample(PROMPTS[:1], [1], 0)
+    JournaledTeacher(Teacher("hidden"), journal(tmp_path, "bfloat16"), "hidden").score(rollouts)
+    (row,) = journal(tmp_path, "bfloat16").scores.rows(
+        *(next(iter(journal(tmp_path, "bfloat16").scores.places)), 0, 1)
+    )
+    assert len(row["hidden"].as_buffer()) == 2 * 8 * 2
+
+
+def test_a_file_that_is_not_whole_is_not_read_and_a_damaged_one_is_named(tmp_path):
+    j = journal(tmp_path)
+    sampler(Sampler(), j).sample(PROMPTS[:1], [1], 0)
+    (file,) = (tmp_path / "j").rglob("*.arrow")
+    shutil.copy(file, file.with_suffix(".partial"))
+    assert len(journal(tmp_path).completions.places) == 1
+    damaged = file.with_name("00000001-damaged.arrow")
+    damaged.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(JournalError, match=r"00000001-damaged\.arrow is damaged.*Remove it"):
+        journal(tmp_path)
+
+
+def test_a_full_disk_is_said_and_leaves_no_half_file(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    j = journal(tmp_path)
+    monkeypatch.setattr("seqkd.shards.os.fsync", full)
+    with pytest.raises(JournalError, match="No space left on device"):
+        sampler(Sampler(), j).sample(PROMPTS[:1], [1], 0)
+    assert not [p for p in (tmp_path / "j").rglob("*") if p.is_file()]
+
+
+# --- whose journal it is
+
+
+def config(tiny, tmp_path, **changes):
+    base = {
+        "teacher": {"kind": "vllm", "model": tiny["teacher"]},
+        "student": {"model": tiny["student"]},
+        "journal": {"path": str(tmp_path / "journal")},
+        "sampler": "journal",
+        "objective": {"kind": "token_forward_kl"},
+    }
+    return Config.model_validate(MINIMAL | base | changes)
+
+
+def test_other_weights_or_another_precision_are_another_teacher(tiny, tmp_path):
+    def directory(model, **changes):
+        teacher = {"kind": "vllm", "model": model, **changes}
+        return open_journal(config(tiny, tmp_path, teacher=teacher), True)[1].directory
+
+    copy = shutil.copytree(tiny["teacher"], tmp_path / "copy")
+    assert directory(str(copy)) == directory(tiny["teacher"]), "a name is not an identity"
+    weights = copy / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert directory(str(copy)) != directory(tiny["teacher"])
+    assert directory(tiny["teacher"], precision="bfloat16") != directory(tiny["teacher"])
+
+
+def test_the_recorded_teacher_stands_in_for_a_checkpoint_that_is_elsewhere(tiny, tmp_path):
+    moved = str(shutil.copytree(tiny["teacher"], tmp_path / "moved"))
+    there = config(tiny, tmp_path, teacher={"kind": "vllm", "model": moved})
+    with pytest.raises(
+        JournalError, match=r"holds nothing of the teacher .*moved.* nothing at all"
+    ):
+        open_journal(there, teacher_here=False)
+    keep_teacher(there, open_journal(there, teacher_here=True)[1])
+    head = load_head(moved, "float32")
+    shutil.rmtree(moved)
+    resolved, j = open_journal(there, teacher_here=False)
+    assert resolved.teacher.model == j.teacher != moved
+    assert torch.equal(load_head(j.teacher, "float32").weight, head.weight)
+    other = config(tiny, tmp_path, teacher={"kind": "vllm", "model": tiny["student"]})
+    with pytest.raises(JournalError, match=r"it holds .*moved"):
+        open_journal(other, teacher_here=False)
+
+
+def test_what_a_run_will_read_is_counted_before_it_starts(tiny, tmp_path):
+    c = config(tiny, tmp_path, steps=2, prompts_per_step=1, rollout={"samples_per_prompt": 1})
+    checked = SimpleNamespace(
+        train=PROMPTS[:2], heldout=PROMPTS[2:3], corpus=[], stop_ids=(0,), vocabulary=320
+    )
+    j = journal(tmp_path)
+    with pytest.raises(JournalError, match="completions of 3 prompts and scores of 0 completions"):
+        check_recorded(c, j, checked)
+    settings = [c.rollout.max_tokens, (0,), "float32"]
+    rollouts = JournaledSampler(Sampler(), j, settings).sample(PROMPTS[:3], [1] * 3, 0)
+    with pytest.raises(JournalError, match="completions of 0 prompts and scores of 3 completions"):
+        check_recorded(c, j, checked)
+    JournaledTeacher(Teacher("hidden"), j, score_form(c, 320)).score(rollouts)
+    check_recorded(c, j, checked)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "size"),
+    [({}, 64 * 4), ({"precision": "bfloat16"}, 64 * 2), ({"scores": "logprobs"}, 4),
+     ({"scores": "top_k", "top_k": 3}, 4 + 3 * 4 + 4 * 4)],
+)  # fmt: skip
+def test_size_of_a_token_on_disk(tiny, tmp_path, teacher, size):
+    teacher = {"kind": "hf", "model": tiny["teacher"]} | teacher
+    c = config(tiny, tmp_path, teacher=teacher, objective={"kind": "sequence_forward_kl"})
+    assert bytes_per_token(c) == size
