@@ -131,7 +131,8 @@ def _started(
     ranks = create(LearnerRank, "learner", config.learner, run_id)
     students = create(RolloutActor, "rollout", stop_ids, "student")
     teachers = create(TeacherActor, "teacher")
-    teacher, head_of = expand(config.teacher.model), None
+    teacher = expand(config.teacher.model)
+    heads: dict[str, tuple[str, str]] = {}
     writing: tuple[Any, ...]
     if isinstance(config.teacher, ApiTeacher):
         writers = create(ApiSampler, "teacher_sampler", stop_ids)
@@ -140,13 +141,13 @@ def _started(
         writers = create(RolloutActor, "teacher_sampler", stop_ids, "teacher")
         writing = teacher, config.teacher.generation, max_model_len
         if config.teacher.scores == "hidden":
-            head_of = (teacher, config.teacher.precision)
+            heads[""] = (teacher, config.teacher.precision)
     master = node = None
     if ranks:
         master, node = wait(ranks[0].rendezvous.remote(), "learner start")
     starts = {
         "learner": [
-            r.start.remote(rank, master, student_path, head_of) for rank, r in enumerate(ranks)
+            r.start.remote(rank, master, student_path, heads) for rank, r in enumerate(ranks)
         ],
         "rollout": [a.start.remote(student_path, config.rollout, max_model_len) for a in students],
         "teacher": [

@@ -170,7 +170,7 @@ class LearnerGroup:
 
     def measure(self, rollouts: Sequence[Rollout], scores: Scores) -> Measured:
         """See :class:`seqkd.protocols.Learner`."""
-        plan = batching.partition(rollouts, len(self.ranks), self.micro_batch_prompts)
+        plan = self._partition(rollouts, scores)
         dealt = self._deal(rollouts, scores)
         results = wait(
             [rank.measure.remote(batches) for rank, batches in zip(self.ranks, dealt, strict=True)],
@@ -208,8 +208,11 @@ class LearnerGroup:
         filler = min(rollouts, key=lambda r: len(r.prompt_ids) + len(r.completion_ids))
         return [
             [batching.pack(micro_batch, scores, filler) for micro_batch in part]
-            for part in batching.partition(rollouts, len(self.ranks), self.micro_batch_prompts)
+            for part in self._partition(rollouts, scores)
         ]
+
+    def _partition(self, rollouts: Sequence[Rollout], scores: Scores) -> list[list[list[Rollout]]]:
+        return batching.partition(rollouts, scores, len(self.ranks), self.micro_batch_prompts)
 
 
 def _seed(text: str) -> int:

@@ -63,7 +63,7 @@ class LearnerRank:
     def __init__(self, config: Learner, run_id: str) -> None:
         self.config, self.run_id = config, run_id
         self.device = "cuda" if config.gpus else "cpu"
-        self.teacher_head: OutputHead | None = None
+        self.teacher_heads: dict[str, OutputHead] = {}
         self.policy_version = 0
 
     def rendezvous(self) -> tuple[tuple[str, int], str]:
@@ -76,10 +76,14 @@ class LearnerRank:
         return master, ray.get_runtime_context().get_node_id()
 
     def start(
-        self, rank: int, master: tuple[str, int], model: str, teacher: tuple[str, str] | None
+        self,
+        rank: int,
+        master: tuple[str, int],
+        model: str,
+        teachers: Mapping[str, tuple[str, str]],
     ) -> None:
-        """Join the group and load the student; ``teacher`` names the model whose output head is
-        kept here, frozen, and its precision."""
+        """Join the group and load the student; ``teachers`` has, by the name of each teacher that
+        gives hidden states, the model whose output head is kept here, frozen, and its precision."""
         import deepspeed
 
         self.rank = rank
@@ -107,10 +111,10 @@ class LearnerRank:
             layer = student.get_output_embeddings()  # type: ignore[operator]
             for parameter in layer.parameters():
                 deepspeed.zero.register_external_parameter(module, parameter)
-        if teacher is not None:
+        for name, teacher in teachers.items():
             head = load_head(*teacher)
             bias = None if head.bias is None else head.bias.to(self.device)
-            self.teacher_head = replace(head, weight=head.weight.to(self.device), bias=bias)
+            self.teacher_heads[name] = replace(head, weight=head.weight.to(self.device), bias=bias)
 
     def step(self, parts: list[RankPart], lr: float) -> StepResult:
         """One optimizer step on this rank's micro-batches. The result's sums are this rank's."""
@@ -122,7 +126,7 @@ class LearnerRank:
         for number, (index, part, batch) in enumerate(pending, 1):
             self.engine.set_gradient_accumulation_boundary(number == len(pending))
             batch = self._to_device(batch)
-            stats = self.engine(batch, _names(batch, part.terms), self.teacher_head)
+            stats = self.engine(batch, _names(batch, part.terms), self._head(batch))
             weight = part.weight(batch, stats)
             loss = sum(
                 _loss(term, batch, stats, part.counts, weight) * term.weight for term in part.terms
@@ -145,7 +149,7 @@ class LearnerRank:
         with torch.no_grad():
             for batch in micro_batches:
                 batch = self._to_device(batch)
-                stats = self.engine(batch, _names(batch, ()), self.teacher_head)
+                stats = self.engine(batch, _names(batch, ()), self._head(batch))
                 results.append({str(name): value.cpu() for name, value in stats.items()})
         return results
 
@@ -168,6 +172,9 @@ class LearnerRank:
         state = self._gathered()
         if self.rank == 0:
             export(self.engine.module.model, state, Path(directory), tokenizer_from)
+
+    def _head(self, batch: TrainBatch) -> OutputHead | None:
+        return self.teacher_heads.get(batch.teacher)
 
     def _to_device(self, batch: TrainBatch) -> TrainBatch:
         if self.device == "cpu":

@@ -70,6 +70,7 @@ class RolloutActor:
             source=self.source,
             policy_version=self.policy_version,
             finish_reason="length" if completion.finish_reason == "length" else "stop",
+            tag=prompt.tag,
         )
 
     def usage(self) -> dict[str, int]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,19 +16,28 @@ from seqkd.types import Rollout, TeacherScore, TrainBatch
 
 
 def partition(
-    rollouts: Iterable[Rollout], ranks: int, prompts_per_micro_batch: int
+    rollouts: Iterable[Rollout],
+    scores: Mapping[str, TeacherScore],
+    ranks: int,
+    prompts_per_micro_batch: int,
 ) -> list[list[list[Rollout]]]:
     """[rank][micro-batch] -> rollouts. The samples of a prompt stay together, prompts of similar
-    length share a micro-batch, and every rank gets the same number of micro-batches (collective
-    operations need that); trailing ones may be empty."""
-    groups: dict[str, list[Rollout]] = {}
+    length share a micro-batch, which is of one teacher, and every rank gets the same number of
+    micro-batches (collective operations need that); trailing ones may be empty."""
+    groups: dict[tuple[str, str], list[Rollout]] = {}
     for rollout in rollouts:
-        groups.setdefault(rollout.prompt_id, []).append(rollout)
-    ordered = sorted(groups.values(), key=lambda group: -max(map(_length, group)))
-    slots = [
-        [rollout for group in ordered[low : low + prompts_per_micro_batch] for rollout in group]
-        for low in range(0, len(ordered), prompts_per_micro_batch)
-    ]
+        teacher = scores[rollout.sample_id].teacher if scores else ""
+        groups.setdefault((teacher, rollout.prompt_id), []).append(rollout)
+    slots = []
+    for teacher in dict.fromkeys(teacher for teacher, _ in groups):
+        ordered = sorted(
+            (group for (of, _), group in groups.items() if of == teacher),
+            key=lambda group: -max(map(_length, group)),
+        )
+        slots += [
+            [rollout for group in ordered[low : low + prompts_per_micro_batch] for rollout in group]
+            for low in range(0, len(ordered), prompts_per_micro_batch)
+        ]
     slots += [[] for _ in range(-len(slots) % ranks)]
     return [slots[rank::ranks] for rank in range(ranks)]
 
@@ -82,7 +92,8 @@ def pack(
 
 
 def _with_scores(batch: TrainBatch, scores: list[TeacherScore]) -> TrainBatch:
-    """Scores are of one form, as one teacher gives them."""
+    """Scores are of one teacher, and so of one form."""
+    (teacher,) = {score.teacher for score in scores}
 
     def flat(name: str) -> Tensor | None:
         rows = [getattr(score, name) for score in scores]
@@ -97,6 +108,7 @@ def _with_scores(batch: TrainBatch, scores: list[TeacherScore]) -> TrainBatch:
         logprobs = torch.zeros(batch.loss_mask.shape).masked_scatter(batch.loss_mask, every)
     return replace(
         batch,
+        teacher=teacher,
         teacher_hidden=flat("hidden"),
         teacher_logprobs=logprobs,
         teacher_top_ids=flat("top_ids"),
@@ -106,8 +118,9 @@ def _with_scores(batch: TrainBatch, scores: list[TeacherScore]) -> TrainBatch:
 
 def _nothing(score: TeacherScore) -> TeacherScore:
     """A score of no tokens, in the form of ``score``."""
-    tensors = {f.name: getattr(score, f.name) for f in fields(score) if f.name != "sample_id"}
-    return TeacherScore("", **{n: None if t is None else t[:0] for n, t in tensors.items()})
+    values = {f.name: getattr(score, f.name) for f in fields(score)}
+    nothing: dict[str, Any] = {n: v[:0] for n, v in values.items() if isinstance(v, Tensor)}
+    return replace(score, **nothing)
 
 
 def _padded_logprobs(rows: list[Rollout]) -> Tensor | None:

@@ -68,9 +68,9 @@ class Journal:
     def read_score(self, address: str, sample_id: str) -> TeacherScore:
         """The score under ``address``, as that of ``sample_id``."""
         (row,) = self.scores.rows(address, 0, 1)
-        return TeacherScore(
-            sample_id, **{n: self._tensor(n, row[n], row["tokens"].as_py()) for n in TENSORS}
-        )
+        tokens = row["tokens"].as_py()
+        tensors: dict[str, Any] = {n: self._tensor(n, row[n], tokens) for n in TENSORS}
+        return TeacherScore(sample_id, **tensors)
 
     def add_scores(self, scores: Sequence[tuple[str, TeacherScore]]) -> None:
         """Keep scores, each with its address."""
@@ -318,6 +318,7 @@ def _as_rollout(prompt: Prompt, row: dict[str, Any]) -> Rollout:
         source="teacher",
         policy_version=0,
         finish_reason=row["finish_reason"].as_py(),
+        tag=prompt.tag,
     )
 
 

@@ -132,4 +132,5 @@ def given(prompt: Prompt, source: Source) -> Rollout:
         source=source,
         policy_version=0,
         finish_reason="stop",
+        tag=prompt.tag,
     )

@@ -43,6 +43,7 @@ class Prompt:
     """Tokens of the data set's own answer, end-of-sequence included; None where it has none."""
     messages: tuple[tuple[str, str], ...] = ()
     """The same as (role, content), for a teacher that has a template of its own."""
+    tag: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,8 @@ class Rollout:
     policy_version: int
     """Number of weight syncs the sampling engine had received (0: initial weights)."""
     finish_reason: Literal["stop", "length"]
+    tag: str = ""
+    """Of the prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +84,8 @@ class TeacherScore:
     top_logprobs: Tensor | None = None
     """[T, k + 1] float32, their log-probabilities; last the logarithm of what is left (the
     tail)."""
+    teacher: str = ""
+    """Which of several teachers gave it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +116,8 @@ class TrainBatch:
     """[N, k], in the order of ``teacher_hidden``."""
     teacher_top_logprobs: Tensor | None = None
     """[N, k + 1], likewise."""
+    teacher: str = ""
+    """Which of several teachers scored it: the same for every sequence."""
 
 
 @dataclass(frozen=True, slots=True)

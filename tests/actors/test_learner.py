@@ -91,7 +91,9 @@ def learners(local_ray):
         master, _ = wait(group[0].rendezvous.remote(), "learner")
         wait(
             [
-                r.start.remote(rank, master, models["student"], (models["teacher"], "float32"))
+                r.start.remote(
+                    rank, master, models["student"], {"": (models["teacher"], "float32")}
+                )
                 for rank, r in enumerate(group)
             ],
             "learner start",

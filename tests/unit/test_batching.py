@@ -85,7 +85,7 @@ def test_partition_keeps_groups_and_loses_nothing(ranks, per_micro_batch):
     rollouts = [
         rollout(f"p{p}", i, [1] * (p + 1), [2] * (i + 1)) for p in range(7) for i in range(3)
     ]
-    plan = batching.partition(rollouts, ranks, per_micro_batch)
+    plan = batching.partition(rollouts, {}, ranks, per_micro_batch)
     assert len(plan) == ranks
     assert len({len(part) for part in plan}) == 1, "the same number of micro-batches a rank"
     micro_batches = [m for part in plan for m in part]

@@ -1,0 +1,72 @@
+"""Several teachers behind one: each prompt has one of them, by its tag and by their weights."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
+
+from seqkd.protocols import Sampler, Teacher
+from seqkd.types import Prompt, Rollout, TeacherScore, WeightVersion
+
+Choose = Callable[[str, str], str]
+"""(tag, prompt_id) -> the teacher's name; see
+:meth:`seqkd.config_roles.SeveralTeachers.choose`."""
+
+
+class SeveralSamplers:
+    """Every prompt goes to its teacher's sampler."""
+
+    def __init__(self, samplers: Mapping[str, Sampler], choose: Choose) -> None:
+        self.samplers, self.choose = samplers, choose
+        self.policy_version = 0
+
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        samples: Sequence[int],
+        seed: int,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+    ) -> list[Rollout]:
+        """See :class:`seqkd.protocols.Sampler`."""
+        names = [self.choose(p.tag, p.prompt_id) for p in prompts]
+        drawn: dict[int, list[Rollout]] = {}
+        for name in dict.fromkeys(names):
+            places = [i for i, of in enumerate(names) if of == name]
+            of_teacher = iter(
+                self.samplers[name].sample(
+                    [prompts[i] for i in places],
+                    [samples[i] for i in places],
+                    seed,
+                    temperature,
+                    top_p,
+                )
+            )
+            drawn |= {i: [next(of_teacher) for _ in range(samples[i])] for i in places}
+        return list(chain.from_iterable(drawn[i] for i in range(len(prompts))))
+
+    def load(self, version: WeightVersion) -> None:
+        """A teacher's weights never change."""
+        raise NotImplementedError
+
+    def usage(self) -> dict[str, int]:
+        """See :class:`seqkd.protocols.Sampler`: the sum over all."""
+        return dict(sum((Counter(s.usage()) for s in self.samplers.values()), Counter()))
+
+
+class SeveralTeachers:
+    """Every rollout is scored by its prompt's teacher."""
+
+    def __init__(self, teachers: Mapping[str, Teacher], choose: Choose) -> None:
+        self.teachers, self.choose = teachers, choose
+
+    def score(self, rollouts: Sequence[Rollout]) -> dict[str, TeacherScore]:
+        """See :class:`seqkd.protocols.Teacher`; each score says whose it is."""
+        names = {r.sample_id: self.choose(r.tag, r.prompt_id) for r in rollouts}
+        scores: dict[str, TeacherScore] = {}
+        for name in dict.fromkeys(names.values()):
+            theirs = self.teachers[name].score([r for r in rollouts if names[r.sample_id] == name])
+            scores |= {key: replace(score, teacher=name) for key, score in theirs.items()}
+        return scores
