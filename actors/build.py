@@ -8,7 +8,7 @@ import socket
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 from actors import placement, weight_sync
 from actors.groups import LearnerGroup, RolloutGroup, TeacherGroup, wait
@@ -108,10 +108,8 @@ def _started(
 ) -> Iterator[Workers]:
     import ray
 
-    from actors.api_teacher import ApiSampler
     from actors.learner import LearnerRank
     from actors.rollout import RolloutActor
-    from actors.teacher import TeacherActor
 
     def create(cls: type, role: placement.Role, *args: Any) -> list[Any]:
         remote: Any = ray.remote(cls)
@@ -120,25 +118,20 @@ def _started(
     run_id = uuid.uuid4().hex[:12]
     ranks = create(LearnerRank, "learner", config.learner, run_id)
     students = create(RolloutActor, "rollout", stop_ids, "student")
-    teachers = create(TeacherActor, "teacher")
-    teacher, head_of = expand(config.teacher.model), None
-    writing: tuple[Any, ...]
-    if isinstance(config.teacher, ApiTeacher):
-        writers = create(ApiSampler, "teacher_sampler", stop_ids)
-        writing = config.teacher, key_of(config.teacher), expand(config.student.model)
-    else:
-        writers = create(RolloutActor, "teacher_sampler", stop_ids, "teacher")
-        writing = teacher, config.teacher.generation, max_model_len
-        if config.teacher.scores == "hidden":
-            head_of = (teacher, config.teacher.precision)
+    scoring, writing = _teacher_actors(config, stop_ids, max_model_len, vocabulary)
+    teachers = create(scoring.cls, "teacher", *scoring.made_of)
+    writers = create(writing.cls, "teacher_sampler", *writing.made_of)
+    head_of = None
+    if config.teacher.scores == "hidden":
+        head_of = (expand(config.teacher.model), config.teacher.precision)
     master, node = wait(ranks[0].rendezvous.remote(), "learner start")
     starts = {
         "learner": [
             r.start.remote(rank, master, student_path, head_of) for rank, r in enumerate(ranks)
         ],
         "rollout": [a.start.remote(student_path, config.rollout, max_model_len) for a in students],
-        "teacher": [a.start.remote(config.teacher, max_model_len, vocabulary) for a in teachers],
-        "teacher_sampler": [a.start.remote(*writing) for a in writers],
+        "teacher": [a.start.remote(*scoring.started_with) for a in teachers],
+        "teacher_sampler": [a.start.remote(*writing.started_with) for a in writers],
     }
     for role, refs in starts.items():
         wait(refs, f"{role} start")
@@ -153,6 +146,35 @@ def _started(
         for actor in (*ranks, *students, *teachers, *writers):
             ray.kill(actor)  # one that hangs or waits for a dead one would never close by itself
         _clean_shared_memory(run_id, node)
+
+
+class _Actors(NamedTuple):
+    cls: type
+    made_of: tuple[Any, ...]
+    started_with: tuple[Any, ...]
+
+
+def _teacher_actors(
+    config: Config, stop_ids: tuple[int, ...], max_model_len: int, vocabulary: int
+) -> tuple[_Actors, _Actors]:
+    """Those that score and those that write."""
+    from actors.api_teacher import ApiSampler, ApiScorer
+    from actors.rollout import RolloutActor
+    from actors.teacher import TeacherActor
+
+    teacher = config.teacher
+    if isinstance(teacher, ApiTeacher):
+        key = key_of(teacher)
+        writing = (teacher, key, expand(config.student.model))
+        return (
+            _Actors(ApiScorer, (), (teacher, key, vocabulary)),
+            _Actors(ApiSampler, (stop_ids,), writing),
+        )
+    engine = (expand(teacher.model), teacher.generation, max_model_len)
+    return (
+        _Actors(TeacherActor, (), (teacher, max_model_len, vocabulary)),
+        _Actors(RolloutActor, (stop_ids, "teacher"), engine),
+    )
 
 
 def _clean_shared_memory(run_id: str, node: str) -> None:

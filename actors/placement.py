@@ -135,9 +135,8 @@ def plan(config: Config) -> Plan:
         ("learner", learner),
         ("rollout", config.rollout),
         ("teacher_sampler", config.teacher.generation),
+        ("teacher", Actors() if isinstance(config.teacher, ApiTeacher) else config.teacher),
     ]
-    if not isinstance(config.teacher, ApiTeacher):
-        roles.append(("teacher", config.teacher))
     roles = [(role, spec) for role, spec in roles if role in needed(config)]
     if config.placement == "split":
         return _split(roles)

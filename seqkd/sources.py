@@ -40,6 +40,8 @@ class StepSource:
             needs = {term.objective.teacher_need for term in self.terms}
             needed = needs != {"nothing"} or self.fraction is not None
             self.scores = self.workers.teacher.score(rollouts) if needed else {}
+        if needed or any(rollout.source == "teacher" for rollout in rollouts):
+            self.usage = self.workers.usage()
 
     def part(self, clock: Clock) -> Part:
         """What the next step learns from."""
@@ -70,8 +72,6 @@ class StepSource:
         with clock("sample"):
             ours = self._sample(self.workers.student, prompts, samples - from_teacher, seed)
             theirs = self._sample(self.workers.teacher_sampler, prompts, from_teacher, seed)
-            if from_teacher.any():
-                self.usage = self.workers.teacher_sampler.usage()
         return [[*a, *b] for a, b in zip(ours, theirs, strict=True)]
 
     def _sample(
