@@ -8,7 +8,7 @@ import socket
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 from actors import placement, weight_sync
 from actors.groups import LearnerGroup, RolloutGroup, TeacherGroup, wait
@@ -116,10 +116,8 @@ def _started(
 ) -> Iterator[Workers]:
     import ray
 
-    from actors.api_teacher import ApiSampler
     from actors.learner import LearnerRank
     from actors.rollout import RolloutActor
-    from actors.teacher import TeacherActor
 
     stop_ids, max_model_len = checked.stop_ids, checked.max_model_len
 
@@ -130,18 +128,12 @@ def _started(
     run_id = uuid.uuid4().hex[:12]
     ranks = create(LearnerRank, "learner", config.learner, run_id)
     students = create(RolloutActor, "rollout", stop_ids, "student")
-    teachers = create(TeacherActor, "teacher")
-    teacher = expand(config.teacher.model)
+    scoring, writing = _teacher_actors(config, checked)
+    teachers = create(scoring.cls, "teacher", *scoring.made_of)
+    writers = create(writing.cls, "teacher_sampler", *writing.made_of)
     heads: dict[str, tuple[str, str]] = {}
-    writing: tuple[Any, ...]
-    if isinstance(config.teacher, ApiTeacher):
-        writers = create(ApiSampler, "teacher_sampler", stop_ids)
-        writing = config.teacher, key_of(config.teacher), expand(config.student.model)
-    else:
-        writers = create(RolloutActor, "teacher_sampler", stop_ids, "teacher")
-        writing = teacher, config.teacher.generation, max_model_len
-        if config.teacher.scores == "hidden":
-            heads[""] = (teacher, config.teacher.precision)
+    if config.teacher.scores == "hidden":
+        heads[""] = (expand(config.teacher.model), config.teacher.precision)
     master = node = None
     if ranks:
         master, node = wait(ranks[0].rendezvous.remote(), "learner start")
@@ -150,10 +142,8 @@ def _started(
             r.start.remote(rank, master, student_path, heads) for rank, r in enumerate(ranks)
         ],
         "rollout": [a.start.remote(student_path, config.rollout, max_model_len) for a in students],
-        "teacher": [
-            a.start.remote(config.teacher, max_model_len, checked.vocabulary) for a in teachers
-        ],
-        "teacher_sampler": [a.start.remote(*writing) for a in writers],
+        "teacher": [a.start.remote(*scoring.started_with) for a in teachers],
+        "teacher_sampler": [a.start.remote(*writing.started_with) for a in writers],
     }
     for role, refs in starts.items():
         wait(refs, f"{role} start")
@@ -185,6 +175,33 @@ def _record(
     settings = sampling_settings(config, checked.stop_ids)
     crew.teacher_sampler = JournaledSampler(writer, journal, settings)
     crew.teacher = JournaledTeacher(scorer, journal, score_form(config, checked.vocabulary))
+
+
+class _Actors(NamedTuple):
+    cls: type
+    made_of: tuple[Any, ...]
+    started_with: tuple[Any, ...]
+
+
+def _teacher_actors(config: Config, checked: Checked) -> tuple[_Actors, _Actors]:
+    """Those that score and those that write."""
+    from actors.api_teacher import ApiSampler, ApiScorer
+    from actors.rollout import RolloutActor
+    from actors.teacher import TeacherActor
+
+    teacher = config.teacher
+    if isinstance(teacher, ApiTeacher):
+        key = key_of(teacher)
+        writing = (teacher, key, expand(config.student.model))
+        return (
+            _Actors(ApiScorer, (), (teacher, key, checked.vocabulary)),
+            _Actors(ApiSampler, (checked.stop_ids,), writing),
+        )
+    engine = (expand(teacher.model), teacher.generation, checked.max_model_len)
+    return (
+        _Actors(TeacherActor, (), (teacher, checked.max_model_len, checked.vocabulary)),
+        _Actors(RolloutActor, (checked.stop_ids, "teacher"), engine),
+    )
 
 
 def _clean_shared_memory(run_id: str, node: str) -> None:

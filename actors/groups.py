@@ -96,8 +96,7 @@ class RolloutGroup:
 
     def usage(self) -> dict[str, int]:
         """See :class:`seqkd.protocols.Sampler`."""
-        counts = wait([actor.usage.remote() for actor in self.actors], self.name)
-        return dict(sum(map(Counter, counts), Counter()))
+        return _usage(self.actors, self.name)
 
     def load(self, version: WeightVersion) -> None:
         """See :class:`seqkd.protocols.Sampler`."""
@@ -134,6 +133,10 @@ class TeacherGroup:
         if missing:
             raise ActorError(f"teacher scoring: {len(missing)} rollouts came back without a score.")
         return scores
+
+    def usage(self) -> dict[str, int]:
+        """See :class:`seqkd.protocols.Teacher`."""
+        return _usage(self.actors, "teacher")
 
 
 class LearnerGroup:
@@ -213,6 +216,11 @@ class LearnerGroup:
 
     def _partition(self, rollouts: Sequence[Rollout], scores: Scores) -> list[list[list[Rollout]]]:
         return batching.partition(rollouts, scores, len(self.ranks), self.micro_batch_prompts)
+
+
+def _usage(actors: list[Any], name: str) -> dict[str, int]:
+    counts = wait([actor.usage.remote() for actor in actors], name)
+    return dict(sum(map(Counter, counts), Counter()))
 
 
 def _seed(text: str) -> int:

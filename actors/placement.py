@@ -151,9 +151,8 @@ def plan(config: Config, roles: set[Role] | None = None) -> Plan:
         ("learner", learner),
         ("rollout", config.rollout),
         ("teacher_sampler", config.teacher.generation),
+        ("teacher", Actors() if isinstance(config.teacher, ApiTeacher) else config.teacher),
     ]
-    if not isinstance(config.teacher, ApiTeacher):
-        specs.append(("teacher", config.teacher))
     specs = [(role, spec) for role, spec in specs if role in chosen]
     return _split(specs) if config.placement == "split" else _colocated(specs)
 

@@ -222,38 +222,43 @@ class Config(Phase):
                 f"{where}objective {objective.kind!r} needs the teacher's distribution, but "
                 f"teacher.scores is {scores!r}. "
                 + (
-                    "Set sampler to teacher, or use a local teacher (kind vllm or hf)."
-                    if scores == "none"
+                    "Set it to top_k, where the endpoint gives log-probs and has the student's "
+                    "tokenizer. Else set sampler to teacher, or use a local teacher (kind vllm or "
+                    "hf)."
+                    if self.teacher.kind == "openai"
                     else "Set teacher.scores to hidden or top_k."
                 )
             )
         if need == "logprobs" and scores == "none":
             raise ValueError(
-                f"{where}objective {objective.kind!r} needs the teacher's log-probs, which teacher "
-                f"kind {self.teacher.kind!r} does not give. Set sampler to teacher, or use a local "
-                "teacher (kind vllm or hf)."
+                f"{where}objective {objective.kind!r} needs the teacher's log-probs, but "
+                "teacher.scores is 'none'. Set it to logprobs, where the endpoint gives them and "
+                "has the student's tokenizer. Else set sampler to teacher, or use a local teacher "
+                "(kind vllm or hf)."
             )
         sampled = "teacher_logprob" in objective.stats() and objective.running
         if sampled and scores == "top_k":
             raise ValueError(
                 f"{where}objective.estimator charges log-ratios of the whole distribution, but its "
                 "running costs would be those of teacher.scores 'top_k', which are lower. Set "
-                "objective.estimator to rao_blackwell, or teacher.scores to hidden or logprobs."
+                "objective.estimator to rao_blackwell, or teacher.scores to logprobs or hidden."
             )
         wanted = objective.divergence()
         if wanted and wanted[2] != 1 and scores == "top_k":
             raise ValueError(
                 f"{where}objective.temperature {wanted[2]:g} changes the share of the tail, which "
-                "teacher.scores 'top_k' knows at temperature 1 only. Set teacher.scores to hidden."
+                "teacher.scores 'top_k' knows at temperature 1 only. Set it to 1, or "
+                "teacher.scores to hidden (a teacher of kind vllm or hf)."
             )
 
     def _samples_fit(self, term: Term, samples: int, where: str) -> None:
         objective, rollout = term.objective, self.rollout
-        if term.sampler == "mixture" and self.teacher.scores == "none":
+        by_text = self.teacher.scores == "none" or getattr(self.teacher, "api", "") == "chat"
+        if term.sampler == "mixture" and by_text:
             raise ValueError(
                 f"{where}sampler 'mixture' weighs each completion by the teacher's probability of "
-                f"it, which teacher kind {self.teacher.kind!r} does not give. Set sampler to "
-                "teacher."
+                "it, which is not known of text. Set teacher.api to completions and "
+                "teacher.scores to logprobs or top_k, or sampler to teacher or student."
             )
         tempered = rollout.temperature != 1 or rollout.top_p != 1
         if tempered and (objective.on_policy or term.sampler == "mixture"):

@@ -116,8 +116,9 @@ class HfTeacher(_Teacher):
 
 
 class ApiTeacher(Schema):
-    """A teacher behind an OpenAI-compatible endpoint: it writes, and that is all. Its text is
-    tokenized anew for the student, so that the two tokenizers may differ."""
+    """A teacher behind an OpenAI-compatible endpoint. Without scores it writes, and its text is
+    tokenized anew for the student, so that the two tokenizers may differ. With scores it must have
+    the student's."""
 
     kind: Literal["openai"] = "openai"
     model: str = Field(description="The name under which the endpoint serves it.")
@@ -131,7 +132,23 @@ class ApiTeacher(Schema):
     max_retries: int = Field(
         10, ge=0, description="Of one request, with growing pauses, before the run fails."
     )
-    scores: Literal["none"] = "none"
+    scores: Literal["none", "logprobs", "top_k"] = Field(
+        "none",
+        description="logprobs: sampled tokens only; top_k: the most probable tokens and the rest "
+        "as one event; by the completions interface, with echo, on token ids.",
+    )
+    top_k: int = Field(
+        20, ge=1, description="Tokens that scores=top_k names at each state; servers have a limit."
+    )
+    tokenizer: str | None = Field(
+        None, description="Directory or hub name of the served model's tokenizer, for scores."
+    )
+    checkpoint: str | None = Field(
+        None, description="What the endpoint should serve, where it is here, to compare with."
+    )
+    precision: Precision = Field(
+        "bfloat16", description="What the endpoint computes in: how closely its scores must repeat."
+    )
 
     @field_validator("key_env")
     @classmethod
@@ -142,10 +159,25 @@ class ApiTeacher(Schema):
             )
         return value
 
+    @model_validator(mode="after")
+    def _scores_fit(self) -> ApiTeacher:
+        if self.scores != "none" and self.tokenizer is None:
+            raise ValueError(
+                f"scores {self.scores!r} are of the student's tokens, so the served model must "
+                "have the student's tokenizer, but teacher.tokenizer is not set. Set it to the "
+                "directory or hub name of the served model's, or scores to none."
+            )
+        if self.scores == "none" and self.checkpoint is not None:
+            raise ValueError(
+                f"checkpoint {self.checkpoint!r} is compared by log-probs, but scores is 'none'. "
+                "Set scores to logprobs or top_k, or leave checkpoint out."
+            )
+        return self
+
     @property
     def distribution(self) -> bool:
         """Whether its scores tell its distribution."""
-        return False
+        return self.scores == "top_k"
 
     @property
     def generation(self) -> Actors:

@@ -229,6 +229,7 @@ class JournaledTeacher:
 
     def __init__(self, inner: Teacher | None, journal: Journal, form: str) -> None:
         self.inner, self.journal, self.form = inner, journal, form
+        self.reused = 0
 
     def score(self, rollouts: Sequence[Rollout]) -> dict[str, TeacherScore]:
         """See :class:`seqkd.protocols.Teacher`."""
@@ -238,6 +239,7 @@ class JournaledTeacher:
             for r in rollouts
             if addresses[r.sample_id] not in self.journal.scores
         }
+        self.reused += len(rollouts) - len(missing)
         new: dict[str, TeacherScore] = {}
         if missing:
             if self.inner is None:
@@ -252,6 +254,10 @@ class JournaledTeacher:
             else self.journal.read_score(a, sample_id)
             for sample_id, a in addresses.items()
         }
+
+    def usage(self) -> dict[str, int]:
+        """What was asked of an endpoint so far, and how many scores were there already."""
+        return {**(self.inner.usage() if self.inner else {}), "reused_scores": self.reused}
 
     def lacks(self, rollouts: Sequence[Rollout]) -> int:
         """How many of them have no score in the journal."""
@@ -274,17 +280,17 @@ def score_form(config: Config, vocabulary: int) -> str:
     scores = config.teacher.scores
     if scores == "hidden":
         return scores
-    top_k = f"{config.teacher.top_k} " if scores == "top_k" else ""  # type: ignore[union-attr]
+    top_k = f"{config.teacher.top_k} " if scores == "top_k" else ""
     return f"{scores} {top_k}of {vocabulary}"
 
 
 def bytes_per_token(config: Config) -> int:
     """What the score of one completion token takes on disk."""
     teacher = config.teacher
-    if isinstance(teacher, ApiTeacher) or teacher.scores == "logprobs":
-        return 4
     if teacher.scores == "top_k":
         return 4 + 4 * teacher.top_k + 4 * (teacher.top_k + 1)
+    if isinstance(teacher, ApiTeacher) or teacher.scores == "logprobs":
+        return 4
     hidden_size: int = load_config(teacher.model, "teacher.model").hidden_size
     return hidden_size * dtype_of(teacher.precision).itemsize
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from seqkd.api_client import check_endpoint
+from seqkd.api_checks import check_answers, check_endpoint
 from seqkd.config import Config
 from seqkd.config_roles import ApiTeacher, Prune
 from seqkd.data import read_corpus, read_prompts
@@ -66,7 +66,7 @@ def check(config: Config) -> Checked:
     if isinstance(config.student.init, Prune):
         found.attempt(check_prune, student, config.student.init)
     if isinstance(config.teacher, ApiTeacher):
-        found.attempt(check_endpoint, config.teacher)
+        _endpoint(config, config.teacher, student, tokenizer, found)
         teacher = None
     else:
         teacher = _local_teacher(config, student, tokenizer, found)
@@ -77,6 +77,17 @@ def check(config: Config) -> Checked:
     assert tokenizer is not None and stop_ids is not None and prompts is not None
     vocabulary = min(model.vocab_size for model in (student, teacher) if model is not None)
     return Checked(tokenizer, stop_ids, *prompts, max_model_len, vocabulary, tuple(found.warnings))
+
+
+def _endpoint(
+    config: Config, teacher: ApiTeacher, student: Any, tokenizer: Any, found: Findings
+) -> None:
+    client = found.attempt(check_endpoint, teacher)
+    if teacher.tokenizer is not None:
+        other = found.attempt(load_tokenizer, teacher.tokenizer, "teacher.tokenizer")
+        found.attempt(same_tokenizer, tokenizer, other, config)
+    if student is not None:
+        found.attempt(check_answers, client, tokenizer, student.vocab_size, config)
 
 
 def _local_teacher(config: Config, student: Any, tokenizer: Any, found: Findings) -> Any:
@@ -179,9 +190,14 @@ def same_tokenizer(student: Any, teacher: Any, config: Config) -> None:
     elif (text := _first_difference(student, teacher)) is not None:
         problem = f"they split {text!r} differently"
     if problem:
+        field, name = "teacher.model", config.teacher.model
+        mend = "Choose models with the same tokenizer."
+        if isinstance(config.teacher, ApiTeacher):
+            field, name = "teacher.tokenizer", str(config.teacher.tokenizer)
+            mend = "Scores need the same tokens: set teacher.scores to none and sampler to teacher."
         raise ModelError(
-            f"teacher.model: the tokenizers of {config.teacher.model!r} and of student.model "
-            f"{config.student.model!r} differ: {problem}. Choose models with the same tokenizer."
+            f"{field}: the tokenizers of {name!r} and of student.model "
+            f"{config.student.model!r} differ: {problem}. {mend}"
         )
 
 

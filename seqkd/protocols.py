@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -41,6 +42,9 @@ class Teacher(Protocol):
 
     def score(self, rollouts: Sequence[Rollout]) -> dict[str, TeacherScore]:
         """A score for every rollout, by sample id."""
+
+    def usage(self) -> dict[str, int]:
+        """What was asked of a paid endpoint so far; nothing of a local model."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,10 @@ class Workers:
     """Whether the teacher's scores tell its distribution, and with it divergences."""
     live_teacher: bool = True
     """Whether it can score what it has not seen; not where it is known from a journal alone."""
+
+    def usage(self) -> dict[str, int]:
+        """What was asked of the teacher's endpoint so far, for text and for scores."""
+        return dict(Counter(self.teacher_sampler.usage()) + Counter(self.teacher.usage()))
 
     def sync(self) -> None:
         """Bring the student's sampler to the learner's weights; nothing to do where it has them."""

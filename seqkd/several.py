@@ -70,3 +70,7 @@ class SeveralTeachers:
             theirs = self.teachers[name].score([r for r in rollouts if names[r.sample_id] == name])
             scores |= {key: replace(score, teacher=name) for key, score in theirs.items()}
         return scores
+
+    def usage(self) -> dict[str, int]:
+        """See :class:`seqkd.protocols.Teacher`: the sum over all."""
+        return dict(sum((Counter(t.usage()) for t in self.teachers.values()), Counter()))

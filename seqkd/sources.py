@@ -56,6 +56,8 @@ class StepSource:
         rollouts = [r for of_step in self.steps for r in of_step]
         with clock("score"):
             self.scores = self.workers.teacher.score(rollouts) if self.scored else {}
+        if self.scored or any(rollout.source == "teacher" for rollout in rollouts):
+            self.usage = self.workers.usage()
 
     def part(self, clock: Clock) -> Part:
         """What the next step learns from."""
@@ -86,8 +88,6 @@ class StepSource:
         with clock("sample"):
             ours = self._sample(self.workers.student, prompts, samples - from_teacher, seed)
             theirs = self._sample(self.workers.teacher_sampler, prompts, from_teacher, seed)
-            if from_teacher.any():
-                self.usage = self.workers.teacher_sampler.usage()
         return [[*a, *b] for a, b in zip(ours, theirs, strict=True)]
 
     def _sample(

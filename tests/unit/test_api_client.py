@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import torch
 
-from seqkd.api_client import ApiClient, Request, check_endpoint, key_of
+from actors.api_teacher import ApiSampler, ApiScorer
+from seqkd.api_checks import check_answers, check_endpoint
+from seqkd.api_client import ApiClient, Request, key_of
+from seqkd.config import Config
 from seqkd.config_roles import ApiTeacher
 from seqkd.errors import ActorError, ModelError
+from seqkd.types import Prompt, Rollout
+from tests.unit.test_config import MINIMAL
+
+VOCABULARY = 320
+
+
+def distribution(ids):
+    """[V] log-probs after ``ids``, whatever the peer's model: each of its tokens counts."""
+    seed = hash(tuple(ids)) % 2**31
+    return torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(seed)).log_softmax(-1)
 
 
 class Peer(BaseHTTPRequestHandler):
@@ -59,6 +74,8 @@ class Peer(BaseHTTPRequestHandler):
             return self.send(200, b'{"choices": [{"index"')
         if fault == "slow":
             threading.Event().wait(3)
+        if isinstance(body.get("prompt"), list):
+            return self.tokens(fault, body)
         text = body["messages"][-1]["content"] if "messages" in body else body["prompt"]
         choice = {"index": 0, "finish_reason": "stop", "logprobs": None}
         if "messages" in body:
@@ -69,9 +86,43 @@ class Peer(BaseHTTPRequestHandler):
             choice["message"]["content"] = None
         if fault == "no choices":
             return self.reply(200, {"id": "x"})
-        usage = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
-        answer = {"id": "x", "object": "o", "created": 0, "model": "t", "choices": [choice]}
-        return self.reply(200, {**answer, "usage": usage})
+        read = 3 if self.server.counts is None else self.server.counts(text)
+        return self.answer(choice, read, 2)
+
+    def answer(self, choice, read, written):
+        usage = {"prompt_tokens": read, "completion_tokens": written}
+        head = {"id": "x", "object": "o", "created": 0, "model": self.server.model}
+        self.reply(200, {**head, "choices": [choice], "usage": usage})
+
+    def tokens(self, fault, body):
+        """Log-probs by token id: of the echoed prompt, or of a completion ending in token 0."""
+        prompt = body["prompt"]
+        if fault == "reads less":
+            prompt = prompt[2:]
+        ids = prompt if body.get("echo") else [*prompt, 7, 8, 0]
+        first = 0 if body.get("echo") else len(prompt)
+        every = [self.server.law(ids[:i]) if i else None for i in range(len(ids))]
+        logprobs = [None if d is None else d[t].item() for d, t in zip(every, ids, strict=True)]
+        if self.server.noise:
+            logprobs = [v and v - random.uniform(0, self.server.noise) for v in logprobs]
+        tops = [d and dict(zip(*self.best(d, body), strict=True)) for d in map(self.some, every)]
+        given = {
+            "tokens": [f"token_id:{t}" for t in ids][first:],
+            "token_logprobs": logprobs[first:],
+            "top_logprobs": tops[first:],
+        }
+        choice = {"index": 0, "text": "x", "finish_reason": "stop", "logprobs": given}
+        SPOIL.get(fault, lambda c: None)(choice)
+        self.answer(choice, len(prompt), 1 if body.get("echo") else 3)
+
+    @staticmethod
+    def some(logprobs):
+        return None if logprobs is None else logprobs.tolist()
+
+    @staticmethod
+    def best(logprobs, body):
+        order = sorted(range(VOCABULARY), key=lambda v: -logprobs[v])[: body["logprobs"]]
+        return [f"token_id:{v}" for v in order], [logprobs[v] for v in order]
 
     def reply(self, status, content, *headers):
         self.send(status, json.dumps(content).encode(), *headers)
@@ -86,12 +137,41 @@ class Peer(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
 
+def spoil(field, change):
+    """A fault in one of the lists of an answer's log-probs."""
+
+    def apply(choice):
+        choice["logprobs"][field] = change(choice["logprobs"][field])
+
+    return apply
+
+
+SPOIL = {
+    "no log-probs": lambda choice: choice.update(logprobs=None),
+    "empty": spoil("token_logprobs", lambda v: []),
+    "null": spoil("token_logprobs", lambda v: [*v[:-1], None]),
+    "NaN": spoil("token_logprobs", lambda v: [*v[:-1], math.nan]),
+    "-inf": spoil("token_logprobs", lambda v: [*v[:-1], -math.inf]),
+    "-9999": spoil("token_logprobs", lambda v: [*v[:-1], -9999.0]),
+    "above 0": spoil("token_logprobs", lambda v: [*v[:-1], 0.5]),
+    "all zero": spoil("token_logprobs", lambda v: [None] + [0.0] * (len(v) - 1)),
+    "one short": lambda choice: [v.pop() for v in choice["logprobs"].values()],
+    "one list short": spoil("token_logprobs", lambda v: v[:-1]),
+    "other tokens": spoil("tokens", lambda v: [*v[:-1], "token_id:1"]),
+    "text": spoil("tokens", lambda v: ["a"] * len(v)),
+    "few on top": spoil("top_logprobs", lambda v: [d and dict(list(d.items())[:1]) for d in v]),
+    "null on top": spoil("top_logprobs", lambda v: [d and dict.fromkeys(d) for d in v]),
+    "above 1 on top": spoil("top_logprobs", lambda v: [d and dict.fromkeys(d, -0.1) for d in v]),
+}
+
+
 @pytest.fixture
 def peer():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Peer)
     server.faults, server.bodies, server.lock = [], [], threading.Lock()
     server.under_way = server.most = 0
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    server.law, server.counts, server.noise, server.model = distribution, None, 0.0, "t"
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield server
     server.shutdown()
 
@@ -154,7 +234,7 @@ def test_what_cannot_succeed_is_not_repeated(peer, fault, cause):
 
 def test_retries_end(peer):
     peer.faults = ["no content"] * 5
-    with pytest.raises(ActorError, match="its answers cannot be read: ValueError: text None"):
+    with pytest.raises(ActorError, match="its answers cannot be read: text None"):
         ask(peer, max_retries=2)
     assert len(peer.bodies) == 3
 
@@ -204,3 +284,233 @@ def test_a_page_in_place_of_a_model_list(peer):
     page = ApiTeacher(model="t", base_url=f"http://127.0.0.1:{port}/page")
     with pytest.raises(ModelError, match=r"teacher\.base_url: .*ends in /v1"):
         check_endpoint(page)
+
+
+# --- scores
+
+
+SCORING = {"tokenizer": "any", "precision": "float32"}
+
+
+def rollouts(number):
+    drawn = random.Random(0)
+    return [
+        Rollout(
+            prompt_id=str(i),
+            sample_id=f"{i}/0",
+            prompt_ids=tuple(drawn.choices(range(1, VOCABULARY), k=1 + i % 3)),
+            completion_ids=tuple(drawn.choices(range(VOCABULARY), k=1 + i % 5)),
+            rollout_logprobs=None,
+            source="student",
+            policy_version=0,
+            finish_reason="length",
+        )
+        for i in range(number)
+    ]
+
+
+def score(server, wanted, **options):
+    scorer = ApiScorer()
+    options = {"scores": "top_k", "top_k": 5, **SCORING, **options}
+    scorer.start(config(server, **options), "key", VOCABULARY)
+    return scorer, scorer.score(wanted)
+
+
+def states(rollout):
+    """[T, V] what the peer's model says before each completion token."""
+    ids = [*rollout.prompt_ids, *rollout.completion_ids]
+    return torch.stack([distribution(ids[:i]) for i in range(len(rollout.prompt_ids), len(ids))])
+
+
+def expect_exact(wanted, scores):
+    assert [s.sample_id for s in scores] == [r.sample_id for r in wanted]
+    for rollout, found in zip(wanted, scores, strict=True):
+        every = states(rollout)
+        drawn = every.gather(-1, torch.tensor(rollout.completion_ids)[:, None]).squeeze(-1)
+        assert torch.equal(found.logprobs, drawn)
+        assert found.logprobs.dtype == torch.float32
+        if found.top_ids is not None:
+            best = every.topk(5)
+            assert torch.equal(found.top_ids.long(), best.indices)
+            assert torch.equal(found.top_logprobs[:, :5], best.values)
+            rest = every.scatter(-1, best.indices, -torch.inf).logsumexp(-1)
+            assert torch.allclose(found.top_logprobs[:, 5], rest, atol=1e-5)
+
+
+@pytest.mark.parametrize("scores", ["logprobs", "top_k"])
+def test_scores_are_those_of_the_model(peer, scores):
+    wanted = rollouts(12)
+    scorer, found = score(peer, wanted, scores=scores)
+    expect_exact(wanted, found)
+    assert all((s.top_ids is None) == (scores == "logprobs") for s in found)
+    tokens = sum(len(r.prompt_ids) + len(r.completion_ids) for r in wanted)
+    assert scorer.usage() == {"requests": 12, "prompt_tokens": tokens, "completion_tokens": 12}
+    assert [b["prompt"] for b in peer.bodies if b["max_tokens"] != 1] == []
+
+
+@pytest.mark.parametrize("fault", [*SPOIL, "reads less", 429, 500, "cut", "malformed"])
+def test_a_score_that_is_missing_is_asked_for_again(peer, fault):
+    (wanted,) = rollouts(5)[4:]
+    peer.faults = [fault]
+    _, found = score(peer, [wanted])
+    expect_exact([wanted], found)
+    assert [b["prompt"] for b in peer.bodies] == [[*wanted.prompt_ids, *wanted.completion_ids]] * 2
+
+
+@pytest.mark.parametrize("fault", SPOIL)
+def test_a_score_that_stays_missing_ends_the_run(peer, fault):
+    peer.faults = [fault] * 2
+    with pytest.raises(ActorError, match="its answers cannot be read: "):
+        score(peer, rollouts(5)[4:], max_retries=1)
+    assert len(peer.bodies) == 2
+
+
+def test_three_in_ten_scores_failing(peer):
+    """In order, whole, each text answered well once."""
+    generator = random.Random(1)
+    kinds = [429, 500, "cut", "malformed", *SPOIL]
+    peer.faults = [generator.choice(kinds) if generator.random() < 0.3 else None for _ in range(90)]
+    failing = sum(fault is not None for fault in peer.faults[:60])
+    wanted = rollouts(60)
+    scorer, found = score(peer, wanted)
+    expect_exact(wanted, found)
+    assert len(peer.bodies) >= 60 + failing
+    read = sum(f not in (429, 500, "cut", "malformed") for f in peer.faults[: len(peer.bodies)])
+    assert scorer.client.used["unreadable"] > 5 < read
+
+
+def test_what_the_top_tokens_leave_is_never_nothing(peer):
+    peer.law = lambda ids: torch.tensor([100.0, *[0.0] * (VOCABULARY - 1)]).log_softmax(-1)
+    _, (found,) = score(peer, rollouts(1), top_k=1)
+    assert found.top_logprobs[0].tolist() == [0.0, pytest.approx(-23 * math.log(2))]
+
+
+def test_a_token_that_the_student_does_not_have(peer):
+    scorer = ApiScorer()
+    scorer.start(config(peer, scores="top_k", **SCORING), "key", 20)
+    with pytest.raises(ModelError, match=r"names token \d+ .* student\.model has 20"):
+        scorer.score(rollouts(1))
+
+
+@pytest.mark.parametrize("fault", [None, "text", "null", "reads less"])
+def test_a_teacher_that_scores_writes_in_the_students_tokens(peer, tiny, fault):
+    sampler = ApiSampler(stop_ids=(0,))
+    options = {"api": "completions", "scores": "logprobs", **SCORING}
+    sampler.start(config(peer, **options), "key", tiny["student"])
+    peer.faults = [fault]
+    (found,) = sampler.sample([Prompt("p", (5, 6), "x")], [3], [1], 9, 1.0, 1.0)
+    assert found.completion_ids == (7, 8, 0)
+    laws = [distribution(ids) for ids in ([5, 6], [5, 6, 7], [5, 6, 7, 8])]
+    expected = [law[t].item() for law, t in zip(laws, (7, 8, 0), strict=True)]
+    assert found.rollout_logprobs == pytest.approx(expected)
+    assert found.finish_reason == "stop"
+    assert peer.bodies[-1]["stop_token_ids"] == [0]
+    assert len(peer.bodies) == (1 if fault is None else 2)
+
+
+# --- the checks before the first step
+
+
+def check(server, words, longest=40, **options):
+    port = server.server_address[1]
+    teacher = {"kind": "openai", "model": "t", "base_url": f"http://127.0.0.1:{port}/v1"}
+    teacher |= {"api": "completions", "scores": "logprobs", **SCORING, "max_retries": 1, **options}
+    data = {**MINIMAL["data"], "max_prompt_tokens": longest}
+    run = {**MINIMAL, "data": data, "teacher": teacher, "sampler": "teacher"}
+    run["rollout"] = {"max_tokens": 8}
+    whole = Config.model_validate(run)
+    check_answers(check_endpoint(whole.teacher), words, VOCABULARY, whole)
+
+
+TEXT_ONLY = {"scores": "none", "tokenizer": None}
+
+
+@pytest.mark.parametrize(
+    ("options", "most"),
+    [({}, 3), ({"scores": "top_k"}, 3), ({"api": "chat"}, 6), ({"api": "chat", **TEXT_ONLY}, 3)],
+)
+def test_a_sound_endpoint_passes_for_a_few_requests(peer, tokenizer, options, most):
+    peer.counts = lambda text: 12 + len(text) // 3
+    check(peer, tokenizer, longest=100, **options)
+    assert len(peer.bodies) == most
+
+
+@pytest.mark.parametrize("api", ["chat", "completions"])
+@pytest.mark.parametrize("limit", [0, 30])
+def test_a_teacher_that_truncates_text(peer, tokenizer, api, limit):
+    peer.counts = lambda text: 12 + min(limit, len(text) // 3)
+    with pytest.raises(
+        ModelError, match=r"truncates prompts: it read \d+ tokens of one and \d+ of"
+    ):
+        check(peer, tokenizer, longest=200, api=api, **TEXT_ONLY)
+
+
+def test_a_teacher_that_truncates_tokens(peer, tokenizer):
+    peer.faults = ["reads less"] * 9
+    with pytest.raises(ActorError, match=r"it read 46 of 48 prompt tokens\. Raise the context"):
+        check(peer, tokenizer)
+
+
+def test_a_teacher_that_truncates_in_secret(peer, tokenizer):
+    peer.law = lambda ids: distribution(ids[-10:])
+    with pytest.raises(ModelError, match="truncates prompts: of 48 tokens, changing the first"):
+        check(peer, tokenizer)
+
+
+def test_a_teacher_that_gives_no_log_probs(peer, tokenizer):
+    peer.faults = ["no log-probs"] * 9
+    with pytest.raises(ActorError, match=r"gives no log-probs.*or set teacher\.scores to none\."):
+        check(peer, tokenizer)
+
+
+def test_a_teacher_that_names_fewer_tokens(peer, tokenizer):
+    peer.faults = ["few on top"] * 9
+    with pytest.raises(
+        ActorError, match=r"names 1 tokens at a state, .*teacher\.top_k = 20. Lower"
+    ):
+        check(peer, tokenizer, scores="top_k")
+
+
+@pytest.mark.parametrize(("precision", "noise"), [("float32", 0.01), ("bfloat16", 0.5)])
+def test_a_teacher_that_is_not_deterministic(peer, tokenizer, precision, noise):
+    peer.noise = noise
+    with pytest.raises(ModelError, match=r"is not deterministic: .*scored twice differ by"):
+        check(peer, tokenizer, precision=precision)
+    peer.noise = noise / 50
+    check(peer, tokenizer, precision=precision)
+
+
+def test_another_model_under_the_right_name(peer, tokenizer):
+    peer.model = "other"
+    with pytest.raises(ModelError, match=r"teacher\.model: 't' was asked for, but 'other' answers"):
+        check(peer, tokenizer)
+    peer.model = "owner/t"
+    check(peer, tokenizer)
+
+
+def test_a_model_that_knows_nothing(peer, tokenizer):
+    # Truth be told by every token, yet no more than noise below what would be noticed.
+    peer.law = lambda ids: (0.01 * distribution(ids)).log_softmax(-1)
+    with pytest.raises(ModelError, match=r"within 0\.1 of -ln 320 = -5\.768: it knows nothing"):
+        check(peer, tokenizer)
+
+
+def law_of(model):
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(model)
+
+    def law(ids):
+        with torch.inference_mode():
+            return loaded(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+
+    return law
+
+
+def test_what_is_served_is_compared_with_the_checkpoint(peer, tokenizer, tiny):
+    peer.law = law_of(tiny["teacher"])
+    check(peer, tokenizer, checkpoint=tiny["teacher"])
+    with pytest.raises(
+        ModelError, match=r"is not '.*student': the log-probs of a short text differ by up to \d"
+    ):
+        check(peer, tokenizer, checkpoint=tiny["student"])

@@ -53,6 +53,7 @@ def source(sampler, **changes):
         teacher=Teacher(),
         learner=Learner(),
         sync=lambda: None,
+        usage=dict,
     )
     return StepSource(config, config, sampler, workers), workers
 
