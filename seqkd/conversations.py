@@ -75,10 +75,7 @@ def detect(row: dict[str, Any], data: Data, where: str) -> Format:
     )
     for form in known:
         if form.prompt in row and data.format in ("auto", form.name):
-            missing = form.answer is not None and form.answer not in row
-            if not missing:
-                return form
-            raise DataError(f"{where}: has no column {answer!r}{_has(row)} Set data.reference_key.")
+            return form
     wanted = " or ".join(repr(f.prompt) for f in known if data.format in ("auto", f.name))
     raise DataError(
         f"{where}: has no column {wanted}{_has(row)} Set data.messages_key (a list of messages) or "
@@ -106,7 +103,7 @@ def conversation(row: dict[str, Any], form: Format, data: Data, where: str) -> C
         given = [("user", words)]
     if isinstance(answer, list):
         messages = [*given, *_messages(answer, str(form.answer), where)]
-    elif answer is None or answer == "":  # published data sets have a few rows without an answer
+    elif _blank(answer):  # published data sets have a few rows without an answer
         messages = given
     else:
         messages = [*given, ("assistant", text_of(answer, str(form.answer), where))]
@@ -130,7 +127,12 @@ def text_of(value: Any, key: str, where: str) -> str:
     return value
 
 
+def _blank(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
 def _messages(value: Any, key: str, where: str) -> list[Message]:
+    """Without a blank system message, and without a blank answer at the end."""
     if not isinstance(value, list) or not value:
         raise DataError(
             f"{where}: {key!r} is {value!r:.60}, not a list of messages. Mend or remove the row."
@@ -146,9 +148,11 @@ def _messages(value: Any, key: str, where: str) -> list[Message]:
         role, content = message["role"], message["content"]
         if message.get("tool_calls"):
             raise DataError(f"{name} calls tools, which is not text. Mend or remove the row.")
-        last = number == len(value)
-        if last and number > 1 and role == "assistant" and content in ("", None):
-            return found  # nobody answered
+        unanswered = number == len(value) and role == "assistant"
+        if _blank(content) and found and unanswered:
+            continue
+        if _blank(content) and number == 1 and role == "system":
+            continue
         if not isinstance(role, str) or not role:
             raise DataError(f"{name}: its role is {role!r:.60}. Mend or remove the row.")
         found.append((role, text_of(content, "content", name)))

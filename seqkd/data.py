@@ -263,10 +263,11 @@ class Reader:
                 f"data.heldout_fraction {self.data.heldout_fraction:g} leaves no conversation on "
                 "this side. Change it, or read more rows."
             )
-        if counts.unanswered and not counts.long_prompts + counts.long_answers:
+        if counts.format and counts.unanswered and not counts.long_prompts + counts.long_answers:
+            column = f" in column {counts.format.answer!r}" if counts.format.answer else ""
             return (
-                f"none of {counts.unanswered} prompts has an answer. Set data.reference_key to the "
-                "column of the answers, or sampler to student or teacher."
+                f"none of {counts.unanswered} prompts has an answer{column}. Set "
+                "data.reference_key to the column of the answers, or sampler to student or teacher."
             )
         limits = f"data.max_prompt_tokens = {self.data.max_prompt_tokens}"
         if counts.long_answers:

@@ -129,10 +129,11 @@ def test_only_the_completion_of_a_conversational_prompt_is_learnt(shown):
 
 
 def test_a_conversation_keeps_its_own_system_message(reader):
-    own = [{"role": "system", "content": "own"}, *chat("q", "a")]
-    prompts = reader([{"messages": own}, {"messages": chat("q", "a")}], system="ours").table()
-    assert [p.messages[0] for p in prompts] == [("system", "own"), ("system", "ours")]
-    assert [p.messages[1:] for p in prompts] == [(("user", "q"),)] * 2
+    own, blank = ({"role": "system", "content": text} for text in ("own", ""))
+    rows = [[own, *chat("q", "a")], chat("q", "a"), [blank, *chat("q2", "a")]]
+    prompts = reader([{"messages": row} for row in rows], system="ours").table()
+    assert [p.messages[0][1] for p in prompts] == ["own", "ours", "ours"]
+    assert [[text for _, text in p.messages[1:]] for p in prompts] == [["q"], ["q"], ["q2"]]
 
 
 def test_other_roles_are_the_templates_business(shown):
@@ -338,8 +339,12 @@ def test_line_separators_within_a_string_do_not_end_a_row(reader):
 def test_missing_answers(reader):
     with pytest.raises(DataError, match=r"none of 1 prompts has .* Set data\.reference_key"):
         reader([{"prompt": "a"}], longest=16).table()
-    with pytest.raises(DataError, match=r":1: has no column 'gold'; .* Set data\.reference_key"):
-        reader([{"prompt": "a"}], longest=16, reference_key="gold")
+    with pytest.raises(DataError, match=r"1 prompts has an answer in column 'gold'\. Set data"):
+        reader([{"prompt": "a"}], longest=16, reference_key="gold").table()
+    rows = [{"prompt": "a", "output": ""}, {"prompt": "b"}, {"prompt": "c", "output": "d"}]
+    read = reader(rows, longest=16)
+    assert [p.text for p in read.table()] == ["c"]
+    assert read.summary.unanswered == 2
 
 
 # --- held out
