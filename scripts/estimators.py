@@ -123,25 +123,27 @@ def real_models(args: argparse.Namespace) -> None:
     import torch
     import transformers
 
-    from seqkd.config import JsonlData
-    from seqkd.data import read_prompts
+    from seqkd.config_data import Data
+    from seqkd.data import Reader
     from seqkd.errors import SeqkdError
     from seqkd.models import load_causal_lm, load_tokenizer
+    from seqkd.rows import Source
     from seqkd.studies.gradient_variance import costs_by_position, measure, sample
 
     transformers.utils.logging.disable_progress_bar()
     path = args.prompts or Path("~/.cache/seqkd/data/chat_train.jsonl").expanduser()
     try:
         tokenizer = load_tokenizer(args.student, "--student")
-        data = JsonlData(path=str(path), system="Answer in one short sentence.")
-        prompts, _ = read_prompts(data, str(path), "--prompts", tokenizer, 0, 0)
+        data = Data(path=str(path), system="Answer in one short sentence.")
+        source = Source("--prompts", data.path)
+        prompts = Reader(source, data, tokenizer, 0, limit=args.groups).read().table()
         student = load_causal_lm(args.student, "float32", "--student")
         teacher = load_causal_lm(args.teacher, "float32", "--teacher")
     except SeqkdError as error:
         sys.exit(f"error: {error}")
     torch.manual_seed(args.seed)
     groups = []
-    for number, prompt in enumerate(prompts[: args.groups], 1):
+    for number, prompt in enumerate(prompts, 1):
         groups.append(sample(student, prompt, args.samples, args.tokens, tokenizer.eos_token_id))
         print(f"\r(c) sampling: prompt {number} of {args.groups}", end="", flush=True)
     print("\r(c) gradients of every estimator            ", end="", flush=True)

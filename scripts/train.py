@@ -73,6 +73,7 @@ def dry_run(config: Config) -> int:
         *_, found = check(config)
         warnings = found.warnings
         print(f"  {len(found.train)} training prompts, {len(found.heldout)} held-out prompts")
+        print("".join(f"    {line}\n" for line in found.sources), end="")
 
     def resources() -> None:
         if config.cluster is None and "RAY_ADDRESS" not in os.environ:

@@ -12,31 +12,12 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from seqkd.config_data import Data
 from seqkd.config_messages import explain
 from seqkd.config_objectives import NATURAL_OBJECTIVE, Objective, SequenceReverseKL
 from seqkd.config_roles import Learner, Rollout, Student, Teacher
 from seqkd.config_schema import SamplerName, Schema
 from seqkd.errors import ConfigError
-
-
-class JsonlData(Schema):
-    """One JSON object a line: a prompt, optionally an answer."""
-
-    kind: Literal["jsonl"] = "jsonl"
-    path: str
-    heldout_path: str | None = None
-    prompt_key: str = "prompt"
-    reference_key: str = Field("reference", description="Answers, for sampler=dataset.")
-    chat: bool = Field(True, description="Render with the student's chat template.")
-    system: str | None = Field(None, description="System message put before every prompt.")
-    max_prompt_tokens: int = Field(512, ge=1, description="Longer prompts are left out, counted.")
-    corpus_path: str | None = Field(
-        None, description="Plain text, one JSON object a line, for sampler=corpus."
-    )
-    text_key: str = Field("text", description="The column of the corpus.")
-    corpus_tokens: int = Field(
-        512, ge=2, description="Longer texts are cut into pieces of this many tokens."
-    )
 
 
 class Journal(Schema):
@@ -139,7 +120,7 @@ class Config(Phase):
     seed: int = Field(0, ge=0)
     student: Student
     teacher: Teacher
-    data: JsonlData
+    data: Data
     journal: Journal | None = None
     rollout: Rollout = Rollout()
     learner: Learner = Learner()
@@ -208,10 +189,11 @@ class Config(Phase):
                 field = f"{where}plus.{index - 1}." if index else where
                 self._teacher_provides(term.objective, field)
                 self._samples_fit(term, self.samples_per_prompt(phase), field)
-        if self.evaluation.prompts and self.data.heldout_path is None:
+        if self.evaluation.prompts and not self.data.holds_out:
             raise ValueError(
-                f"evaluation.prompts is {self.evaluation.prompts}, but data.heldout_path is not "
-                "set. Name a file of held-out prompts or set evaluation.prompts to 0."
+                f"evaluation.prompts is {self.evaluation.prompts}, but no prompts are held out. "
+                "Set data.heldout_path, data.heldout_split or data.heldout_fraction, or "
+                "evaluation.prompts to 0."
             )
         return self
 

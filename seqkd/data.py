@@ -1,19 +1,27 @@
-"""Data set -> prompts, and a stream of them whose position can be saved."""
+"""Data set -> prompts in a table, and a stream of them whose position can be saved."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any, TypeVar
 
 import numpy as np
-from jinja2 import TemplateError
+import pyarrow as pa
 
-from seqkd.config import JsonlData
+from seqkd.config import Config
+from seqkd.config_data import Data
+from seqkd.conversations import Conversation, Format, Message, conversation, detect, digest
 from seqkd.errors import DataError
+from seqkd.prompt_table import CONVERSATION, PromptTable, batch_of, part_of
+from seqkd.rendering import Renderer
+from seqkd.rows import Source
 from seqkd.types import Prompt
+
+T = TypeVar("T")
+BATCH = 1000
+"""Prompts tokenised at once; fast tokenizers use every core."""
 
 
 class PromptStream:
@@ -27,130 +35,373 @@ class PromptStream:
     def take(self, count: int) -> list[Prompt]:
         """The next ``count`` prompts, across the end of an epoch where need be."""
         size = len(self.prompts)
-        indices = [
-            self._order(p // size)[p % size] for p in range(self.position, self.position + count)
-        ]
+        places = range(self.position, self.position + count)
+        orders = {epoch: self._order(epoch) for epoch in {p // size for p in places}}
         self.position += count
-        return [self.prompts[i] for i in indices]
+        return [self.prompts[int(orders[p // size][p % size])] for p in places]
 
     def _order(self, epoch: int) -> Any:
         return np.random.default_rng([self.seed, epoch]).permutation(len(self.prompts))
 
 
-def read_prompts(
-    data: JsonlData, path: str, field: str, tokenizer: Any, eos_id: int, max_reference: int
-) -> tuple[list[Prompt], int]:
-    """Prompts of one JSONL file, and how many rows were left out as too long.
+@dataclass
+class Summary:
+    """What became of the rows of one source."""
 
-    Rows with the same tokens are read once. Where ``max_reference`` is above 0 every row must have
-    an answer, which gets the end-of-sequence token ``eos_id`` and has at most that many tokens.
-    DataError names the file, the line and the mend.
-    """
-    prompts: dict[tuple[str, tuple[int, ...] | None], Prompt] = {}
-    too_long = 0
-    for number, row in _rows(path, field):
-        where = f"{field}: {path}:{number}"
-        text = _text(row, data.prompt_key, where)
-        ids = tuple(_render(text, data, tokenizer))
-        if len(ids) > data.max_prompt_tokens:
-            too_long += 1
-            continue
-        reference = None
-        if max_reference:
-            answer = _text(row, data.reference_key, where)
-            reference = (*tokenizer(answer, add_special_tokens=False).input_ids, eos_id)
-            if len(reference) > max_reference:
-                too_long += 1
-                continue
-        prompt_id = hashlib.blake2b(repr(ids).encode(), digest_size=8).hexdigest()
-        messages = tuple((m["role"], m["content"]) for m in _messages(text, data))
-        row_id = prompt_id, reference  # other answers to the same prompt are other rows
-        prompts.setdefault(row_id, Prompt(prompt_id, ids, text, reference, messages))
-    if not prompts and too_long:
-        raise DataError(
-            f"{field}: {path}: all {too_long} rows are longer than data.max_prompt_tokens = "
-            f"{data.max_prompt_tokens}"
-            + (f" or rollout.max_tokens = {max_reference} (the answer)" if max_reference else "")
-            + ". Raise it (the models' context permitting) or shorten them."
+    source: Source
+    format: Format | None = None
+    conversations: int = 0
+    prompts: int = 0
+    long_prompts: int = 0
+    long_answers: int = 0
+    truncated_prompts: int = 0
+    cut_answers: int = 0
+    unanswered: int = 0
+    blank: int = 0
+    duplicates: int = 0
+    otherwise: str | None = None
+    """How the chat template writes an answer, where that is not what is learnt."""
+
+    def __str__(self) -> str:
+        form = f", format {self.format}" if self.format else ""
+        unit = "conversations" if self.format else "texts"
+        return (
+            f"{self.source.field}: {self.source}{form}: {self.conversations} {unit}, "
+            f"{self.prompts} {'prompts' if self.format else 'pieces'}"
         )
-    if not prompts:
-        raise DataError(f"{field}: {path}: has no rows. Write one JSON object a line.")
-    return list(prompts.values()), too_long
+
+    def losses(self, data: Data, longest: int) -> list[str]:
+        """What was left out or cut, a line each with its count; ``longest`` answers in tokens."""
+        lines = (
+            (self.long_prompts, f"prompts left out, longer than data.max_prompt_tokens = "
+             f"{data.max_prompt_tokens}"),
+            (self.long_answers, f"prompts left out, their answers longer than rollout.max_tokens = "
+             f"{longest}"),
+            (self.truncated_prompts, "prompts lost their oldest part to have data.max_prompt_tokens"
+             f" = {data.max_prompt_tokens}"),
+            (self.cut_answers, f"answers cut at rollout.max_tokens = {longest}, without an end of "
+             "sequence"),
+            (self.unanswered, "prompts left out that have no answer"),
+            (self.blank, "texts left out that are blank"),
+            (self.duplicates, "prompts left out that are the same as an earlier one, answer "
+             "included"),
+        )  # fmt: skip
+        return [f"{self.source.field}: {count} {what}." for count, what in lines if count]
 
 
-def read_corpus(data: JsonlData, tokenizer: Any, eos_id: int) -> list[Prompt]:
+@dataclass(frozen=True)
+class DataSets:
+    """All that a run reads."""
+
+    train: Sequence[Prompt]
+    heldout: Sequence[Prompt]
+    corpus: Sequence[Prompt]
+    summaries: tuple[Summary, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+def read_data(config: Config, tokenizer: Any, stop_ids: tuple[int, ...]) -> DataSets:
+    """For training, held out, and plain text, as the phases need them.
+
+    DataError names the file, the row and the mend.
+    """
+    data = config.data
+    samplers = set(map(config.source, config.samplers))
+    longest = config.rollout.max_tokens if "dataset" in samplers else 0
+    # The first stop id of a chat model may be another one than what ends its turns.
+    eos_id = stop_ids[0] if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    wanted = config.evaluation.prompts
+    train = Reader(Source("data.path", data.path, data.subset, data.split), data, tokenizer, eos_id,
+                   longest)  # fmt: skip
+    heldout = Reader(_heldout_source(data), data, tokenizer, eos_id, limit=wanted)
+    if data.heldout_fraction:
+        below = data.heldout_fraction * 2**64
+        train.read(lambda found: heldout if found.identity < below else train)
+        heldout.summary.format = train.summary.format
+    else:
+        train.read()
+        if wanted:
+            heldout.read()
+    sides = [train, heldout] if wanted else [train]
+    tables = [side.table() for side in sides]
+    warnings = [line for side in sides for line in side.warnings()]
+    if wanted:
+        _refuse_leaks(train, heldout)
+        if len(tables[1]) < wanted:
+            warnings.append(
+                f"{heldout.summary.source.field} has {len(tables[1])} prompts, fewer than "
+                f"evaluation.prompts = {wanted}; all of them are used."
+            )
+    summaries = [side.summary for side in sides]
+    corpus: Sequence[Prompt] = ()
+    if "corpus" in samplers:
+        corpus, summary = read_corpus(data, tokenizer, eos_id)
+        summaries.append(summary)
+        warnings += summary.losses(data, longest)
+    found = tables[1] if wanted else ()
+    return DataSets(tables[0], found, corpus, tuple(summaries), tuple(warnings))
+
+
+def _heldout_source(data: Data) -> Source:
+    key = "path" if data.heldout_path else "split" if data.heldout_split else "fraction"
+    return Source(
+        f"data.heldout_{key}",
+        data.heldout_path or data.path,
+        None if data.heldout_path else data.subset,
+        data.heldout_split or data.split,
+    )
+
+
+def _refuse_leaks(train: Reader, heldout: Reader) -> None:
+    leaked = len(train.identities & heldout.identities)
+    if leaked:
+        source = heldout.summary.source
+        raise DataError(
+            f"{source.field}: {source}: {leaked} of {len(heldout.identities)} prompts are also in "
+            f"data.path {train.summary.source}. Remove them from one of the two, or set "
+            "data.heldout_fraction in place of the second."
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """A prompt before it is rendered: messages [start, stop) of a conversation."""
+
+    conversation: Conversation
+    stop: int
+    where: str
+    start: int = 0
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        return part_of(self.conversation.messages, self.start, self.stop)
+
+    @property
+    def answer(self) -> str | None:
+        after = self.conversation.messages[self.stop : self.stop + 1]
+        return after[0][1] if after else None
+
+    def without_oldest(self) -> _Draft | None:
+        """Without the oldest exchange; None where only the last user's turn is left."""
+        messages = self.conversation.messages
+        users = [i for i in range(self.start, self.stop) if messages[i][0] == "user"]
+        return replace(self, start=users[1]) if len(users) > 1 else None
+
+
+class Reader:
+    """Rows of one source -> a table of prompts, each once, and what became of the rest.
+
+    Where ``longest`` is above 0 every prompt has an answer of at most that many tokens, which ends
+    with ``eos_id`` unless it is cut. Of more than ``limit`` prompts the first are kept.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        data: Data,
+        tokenizer: Any,
+        eos_id: int,
+        longest: int = 0,
+        limit: int | None = None,
+    ) -> None:
+        self.data, self.tokenizer, self.eos_id = data, tokenizer, eos_id
+        self.longest, self.limit = longest, limit
+        self.render = Renderer(data, tokenizer)
+        self.summary = Summary(source)
+        self.identities: set[int] = set()
+        """Of every conversation that was read."""
+        self._seen: set[bytes] = set()
+        self._pending: list[_Draft] = []
+        self._prompts: list[pa.RecordBatch] = []
+        self._conversations: list[pa.Array] = []
+
+    def read(self, side: Callable[[Conversation], Reader] | None = None) -> Reader:
+        """Read the source; each conversation goes to the reader that ``side`` names."""
+        form, where = None, ""
+        for where, row in self.summary.source.rows(self.data.rows, self.data.streaming):
+            form = form or detect(row, self.data, where)
+            found = conversation(row, form, self.data, where)
+            (side(found) if side else self).add(found, where)
+        if not where:
+            name = f"{self.summary.source.field}: {self.summary.source}"
+            raise DataError(f"{name}: has no rows. Name a source that has some.")
+        self.summary.format = form
+        return self
+
+    def add(self, found: Conversation, where: str) -> None:
+        """Take the turns of a conversation."""
+        self.summary.conversations += 1
+        self.identities.add(found.identity)
+        if self.limit is not None and self.summary.prompts >= self.limit:
+            return
+        for stop in found.turns(self.data.turns):
+            draft = _Draft(found, stop, where)
+            if self.longest and draft.answer is None:
+                self.summary.unanswered += 1
+            else:
+                self._pending.append(draft)
+        if len(self._pending) >= BATCH:
+            self._flush()
+
+    def table(self) -> PromptTable:
+        """The prompts; DataError where none is left."""
+        self._flush()
+        if not self.summary.prompts:
+            name = f"{self.summary.source.field}: {self.summary.source}"
+            raise DataError(f"{name}: {self._nothing_left()}")
+        return PromptTable(self._prompts, self._conversations)
+
+    def warnings(self) -> list[str]:
+        """What was left out or cut, and where the chat template does not fit."""
+        lines = self.summary.losses(self.data, self.longest)
+        return [*lines, self.summary.otherwise] if self.summary.otherwise else lines
+
+    def _nothing_left(self) -> str:
+        counts = self.summary
+        if not counts.conversations:
+            return (
+                f"data.heldout_fraction {self.data.heldout_fraction:g} leaves no conversation on "
+                "this side. Change it, or read more rows."
+            )
+        if counts.format and counts.unanswered and not counts.long_prompts + counts.long_answers:
+            column = f" in column {counts.format.answer!r}" if counts.format.answer else ""
+            return (
+                f"none of {counts.unanswered} prompts has an answer{column}. Set "
+                "data.reference_key to the column of the answers, or sampler to student or teacher."
+            )
+        limits = f"data.max_prompt_tokens = {self.data.max_prompt_tokens}"
+        if counts.long_answers:
+            limits += f" or rollout.max_tokens = {self.longest} (the answer)"
+        return (
+            f"all {counts.long_prompts + counts.long_answers} prompts are longer than {limits}. "
+            "Raise it (the models' context permitting) or shorten them."
+        )
+
+    def _flush(self) -> None:
+        drafts, self._pending = self._pending, []
+        if self.longest and self.data.chat and not self._prompts:
+            checks = (
+                self.render.difference(d.messages, d.answer or "", self.eos_id, d.where)
+                for d in drafts[:3]
+            )
+            self.summary.otherwise = next(filter(None, checks), None)
+        fitting = self._fit(drafts)
+        conversations: list[Conversation] = []
+        rows = []
+        base = sum(map(len, self._conversations))
+        for (draft, ids), (reference, cut) in zip(fitting, self._answers(fitting), strict=True):
+            if self.longest and reference is None:
+                continue
+            # other answers to the same prompt are other rows
+            prompt_id = digest(repr(tuple(ids)).encode())
+            row_id = prompt_id + digest(repr(reference).encode())
+            if row_id in self._seen:
+                self.summary.duplicates += 1
+                continue
+            if len(self._seen) == self.limit:
+                break
+            self._seen.add(row_id)
+            if not conversations or conversations[-1] is not draft.conversation:
+                conversations.append(draft.conversation)
+            self.summary.truncated_prompts += draft.start > 0
+            self.summary.cut_answers += cut
+            rows.append(
+                (prompt_id.hex(), ids, reference, cut, draft.conversation.tag,
+                 base + len(conversations) - 1, draft.start, draft.stop)
+            )  # fmt: skip
+        self.summary.prompts += len(rows)
+        self._prompts.append(batch_of(rows))
+        messages = [[{"role": r, "content": c} for r, c in f.messages] for f in conversations]
+        self._conversations.append(pa.array(messages, CONVERSATION))
+
+    def _fit(self, drafts: list[_Draft]) -> list[tuple[_Draft, list[int]]]:
+        """Drafts with their tokens, in order, without those that are too long."""
+        fitting: dict[int, tuple[_Draft, list[int]]] = {}
+        trying = dict(enumerate(drafts))
+        while trying:
+            shorter = {}
+            tokens = self.render.encode([self.render(d.messages, d.where) for d in trying.values()])
+            for (index, draft), ids in zip(trying.items(), tokens, strict=True):
+                if len(ids) <= self.data.max_prompt_tokens:
+                    fitting[index] = draft, ids
+                elif self.data.too_long == "drop":
+                    self.summary.long_prompts += 1
+                elif not self.data.chat:
+                    fitting[index] = self._last_tokens(draft, ids)
+                    self.summary.truncated_prompts += 1
+                elif next_try := draft.without_oldest():
+                    shorter[index] = next_try
+                else:
+                    self.summary.long_prompts += 1
+            trying = shorter
+        return [fitting[index] for index in sorted(fitting)]
+
+    def _last_tokens(self, draft: _Draft, ids: list[int]) -> tuple[_Draft, list[int]]:
+        """Plain text without its first tokens, but for the one that begins every sequence."""
+        begin = ids[:1] if ids[0] == self.tokenizer.bos_token_id else []
+        kept = begin + ids[len(ids) - self.data.max_prompt_tokens + len(begin) :]
+        text = self.tokenizer.decode(kept, skip_special_tokens=True)
+        answer = draft.conversation.messages[draft.stop : draft.stop + 1]
+        shorter = replace(draft.conversation, messages=(("user", text), *answer))
+        return _Draft(shorter, 1, draft.where), kept
+
+    def _answers(
+        self, fitting: list[tuple[_Draft, list[int]]]
+    ) -> Iterator[tuple[list[int] | None, bool]]:
+        """Each one's tokens (None: none, or too long), and whether they are cut."""
+        if not self.longest:
+            yield from ((None, False) for _ in fitting)
+            return
+        texts = [draft.answer or "" for draft, _ in fitting]
+        for ids in self.render.encode(texts, whole=False):
+            if len(ids) < self.longest:
+                yield [*ids, self.eos_id], False
+            elif self.data.too_long == "truncate":
+                yield ids[: self.longest], True
+            else:
+                self.summary.long_answers += 1
+                yield None, False
+
+
+def read_corpus(data: Data, tokenizer: Any, eos_id: int) -> tuple[PromptTable, Summary]:
     """Pieces of plain text, at most ``data.corpus_tokens`` tokens each: the first token is the
     prompt, the others its completion. A text ends with the end-of-sequence token."""
     assert data.corpus_path is not None
-    pieces = []
-    for number, row in _rows(data.corpus_path, "data.corpus_path"):
-        text = _text(row, data.text_key, f"data.corpus_path: {data.corpus_path}:{number}")
-        ids = (*tokenizer(text).input_ids, eos_id)
-        for low in range(0, len(ids) - 1, data.corpus_tokens):
-            piece = ids[low : low + data.corpus_tokens]
-            if len(piece) > 1:
-                name = f"corpus/{number}/{low}"
-                pieces.append(Prompt(name, piece[:1], text, piece[1:]))
-    if not pieces:
-        raise DataError(f"data.corpus_path: {data.corpus_path}: has no rows. Write one a line.")
-    return pieces
+    source = Source("data.corpus_path", data.corpus_path, data.corpus_subset, data.corpus_split)
+    summary, batches = Summary(source), []
+    for some in _batches(source.rows(data.rows, data.streaming)):
+        texts = [_plain(row, data.text_key, where) for where, row in some]
+        kept = [text for text in texts if text.strip()]
+        summary.blank += len(texts) - len(kept)
+        rows = []
+        for number, ids in enumerate(tokenizer(kept).input_ids if kept else [], 1):
+            ids = [*ids, eos_id]
+            for low in range(0, len(ids) - 1, data.corpus_tokens):
+                piece = ids[low : low + data.corpus_tokens]
+                if len(piece) > 1:
+                    name = f"corpus/{summary.conversations + number}/{low}"
+                    cut = low + len(piece) < len(ids)
+                    rows.append((name, piece[:1], piece[1:], cut, "", None, 0, 0))
+        summary.conversations += len(kept)
+        summary.prompts += len(rows)
+        batches.append(batch_of(rows))
+    if not summary.prompts:
+        raise DataError(f"{source.field}: {source}: has no rows of text. Write one a line.")
+    return PromptTable(batches, []), summary
 
 
-def _rows(path: str, field: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    file = Path(path).expanduser()
-    try:
-        lines = file.read_text(encoding="utf-8").split("\n")
-    except FileNotFoundError:
-        raise DataError(f"{field}: {path}: no such file. Name a JSONL file.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{field}: {path}: cannot be read as UTF-8 text: {error}") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{field}: {path}:{number}: is not JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise DataError(f"{field}: {path}:{number}: is not a JSON object.")
-        yield number, row
-
-
-def _text(row: dict[str, Any], key: str, where: str) -> str:
+def _plain(row: dict[str, Any], key: str, where: str) -> str:
     if key not in row:
         raise DataError(
             f"{where}: has no column {key!r}; it has {', '.join(map(repr, row)) or 'none'}. Set "
-            "data.prompt_key, data.reference_key or data.text_key to the column's name."
+            "data.text_key."
         )
-    value = row[key]
-    if not isinstance(value, str) or not value.strip():
-        raise DataError(f"{where}: {key!r} is {value!r:.60}, not text. Mend or remove the row.")
-    return value
+    text = row[key]
+    if text is not None and not isinstance(text, str):
+        raise DataError(f"{where}: {key!r} is {text!r:.60}, not text. Mend or remove the row.")
+    return text or ""
 
 
-def _messages(text: str, data: JsonlData) -> list[dict[str, str]]:
-    system = [{"role": "system", "content": data.system}] if data.system is not None else []
-    return [*system, {"role": "user", "content": text}]
-
-
-def _render(text: str, data: JsonlData, tokenizer: Any) -> list[int]:
-    if not data.chat:
-        ids: list[int] = tokenizer(
-            text if data.system is None else f"{data.system}\n\n{text}"
-        ).input_ids
-        return ids
-    if tokenizer.chat_template is None:
-        raise DataError(
-            "data.chat: is true, but the student's tokenizer has no chat template. Set it to false."
-        )
-    try:
-        rendered = tokenizer.apply_chat_template(
-            _messages(text, data), add_generation_prompt=True, tokenize=False
-        )
-    except TemplateError as error:
-        mend = "data.system to null" if data.system is not None else "data.chat to false"
-        raise DataError(
-            f"data.chat: the student's chat template refuses the prompt: {error}. Set {mend}."
-        ) from None
-    rendered_ids: list[int] = tokenizer(rendered, add_special_tokens=False).input_ids
-    return rendered_ids
+def _batches(items: Iterator[T]) -> Iterator[list[T]]:
+    while some := list(islice(items, BATCH)):
+        yield some

@@ -6,15 +6,15 @@ the run needs, with warnings beside it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from seqkd.api_checks import check_answers, check_endpoint
 from seqkd.config import Config
 from seqkd.config_roles import ApiTeacher, Prune
-from seqkd.data import read_corpus, read_prompts
-from seqkd.errors import ConfigError, DataError, ModelError, SeqkdError
+from seqkd.data import read_data
+from seqkd.errors import ConfigError, ModelError, SeqkdError
 from seqkd.models import check_prune, end_of_sequence_ids, load_config, load_tokenizer
 from seqkd.types import Prompt
 
@@ -27,9 +27,11 @@ class Checked:
 
     tokenizer: Any
     stop_ids: tuple[int, ...]
-    train: list[Prompt]
-    heldout: list[Prompt]
-    corpus: list[Prompt]
+    train: Sequence[Prompt]
+    heldout: Sequence[Prompt]
+    corpus: Sequence[Prompt]
+    sources: tuple[str, ...]
+    """What was read from where, a line each."""
     max_model_len: int
     vocabulary: int
     """Tokens that both models have."""
@@ -71,12 +73,17 @@ def check(config: Config) -> Checked:
     else:
         teacher = _local_teacher(config, student, tokenizer, found)
     stop_ids = found.attempt(end_of_sequence_ids, students, tokenizer)
-    prompts = found.attempt(_prompts, config, tokenizer, stop_ids, found)
+    data = found.attempt(read_data, config, tokenizer, stop_ids)
     if found.errors:
         raise ConfigError("\n".join(found.errors))
-    assert tokenizer is not None and stop_ids is not None and prompts is not None
+    assert tokenizer is not None and stop_ids is not None and data is not None
     vocabulary = min(model.vocab_size for model in (student, teacher) if model is not None)
-    return Checked(tokenizer, stop_ids, *prompts, max_model_len, vocabulary, tuple(found.warnings))
+    sources = tuple(map(str, data.summaries))
+    warnings = (*found.warnings, *data.warnings)
+    return Checked(
+        tokenizer, stop_ids, data.train, data.heldout, data.corpus, sources, max_model_len,
+        vocabulary, warnings,
+    )  # fmt: skip
 
 
 def _endpoint(
@@ -130,44 +137,6 @@ def top_k_fits(model: Any, config: Config) -> None:
             f"teacher.top_k: {config.teacher.top_k} is not below the teacher's vocabulary of "
             f"{model.vocab_size}. Lower it, or set teacher.scores to hidden."
         )
-
-
-def _prompts(
-    config: Config, tokenizer: Any, stop_ids: tuple[int, ...], found: Findings
-) -> tuple[list[Prompt], list[Prompt], list[Prompt]]:
-    """For training, held out, and plain text."""
-    data = config.data
-    samplers = config.samplers
-    answers = "dataset" in map(config.source, samplers)
-    longest = config.rollout.max_tokens if answers else 0
-    # The first stop id of a chat model may be another one than what ends its turns.
-    eos_id = stop_ids[0] if tokenizer.eos_token_id is None else tokenizer.eos_token_id
-    train, too_long = read_prompts(data, data.path, "data.path", tokenizer, eos_id, longest)
-    if too_long:
-        found.warnings.append(
-            f"data.path: {too_long} rows left out, longer than data.max_prompt_tokens = "
-            f"{data.max_prompt_tokens}"
-            + (f" or rollout.max_tokens = {longest}." if longest else ".")
-        )
-    corpus = read_corpus(data, tokenizer, eos_id) if "corpus" in samplers else []
-    if not config.evaluation.prompts or data.heldout_path is None:
-        return train, [], corpus
-    heldout, _ = read_prompts(
-        data, data.heldout_path, "data.heldout_path", tokenizer, eos_id, max_reference=0
-    )
-    seen = {prompt.prompt_id for prompt in train}
-    leaked = sum(prompt.prompt_id in seen for prompt in heldout)
-    if leaked:
-        raise DataError(
-            f"data.heldout_path: {data.heldout_path}: {leaked} of {len(heldout)} prompts are also "
-            f"in data.path {data.path}. Remove them from one of the two."
-        )
-    if len(heldout) < config.evaluation.prompts:
-        found.warnings.append(
-            f"data.heldout_path has {len(heldout)} prompts, fewer than evaluation.prompts = "
-            f"{config.evaluation.prompts}; all of them are used."
-        )
-    return train, heldout[: config.evaluation.prompts], corpus
 
 
 def same_tokenizer(student: Any, teacher: Any, config: Config) -> None:

@@ -131,6 +131,6 @@ def given(prompt: Prompt, source: Source) -> Rollout:
         rollout_logprobs=None,
         source=source,
         policy_version=0,
-        finish_reason="stop",
+        finish_reason="length" if prompt.reference_cut else "stop",
         tag=prompt.tag,
     )

@@ -43,7 +43,10 @@ class Prompt:
     """Tokens of the data set's own answer, end-of-sequence included; None where it has none."""
     messages: tuple[tuple[str, str], ...] = ()
     """The same as (role, content), for a teacher that has a template of its own."""
+    reference_cut: bool = False
+    """Whether the answer was cut, so that it does not end with the end-of-sequence token."""
     tag: str = ""
+    """What the data set calls it, such as a category; chooses one of several teachers."""
 
 
 @dataclass(frozen=True, slots=True)

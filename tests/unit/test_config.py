@@ -192,7 +192,7 @@ def test_scientific_notation_is_a_number(path):
         ),
         (["plus=[{sampler: teacher, weight: 0}]"], "plus.0.weight: 0", "greater than 0"),
         (["learner.ranks=3"], "prompts_per_step 4", "Set it to 6"),
-        (["data.heldout_path=null"], "data.heldout_path is not set", "evaluation.prompts to 0"),
+        (["data.heldout_path=null"], "no prompts are held out", "evaluation.prompts to 0"),
         (["rollout.tensor_parallel_size=2"], "gpus 0", "Set gpus"),
         (["teacher.tensor_parallel_size=2"], " teacher: gpus 0", "Set gpus"),
         (["learner.betas=[0.9, 1.5]"], "learner.betas.1: 1.5", "less than 1"),

@@ -126,7 +126,7 @@ def test_beyond_the_context(config):
 
 
 def test_all_prompts_too_long(config):
-    with pytest.raises(ConfigError, match="all 3 rows are longer"):
+    with pytest.raises(ConfigError, match="all 3 prompts are longer"):
         check(config("data.max_prompt_tokens=3"))
 
 

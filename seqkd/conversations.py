@@ -1,0 +1,159 @@
+"""Rows in the formats of published data sets -> conversations."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from seqkd.config_data import Data
+from seqkd.errors import DataError
+
+Message = tuple[str, str]
+"""Role and content."""
+ANSWERS = ("reference", "completion", "response", "output", "answer")
+CONTEXTS = ("input", "context")
+
+
+class Format(NamedTuple):
+    """How the columns of a data set are read."""
+
+    name: str
+    """messages, instruction or prompt."""
+    prompt: str
+    """The column of the messages, the instruction or the prompt."""
+    answer: str | None = None
+    """The column of the answers, where there is one."""
+    context: str | None = None
+    """The column that continues an instruction."""
+
+    def __str__(self) -> str:
+        return f"{self.name} ({', '.join(filter(None, self[1:]))})"
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages, the system message first where there is one."""
+
+    messages: tuple[Message, ...]
+    given: int = 0
+    """What comes before this message is no answer to learn."""
+    tag: str = ""
+
+    @property
+    def identity(self) -> int:
+        """64-bit hash of the first user message, its case and white space aside: conversations
+        that begin alike are on the same side of a split."""
+        first = next((text for role, text in self.messages if role == "user"), "")
+        return int.from_bytes(digest(" ".join(first.casefold().split()).encode()))
+
+    def turns(self, which: str) -> Sequence[int]:
+        """Lengths of the prompts: what comes before an answer to a user, or the whole where
+        nobody answered; ``which`` is "all", "first" or "last"."""
+        roles = [role for role, _ in self.messages]
+        earliest = max(self.given, roles.index("user") + 1)
+        found = [i for i in range(earliest, len(roles)) if roles[i] == "assistant"]
+        if roles[-1] != "assistant":
+            found.append(len(roles))
+        return {"all": found, "first": found[:1], "last": found[-1:]}[which]
+
+
+def digest(data: bytes) -> bytes:
+    """8 bytes."""
+    return hashlib.blake2b(data, digest_size=8).digest()
+
+
+def detect(row: dict[str, Any], data: Data, where: str) -> Format:
+    """The format that ``data.format`` names, or the first that fits the row's columns."""
+    answer = data.reference_key or next((key for key in ANSWERS if key in row), None)
+    context = next((key for key in CONTEXTS if key in row), None)
+    known = (
+        Format("messages", data.messages_key),
+        Format("instruction", "instruction", answer, context),
+        Format("prompt", data.prompt_key, answer),
+    )
+    for form in known:
+        if form.prompt in row and data.format in ("auto", form.name):
+            return form
+    wanted = " or ".join(repr(f.prompt) for f in known if data.format in ("auto", f.name))
+    raise DataError(
+        f"{where}: has no column {wanted}{_has(row)} Set data.messages_key (a list of messages) or "
+        "data.prompt_key, and data.reference_key for answers."
+    )
+
+
+def _has(row: dict[str, Any]) -> str:
+    return f"; it has {', '.join(map(repr, row)) or 'none'}."
+
+
+def conversation(row: dict[str, Any], form: Format, data: Data, where: str) -> Conversation:
+    """One row; DataError names what is wrong with it."""
+    if form.prompt not in row:
+        raise DataError(
+            f"{where}: has no column {form.prompt!r}{_has(row)} Mend or remove the row."
+        )
+    value, answer = row[form.prompt], row.get(form.answer) if form.answer else None
+    if form.name == "messages" or isinstance(value, list):
+        given = _messages(value, form.prompt, where)
+    else:
+        words = text_of(value, form.prompt, where)
+        if form.context and row.get(form.context):
+            words += f"\n\n{text_of(row[form.context], form.context, where)}"
+        given = [("user", words)]
+    if isinstance(answer, list):
+        messages = [*given, *_messages(answer, str(form.answer), where)]
+    elif _blank(answer):  # published data sets have a few rows without an answer
+        messages = given
+    else:
+        messages = [*given, ("assistant", text_of(answer, str(form.answer), where))]
+    if data.system is not None and messages[0][0] != "system":
+        messages, given = [("system", data.system), *messages], [("system", data.system), *given]
+    if all(role != "user" for role, _ in messages):
+        raise DataError(f"{where}: {form.prompt!r} has no user message. Mend or remove the row.")
+    tag = row.get(data.tag_key) if data.tag_key else ""
+    if not isinstance(tag, str):
+        raise DataError(
+            f"{where}: {data.tag_key!r} is {tag!r:.60}, not text. Set data.tag_key to a column of "
+            f"text{_has(row)}"
+        )
+    return Conversation(tuple(messages), 0 if form.name == "messages" else len(given), tag)
+
+
+def text_of(value: Any, key: str, where: str) -> str:
+    """A value that must be text, and not blank."""
+    if not isinstance(value, str) or not value.strip():
+        raise DataError(f"{where}: {key!r} is {value!r:.60}, not text. Mend or remove the row.")
+    return value
+
+
+def _blank(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
+def _messages(value: Any, key: str, where: str) -> list[Message]:
+    """Without a blank system message, and without a blank answer at the end."""
+    if not isinstance(value, list) or not value:
+        raise DataError(
+            f"{where}: {key!r} is {value!r:.60}, not a list of messages. Mend or remove the row."
+        )
+    found: list[Message] = []
+    for number, message in enumerate(value, 1):
+        name = f"{where}: message {number} of {key!r}"
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            raise DataError(
+                f"{name} is {message!r:.60}, not {{'role': ..., 'content': ...}}. Mend or remove "
+                "the row."
+            )
+        role, content = message["role"], message["content"]
+        if message.get("tool_calls"):
+            raise DataError(f"{name} calls tools, which is not text. Mend or remove the row.")
+        unanswered = number == len(value) and role == "assistant"
+        if _blank(content) and found and unanswered:
+            continue
+        if _blank(content) and number == 1 and role == "system":
+            continue
+        if not isinstance(role, str) or not role:
+            raise DataError(f"{name}: its role is {role!r:.60}. Mend or remove the row.")
+        found.append((role, text_of(content, "content", name)))
+    return found

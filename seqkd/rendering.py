@@ -1,0 +1,78 @@
+"""Messages -> the text and the tokens that the student is given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from jinja2 import TemplateError
+
+from seqkd.config_data import Data
+from seqkd.conversations import Message
+from seqkd.errors import DataError
+
+
+class Renderer:
+    """Messages -> the text that the student is given, and its tokens."""
+
+    def __init__(self, data: Data, tokenizer: Any) -> None:
+        self.data, self.tokenizer = data, tokenizer
+        self.options = {} if data.thinking is None else {"enable_thinking": data.thinking}
+        if data.chat and tokenizer.chat_template is None:
+            raise DataError(
+                "data.chat: is true, but the student's tokenizer has no chat template. Set it to "
+                "false."
+            )
+        if self.options and not self._knows_thinking():
+            raise DataError(
+                f"data.thinking: is {str(data.thinking).lower()}, but the student's chat template "
+                "knows no enable_thinking. Leave it out."
+            )
+
+    def __call__(self, messages: Sequence[Message], where: str, prompt: bool = True) -> str:
+        """As the student sees them before it answers (``prompt``) or as a whole conversation."""
+        if not self.data.chat:
+            return "\n\n".join(content for _, content in messages)
+        try:
+            rendered: str = self.tokenizer.apply_chat_template(
+                [{"role": role, "content": content} for role, content in messages],
+                add_generation_prompt=prompt,
+                tokenize=False,
+                **self.options,
+            )
+        except TemplateError as error:
+            mend = "Mend or remove the row, or set data.chat to false."
+            if self.data.system is not None:
+                mend = "Set data.system to null."
+            raise DataError(
+                f"{where}: the student's chat template refuses the prompt: {error}. {mend}"
+            ) from None
+        return rendered
+
+    def encode(self, texts: list[str], whole: bool = True) -> list[list[int]]:
+        """Tokens of each text; ``whole``: a sequence begins with it."""
+        special = whole and not self.data.chat  # a chat template writes its own
+        ids: list[list[int]] = []
+        if texts:
+            ids = self.tokenizer(texts, add_special_tokens=special).input_ids
+        return ids
+
+    def difference(
+        self, messages: tuple[Message, ...], answer: str, eos_id: int, where: str
+    ) -> str | None:
+        """A warning where the template writes an answer otherwise than it is learnt."""
+        theirs = self((*messages, ("assistant", answer)), where, prompt=False)
+        ours = self(messages, where) + answer + self.tokenizer.decode([eos_id])
+        if theirs.startswith(ours) and not theirs[len(ours) :].strip():
+            return None
+        pairs = enumerate(zip(theirs, ours, strict=False))
+        at = next((i for i, (a, b) in pairs if a != b), min(len(theirs), len(ours)))
+        at = max(0, at - 12)  # with a little of what stands before
+        hint = " Set data.thinking." if self._knows_thinking() and not self.options else ""
+        return (
+            f"{where}: the student's chat template writes {theirs[at : at + 60]!r} where the "
+            f"student would learn {ours[at : at + 60]!r}.{hint}"
+        )
+
+    def _knows_thinking(self) -> bool:
+        return "enable_thinking" in self.tokenizer.get_chat_template()

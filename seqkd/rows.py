@@ -1,0 +1,147 @@
+"""Rows of a data set: JSON by a reader that names file and line, all else by `datasets`."""
+
+from __future__ import annotations
+
+import glob
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from seqkd.errors import DataError
+
+Row = dict[str, Any]
+JSON, TABLES = (".jsonl", ".json"), {".parquet": "parquet", ".arrow": "arrow"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file, a glob of files, a directory, or a data set on the hub."""
+
+    field: str
+    """The key of the configuration that names it, for messages."""
+    path: str
+    subset: str | None = None
+    split: str = "train"
+
+    def __str__(self) -> str:
+        subset = f", {self.subset}" if self.subset else ""
+        return f"{self.path}{subset}{f', {self.split}' if self.split != 'train' else ''}"
+
+    def rows(self, limit: int | None = None, streaming: bool = False) -> Iterator[tuple[str, Row]]:
+        """Where each row is, for messages, and the row, in order; at most ``limit`` of them.
+
+        ``streaming`` fetches only those from the hub. DataError says what cannot be read.
+        """
+        files = self._files()
+        if files and (self.subset, self.split) != (None, "train"):
+            raise DataError(
+                f"{self.field}: {self.path}: is a file, so it has no subset {self.subset!r} or "
+                f"split {self.split!r}. Name the file of the rows that you want."
+            )
+        if files and files[0].suffix in JSON:
+            return islice((found for file in files for found in self._json(file)), limit)
+        return self._table(files, limit, streaming)
+
+    def _files(self) -> list[Path]:
+        """The files it names; none for a directory or a data set on the hub."""
+        path = Path(self.path).expanduser()
+        if path.is_dir():
+            return []
+        found = [path] if path.is_file() else sorted(map(Path, glob.glob(str(path))))
+        if not found and (
+            path.is_absolute()
+            or self.path.startswith(".")
+            or self.path.count("/") > 1
+            or path.suffix in (*JSON, *TABLES)
+        ):
+            raise DataError(
+                f"{self.field}: {self.path}: no such file. Name a .jsonl, .json, .parquet or "
+                ".arrow file, a directory, or a data set on the hub."
+            )
+        suffixes = {file.suffix for file in found}
+        if found and (len(suffixes) > 1 or not suffixes <= {*JSON, *TABLES}):
+            raise DataError(
+                f"{self.field}: {self.path}: names {' and '.join(sorted(suffixes)) or 'such'} "
+                "files. Name .jsonl, .json, .parquet or .arrow files, all of one kind."
+            )
+        return found
+
+    def _json(self, file: Path) -> Iterator[tuple[str, Row]]:
+        name = f"{self.field}: {file}"
+        try:
+            if file.suffix == ".json" and (text := file.read_text("utf-8")).lstrip()[:1] == "[":
+                items: Any = enumerate(_parsed(text, name), 1)
+            else:
+                items = self._lines(file, name)
+            for number, row in items:
+                if not isinstance(row, dict):
+                    raise DataError(f"{name}:{number}: is not a JSON object.")
+                yield f"{name}:{number}", row
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{name}: cannot be read as UTF-8 text: {error}") from None
+
+    @staticmethod
+    def _lines(file: Path, name: str) -> Iterator[tuple[int, Any]]:
+        # Only a line feed ends a line; other separators may stand within a string.
+        with file.open(encoding="utf-8", newline="\n") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield number, _parsed(line, f"{name}:{number}")
+
+    def _table(
+        self, files: list[Path], limit: int | None, streaming: bool
+    ) -> Iterator[tuple[str, Row]]:
+        with self._explained():
+            rows = self._load(files, streaming)
+            name = f"{self.field}: {self}"
+            for number, row in enumerate(islice(rows, limit), 1):
+                yield f"{name}: row {number}", row
+
+    def _load(self, files: list[Path], streaming: bool) -> Any:
+        import datasets
+
+        if files:
+            # Streamed, so that nothing is copied into a cache.
+            return datasets.load_dataset(
+                TABLES[files[0].suffix],
+                data_files=[glob.escape(str(file)) for file in files],
+                split="train",
+                streaming=True,
+            )
+        path = Path(self.path).expanduser()
+        if (path / "state.json").is_file():
+            return datasets.load_from_disk(path)
+        if (path / "dataset_dict.json").is_file():
+            return datasets.load_from_disk(path)[self.split]
+        return datasets.load_dataset(
+            str(path) if path.is_dir() else self.path,
+            self.subset,
+            split=self.split,
+            streaming=streaming or path.is_dir(),
+        )
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """What `datasets` raises while it loads or reads, in one line."""
+        import datasets
+
+        try:
+            yield
+        except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+            text = " ".join(str(error.__cause__ or error).split())
+            raise DataError(
+                f"{self.field}: {self}: cannot be read: {text[:300]}. Check the name, "
+                "the subset and the split, and that this machine can reach the hub where it is "
+                "needed."
+            ) from None
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: is not JSON: {error}") from None
