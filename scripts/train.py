@@ -6,6 +6,7 @@ import argparse
 import sys
 import time
 from contextlib import closing
+from typing import TextIO
 
 from seqkd import config as configuration
 from seqkd import run_directory
@@ -36,9 +37,16 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except SeqkdError as error:
         print(getattr(error, "details", ""), end="", file=sys.stderr)
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
+        say("error", str(error), file=sys.stderr)
         return 2
+
+
+def say(level: str, text: str, indent: str = "", file: TextIO | None = None) -> None:
+    """A line a finding; what belongs to the one before is indented."""
+    for line in text.splitlines():
+        print(
+            indent + (line if line.startswith(" ") else f"{level}: {line}"), file=file, flush=True
+        )
 
 
 def dry_run(config: Config) -> int:
@@ -73,11 +81,11 @@ def dry_run(config: Config) -> int:
         try:
             step()
         except SeqkdError as error:
-            problems += str(error).splitlines()
+            problems.append(str(error))
     print("findings:" if problems or warnings else "findings: none")
     for level, texts in (("error", problems), ("warning", warnings)):
         for text in texts:
-            print(f"  {level}: {text}")
+            say(level, text, indent="  ")
     return 2 if problems else 0
 
 
@@ -114,7 +122,7 @@ def train(config: Config, verbose: bool) -> None:
     start = time.perf_counter()
     checked = check(config)
     for warning in checked.warnings:
-        print(f"warning: {warning}", flush=True)
+        say("warning", warning)
 
     from actors import build
     from seqkd import loop, summary

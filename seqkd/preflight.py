@@ -16,6 +16,13 @@ from seqkd.config_roles import ApiTeacher, Prune
 from seqkd.data import read_corpus, read_prompts
 from seqkd.errors import ConfigError, DataError, ModelError, SeqkdError
 from seqkd.models import check_prune, end_of_sequence_ids, load_config, load_tokenizer
+from seqkd.tokenizers import (
+    check_same_stop_ids,
+    check_same_template,
+    check_same_tokenizer,
+    check_stop_ids,
+    check_turn_end,
+)
 from seqkd.types import Prompt
 
 T = TypeVar("T")
@@ -33,6 +40,10 @@ class Checked:
     max_model_len: int
     vocabulary: int
     """Tokens that both models have."""
+    student: Any
+    """transformers config, before any pruning."""
+    teacher: Any
+    """Likewise; None where the teacher is behind an endpoint."""
     warnings: tuple[str, ...]
 
 
@@ -54,9 +65,14 @@ class Findings:
             self.errors.append(str(error))
             return None
 
+    def warn(self, check: Callable[..., str | None], *args: Any) -> None:
+        """The same for a check that may return a warning."""
+        if warning := self.attempt(check, *args):
+            self.warnings.append(warning)
+
 
 def check(config: Config) -> Checked:
-    """Raises ConfigError with a line for every error found."""
+    """Raises ConfigError with every error found, each beginning a line."""
     found = Findings()
     students = config.student.model
     student = found.attempt(load_config, students, "student.model")
@@ -65,21 +81,32 @@ def check(config: Config) -> Checked:
     found.attempt(fits_context, student, "student.model", config)
     if isinstance(config.student.init, Prune):
         found.attempt(check_prune, student, config.student.init)
+    stop_ids = _stop_ids(students, tokenizer, student, "student.model", found)
+    if config.data.chat:
+        found.attempt(check_turn_end, tokenizer, stop_ids)
     if isinstance(config.teacher, ApiTeacher):
         found.attempt(check_endpoint, config.teacher)
         teacher = None
     else:
-        teacher = _local_teacher(config, student, tokenizer, found)
-    stop_ids = found.attempt(end_of_sequence_ids, students, tokenizer)
+        teacher = _local_teacher(config, student, tokenizer, stop_ids, found)
     prompts = found.attempt(_prompts, config, tokenizer, stop_ids, found)
     if found.errors:
         raise ConfigError("\n".join(found.errors))
     assert tokenizer is not None and stop_ids is not None and prompts is not None
     vocabulary = min(model.vocab_size for model in (student, teacher) if model is not None)
-    return Checked(tokenizer, stop_ids, *prompts, max_model_len, vocabulary, tuple(found.warnings))
+    warnings = tuple(found.warnings)
+    return Checked(
+        tokenizer, stop_ids, *prompts, max_model_len, vocabulary, student, teacher, warnings
+    )
 
 
-def _local_teacher(config: Config, student: Any, tokenizer: Any, found: Findings) -> Any:
+def _local_teacher(
+    config: Config,
+    student: Any,
+    tokenizer: Any,
+    stop_ids: tuple[int, ...] | None,
+    found: Findings,
+) -> Any:
     name = config.teacher.model
     teacher = found.attempt(load_config, name, "teacher.model")
     found.attempt(fits_context, teacher, "teacher.model", config)
@@ -91,12 +118,28 @@ def _local_teacher(config: Config, student: Any, tokenizer: Any, found: Findings
         )
     found.attempt(top_k_fits, teacher, config)
     other = found.attempt(load_tokenizer, name, "teacher.model") if teacher else None
-    found.attempt(same_tokenizer, tokenizer, other, config)
+    plain_text = not config.data.chat or config.data.corpus_path is not None
+    found.attempt(check_same_tokenizer, tokenizer, other, plain_text)
+    stops = _stop_ids(name, other, teacher, "teacher.model", found)
+    found.warn(check_same_stop_ids, stop_ids, stops, other)
+    if config.data.chat:
+        found.warn(check_same_template, tokenizer, other, config)
     return teacher
 
 
+def _stop_ids(
+    name: str, tokenizer: Any, model: Any, field: str, found: Findings
+) -> tuple[int, ...] | None:
+    """What ends a model's completions."""
+    ids = found.attempt(end_of_sequence_ids, name, tokenizer, field)
+    found.attempt(check_stop_ids, ids, tokenizer, model and model.vocab_size, field)
+    return ids
+
+
 def fits_context(model: Any, name: str, config: Config) -> None:
-    """ModelError where the longest prompt and completion exceed a model's context."""
+    """ModelError where the longest prompt and completion exceed a model's context. The last token
+    of a completion is read by no scorer, but vLLM wants room for it: a request to sample is refused
+    unless its prompt is shorter than ``max_model_len``, one to score unless it fits."""
     prompt, completion = config.data.max_prompt_tokens, config.rollout.max_tokens
     context = getattr(model, "max_position_embeddings", None)
     if context and prompt + completion > context:
@@ -157,41 +200,3 @@ def _prompts(
             f"{config.evaluation.prompts}; all of them are used."
         )
     return train, heldout[: config.evaluation.prompts], corpus
-
-
-def same_tokenizer(student: Any, teacher: Any, config: Config) -> None:
-    """ModelError unless token ids mean the same to both models: the same pieces, special tokens
-    and splits."""
-    ours, theirs = student.get_vocab(), teacher.get_vocab()
-    problem = None
-    if ours != theirs:
-        differing = [t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t)]
-        example = min(differing)
-        problem = (
-            f"{len(differing)} tokens differ, such as {example!r} (student "
-            f"{ours.get(example)}, teacher {theirs.get(example)})"
-        )
-    elif student.eos_token_id != teacher.eos_token_id:
-        problem = (
-            f"end-of-sequence is {student.eos_token!r} for the student, "
-            f"{teacher.eos_token!r} for the teacher"
-        )
-    elif (text := _first_difference(student, teacher)) is not None:
-        problem = f"they split {text!r} differently"
-    if problem:
-        raise ModelError(
-            f"teacher.model: the tokenizers of {config.teacher.model!r} and of student.model "
-            f"{config.student.model!r} differ: {problem}. Choose models with the same tokenizer."
-        )
-
-
-PROBES = (
-    "The quick brown fox jumps over the lazy dog.",
-    "  two  spaces\n\n\tand a tab",
-    "naïve café, 東京, Привет, 🙂",
-    "f(x) = 3.14159e-10; return [i for i in range(1000)]",
-)
-
-
-def _first_difference(student: Any, teacher: Any) -> str | None:
-    return next((t for t in PROBES if student(t).input_ids != teacher(t).input_ids), None)
