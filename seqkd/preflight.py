@@ -1,4 +1,4 @@
-"""Every check that needs no training step: models, tokenizers, lengths, data.
+"""Every check that needs no actor: models, tokenizers, lengths, data.
 
 :func:`check` finds everything that makes the run impossible before it says so, and returns what
 the run needs, with warnings beside it.
