@@ -19,7 +19,7 @@ from train import quiet
 from seqkd import config as configuration
 from seqkd.config import Config
 from seqkd.data import DataSets, read_data
-from seqkd.errors import SeqkdError
+from seqkd.errors import DataError, reported
 from seqkd.models import end_of_sequence_ids, load_config, load_tokenizer
 from seqkd.prompt_table import PromptTable
 from seqkd.types import Prompt
@@ -37,31 +37,32 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("-n", type=positive, default=3, help="examples of each sampler (3)")
     parser.add_argument("--row", type=positive, default=1, help="the first prompt shown, from 1")
     args = parser.parse_intermixed_args(argv)
+    return reported(
+        lambda: show(configuration.load(args.config, args.overrides), args.row - 1, args.n)
+    )
+
+
+def show(config: Config, first: int, number: int) -> int:
+    """Print the header and ``number`` prompts from ``first`` on."""
     quiet()
-    try:
-        config = configuration.load(args.config, args.overrides)
-        model = config.student.model
-        load_config(model, "student.model")
-        tokenizer = load_tokenizer(model, "student.model")
-        found = read_data(config, tokenizer, end_of_sequence_ids(model, tokenizer))
-    except SeqkdError as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
-        return 2
+    model = config.student.model
+    load_config(model, "student.model")
+    tokenizer = load_tokenizer(model, "student.model")
+    stop_ids = end_of_sequence_ids(model, tokenizer, "student.model")
+    found = read_data(config, tokenizer, stop_ids)
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     for line in header(config, found):
         print(line)
-    samplers = dict.fromkeys(term.sampler for _, phase in config.phases for term in phase.terms)
-    for sampler in samplers:
+    samplers = (term.sampler for _, phase in config.phases for term in phase.terms)
+    for sampler in dict.fromkeys(map(config.source, samplers)):
         rows = found.corpus if sampler == "corpus" else found.train
-        for index in range(args.row - 1, min(args.row - 1 + args.n, len(rows))):
+        if first >= len(rows):
+            raise DataError(f"--row: {first + 1}: there are {len(rows)} prompts.")
+        for index in range(first, min(first + number, len(rows))):
             prompt = rows[index]
             tag = f", tag {prompt.tag!r}" if prompt.tag else ""
             print(f"\nsampler {sampler}: prompt {index + 1} of {len(rows)}{tag}")
             print(example(prompt, sampler, config, tokenizer, colour))
-        if args.row > len(rows):
-            print(f"error: --row: {args.row}: there are {len(rows)} prompts.", file=sys.stderr)
-            return 2
     return 0
 
 

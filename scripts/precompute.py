@@ -10,7 +10,7 @@ from train import quiet
 
 from seqkd import config as configuration
 from seqkd.config import Config, Phase
-from seqkd.errors import ConfigError, reported
+from seqkd.errors import ConfigError, reported, say
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -43,7 +43,7 @@ def precompute(config: Config, verbose: bool) -> int:
 
     checked = preflight.check(config)
     for warning in checked.warnings:
-        print(f"warning: {warning}", flush=True)
+        say("warning", warning)
     _, journal = open_journal(config, teacher_here=True)
     assert journal is not None
     print(f"journal: {journal.directory}", flush=True)

@@ -6,12 +6,15 @@ import argparse
 import sys
 import time
 from contextlib import closing
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from seqkd import config as configuration
 from seqkd import run_directory
 from seqkd.config import Config
-from seqkd.errors import SeqkdError, reported
+from seqkd.errors import SeqkdError, reported, say
+
+if TYPE_CHECKING:
+    from seqkd.preflight import Checked
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -58,7 +61,7 @@ def dry_run(config: Config) -> int:
     from actors.placement import plan
 
     quiet()
-    directory, problems, warnings = run_directory.locate(config), [], ()
+    directory, problems, warnings = run_directory.locate(config), [], []
     print(configuration.dump(config))
     the_plan = plan(config)
     print("plan:")
@@ -69,26 +72,50 @@ def dry_run(config: Config) -> int:
     print(f"  run directory: {directory}")
 
     def checked() -> None:
-        nonlocal warnings
-        *_, found = check(config)
-        warnings = found.warnings
+        nonlocal config
+        config, _, found = check(config)
+        warnings.extend(found.warnings)
         print(f"  {len(found.train)} training prompts, {len(found.heldout)} held-out prompts")
         print("".join(f"    {line}\n" for line in found.sources), end="")
+        warnings.extend(memory(config, found, show=True))
 
     def resources() -> None:
-        if config.cluster is None and "RAY_ADDRESS" not in os.environ:
+        if on_this_machine(config):
             the_plan.check(os.cpu_count() or 1, visible_gpus(), "this machine")
 
     for step in (lambda: run_directory.refuse_used(directory), checked, resources):
         try:
             step()
         except SeqkdError as error:
-            problems += str(error).splitlines()
+            problems.append(str(error))
     print("findings:" if problems or warnings else "findings: none")
     for level, texts in (("error", problems), ("warning", warnings)):
         for text in texts:
-            print(f"  {level}: {text}")
+            say(level, text, indent="  ")
     return 2 if problems else 0
+
+
+def on_this_machine(config: Config) -> bool:
+    """Whether the run starts a cluster of its own here."""
+    import os
+
+    return config.cluster is None and "RAY_ADDRESS" not in os.environ
+
+
+def memory(config: Config, checked: Checked, show: bool = False) -> list[str]:
+    """Estimate the plan's memory and compare it with this machine's; returns warnings."""
+    from actors.placement import needed
+    from seqkd.memory import check_memory, estimate, gpu_memory, host_memory
+
+    needs = estimate(config, checked.student, checked.teacher, needed(config))
+    if show:
+        print("  memory by estimate, GiB (processes x each):")
+        for need in needs:
+            print(f"    {need}")
+    if not on_this_machine(config):
+        return []
+    warning = check_memory(needs, host_memory(), gpu_memory())
+    return [warning] if warning else []
 
 
 def visible_gpus() -> int:
@@ -122,11 +149,12 @@ def train(config: Config, verbose: bool) -> int:
 
     start = time.perf_counter()
     config, journal, checked = check(config)
-    for warning in checked.warnings:
-        print(f"warning: {warning}", flush=True)
+    for warning in (*checked.warnings, *memory(config, checked)):
+        say("warning", warning)
 
-    from actors import build
+    from actors import build, placement
     from seqkd import loop, summary
+    from seqkd.echo import check_workers
     from seqkd.journal import keep_teacher
     from seqkd.metrics import Recorder
     from seqkd.models import materialise_student
@@ -145,6 +173,8 @@ def train(config: Config, verbose: bool) -> int:
             build.workers(config, student, checked, journal) as workers,
         ):
             recorder.note(f"actors ready after {time.perf_counter() - start:.0f} s")
+            for warning in check_workers(config, checked, workers, placement.needed(config)):
+                recorder.note(f"warning: {warning}")
             data = (checked.train, checked.heldout, checked.corpus)
             measured = loop.run(config, workers, *data, recorder, str(directory / "student"))
     if measured:

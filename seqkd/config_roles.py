@@ -79,6 +79,9 @@ class _Teacher(Actors):
         "as one event; logprobs: sampled tokens only.",
     )
     top_k: int = Field(64, ge=1, description="Tokens that scores=top_k names at each state.")
+    other_template: bool = Field(
+        False, description="Go on with a chat template that is not the student's."
+    )
     generation: Engine = Field(
         Engine(),
         description="The vLLM engine with which the teacher writes completions; what is left out "

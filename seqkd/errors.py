@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from typing import TextIO
 
 
 class SeqkdError(Exception):
@@ -65,6 +66,13 @@ def reported(action: Callable[[], int]) -> int:
         return action()
     except SeqkdError as error:
         print(getattr(error, "details", ""), end="", file=sys.stderr)
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
+        say("error", str(error), file=sys.stderr)
         return 2
+
+
+def say(level: str, text: str, indent: str = "", file: TextIO | None = None) -> None:
+    """A line a finding; what belongs to the one before is indented."""
+    for line in text.splitlines():
+        print(
+            indent + (line if line.startswith(" ") else f"{level}: {line}"), file=file, flush=True
+        )

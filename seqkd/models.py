@@ -107,8 +107,8 @@ def without_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def end_of_sequence_ids(model: str, tokenizer: Any) -> tuple[int, ...]:
-    """Token ids that end a completion: generation_config's, else the tokenizer's."""
+def end_of_sequence_ids(model: str, tokenizer: Any, field: str) -> tuple[int, ...]:
+    """Token ids that end a completion: generation_config's, then the tokenizer's."""
     from transformers import GenerationConfig
 
     try:
@@ -119,7 +119,7 @@ def end_of_sequence_ids(model: str, tokenizer: Any) -> tuple[int, ...]:
     known = dict.fromkeys(i for i in (*ids, tokenizer.eos_token_id) if i is not None)
     if not known:
         raise ModelError(
-            f"student.model: {model!r} names no end-of-sequence token. Set eos_token_id in its "
+            f"{field}: {model!r} names no end-of-sequence token. Set eos_token_id in its "
             "generation_config.json."
         )
     return tuple(known)

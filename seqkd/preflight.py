@@ -1,4 +1,4 @@
-"""Every check that needs no training step: models, tokenizers, lengths, data.
+"""Every check that needs no actor: models, tokenizers, lengths, data.
 
 :func:`check` finds everything that makes the run impossible before it says so, and returns what
 the run needs, with warnings beside it.
@@ -16,6 +16,13 @@ from seqkd.config_roles import ApiTeacher, Prune
 from seqkd.data import read_data
 from seqkd.errors import ConfigError, ModelError, SeqkdError
 from seqkd.models import check_prune, end_of_sequence_ids, load_config, load_tokenizer
+from seqkd.tokenizers import (
+    check_same_stop_ids,
+    check_same_template,
+    check_same_tokenizer,
+    check_stop_ids,
+    check_turn_end,
+)
 from seqkd.types import Prompt
 
 T = TypeVar("T")
@@ -35,6 +42,10 @@ class Checked:
     max_model_len: int
     vocabulary: int
     """Tokens that both models have."""
+    student: Any
+    """transformers config, before any pruning."""
+    teacher: Any
+    """Likewise; None where the teacher is behind an endpoint."""
     warnings: tuple[str, ...]
 
 
@@ -56,9 +67,14 @@ class Findings:
             self.errors.append(str(error))
             return None
 
+    def warn(self, check: Callable[..., str | None], *args: Any) -> None:
+        """The same for a check that may return a warning."""
+        if warning := self.attempt(check, *args):
+            self.warnings.append(warning)
+
 
 def check(config: Config) -> Checked:
-    """Raises ConfigError with a line for every error found."""
+    """Raises ConfigError with every error found, each beginning a line."""
     found = Findings()
     students = config.student.model
     student = found.attempt(load_config, students, "student.model")
@@ -67,12 +83,14 @@ def check(config: Config) -> Checked:
     found.attempt(fits_context, student, "student.model", config)
     if isinstance(config.student.init, Prune):
         found.attempt(check_prune, student, config.student.init)
+    stop_ids = _stop_ids(students, tokenizer, student, "student.model", found)
+    if config.data.chat:
+        found.attempt(check_turn_end, tokenizer, stop_ids)
     if isinstance(config.teacher, ApiTeacher):
         _endpoint(config, config.teacher, student, tokenizer, found)
         teacher = None
     else:
-        teacher = _local_teacher(config, student, tokenizer, found)
-    stop_ids = found.attempt(end_of_sequence_ids, students, tokenizer)
+        teacher = _local_teacher(config, student, tokenizer, stop_ids, found)
     data = found.attempt(read_data, config, tokenizer, stop_ids)
     if found.errors:
         raise ConfigError("\n".join(found.errors))
@@ -82,7 +100,7 @@ def check(config: Config) -> Checked:
     warnings = (*found.warnings, *data.warnings)
     return Checked(
         tokenizer, stop_ids, data.train, data.heldout, data.corpus, sources, max_model_len,
-        vocabulary, warnings,
+        vocabulary, student, teacher, warnings,
     )  # fmt: skip
 
 
@@ -92,12 +110,18 @@ def _endpoint(
     client = found.attempt(check_endpoint, teacher)
     if teacher.tokenizer is not None:
         other = found.attempt(load_tokenizer, teacher.tokenizer, "teacher.tokenizer")
-        found.attempt(same_tokenizer, tokenizer, other, config)
+        found.attempt(check_same_tokenizer, tokenizer, other, "teacher.tokenizer", _plain(config))
     if student is not None:
         found.attempt(check_answers, client, tokenizer, student.vocab_size, config)
 
 
-def _local_teacher(config: Config, student: Any, tokenizer: Any, found: Findings) -> Any:
+def _local_teacher(
+    config: Config,
+    student: Any,
+    tokenizer: Any,
+    stop_ids: tuple[int, ...] | None,
+    found: Findings,
+) -> Any:
     name = config.teacher.model
     teacher = found.attempt(load_config, name, "teacher.model")
     found.attempt(fits_context, teacher, "teacher.model", config)
@@ -109,12 +133,32 @@ def _local_teacher(config: Config, student: Any, tokenizer: Any, found: Findings
         )
     found.attempt(top_k_fits, teacher, config)
     other = found.attempt(load_tokenizer, name, "teacher.model") if teacher else None
-    found.attempt(same_tokenizer, tokenizer, other, config)
+    found.attempt(check_same_tokenizer, tokenizer, other, "teacher.model", _plain(config))
+    stops = _stop_ids(name, other, teacher, "teacher.model", found)
+    found.warn(check_same_stop_ids, stop_ids, stops, other)
+    if config.data.chat:
+        found.warn(check_same_template, tokenizer, other, config)
     return teacher
 
 
+def _plain(config: Config) -> bool:
+    """Whether the tokenizer, and not a template, puts the special tokens around a text."""
+    return not config.data.chat or config.data.corpus_path is not None
+
+
+def _stop_ids(
+    name: str, tokenizer: Any, model: Any, field: str, found: Findings
+) -> tuple[int, ...] | None:
+    """What ends a model's completions."""
+    ids = found.attempt(end_of_sequence_ids, name, tokenizer, field)
+    found.attempt(check_stop_ids, ids, tokenizer, model and model.vocab_size, field)
+    return ids
+
+
 def fits_context(model: Any, name: str, config: Config) -> None:
-    """ModelError where the longest prompt and completion exceed a model's context."""
+    """ModelError where the longest prompt and completion exceed a model's context. The last token
+    of a completion is read by no scorer, but vLLM wants room for it: a request to sample is refused
+    unless its prompt is shorter than ``max_model_len``, one to score unless it fits."""
     prompt, completion = config.data.max_prompt_tokens, config.rollout.max_tokens
     context = getattr(model, "max_position_embeddings", None)
     if context and prompt + completion > context:
@@ -137,46 +181,3 @@ def top_k_fits(model: Any, config: Config) -> None:
             f"teacher.top_k: {config.teacher.top_k} is not below the teacher's vocabulary of "
             f"{model.vocab_size}. Lower it, or set teacher.scores to hidden."
         )
-
-
-def same_tokenizer(student: Any, teacher: Any, config: Config) -> None:
-    """ModelError unless token ids mean the same to both models: the same pieces, special tokens
-    and splits."""
-    ours, theirs = student.get_vocab(), teacher.get_vocab()
-    problem = None
-    if ours != theirs:
-        differing = [t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t)]
-        example = min(differing)
-        problem = (
-            f"{len(differing)} tokens differ, such as {example!r} (student "
-            f"{ours.get(example)}, teacher {theirs.get(example)})"
-        )
-    elif student.eos_token_id != teacher.eos_token_id:
-        problem = (
-            f"end-of-sequence is {student.eos_token!r} for the student, "
-            f"{teacher.eos_token!r} for the teacher"
-        )
-    elif (text := _first_difference(student, teacher)) is not None:
-        problem = f"they split {text!r} differently"
-    if problem:
-        field, name = "teacher.model", config.teacher.model
-        mend = "Choose models with the same tokenizer."
-        if isinstance(config.teacher, ApiTeacher):
-            field, name = "teacher.tokenizer", str(config.teacher.tokenizer)
-            mend = "Scores need the same tokens: set teacher.scores to none and sampler to teacher."
-        raise ModelError(
-            f"{field}: the tokenizers of {name!r} and of student.model "
-            f"{config.student.model!r} differ: {problem}. {mend}"
-        )
-
-
-PROBES = (
-    "The quick brown fox jumps over the lazy dog.",
-    "  two  spaces\n\n\tand a tab",
-    "naïve café, 東京, Привет, 🙂",
-    "f(x) = 3.14159e-10; return [i for i in range(1000)]",
-)
-
-
-def _first_difference(student: Any, teacher: Any) -> str | None:
-    return next((t for t in PROBES if student(t).input_ids != teacher(t).input_ids), None)

@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 from seqkd.config import load
-from seqkd.errors import ConfigError
+from seqkd.errors import ConfigError, ModelError
 from seqkd.preflight import check
+from seqkd.tokenizers import check_same_tokenizer
 
 
 @pytest.fixture
@@ -39,6 +40,7 @@ def config(tiny, tmp_path):
 def changed(model, tmp_path, file, change):
     """A copy of a model directory with one JSON file changed."""
     copy = tmp_path / "copy"
+    tmp_path.mkdir(exist_ok=True)
     shutil.copytree(model, copy)
     content = json.loads((copy / file).read_text())
     change(content)
@@ -100,24 +102,201 @@ def test_no_causal_language_model(config, tiny, tmp_path):
         check(config(f"student.model={vision}"))
 
 
-def test_different_tokenizers(config, tiny, tmp_path):
-    def swap(content):
-        vocab = content["model"]["vocab"]
-        vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+def swapped(a, b):
+    """A change that gives two tokens each other's ids: as many tokens, other meanings."""
 
-    other = changed(tiny["teacher"], tmp_path, "tokenizer.json", swap)
-    with pytest.raises(
-        ConfigError, match=r"2 tokens differ, such as 'a' \(student \d+, teacher \d+\)"
-    ):
-        check(config(f"teacher.model={other}"))
+    def change(content):
+        vocab = content["model"]["vocab"]
+        vocab[a], vocab[b] = vocab[b], vocab[a]
+        for token in content["added_tokens"]:
+            token["id"] = vocab[token["content"]]
+
+    return change
+
+
+def refused(config, *overrides):
+    with pytest.raises(ConfigError) as caught:
+        check(config(*overrides))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        (swapped("a", "b"), r"2 tokens of the vocabulary, such as 'a' (student 69, teacher 70)"),
+        (
+            swapped("<|user|>", "<|assistant|>"),
+            "2 tokens of the vocabulary, such as '<|assistant|>' (student 4, teacher 3)",
+        ),
+        (
+            lambda c: c.update(normalizer={"type": "Lowercase"}),
+            'normalizer (student null, teacher {"type": "Lowercase"})',
+        ),
+        (
+            lambda c: c["pre_tokenizer"].update(use_regex=False),
+            'pre-tokenizer (student {"type": "ByteLevel", "add_prefix_space": false, '
+            '"trim_offsets": true, "use_regex": true}, teacher',
+        ),
+        (
+            lambda c: c["added_tokens"][3].update(lstrip=True),
+            'special and added tokens (number 3: student {"id": 3, "content": "<|user|>"',
+        ),
+        (
+            lambda c: c["model"].update(ignore_merges=True),
+            'options of the model (student {"type": "BPE"',
+        ),
+    ],
+)
+def test_different_tokenizers(config, tiny, tmp_path, change, difference):
+    other = changed(tiny["teacher"], tmp_path, "tokenizer.json", change)
+    message = refused(config, f"teacher.model={other}").splitlines()[0]
+    assert f"teacher.model: its tokenizer differs from that of student.model: {difference}" in (
+        message
+    )
+    assert message.endswith("Choose models with the same tokenizer.")
+
+
+def test_the_same_vocabulary_with_other_merges(config, tiny, tmp_path):
+    """The last two tokens stand for pairs; which pair of "abc" is merged first is the difference,
+    and no text of the usual probes would show it."""
+
+    def merging(*merges):
+        def change(content):
+            content["model"]["vocab"] |= {"ab": 261, "bc": 262}
+            content["model"]["merges"] = [list(m) for m in merges]
+
+        return change
+
+    student = changed(tiny["student"], tmp_path / "s", "tokenizer.json", merging("ab", "bc"))
+    teacher = changed(tiny["teacher"], tmp_path / "t", "tokenizer.json", merging("bc", "ab"))
+    assert (
+        'differs from that of student.model: merges (number 0: student ["a", "b"], teacher '
+        '["b", "c"])'
+    ) in refused(config, f"student.model={student}", f"teacher.model={teacher}")
+
+
+def test_tokenizers_that_do_not_tell_their_rules_are_tried():
+    from transformers import ByT5Tokenizer
+
+    class Lower(ByT5Tokenizer):
+        def _tokenize(self, text):
+            return super()._tokenize(text.lower())
+
+    check_same_tokenizer(ByT5Tokenizer(), ByT5Tokenizer(), "teacher.model", True)
+    with pytest.raises(ModelError, match="they split 'The quick brown fox"):
+        check_same_tokenizer(ByT5Tokenizer(), Lower(), "teacher.model", True)
+
+
+def test_other_special_tokens_around_a_text_matter_to_plain_text_only(config, tiny, tmp_path):
+    def begin(content):
+        content["post_processor"] = {
+            "type": "TemplateProcessing",
+            "single": [
+                {"SpecialToken": {"id": "<|system|>", "type_id": 0}},
+                {"Sequence": {"id": "A", "type_id": 0}},
+            ],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}],
+            "special_tokens": {
+                "<|system|>": {"id": "<|system|>", "ids": [2], "tokens": ["<|system|>"]}
+            },
+        }
+
+    other = changed(tiny["teacher"], tmp_path, "tokenizer.json", begin)
+    assert check(config(f"teacher.model={other}")).warnings == ()
+    message = refused(config, f"teacher.model={other}", "data.chat=false")
+    assert "the text 'a' is [69] to the student, [2, 69] to the teacher" in message
 
 
 def test_another_end_of_sequence(config, tiny, tmp_path):
     other = changed(
         tiny["teacher"], tmp_path, "tokenizer_config.json", lambda c: c.update(eos_token="<|pad|>")
     )
-    with pytest.raises(ConfigError, match=r"end-of-sequence is '<\|end\|>' for the student"):
-        check(config(f"teacher.model={other}"))
+    message = refused(config, f"teacher.model={other}")
+    assert "teacher.model: ends with 1 '<|pad|>', but completions stop only at" in message
+    assert "Set eos_token_id in the student's generation_config.json to [0, 1]." in message
+
+
+def test_a_stop_id_that_the_teacher_has_not_is_a_warning(config, tiny, tmp_path):
+    def more(content):
+        content["eos_token_id"] = [0, 3]
+
+    other = changed(tiny["student"], tmp_path, "generation_config.json", more)
+    (warning,) = check(config(f"student.model={other}")).warnings
+    assert "student.model: completions also stop at 3 '<|user|>'" in warning
+
+
+@pytest.mark.parametrize("model", ["student", "teacher"])
+@pytest.mark.parametrize("eos", [300, 4000])
+def test_a_stop_id_that_is_no_token(config, tiny, tmp_path, model, eos):
+    other = changed(
+        tiny[model], tmp_path, "generation_config.json", lambda c: c.update(eos_token_id=eos)
+    )
+    message = refused(config, f"{model}.model={other}")
+    assert f"{model}.model: end-of-sequence id {eos} is no token of its tokenizer (261" in message
+
+
+def base(model, tmp_path):
+    """A copy that ends with <|pad|> though its template ends a turn with <|end|>."""
+    changed(model, tmp_path, "generation_config.json", lambda c: c.update(eos_token_id=1))
+    file = tmp_path / "copy" / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token": "<|pad|>"}))
+    return str(tmp_path / "copy")
+
+
+def test_a_template_that_ends_an_answer_with_what_stops_nothing(config, tiny, tmp_path):
+    """Teacher and student agree, and both would run on."""
+    models = [f"{m}.model={base(tiny[m], tmp_path / m)}" for m in ("student", "teacher")]
+    message = refused(config, *models)
+    assert message.startswith(
+        "student.model: its chat template ends an answer with 0 '<|end|>', but completions stop "
+        "only at 1 '<|pad|>'"
+    )
+    assert message.endswith("generation_config.json to [1, 0].")
+    assert check(config(*models, "data.chat=false")).warnings == ()
+
+
+def templated(model, tmp_path, change):
+    shutil.copytree(model, tmp_path / "templated")
+    file = tmp_path / "templated" / "chat_template.jinja"
+    file.write_text(change(file.read_text()))
+    return str(tmp_path / "templated")
+
+
+@pytest.mark.parametrize(
+    ("change", "diff"),
+    [
+        (lambda t: t.replace("<|end|>", "<|end|>\n"), r"+<|system|>Answer in one short"),
+        (lambda t: t.replace("m['content']", "m['content'].upper()"), "+<|system|>ANSWER IN ONE"),
+        (lambda t: t + "{{ '<think>' if add_generation_prompt }}", "<|assistant|><think>"),
+    ],
+)
+def test_another_template(config, tiny, tmp_path, change, diff):
+    other = templated(tiny["teacher"], tmp_path, change)
+    message = refused(config, f"teacher.model={other}")
+    first, *rest = message.splitlines()
+    assert first.startswith("teacher.model: has another chat template than the student")
+    assert rest[:2] == ["    --- student", "    +++ teacher"]
+    assert any(diff in line and line.startswith("    +") for line in rest)
+    (warning,) = check(config(f"teacher.model={other}", "teacher.other_template=true")).warnings
+    assert warning.splitlines()[1:] == rest
+    assert check(config(f"teacher.model={other}", "data.chat=false")).warnings == ()
+
+
+def test_what_a_template_says_without_a_system_message(config, tiny, tmp_path):
+    """matters only to a run without one."""
+    default = "{% if messages[0]['role'] != 'system' %}<|system|>You are Q.<|end|>{% endif %}"
+    other = templated(tiny["teacher"], tmp_path, lambda t: default + t)
+    assert "+<|system|>You are Q." in refused(config, f"teacher.model={other}")
+    checked = check(config(f"teacher.model={other}", "data.system=Be brief."))
+    assert checked.warnings == ()
+
+
+def test_a_teacher_without_a_template(config, tiny, tmp_path):
+    shutil.copytree(tiny["teacher"], tmp_path / "base")
+    (tmp_path / "base" / "chat_template.jinja").unlink()
+    message = refused(config, f"teacher.model={tmp_path / 'base'}")
+    assert "has another chat template" in message
+    assert "+(no chat template, or it refuses)" in message
 
 
 def test_beyond_the_context(config):

@@ -1,0 +1,267 @@
+"""Checks with the actors up, before the first step: known texts are scored and compared.
+
+Few and short sequences; no step is taken and no state changed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from seqkd.config import Config
+from seqkd.config_roles import ApiTeacher, HfTeacher, VllmTeacher
+from seqkd.errors import ModelError
+from seqkd.models import load_causal_lm
+from seqkd.preflight import Checked
+from seqkd.protocols import Sampler, Workers
+from seqkd.types import Prompt, Rollout, TeacherScore
+
+ENGLISH = (
+    "The capital of France is Paris. Water boils at one hundred degrees, and most people sleep at "
+    "night. She went to the market to buy some bread, and when she came home it was still warm."
+)
+ECHO_TOKENS = 64
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
+"""Nats a token by which two ways of computing the same log-probs may differ in the mean."""
+UNIFORM = (0.9, 1.25)
+"""Mean surprise of plain English, in units of ln V, of a head that knows nothing. Weights of
+standard deviation s on states of norm r give -ln V - (s r)^2 / 2 in the mean: 1.05 for
+SmolLM2-135M with a head of 0.02, whose own is 0.31."""
+REFERENCE_GIB = 4.0
+"""Largest checkpoint that the driver loads for a forward pass of its own."""
+
+
+def check_workers(
+    config: Config, checked: Checked, workers: Workers, roles: Collection[str]
+) -> list[str]:
+    """Warnings; ModelError with every error found, each on a line. ``roles`` are those that have
+    actors.
+
+    A teacher must score every token, the same twice, as an independent forward pass does, better
+    than by guessing, and with the whole prompt in view; what samples must give its tokens the
+    log-probs of what scores them.
+    """
+    errors: list[str] = []
+    warnings: list[str] = []
+    if "rollout" in roles:
+        errors += _student_agrees(config, checked, workers)
+    teacher = config.teacher
+    if "teacher" in roles and not isinstance(teacher, ApiTeacher):
+        echo = _Echo(teacher, config, checked, workers)
+        errors += echo.errors(sampling="teacher_sampler" in roles)
+        warnings += echo.warnings
+    if errors:
+        raise ModelError("\n".join(errors))
+    return warnings
+
+
+def _student_agrees(config: Config, checked: Checked, workers: Workers) -> list[str]:
+    drawn = _draw(workers.student, checked, config.rollout.actors)
+    measured = workers.learner.measure(drawn, {})
+    gap = _gap([(r, torch.tensor(measured[r.sample_id]["student_logprob"])) for r in drawn])
+    most = _tolerance(config.rollout.precision, config.learner.precision)
+    if gap <= most:
+        return []
+    return [
+        f"rollout: the engine gives the tokens that it draws other log-probs than the learner "
+        f"does, by {gap:.3g} nats a token (at most {most:g}). The two do not hold the same "
+        "weights, or compute otherwise. Set rollout.precision and learner.precision to float32; "
+        "if it stays, this type of model is not served as transformers computes it."
+    ]
+
+
+class _Echo:
+    """One teacher's answers to known texts."""
+
+    def __init__(
+        self,
+        teacher: VllmTeacher | HfTeacher,
+        config: Config,
+        checked: Checked,
+        workers: Workers,
+    ) -> None:
+        self.teacher, self.config, self.checked, self.workers = teacher, config, checked, workers
+        self.most = _tolerance(teacher.precision)
+        self.warnings: list[str] = []
+
+    def errors(self, sampling: bool) -> list[str]:
+        """Every fault of the scores; only the first kind where tokens lack them."""
+        copies = _echoes(self.checked, max(2, self.teacher.actors))
+        others = _full_length(self.config, self.checked)
+        once = self.logprobs(copies)
+        again = self.logprobs([copies[0], *others])  # in other company than before
+        if once is None or again is None:
+            return [self.missing]
+        echo = again[0]
+        found = [self.differs_from_itself([*once, echo])]
+        if found == [None]:  # what follows compares one answer with another
+            found += [self.differs_from_the_checkpoint(copies[0], echo), self.truncates(*again[1:])]
+            found += [self.differs_from_its_sampler()] if sampling else []
+        found.append(self.guesses(echo))
+        return [error for error in found if error]
+
+    @property
+    def missing(self) -> str:
+        return (
+            f"{self._name} tokens of a known text came back without a log-prob, or with one that "
+            "is no number. Nothing can be learnt from such scores. Run with --verbose for the "
+            "teacher's own log, and set teacher.kind to hf to leave the engine out."
+        )
+
+    def logprobs(self, rollouts: Sequence[Rollout]) -> list[Tensor] | None:
+        """[T] a rollout; None where a token has none."""
+        scores = self.workers.teacher.score(rollouts)
+        if any(_scored(scores[r.sample_id]) != len(r.completion_ids) for r in rollouts):
+            return None
+        measured = self.workers.learner.measure(rollouts, scores)
+        found = [torch.tensor(measured[r.sample_id]["teacher_logprob"]) for r in rollouts]
+        return found if all(t.isfinite().all() for t in found) else None
+
+    def differs_from_itself(self, answers: list[Tensor]) -> str | None:
+        """The same text, on every actor and in two batches."""
+        gap = max(_distance(answers[0], answer) for answer in answers)
+        if gap <= self.most:
+            return None
+        return (
+            f"{self._name} the same text gets log-probs that differ by {gap:.3g} nats a token from "
+            f"one time to the next (at most {self.most:g} in {self.teacher.precision}). Set "
+            "teacher.kind to hf to leave the engine out; look for dropout, or for nodes with "
+            "another checkpoint under the same path."
+        )
+
+    def differs_from_the_checkpoint(self, rollout: Rollout, echo: Tensor) -> str | None:
+        """Against a transformers forward pass on the driver, where the model is small enough."""
+        expected = _forward(self.teacher, self.checked, rollout)
+        if expected is None or (gap := _distance(expected, echo)) <= self.most:
+            return None
+        return (
+            f"{self._name} its log-probs differ by {gap:.3g} nats a token from a forward pass of "
+            f"the checkpoint itself (at most {self.most:g} in {self.teacher.precision}). What "
+            "scores is not this model. See that every node has the same files under this name; set "
+            "teacher.kind to hf to leave the engine out."
+        )
+
+    def differs_from_its_sampler(self) -> str | None:
+        """The engine with which the teacher writes, against the one with which it scores."""
+        generation = self.teacher.generation
+        drawn = _draw(self.workers.teacher_sampler, self.checked, generation.actors)
+        scores = self.logprobs(drawn)
+        if scores is None:
+            return self.missing
+        gap = _gap(list(zip(drawn, scores, strict=True)))
+        most = _tolerance(generation.precision, self.teacher.precision)
+        if gap <= most:
+            return None
+        return (
+            f"{self._name} the engine with which it writes gives its tokens other log-probs than "
+            f"the one with which it scores, by {gap:.3g} nats a token (at most {most:g}). One of "
+            "the two is not this model. Set teacher.generation.precision to teacher.precision, and "
+            "see that every node has the same files under this name."
+        )
+
+    def truncates(self, full: Tensor, again: Tensor, changed: Tensor) -> str | None:
+        """Of a text as long as the run allows, the first token must matter to the end. What two
+        scores of the same text differ by is no effect."""
+        noise = (full - again).abs().max().item()
+        if (full - changed).abs().max().item() > max(3 * noise, 1e-6):
+            return None
+        prompt, completion = self.config.data.max_prompt_tokens, self.config.rollout.max_tokens
+        return (
+            f"{self._name} scores after a prompt of data.max_prompt_tokens = {prompt} and up to "
+            f"rollout.max_tokens = {completion} do not depend on the prompt's first token: the "
+            "teacher does not see the whole prompt. Lower the two until it does, or use a teacher "
+            "with a longer context."
+        )
+
+    def guesses(self, echo: Tensor) -> str | None:
+        """No better than an untrained head: an error; worse: a warning."""
+        uniform = math.log(self.checked.vocabulary)
+        surprise = -echo.mean().item()
+        if surprise < UNIFORM[0] * uniform:
+            return None
+        text = f"{self._name} plain English has a mean log-prob of {-surprise:.2f} a token"
+        if surprise > UNIFORM[1] * uniform:
+            self.warnings.append(
+                f"{text}, less than a uniform guess has ({-uniform:.2f}). A model of random "
+                "weights does that, one that has learnt a language does not."
+            )
+            return None
+        return (
+            f"{text}, as of an untrained model (-ln V = {-uniform:.2f}): its output head is new or "
+            "its weights are lost. Name a checkpoint that was saved with its language-model head."
+        )
+
+    @property
+    def _name(self) -> str:
+        return f"teacher.model: {self.teacher.model!r}:"
+
+
+def _echoes(checked: Checked, copies: int) -> list[Rollout]:
+    """Plain English as the answer to a prompt of the run, once for every actor."""
+    prompt = checked.train[0].token_ids
+    answer = _english(checked)[: min(ECHO_TOKENS, checked.max_model_len - len(prompt))]
+    return [_rollout(f"echo/{i}", prompt, answer) for i in range(copies)]
+
+
+def _full_length(config: Config, checked: Checked) -> list[Rollout]:
+    """The longest text that the run allows, the same once more, and with another first token."""
+    english = _english(checked)
+    times = -(-checked.max_model_len // len(english))
+    text = (english * times)[: checked.max_model_len]
+    other = next(i for i in english if i != text[0])
+    texts = {"full": text, "again": text, "changed": (other, *text[1:])}
+    prompt = config.data.max_prompt_tokens
+    return [_rollout(name, ids[:prompt], ids[prompt:]) for name, ids in texts.items()]
+
+
+def _english(checked: Checked) -> tuple[int, ...]:
+    return tuple(checked.tokenizer(ENGLISH, add_special_tokens=False).input_ids)
+
+
+def _rollout(name: str, prompt: tuple[int, ...], completion: tuple[int, ...]) -> Rollout:
+    return Rollout(name, name, prompt, completion, None, "dataset", 0, "length")
+
+
+def _draw(sampler: Sampler, checked: Checked, engines: int) -> list[Rollout]:
+    """One completion for every engine."""
+    prompts: list[Prompt] = [checked.train[i % len(checked.train)] for i in range(engines)]
+    return sampler.sample(prompts, [1] * engines, seed=0)
+
+
+def _forward(teacher: VllmTeacher | HfTeacher, checked: Checked, rollout: Rollout) -> Tensor | None:
+    """[T] log-probs by transformers, from the checkpoint; None where that would be too large."""
+    from seqkd.memory import BYTES, GIB, size_of
+
+    size = size_of(checked.teacher).parameters * BYTES[teacher.precision]
+    if size > min(REFERENCE_GIB * GIB, psutil.virtual_memory().available / 2):
+        return None
+    model: Any = load_causal_lm(teacher.model, teacher.precision, "teacher.model")
+    ids = torch.tensor([[*rollout.prompt_ids, *rollout.completion_ids]])
+    with torch.inference_mode():
+        logits = model(ids).logits[0, len(rollout.prompt_ids) - 1 : -1, : checked.vocabulary]
+    every = torch.log_softmax(logits.float(), -1)
+    return every.gather(-1, torch.tensor(rollout.completion_ids)[:, None]).squeeze(-1)
+
+
+def _scored(score: TeacherScore) -> int:
+    """Tokens that have a score."""
+    values = score.hidden if score.hidden is not None else score.logprobs
+    return 0 if values is None else len(values)
+
+
+def _gap(pairs: Sequence[tuple[Rollout, Tensor]]) -> float:
+    """The largest mean difference between sampled and measured log-probs of one rollout."""
+    return max(_distance(torch.tensor(r.rollout_logprobs), scored) for r, scored in pairs)
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    return (a - b).abs().mean().item()
+
+
+def _tolerance(*precisions: str) -> float:
+    return max(TOLERANCE[precision] for precision in precisions)

@@ -1,0 +1,266 @@
+"""How much memory a plan needs, by estimate.
+
+Counted: weights, gradients and AdamW states by precision and ZeRO stage, activations that the
+longest micro-batch saves, key-value caches, output heads, published weights, teacher scores under
+way, and what a process on a CPU takes by importing its libraries. Left out: Ray's own processes,
+what allocators and DeepSpeed's communication buffers take, an engine's activations, the models that
+the driver loads and frees before the first step, and GPU processes' memory on the host. Nothing is
+read: a model's size is that of its architecture.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+
+from seqkd.config import Config
+from seqkd.config_roles import ApiTeacher, Engine, HfTeacher, Prune, VllmTeacher
+from seqkd.errors import ResourceError
+from seqkd.models import prune
+
+GIB = 2**30
+BYTES = {"float32": 4, "bfloat16": 2}
+LIBRARIES = {"torch": 0.6, "vllm": 1.1}
+"""GiB of a process on a CPU that has imported its libraries and built nothing, as measured."""
+MENDS = {
+    "learner": "Set learner.precision to bfloat16, learner.gradient_checkpointing to true, or "
+    "learner.micro_batch_prompts, learner.ranks or rollout.max_tokens lower.",
+    "rollout": "Set rollout.precision to bfloat16, or rollout.kv_cache_gib or rollout.actors "
+    "lower.",
+    "teacher": "Set teacher.precision to bfloat16, or teacher.actors lower.",
+    "teacher_sampler": "Set teacher.generation.precision to bfloat16, or "
+    "teacher.generation.kv_cache_gib or teacher.generation.actors lower.",
+    "driver": "Set prompts_per_step, updates_per_rollout or rollout.max_tokens lower.",
+}
+
+
+@dataclass(frozen=True)
+class Need:
+    """What each process of a role needs."""
+
+    role: str
+    processes: int
+    parts: dict[str, float]
+    """GiB by what for, where its model is."""
+    gpus: float = 0.0
+    """Of each process; above 0 the parts are GPU memory."""
+    utilization: float = 0.0
+    """The share of its GPUs that an engine takes, whatever it needs; 0 for others."""
+
+    @property
+    def each(self) -> float:
+        """GiB of one process."""
+        return sum(self.parts.values())
+
+    @property
+    def total(self) -> float:
+        """GiB of all its processes."""
+        return self.each * self.processes
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {gib:.2f}" for name, gib in self.parts.items() if gib >= 0.005)
+        return f"{self.role:<16} {self.processes} x {self.each:7.2f}  {parts}"
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of one model."""
+
+    parameters: int
+    head: int
+    """Elements of the output head."""
+    hidden: int
+    saved: int
+    """Elements that the backward pass of one token needs, without checkpointing."""
+    layers: int
+
+
+def size_of(model: Any, pruned: Prune | None = None) -> Size:
+    """From a transformers config; the weights are not read."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        built = AutoModelForCausalLM.from_config(copy.deepcopy(model))
+    if pruned is not None:
+        prune(built, pruned)
+    hidden, layers = model.hidden_size, built.config.num_hidden_layers
+    inner = getattr(model, "intermediate_size", None) or 4 * hidden
+    # A layer keeps the inputs of its norms, matrices and products: about six times the residual
+    # stream (norms, q, k, v, attention) and four times the inner width.
+    return Size(
+        parameters=sum(p.numel() for p in built.parameters()),
+        head=model.vocab_size * hidden,
+        hidden=hidden,
+        saved=layers * (7 * hidden + 4 * inner),
+        layers=layers,
+    )
+
+
+def estimate(config: Config, student: Any, teacher: Any, roles: Collection[str]) -> list[Need]:
+    """Needs of every role in ``roles`` and of the driver; ``student`` and ``teacher`` are
+    transformers configs, the latter None where it is behind an endpoint."""
+    init = config.student.init
+    ours = size_of(student, init if isinstance(init, Prune) else None)
+    theirs = None if teacher is None else size_of(teacher)
+    needs = [_learner(config, ours, theirs)]
+    if "rollout" in roles:
+        needs.append(_engine("rollout", config.rollout, ours))
+    if theirs is not None:
+        needs += _teachers(config, theirs, roles)
+    return [*needs, _driver(config, ours, theirs)]
+
+
+def _learner(config: Config, student: Size, teacher: Size | None) -> Need:
+    learner = config.learner
+    width, ranks = BYTES[learner.precision], learner.ranks
+    stage = learner.zero_stage
+    of_weights = width / (ranks if stage == 3 else 1)
+    of_gradients = width / (ranks if stage >= 2 else 1)
+    of_states = 8 / (ranks if stage else 1)
+    # DeepSpeed keeps float32 copies of what it updates but for ZeRO 0 in float32, plain AdamW.
+    if stage or learner.precision == "bfloat16":
+        of_states += 8 / (ranks if stage else 1)
+    sequences = learner.micro_batch_prompts * max(
+        config.samples_per_prompt(phase) for _, phase in config.phases
+    )
+    tokens = sequences * (config.data.max_prompt_tokens + config.rollout.max_tokens)
+    saved = student.saved
+    if learner.gradient_checkpointing:
+        saved = student.layers * student.hidden + saved // student.layers
+    parts = {
+        "weights": student.parameters * of_weights,
+        "gradients": student.parameters * of_gradients,
+        "optimizer": student.parameters * of_states,
+        "activations": tokens * saved * width,
+        "teacher's head": _scoring_head(config, teacher) if _hidden(config) else 0,
+    }
+    return _need("learner", ranks, parts, learner.gpus)
+
+
+def _hidden(config: Config) -> bool:
+    return config.teacher.scores == "hidden"
+
+
+def _scoring_head(config: Config, teacher: Size | None) -> int:
+    """Bytes of the teacher's head beside its engine: with the learner, or with the teacher."""
+    if teacher is None or isinstance(config.teacher, ApiTeacher):
+        return 0
+    return teacher.head * BYTES[config.teacher.precision]
+
+
+def _engine(role: str, engine: Engine, size: Size, head: int = 0) -> Need:
+    width = BYTES[engine.precision]
+    parts: dict[str, float] = {"weights": size.parameters * width, "scoring head": head}
+    if engine.gpus:
+        return _need(
+            role, engine.actors, parts, engine.gpus, utilization=engine.gpu_memory_utilization
+        )
+    # A CPU engine computes with a packed copy of the head beside the embedding.
+    parts |= {"packed head": size.head * width, "KV cache": engine.kv_cache_gib * GIB}
+    return _need(role, engine.actors, parts, libraries="vllm")
+
+
+def _teachers(config: Config, size: Size, roles: Collection[str]) -> list[Need]:
+    needs, teacher = [], config.teacher
+    assert not isinstance(teacher, ApiTeacher)
+    if "teacher" in roles and isinstance(teacher, HfTeacher):
+        width = BYTES[teacher.precision]
+        # No pass back: what one layer works on at a time.
+        working = teacher.batch_tokens * size.saved // size.layers
+        parts: dict[str, float] = {
+            "weights": size.parameters * width,
+            "activations": working * width,
+        }
+        needs.append(_need("teacher", teacher.actors, parts, teacher.gpus))
+    elif "teacher" in roles:
+        assert isinstance(teacher, VllmTeacher)
+        head = 0 if _hidden(config) else _scoring_head(config, size)
+        needs.append(_engine("teacher", teacher, size, head))
+    if "teacher_sampler" in roles:
+        needs.append(_engine("teacher_sampler", teacher.generation, size))
+    return needs
+
+
+def _driver(config: Config, student: Size, teacher: Size | None) -> Need:
+    """And the node's shared memory, where weights are published and scores pass through."""
+    under_way = 0
+    if teacher is not None and _hidden(config):
+        completions = max(
+            phase.prompts_per_step * phase.updates_per_rollout * config.samples_per_prompt(phase)
+            for _, phase in config.phases
+        )
+        # Float32, at the driver and in Ray's object store.
+        under_way = completions * config.rollout.max_tokens * teacher.hidden * 4 * 2
+    published = student.parameters * BYTES[config.learner.precision]
+    return _need("driver", 1, {"published weights": published, "scores under way": under_way})
+
+
+def _need(
+    role: str,
+    processes: int,
+    parts: Mapping[str, float],
+    gpus: float = 0.0,
+    libraries: str = "torch",
+    utilization: float = 0.0,
+) -> Need:
+    gib = {name: amount / GIB for name, amount in parts.items()}
+    if not gpus:
+        gib["libraries"] = LIBRARIES[libraries]
+    return Need(role, processes, gib, gpus, utilization)
+
+
+Pool = tuple[float, float]
+"""GiB in all, and available now."""
+
+
+def host_memory() -> Pool:
+    """Of this machine."""
+    memory = psutil.virtual_memory()
+    return memory.total / GIB, memory.available / GIB
+
+
+def gpu_memory() -> list[Pool]:
+    """Of each GPU of this machine."""
+    pairs = [torch.cuda.mem_get_info(i) for i in range(torch.cuda.device_count())]
+    return [(total / GIB, free / GIB) for free, total in pairs]
+
+
+def check_memory(needs: Sequence[Need], host: Pool, gpus: Sequence[Pool]) -> str | None:
+    """ResourceError where the plan is beyond what the machine has, a warning where it is beyond
+    what is free now."""
+    on_host = [need for need in needs if not need.gpus]
+    on_gpus = [need for need in needs if need.gpus]
+    warnings = [_compare("memory", sum(n.total for n in on_host), on_host, host)]
+    if on_gpus and gpus:
+        one = min(total for total, _ in gpus)
+        for need in on_gpus:
+            room = one * max(1.0, need.gpus) * (need.utilization or 1.0)
+            if need.each > room:
+                raise ResourceError(
+                    f"{need.role}: {need.each:.1f} GiB by estimate do not fit into the "
+                    f"{room:.1f} GiB of GPU memory that each process has. {MENDS[need.role]}"
+                )
+        taken = sum(
+            n.processes * (one * max(1.0, n.gpus) * n.utilization if n.utilization else n.each)
+            for n in on_gpus
+        )
+        both = sum(total for total, _ in gpus), sum(free for _, free in gpus)
+        warnings.append(_compare("GPU memory", taken, on_gpus, both))
+    return "\n".join(w for w in warnings if w) or None
+
+
+def _compare(what: str, need: float, of: Sequence[Need], pool: Pool) -> str | None:
+    total, available = pool
+    text = f"the plan needs {need:.1f} GiB of {what} by estimate, but this machine has {total:.1f}"
+    largest = max(of, key=lambda n: n.total, default=None)
+    if largest is None or need <= available:
+        return None
+    mend = f"most is for {largest.role} ({largest.total:.1f}). {MENDS[largest.role]}"
+    if need > total:
+        raise ResourceError(f"{text}; {mend}")
+    return f"{text}, of which {available:.1f} are free now; {mend}"

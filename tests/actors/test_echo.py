@@ -1,0 +1,210 @@
+"""Faults put into real actors, and the message with which each is caught before the first step."""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import replace
+
+import pytest
+import torch
+
+from actors.groups import LearnerGroup, RolloutGroup, TeacherGroup, wait
+from actors.learner import LearnerRank
+from actors.placement import ActorPlan
+from actors.rollout import RolloutActor
+from actors.teacher import TeacherActor
+from seqkd.config import Config
+from seqkd.config_roles import Engine, Learner
+from seqkd.echo import check_workers
+from seqkd.errors import ActorError, ModelError
+from seqkd.preflight import check
+from seqkd.protocols import Workers
+
+PROMPT, COMPLETION = 64, 32
+PLAN = ActorPlan("teacher", 0, threads=1, gpus=0, share=1, bundle=0)
+
+
+class FaultyTeacher(TeacherActor):
+    """A real teacher that can be broken where its answers are made."""
+
+    fault = ""
+
+    def set_fault(self, fault):
+        self.fault = fault
+
+    def score(self, rollouts):
+        if self.fault == "truncates":  # keeps the end of what is too long for it
+            return super().score([_last(r, PROMPT + COMPLETION - 4) for r in rollouts])
+        self.states.model.train(self.fault == "dropout")
+        for module in self.states.model.modules():
+            if hasattr(module, "attention_dropout"):
+                module.attention_dropout = 0.1
+        scores = super().score(rollouts)
+        if self.fault == "drops the last token":
+            return [replace(s, hidden=s.hidden[:-1]) for s in scores]
+        if self.fault == "not a number":
+            return [replace(s, hidden=s.hidden * torch.nan) for s in scores]
+        if self.fault == "forgets one":
+            return scores[1:]
+        return scores
+
+
+def _last(rollout, tokens):
+    """The rollout with a prompt cut from the left to ``tokens`` in all."""
+    cut = max(0, len(rollout.prompt_ids) + len(rollout.completion_ids) - tokens)
+    return replace(rollout, prompt_ids=rollout.prompt_ids[cut:])
+
+
+@pytest.fixture(scope="module")
+def config(tiny, tmp_path_factory):
+    file = tmp_path_factory.mktemp("data") / "train.jsonl"
+    file.write_text('{"prompt": "one"}\n{"prompt": "two and three"}\n')
+
+    def make(model=tiny["teacher"], scores="hidden"):
+        return Config.model_validate(
+            {
+                "name": "x",
+                "student": {"model": tiny["student"]},
+                "teacher": {"kind": "hf", "model": model, "scores": scores},
+                "data": {"path": str(file), "max_prompt_tokens": PROMPT},
+                "rollout": {"max_tokens": COMPLETION},
+                "objective": {"kind": "sequence_reverse_kl", "estimator": "reward_to_go"},
+                "evaluation": {"prompts": 0},
+                "steps": 1,
+            }
+        )
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def crew(local_ray, tiny):
+    """One learner, one teacher that can be broken, one engine of the student's weights."""
+    environment = {"env_vars": PLAN.environment()}
+
+    def create(cls, *args):
+        return local_ray.remote(cls).options(runtime_env=environment).remote(*args)
+
+    learner = create(LearnerRank, Learner(zero_stage=0), uuid.uuid4().hex)
+    teacher = create(FaultyTeacher)
+    engine = create(RolloutActor, (0,), "student")
+    master, _ = wait(learner.rendezvous.remote(), "learner")
+    wait(
+        [
+            learner.start.remote(0, master, tiny["student"], (tiny["teacher"], "float32")),
+            engine.start.remote(tiny["student"], Engine(kv_cache_gib=0.1), PROMPT + COMPLETION),
+        ],
+        "start",
+    )
+    yield learner, teacher, engine
+    for actor in (learner, teacher, engine):
+        local_ray.kill(actor)
+
+
+@pytest.fixture
+def examine(crew, tiny):
+    """Check the crew; ``serves`` names the model that really scores."""
+    learner, teacher, engine = crew
+
+    def examine(config, fault="", serves=None, roles=("teacher",)):
+        serving = config.teacher.model_copy(update={"model": serves or config.teacher.model})
+        wait(teacher.start.remote(serving, PROMPT + COMPLETION, 320), "teacher start")
+        wait(teacher.set_fault.remote(fault), "teacher")
+        group = LearnerGroup([learner], 2, tiny["student"])
+        sampler = RolloutGroup([engine], COMPLETION, group, "rollout")
+        workers = Workers(sampler, TeacherGroup([teacher]), group, sampler, True)
+        return check_workers(config, check(config), workers, set(roles))
+
+    return examine
+
+
+def refused(examine, *args, **options):
+    with pytest.raises(ModelError) as caught:
+        examine(*args, **options)
+    print(caught.value)
+    return str(caught.value).splitlines()
+
+
+@pytest.mark.parametrize("scores", ["hidden", "top_k", "logprobs"])
+def test_a_good_teacher_passes(examine, config, scores):
+    """A random one at that, which knows no English: said, and no more."""
+    (warning,) = examine(config(scores=scores))
+    assert "plain English has a mean log-prob of -8" in warning
+    assert "less than a uniform guess has (-5.77)" in warning
+
+
+def test_a_teacher_that_truncates_prompts(examine, config):
+    (message,) = refused(examine, config(), "truncates")
+    assert "do not depend on the prompt's first token" in message
+    assert f"data.max_prompt_tokens = {PROMPT}" in message
+
+
+def test_a_teacher_that_is_not_deterministic(examine, config):
+    (message,) = refused(examine, config(), "dropout")
+    assert "the same text gets log-probs that differ by" in message
+
+
+@pytest.mark.parametrize("fault", ["drops the last token", "not a number"])
+def test_tokens_without_scores(examine, config, fault):
+    (message,) = refused(examine, config(), fault)
+    assert "came back without a log-prob, or with one that is no number" in message
+
+
+def test_a_rollout_without_a_score(examine, config):
+    with pytest.raises(ActorError, match="1 rollouts came back without a score"):
+        examine(config(), "forgets one")
+
+
+def test_another_model_under_the_right_name(examine, config, tmp_path):
+    """The scoring actor has weights that are not those of the checkpoint it is named after."""
+    from tiny_models import write_tiny
+
+    other = str(write_tiny(tmp_path / "other", layers=4, seed=9))
+    (message,) = refused(examine, config(scores="logprobs"), serves=other)
+    assert "from a forward pass of the checkpoint itself" in message
+    assert "(at most 0.001 in float32)" in message
+
+
+def test_a_head_that_was_initialised_anew(examine, config, tiny, tmp_path):
+    """Everything agrees on it, so only its ignorance shows."""
+    from seqkd.models import export, load_causal_lm
+
+    torch.manual_seed(0)
+    model = load_causal_lm(tiny["teacher"], "float32", "model")
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(0.02 * torch.randn_like(model.lm_head.weight))
+    export(model, None, tmp_path / "new", tiny["teacher"])
+    (message,) = refused(examine, config(str(tmp_path / "new"), "logprobs"))
+    assert "as of an untrained model (-ln V = -5.77): its output head is new" in message
+
+
+def test_engines_that_agree(examine, config, tiny):
+    roles = ("rollout", "teacher", "teacher_sampler")
+    examine(config(tiny["student"], "logprobs"), roles=roles)
+
+
+def test_another_model_writes_than_scores(examine, config):
+    (message,) = refused(examine, config(), roles=("teacher", "teacher_sampler"))
+    assert "the engine with which it writes gives its tokens other log-probs" in message
+
+
+def test_an_engine_that_has_not_the_students_weights(examine, config, crew, tiny):
+    from seqkd.models import load_causal_lm
+
+    learner, _, engine = crew
+    published = wait(learner.publish.remote(), "publishing")
+    changed = _moved(published, load_causal_lm(tiny["student"], "float32", "model"))
+    wait(engine.load.remote(changed, None), "load")
+    (message,) = refused(examine, config(), roles=("rollout",))
+    assert message.startswith("rollout: the engine gives the tokens that it draws other log-probs")
+    wait(engine.load.remote(wait(learner.publish.remote(), "publishing"), None), "load")
+    assert examine(config(), roles=("rollout",)) == []
+
+
+def _moved(version, model):
+    """Weights that are a little off, published as if they were right."""
+    from actors import weight_sync
+
+    state = {n: p.detach() + 0.01 * torch.ones_like(p) for n, p in model.named_parameters()}
+    run_id = version.path.split("seqkd-")[1].split("/")[0]
+    return weight_sync.publish(state, 0, run_id, version.node_id)
