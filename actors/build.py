@@ -8,24 +8,18 @@ import socket
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import chain
 from typing import Any, NamedTuple
 
 from actors import placement, weight_sync
 from actors.groups import LearnerGroup, RolloutGroup, TeacherGroup, wait
 from seqkd.api_client import key_of
 from seqkd.config import Config
-from seqkd.config_roles import ApiTeacher
+from seqkd.config_roles import ApiTeacher, OneTeacher
 from seqkd.errors import ActorError, ResourceError
-from seqkd.journal import (
-    Journal,
-    JournaledSampler,
-    JournaledTeacher,
-    sampling_settings,
-    score_form,
-)
 from seqkd.models import expand
 from seqkd.preflight import Checked
-from seqkd.protocols import Workers
+from seqkd.workers import Workers
 
 
 @contextmanager
@@ -83,11 +77,9 @@ def workers(
     config: Config,
     student_path: str,
     checked: Checked,
-    journal: Journal | None = None,
     roles: set[placement.Role] | None = None,
 ) -> Iterator[Workers]:
-    """Start every actor of the plan, wait until each is ready, and free all of it at the end. Of a
-    teacher with a journal, what is there is read and what is new is kept."""
+    """Start every actor of the plan, wait until each is ready, and free all of it at the end."""
     from ray.util.placement_group import placement_group, remove_placement_group
 
     plan = placement.plan(config, roles)
@@ -99,8 +91,6 @@ def workers(
                 "set placement to split so that the roles may be on different nodes."
             )
         with _started(config, plan, group, student_path, checked) as crew:
-            if journal is not None:
-                _record(crew, plan, config, journal, checked)
             yield crew
     finally:
         remove_placement_group(group)
@@ -121,60 +111,62 @@ def _started(
 
     stop_ids, max_model_len = checked.stop_ids, checked.max_model_len
 
-    def create(cls: type, role: placement.Role, *args: Any) -> list[Any]:
+    def create(cls: type, role: placement.Role, teacher: str, *args: Any) -> list[Any]:
         remote: Any = ray.remote(cls)
-        return [remote.options(**p.options(group)).remote(*args) for p in plan.role(role)]
+        places = plan.role(role, teacher)
+        return [remote.options(**place.options(group)).remote(*args) for place in places]
 
     run_id = uuid.uuid4().hex[:12]
-    ranks = create(LearnerRank, "learner", config.learner, run_id)
-    students = create(RolloutActor, "rollout", stop_ids, "student")
-    scoring, writing = _teacher_actors(config, checked)
-    teachers = create(scoring.cls, "teacher", *scoring.made_of)
-    writers = create(writing.cls, "teacher_sampler", *writing.made_of)
-    heads: dict[str, tuple[str, str]] = {}
-    if config.teacher.scores == "hidden":
-        heads[""] = (expand(config.teacher.model), config.teacher.precision)
-    master = node = None
+    ranks = create(LearnerRank, "learner", "", config.learner, run_id)
+    students = create(RolloutActor, "rollout", "", stop_ids, "student")
+    scorers: dict[str, list[Any]] = {}
+    writers: dict[str, list[Any]] = {}
+    starts: dict[str, list[Any]] = {role: [] for role in placement.KEYS}
+    for name, teacher in config.teachers.items():
+        if not any(plan.role(role, name) for role in ("teacher", "teacher_sampler")):
+            continue
+        scoring, writing = _teacher_actors(config, teacher, checked)
+        scorers[name] = create(scoring.cls, "teacher", name, *scoring.made_of)
+        writers[name] = create(writing.cls, "teacher_sampler", name, *writing.made_of)
+        starts["teacher"] += [a.start.remote(*scoring.started_with) for a in scorers[name]]
+        starts["teacher_sampler"] += [a.start.remote(*writing.started_with) for a in writers[name]]
+    node = None
     if ranks:
         master, node = wait(ranks[0].rendezvous.remote(), "learner start")
-    starts = {
-        "learner": [
+        heads = {
+            name: (expand(teacher.model), teacher.precision)
+            for name, teacher in config.teachers.items()
+            if teacher.scores == "hidden"
+        }
+        starts["learner"] = [
             r.start.remote(rank, master, student_path, heads) for rank, r in enumerate(ranks)
-        ],
-        "rollout": [a.start.remote(student_path, config.rollout, max_model_len) for a in students],
-        "teacher": [a.start.remote(*scoring.started_with) for a in teachers],
-        "teacher_sampler": [a.start.remote(*writing.started_with) for a in writers],
-    }
+        ]
+    starts["rollout"] = [
+        a.start.remote(student_path, config.rollout, max_model_len) for a in students
+    ]
     for role, refs in starts.items():
         wait(refs, f"{role} start")
     learner = LearnerGroup(ranks, config.learner.micro_batch_prompts, expand(config.student.model))
     length = config.rollout.max_tokens
-    student = RolloutGroup(students, length, learner, "rollout")
-    sampler = RolloutGroup(writers, length, None, "teacher_sampler")
     try:
-        teacher_group = TeacherGroup(teachers)
-        yield Workers(student, teacher_group, learner, sampler, config.teacher.distribution)
+        yield Workers(
+            student=RolloutGroup(students, length, learner, "rollout"),
+            learner=learner,
+            teachers={name: TeacherGroup(of, name) for name, of in scorers.items() if of},
+            teacher_samplers={
+                name: RolloutGroup(of, length, None, "teacher_sampler")
+                for name, of in writers.items()
+                if of
+            },
+            teacher_of=config.teacher_of,
+            distribution=config.teacher.distribution,
+        )
     finally:
-        for actor in (*ranks, *students, *teachers, *writers):
+        everyone = (ranks, students, *scorers.values(), *writers.values())
+        for actor in chain.from_iterable(everyone):
             ray.kill(actor)  # one that hangs or waits for a dead one would never close by itself
         if node is not None:
             _clean_shared_memory(run_id, node)
-
-
-def _record(
-    crew: Workers,
-    plan: placement.Plan,
-    config: Config,
-    journal: Journal,
-    checked: Checked,
-) -> None:
-    """Put the journal before the teacher, or in its place where the plan has none."""
-    crew.live_teacher = bool(plan.role("teacher"))
-    writer = crew.teacher_sampler if plan.role("teacher_sampler") else None
-    scorer = crew.teacher if crew.live_teacher else None
-    settings = sampling_settings(config, checked.stop_ids)
-    crew.teacher_sampler = JournaledSampler(writer, journal, settings)
-    crew.teacher = JournaledTeacher(scorer, journal, score_form(config, checked.vocabulary))
 
 
 class _Actors(NamedTuple):
@@ -183,13 +175,14 @@ class _Actors(NamedTuple):
     started_with: tuple[Any, ...]
 
 
-def _teacher_actors(config: Config, checked: Checked) -> tuple[_Actors, _Actors]:
+def _teacher_actors(
+    config: Config, teacher: OneTeacher, checked: Checked
+) -> tuple[_Actors, _Actors]:
     """Those that score and those that write."""
     from actors.api_teacher import ApiSampler, ApiScorer
     from actors.rollout import RolloutActor
     from actors.teacher import TeacherActor
 
-    teacher = config.teacher
     if isinstance(teacher, ApiTeacher):
         key = key_of(teacher)
         writing = (teacher, key, expand(config.student.model))

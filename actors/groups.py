@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from actors.learner import RankPart
@@ -118,8 +119,8 @@ class RolloutGroup:
 class TeacherGroup:
     """Copies of one teacher; rollouts are dealt out by length."""
 
-    def __init__(self, actors: list[Any]) -> None:
-        self.actors = actors
+    def __init__(self, actors: list[Any], name: str = "") -> None:
+        self.actors, self.name = actors, name
 
     def score(self, rollouts: Sequence[Rollout]) -> dict[str, TeacherScore]:
         """See :class:`seqkd.protocols.Teacher`."""
@@ -128,7 +129,8 @@ class TeacherGroup:
             actor.score.remote(ordered[i :: len(self.actors)])
             for i, actor in enumerate(self.actors)
         ]
-        scores = {s.sample_id: s for part in wait(parts, "teacher scoring") for s in part}
+        given = (s for part in wait(parts, "teacher scoring") for s in part)
+        scores = {s.sample_id: replace(s, teacher=self.name) for s in given}
         missing = [r.sample_id for r in rollouts if r.sample_id not in scores]
         if missing:
             raise ActorError(f"teacher scoring: {len(missing)} rollouts came back without a score.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -31,6 +32,8 @@ class ActorPlan:
     """CPU cores requested from Ray; below ``threads`` where roles take turns."""
     bundle: int
     """Index of the placement-group bundle it is scheduled in."""
+    teacher: str = ""
+    """Which of several teachers it is of."""
 
     def options(self, group: Any) -> dict[str, Any]:
         """Ray actor options, with thread counts from the request that placed the actor."""
@@ -67,9 +70,9 @@ class Plan:
     actors: tuple[ActorPlan, ...]
     bundles: tuple[dict[str, float], ...] = field(default_factory=tuple)
 
-    def role(self, role: Role) -> tuple[ActorPlan, ...]:
-        """The processes of one role, in order."""
-        return tuple(actor for actor in self.actors if actor.role == role)
+    def role(self, role: Role, teacher: str | None = None) -> tuple[ActorPlan, ...]:
+        """The processes of one role, of one teacher or of all, in order."""
+        return tuple(a for a in self.actors if a.role == role and teacher in (None, a.teacher))
 
     def needs(self, resource: str) -> float:
         """Total of "CPU" or "GPU" over the bundles."""
@@ -141,47 +144,51 @@ def recording(config: Config) -> set[Role]:
     return roles
 
 
+Spec = tuple[Role, str, Actors]
+"""Of one role, of one teacher where there are several: its processes."""
+
+
 def plan(config: Config, roles: set[Role] | None = None) -> Plan:
     """Processes and bundles of ``config``: of what it needs, or of ``roles``."""
     chosen = needed(config) if roles is None else roles
     learner = Actors(
         actors=config.learner.ranks, cpus=config.learner.cpus, gpus=config.learner.gpus
     )
-    specs: list[tuple[Role, Actors]] = [
-        ("learner", learner),
-        ("rollout", config.rollout),
-        ("teacher_sampler", config.teacher.generation),
-        ("teacher", Actors() if isinstance(config.teacher, ApiTeacher) else config.teacher),
-    ]
-    specs = [(role, spec) for role, spec in specs if role in chosen]
+    specs: list[Spec] = [("learner", "", learner), ("rollout", "", config.rollout)]
+    for name, teacher in config.teachers.items():
+        scoring = Actors() if isinstance(teacher, ApiTeacher) else teacher
+        specs += [("teacher_sampler", name, teacher.generation), ("teacher", name, scoring)]
+    specs = [spec for spec in specs if spec[0] in chosen]
     return _split(specs) if config.placement == "split" else _colocated(specs)
 
 
-def _split(roles: list[tuple[Role, Actors]]) -> Plan:
+def _split(specs: list[Spec]) -> Plan:
     """Each process has cores of its own."""
-    actors: list[ActorPlan] = []
-    bundles: list[dict[str, float]] = []
-    for role, spec in roles:
-        for index in range(spec.actors):
-            actors.append(
-                ActorPlan(role, index, spec.cpus, spec.gpus, spec.cpus, bundle=len(bundles))
-            )
-            bundles.append(_bundle(spec.cpus, spec.gpus))
-    return Plan(tuple(actors), tuple(bundles))
+    actors = [
+        ActorPlan(role, index, spec.cpus, spec.gpus, spec.cpus, bundle, name)
+        for bundle, (role, name, spec, index) in enumerate(_processes(specs))
+    ]
+    return Plan(tuple(actors), tuple(_bundle(a.threads, a.gpus) for a in actors))
 
 
-def _colocated(roles: list[tuple[Role, Actors]]) -> Plan:
+def _colocated(specs: list[Spec]) -> Plan:
     """One bundle, as large as the hungriest role: stages run one after the other, so each role may
     use all of its threads while the others wait. GPUs are only shared by asking for fractions."""
-    cores = max(spec.actors * spec.cpus for _, spec in roles)
-    count = sum(spec.actors for _, spec in roles)
-    share = int(cores / count * 1000) / 1000  # Ray keeps four decimals; never round up
+    processes = _processes(specs)
+    totals: Counter[Role] = Counter()
+    for role, _, spec, _ in processes:
+        totals[role] += spec.cpus
+    cores = max(totals.values())
+    share = int(cores / len(processes) * 1000) / 1000  # Ray keeps four decimals; never round up
     actors = tuple(
-        ActorPlan(role, index, spec.cpus, spec.gpus, share, bundle=0)
-        for role, spec in roles
-        for index in range(spec.actors)
+        ActorPlan(role, index, spec.cpus, spec.gpus, share, 0, name)
+        for role, name, spec, index in processes
     )
     return Plan(actors, (_bundle(cores, sum(actor.gpus for actor in actors)),))
+
+
+def _processes(specs: list[Spec]) -> list[tuple[Role, str, Actors, int]]:
+    return [(role, name, spec, i) for role, name, spec in specs for i in range(spec.actors)]
 
 
 def _bundle(cpus: float, gpus: float) -> dict[str, float]:

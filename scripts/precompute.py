@@ -38,15 +38,16 @@ def precompute(config: Config, verbose: bool) -> int:
         quiet()
     from actors import build, placement
     from seqkd import preflight
-    from seqkd.journal import keep_teacher, open_journal
-    from seqkd.precompute import record
+    from seqkd.echo import check_workers
+    from seqkd.journal import attach, keep_teachers, open_journals
+    from seqkd.precompute import TeacherAlone, record
 
     checked = preflight.check(config)
     for warning in checked.warnings:
         say("warning", warning)
-    _, journal = open_journal(config, teacher_here=True)
-    assert journal is not None
-    print(f"journal: {journal.directory}", flush=True)
+    _, journals = open_journals(config, teacher_here=True)
+    for journal in journals.values():
+        print(f"journal: {journal.directory}", flush=True)
     roles = placement.recording(config)
     print(size(config, "teacher" in roles), flush=True)
     start = time.perf_counter()
@@ -63,8 +64,12 @@ def precompute(config: Config, verbose: bool) -> int:
 
     with build.connect(config, verbose):
         build.check_resources(config, roles)
-        keep_teacher(config, journal)
-        with build.workers(config, config.student.model, checked, journal, roles) as workers:
+        with build.workers(config, config.student.model, checked, roles) as workers:
+            workers.learner = TeacherAlone(config)  # type: ignore[assignment]
+            for warning in check_workers(config, checked, workers, roles):
+                say("warning", warning)
+            keep_teachers(config, journals)
+            attach(workers, config, checked, journals)
             print(f"actors ready after {time.perf_counter() - start:.0f} s", flush=True)
             start = time.perf_counter()
             record(config, workers, checked, report)
@@ -81,7 +86,9 @@ def size(config: Config, scored: bool) -> str:
         for _, phase in config.phases
         if "journal" in phase.by_sampler
     )
-    each = bytes_per_token(config) if scored else 4  # the token itself
+    each = 4  # the token itself
+    if scored:
+        each = max(map(bytes_per_token, config.teachers.values()))
     return (
         f"{each:,} bytes a token, at most {tokens:,} tokens ({tokens * each / 2**30:.3g} GiB); "
         f"teacher.scores {config.teacher.scores}" + ("" if scored else ", which nothing here needs")

@@ -40,18 +40,18 @@ def main(argv: list[str] | None = None) -> int:
     return reported(run)
 
 
-def check(config: Config) -> tuple[Config, Any, Any]:
-    """The configuration, with the recorded teacher where none is loaded; the journal, if any; and
-    what the checks found."""
+def check(config: Config) -> tuple[Config, dict[str, Any], Checked]:
+    """The configuration, with the recorded teachers where none is loaded; the journals, if any;
+    and what the checks found."""
     from seqkd import preflight
-    from seqkd.journal import open_journal
+    from seqkd.journal import open_journals
     from seqkd.precompute import check_recorded
 
-    config, journal = open_journal(config, teacher_here=not config.two_step)
-    checked = preflight.check(config)
+    config, journals = open_journals(config, teacher_here=not config.two_step)
+    checked = preflight.check(config, teacher_here=not config.two_step)
     if config.two_step:
-        check_recorded(config, journal, checked)
-    return config, journal, checked
+        check_recorded(config, journals, checked)
+    return config, journals, checked
 
 
 def dry_run(config: Config) -> int:
@@ -107,7 +107,7 @@ def memory(config: Config, checked: Checked, show: bool = False) -> list[str]:
     from actors.placement import needed
     from seqkd.memory import check_memory, estimate, gpu_memory, host_memory
 
-    needs = estimate(config, checked.student, checked.teacher, needed(config))
+    needs = estimate(config, checked.student, checked.teachers, needed(config))
     if show:
         print("  memory by estimate, GiB (processes x each):")
         for need in needs:
@@ -148,14 +148,14 @@ def train(config: Config, verbose: bool) -> int:
         quiet()
 
     start = time.perf_counter()
-    config, journal, checked = check(config)
+    config, journals, checked = check(config)
     for warning in (*checked.warnings, *memory(config, checked)):
         say("warning", warning)
 
     from actors import build, placement
     from seqkd import loop, summary
     from seqkd.echo import check_workers
-    from seqkd.journal import keep_teacher
+    from seqkd.journal import attach, keep_teachers
     from seqkd.metrics import Recorder
     from seqkd.models import materialise_student
 
@@ -163,18 +163,19 @@ def train(config: Config, verbose: bool) -> int:
         build.check_resources(config)
         run_directory.create(directory, config)
         print(f"run directory: {directory}\nstarting the actors", flush=True)
-        if journal is not None and not config.two_step:
-            keep_teacher(config, journal)
         student = materialise_student(
             config.student, config.learner.precision, directory / "student_initial"
         )
         with (
             closing(Recorder(directory, config)) as recorder,
-            build.workers(config, student, checked, journal) as workers,
+            build.workers(config, student, checked) as workers,
         ):
             recorder.note(f"actors ready after {time.perf_counter() - start:.0f} s")
             for warning in check_workers(config, checked, workers, placement.needed(config)):
                 recorder.note(f"warning: {warning}")
+            if not config.two_step:
+                keep_teachers(config, journals)
+            attach(workers, config, checked, journals)
             data = (checked.train, checked.heldout, checked.corpus)
             measured = loop.run(config, workers, *data, recorder, str(directory / "student"))
     if measured:

@@ -6,6 +6,7 @@ cannot work are refused here, each with the field, the value and the mend.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from pydantic import Field, ValidationError, model_validator
 from seqkd.config_data import Data
 from seqkd.config_messages import explain
 from seqkd.config_objectives import NATURAL_OBJECTIVE, Objective, SequenceReverseKL
-from seqkd.config_roles import Learner, Rollout, Student, Teacher
+from seqkd.config_roles import Learner, OneTeacher, Rollout, SeveralTeachers, Student, Teacher
 from seqkd.config_schema import SamplerName, Schema
 from seqkd.errors import ConfigError
 
@@ -146,6 +147,30 @@ class Config(Phase):
         return frozenset(term.sampler for _, phase in self.phases for term in phase.terms)
 
     @property
+    def teachers(self) -> dict[str, OneTeacher]:
+        """By name; a single one has an empty name."""
+        if isinstance(self.teacher, SeveralTeachers):
+            return {name: member.teacher for name, member in self.teacher.members.items()}
+        return {"": self.teacher}
+
+    def teacher_of(self, tag: str, prompt_id: str) -> str:
+        """Name of a prompt's teacher."""
+        if isinstance(self.teacher, SeveralTeachers):
+            return self.teacher.choose(tag, prompt_id)
+        return ""
+
+    def with_teachers(self, teachers: Mapping[str, OneTeacher]) -> Config:
+        """The same with other teachers under the same names."""
+        teacher: Any = teachers.get("")
+        if isinstance(self.teacher, SeveralTeachers):
+            members = {
+                name: member.model_copy(update={"teacher": teachers[name]})
+                for name, member in self.teacher.members.items()
+            }
+            teacher = self.teacher.model_copy(update={"members": members})
+        return self.model_copy(update={"teacher": teacher})
+
+    @property
     def two_step(self) -> bool:
         """Whether all that is learnt of the teacher is in the journal, so that none is loaded."""
         live = [t for _, p in self.phases for t in p.terms if t.sampler != "journal"]
@@ -189,6 +214,14 @@ class Config(Phase):
                 field = f"{where}plus.{index - 1}." if index else where
                 self._teacher_provides(term.objective, field)
                 self._samples_fit(term, self.samples_per_prompt(phase), field)
+        tagged = isinstance(self.teacher, SeveralTeachers) and any(
+            member.tags for member in self.teacher.members.values()
+        )
+        if tagged and self.data.tag_key is None:
+            raise ValueError(
+                "teacher.members have tags, but data.tag_key is not set. Name the column of the "
+                "data set that holds them."
+            )
         if self.evaluation.prompts and not self.data.holds_out:
             raise ValueError(
                 f"evaluation.prompts is {self.evaluation.prompts}, but no prompts are held out. "
@@ -207,7 +240,7 @@ class Config(Phase):
                     "Set it to top_k, where the endpoint gives log-probs and has the student's "
                     "tokenizer. Else set sampler to teacher, or use a local teacher (kind vllm or "
                     "hf)."
-                    if self.teacher.kind == "openai"
+                    if any(t.kind == "openai" for t in self.teachers.values())
                     else "Set teacher.scores to hidden or top_k."
                 )
             )
@@ -235,7 +268,8 @@ class Config(Phase):
 
     def _samples_fit(self, term: Term, samples: int, where: str) -> None:
         objective, rollout = term.objective, self.rollout
-        by_text = self.teacher.scores == "none" or getattr(self.teacher, "api", "") == "chat"
+        chat = any(getattr(t, "api", "") == "chat" for t in self.teachers.values())
+        by_text = self.teacher.scores == "none" or chat
         if term.sampler == "mixture" and by_text:
             raise ValueError(
                 f"{where}sampler 'mixture' weighs each completion by the teacher's probability of "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -188,7 +189,67 @@ class ApiTeacher(Schema):
         return Actors()
 
 
-Teacher = Annotated[VllmTeacher | HfTeacher | ApiTeacher, Field(discriminator="kind")]
+OneTeacher = VllmTeacher | HfTeacher | ApiTeacher
+
+
+class Member(Schema):
+    """One of several teachers."""
+
+    teacher: Annotated[OneTeacher, Field(discriminator="kind")]
+    weight: float = Field(1.0, gt=0, description="Its share of the prompts that it may have.")
+    tags: tuple[str, ...] = Field((), description="Rows that it may have (data.tag_key); all.")
+
+
+class SeveralTeachers(Schema):
+    """Each prompt has one of them, by its tag, and among those that may have it by their weights.
+
+    With weights w the expected loss is the weighted sum of the losses to each: for forward KL up to
+    a constant that to their mixture, for reverse KL that to their normalised geometric mean.
+    """
+
+    kind: Literal["several"] = "several"
+    members: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")], Member] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _same_scores(self) -> SeveralTeachers:
+        forms = {name: member.teacher.scores for name, member in self.members.items()}
+        if len(set(forms.values())) > 1:
+            raise ValueError(
+                f"members give scores of different kinds ({forms}), and one loss is made of all. "
+                "Set teacher.scores of each to the same."
+            )
+        return self
+
+    @property
+    def scores(self) -> str:
+        """What each of them gives."""
+        return next(iter(self.members.values())).teacher.scores
+
+    @property
+    def distribution(self) -> bool:
+        """Whether their scores tell their distributions."""
+        return all(member.teacher.distribution for member in self.members.values())
+
+    def candidates(self, tag: str) -> dict[str, float]:
+        """Names and weights of those that may have a prompt with ``tag``."""
+        return {n: m.weight for n, m in self.members.items() if not m.tags or tag in m.tags}
+
+    def choose(self, tag: str, prompt_id: str) -> str:
+        """Name of a prompt's teacher: the same for the same prompt, always."""
+        weights = self.candidates(tag)
+        digest = hashlib.blake2b(prompt_id.encode(), digest_size=8).digest()
+        left = int.from_bytes(digest, "big") / 2**64 * sum(weights.values())
+        *others, last = weights
+        for name in others:
+            if left < weights[name]:
+                return name
+            left -= weights[name]
+        return last
+
+
+Teacher = Annotated[
+    VllmTeacher | HfTeacher | ApiTeacher | SeveralTeachers, Field(discriminator="kind")
+]
 
 
 class Rollout(Engine):

@@ -18,8 +18,9 @@ from seqkd.config_roles import ApiTeacher, HfTeacher, VllmTeacher
 from seqkd.errors import ModelError
 from seqkd.models import load_causal_lm
 from seqkd.preflight import Checked
-from seqkd.protocols import Sampler, Workers
+from seqkd.protocols import Sampler
 from seqkd.types import Prompt, Rollout, TeacherScore
+from seqkd.workers import Workers
 
 ENGLISH = (
     "The capital of France is Paris. Water boils at one hundred degrees, and most people sleep at "
@@ -50,11 +51,11 @@ def check_workers(
     warnings: list[str] = []
     if "rollout" in roles:
         errors += _student_agrees(config, checked, workers)
-    teacher = config.teacher
-    if "teacher" in roles and not isinstance(teacher, ApiTeacher):
-        echo = _Echo(teacher, config, checked, workers)
-        errors += echo.errors(sampling="teacher_sampler" in roles)
-        warnings += echo.warnings
+    for name, teacher in config.teachers.items():
+        if "teacher" in roles and not isinstance(teacher, ApiTeacher):
+            echo = _Echo(name, teacher, config, checked, workers)
+            errors += echo.errors(sampling="teacher_sampler" in roles)
+            warnings += echo.warnings
     if errors:
         raise ModelError("\n".join(errors))
     return warnings
@@ -80,12 +81,14 @@ class _Echo:
 
     def __init__(
         self,
+        name: str,
         teacher: VllmTeacher | HfTeacher,
         config: Config,
         checked: Checked,
         workers: Workers,
     ) -> None:
-        self.teacher, self.config, self.checked, self.workers = teacher, config, checked, workers
+        self.name, self.teacher, self.workers = name, teacher, workers
+        self.config, self.checked = config, checked
         self.most = _tolerance(teacher.precision)
         self.warnings: list[str] = []
 
@@ -115,7 +118,7 @@ class _Echo:
 
     def logprobs(self, rollouts: Sequence[Rollout]) -> list[Tensor] | None:
         """[T] a rollout; None where a token has none."""
-        scores = self.workers.teacher.score(rollouts)
+        scores = self.workers.teachers[self.name].score(rollouts)
         if any(_scored(scores[r.sample_id]) != len(r.completion_ids) for r in rollouts):
             return None
         measured = self.workers.learner.measure(rollouts, scores)
@@ -136,7 +139,8 @@ class _Echo:
 
     def differs_from_the_checkpoint(self, rollout: Rollout, echo: Tensor) -> str | None:
         """Against a transformers forward pass on the driver, where the model is small enough."""
-        expected = _forward(self.teacher, self.checked, rollout)
+        model = self.checked.teachers[self.name]
+        expected = _forward(self.teacher, model, self.checked.vocabulary, rollout)
         if expected is None or (gap := _distance(expected, echo)) <= self.most:
             return None
         return (
@@ -149,7 +153,8 @@ class _Echo:
     def differs_from_its_sampler(self) -> str | None:
         """The engine with which the teacher writes, against the one with which it scores."""
         generation = self.teacher.generation
-        drawn = _draw(self.workers.teacher_sampler, self.checked, generation.actors)
+        sampler = self.workers.teacher_samplers[self.name]
+        drawn = _draw(sampler, self.checked, generation.actors)
         scores = self.logprobs(drawn)
         if scores is None:
             return self.missing
@@ -233,17 +238,19 @@ def _draw(sampler: Sampler, checked: Checked, engines: int) -> list[Rollout]:
     return sampler.sample(prompts, [1] * engines, seed=0)
 
 
-def _forward(teacher: VllmTeacher | HfTeacher, checked: Checked, rollout: Rollout) -> Tensor | None:
+def _forward(
+    teacher: VllmTeacher | HfTeacher, config: Any, vocabulary: int, rollout: Rollout
+) -> Tensor | None:
     """[T] log-probs by transformers, from the checkpoint; None where that would be too large."""
     from seqkd.memory import BYTES, GIB, size_of
 
-    size = size_of(checked.teacher).parameters * BYTES[teacher.precision]
+    size = size_of(config).parameters * BYTES[teacher.precision]
     if size > min(REFERENCE_GIB * GIB, psutil.virtual_memory().available / 2):
         return None
     model: Any = load_causal_lm(teacher.model, teacher.precision, "teacher.model")
     ids = torch.tensor([[*rollout.prompt_ids, *rollout.completion_ids]])
     with torch.inference_mode():
-        logits = model(ids).logits[0, len(rollout.prompt_ids) - 1 : -1, : checked.vocabulary]
+        logits = model(ids).logits[0, len(rollout.prompt_ids) - 1 : -1, :vocabulary]
     every = torch.log_softmax(logits.float(), -1)
     return every.gather(-1, torch.tensor(rollout.completion_ids)[:, None]).squeeze(-1)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,14 @@ import torch
 from torch import Tensor
 
 from seqkd.config import Config
-from seqkd.config_roles import ApiTeacher, Engine
+from seqkd.config_roles import ApiTeacher, Engine, OneTeacher
 from seqkd.errors import JournalError
 from seqkd.models import checkpoint_digest, dtype_of, export_head, load_config
+from seqkd.preflight import Checked
 from seqkd.protocols import Sampler, Teacher
 from seqkd.shards import Shards
 from seqkd.types import Prompt, Rollout, TeacherScore, WeightVersion
+from seqkd.workers import Workers
 
 COMPLETIONS = pa.schema(
     [
@@ -94,19 +96,32 @@ class Journal:
         return flat if name == "logprobs" else flat.view(tokens, -1)
 
 
-def open_journal(config: Config, teacher_here: bool) -> tuple[Config, Journal | None]:
-    """The journal of ``config``'s teacher, if it names one. Without a teacher the returned
-    configuration has the recorded one in place of the checkpoint."""
+def open_journals(config: Config, teacher_here: bool) -> tuple[Config, dict[str, Journal]]:
+    """The journals of ``config``'s teachers, by name; none where no path is set. Without a teacher
+    the returned configuration has the recorded one in place of the checkpoint."""
     if config.journal is None:
-        return config, None
+        return config, {}
     root = Path(config.journal.path).expanduser().absolute()
+    journals = {name: _open(root, t, teacher_here) for name, t in config.teachers.items()}
+    if not teacher_here:
+        recorded = {
+            name: teacher
+            if isinstance(teacher, ApiTeacher)
+            else teacher.model_copy(update={"model": journals[name].teacher})
+            for name, teacher in config.teachers.items()
+        }
+        config = config.with_teachers(recorded)
+    return config, journals
+
+
+def _open(root: Path, teacher: OneTeacher, here: bool) -> Journal:
     known = {
         file.parent: json.loads(file.read_text(encoding="utf-8"))
         for file in sorted(root.glob("*/teacher.json"))
     }
-    spec, identity = describe_teacher(config), identify_teacher(config, teacher_here)
+    identity, spec = identify_teacher(teacher, here), describe_teacher(teacher)
     directory = root / identity if identity else None
-    if not teacher_here and directory not in known:
+    if not here and directory not in known:
         # The checkpoint is elsewhere, and its name is all there is to go by.
         named = [path for path, other in known.items() if other == spec]
         if identity or len(named) != 1:
@@ -116,46 +131,57 @@ def open_journal(config: Config, teacher_here: bool) -> tuple[Config, Journal | 
                 "that teacher, or run scripts/precompute.py with this configuration first."
             )
         directory = named[0]
-    assert directory is not None, "a live teacher's checkpoint has been found before"
-    precision = "float32" if isinstance(config.teacher, ApiTeacher) else config.teacher.precision
-    journal = Journal(directory, precision)
-    if not teacher_here and not isinstance(config.teacher, ApiTeacher):
-        teacher = config.teacher.model_copy(update={"model": journal.teacher})
-        config = config.model_copy(update={"teacher": teacher})
-    return config, journal
+    assert directory is not None, "a checkpoint that must be here has an identity"
+    return Journal(directory, teacher.precision)
 
 
-def describe_teacher(config: Config) -> dict[str, str]:
+def describe_teacher(teacher: OneTeacher) -> dict[str, str]:
     """What makes a teacher another one, in a user's words."""
-    teacher = config.teacher
     if isinstance(teacher, ApiTeacher):
         return {"model": teacher.model, "base_url": teacher.base_url, "api": teacher.api}
     return {"model": teacher.model, "precision": teacher.precision}
 
 
-def identify_teacher(config: Config, here: bool) -> str | None:
+def identify_teacher(teacher: OneTeacher, here: bool) -> str | None:
     """Name of the teacher's directory: a hash of its weights, or of how it is reached. None where
     its checkpoint is not on this machine and need not be ``here``."""
-    spec = describe_teacher(config)
-    if not isinstance(config.teacher, ApiTeacher):
-        digest = checkpoint_digest(config.teacher.model, download=here)
+    spec = describe_teacher(teacher)
+    if not isinstance(teacher, ApiTeacher):
+        digest = checkpoint_digest(teacher.model, download=here)
         if digest is None:
             return None
         spec["model"] = digest
     return _hash(spec)
 
 
-def keep_teacher(config: Config, journal: Journal) -> None:
-    """Write down whose journal it is, with the head and tokenizer that reading it takes."""
-    description = journal.directory / "teacher.json"
-    if description.exists():
-        return
-    journal.directory.mkdir(parents=True, exist_ok=True)
-    if not isinstance(config.teacher, ApiTeacher):
-        export_head(config.teacher.model, config.teacher.precision, Path(journal.teacher))
-    partial = description.with_suffix(".partial")
-    partial.write_text(json.dumps(describe_teacher(config), indent=2) + "\n", encoding="utf-8")
-    partial.rename(description)
+def keep_teachers(config: Config, journals: Mapping[str, Journal]) -> None:
+    """Write down whose journals they are, with the head and tokenizer that reading them takes."""
+    for name, journal in journals.items():
+        teacher, description = config.teachers[name], journal.directory / "teacher.json"
+        if description.exists():
+            continue
+        journal.directory.mkdir(parents=True, exist_ok=True)
+        if not isinstance(teacher, ApiTeacher):
+            export_head(teacher.model, teacher.precision, Path(journal.teacher))
+        partial = description.with_suffix(".partial")
+        text = json.dumps(describe_teacher(teacher), indent=2)
+        partial.write_text(text + "\n", encoding="utf-8")
+        partial.rename(description)
+
+
+def attach(
+    workers: Workers, config: Config, checked: Checked, journals: Mapping[str, Journal]
+) -> None:
+    """Put the journals before the teachers, or in their place where there is none."""
+    samplers, teachers = dict(workers.teacher_samplers), dict(workers.teachers)
+    for name, journal in journals.items():
+        teacher, sampler, scorer = config.teachers[name], samplers.get(name), teachers.get(name)
+        settings = sampling_settings(config, teacher, checked.stop_ids)
+        samplers[name] = JournaledSampler(sampler, journal, settings)
+        form = score_form(teacher, checked.vocabulary)
+        teachers[name] = JournaledTeacher(scorer, journal, form, name)
+        workers.live_teacher &= scorer is not None
+    workers.teacher_samplers, workers.teachers = samplers, teachers
 
 
 class JournaledSampler:
@@ -227,8 +253,8 @@ class JournaledSampler:
 class JournaledTeacher:
     """Scores: recorded ones, and new ones, which are kept unless the student wrote the text."""
 
-    def __init__(self, inner: Teacher | None, journal: Journal, form: str) -> None:
-        self.inner, self.journal, self.form = inner, journal, form
+    def __init__(self, inner: Teacher | None, journal: Journal, form: str, name: str = "") -> None:
+        self.inner, self.journal, self.form, self.name = inner, journal, form, name
         self.reused = 0
 
     def score(self, rollouts: Sequence[Rollout]) -> dict[str, TeacherScore]:
@@ -251,7 +277,7 @@ class JournaledTeacher:
         return {
             sample_id: replace(new[a], sample_id=sample_id)
             if a in new
-            else self.journal.read_score(a, sample_id)
+            else replace(self.journal.read_score(a, sample_id), teacher=self.name)
             for sample_id, a in addresses.items()
         }
 
@@ -268,25 +294,25 @@ class JournaledTeacher:
         return _hash([rollout.prompt_ids, rollout.completion_ids, self.form])
 
 
-def sampling_settings(config: Config, stop_ids: tuple[int, ...]) -> list[object]:
+def sampling_settings(
+    config: Config, teacher: OneTeacher, stop_ids: tuple[int, ...]
+) -> list[object]:
     """What else a completion of the teacher depends on: other settings, other addresses."""
-    generation = config.teacher.generation
+    generation = teacher.generation
     precision = generation.precision if isinstance(generation, Engine) else None
     return [config.rollout.max_tokens, stop_ids, precision]
 
 
-def score_form(config: Config, vocabulary: int) -> str:
+def score_form(teacher: OneTeacher, vocabulary: int) -> str:
     """What kind of score it is: one of another kind has another address."""
-    scores = config.teacher.scores
-    if scores == "hidden":
-        return scores
-    top_k = f"{config.teacher.top_k} " if scores == "top_k" else ""
-    return f"{scores} {top_k}of {vocabulary}"
+    if teacher.scores == "hidden":
+        return teacher.scores
+    top_k = f"{teacher.top_k} " if teacher.scores == "top_k" else ""
+    return f"{teacher.scores} {top_k}of {vocabulary}"
 
 
-def bytes_per_token(config: Config) -> int:
+def bytes_per_token(teacher: OneTeacher) -> int:
     """What the score of one completion token takes on disk."""
-    teacher = config.teacher
     if teacher.scores == "top_k":
         return 4 + 4 * teacher.top_k + 4 * (teacher.top_k + 1)
     if isinstance(teacher, ApiTeacher) or teacher.scores == "logprobs":

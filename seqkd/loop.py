@@ -8,10 +8,10 @@ from seqkd.config import Config
 from seqkd.data import PromptStream
 from seqkd.evaluation.divergence import HeldOut, Measurement
 from seqkd.metrics import Clock, Recorder, describe
-from seqkd.protocols import Workers
 from seqkd.schedule import learning_rate
 from seqkd.sources import StepSource, draws
 from seqkd.types import Prompt
+from seqkd.workers import Workers
 
 
 def run(

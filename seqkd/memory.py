@@ -11,8 +11,8 @@ read: a model's size is that of its architecture.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import psutil
@@ -51,6 +51,8 @@ class Need:
     """Of each process; above 0 the parts are GPU memory."""
     utilization: float = 0.0
     """The share of its GPUs that an engine takes, whatever it needs; 0 for others."""
+    of: str = ""
+    """Which of several teachers."""
 
     @property
     def each(self) -> float:
@@ -64,7 +66,7 @@ class Need:
 
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {gib:.2f}" for name, gib in self.parts.items() if gib >= 0.005)
-        return f"{self.role:<16} {self.processes} x {self.each:7.2f}  {parts}"
+        return f"{f'{self.role} {self.of}':<17}{self.processes} x {self.each:7.2f}  {parts}"
 
 
 @dataclass(frozen=True)
@@ -101,21 +103,25 @@ def size_of(model: Any, pruned: Prune | None = None) -> Size:
     )
 
 
-def estimate(config: Config, student: Any, teacher: Any, roles: Collection[str]) -> list[Need]:
-    """Needs of every role in ``roles`` and of the driver; ``student`` and ``teacher`` are
-    transformers configs, the latter None where it is behind an endpoint."""
+def estimate(
+    config: Config, student: Any, teachers: Mapping[str, Any], roles: Collection[str]
+) -> list[Need]:
+    """Needs of every role in ``roles`` and of the driver; ``student`` and ``teachers`` (by name,
+    without those behind an endpoint) are transformers configs."""
     init = config.student.init
     ours = size_of(student, init if isinstance(init, Prune) else None)
-    theirs = None if teacher is None else size_of(teacher)
+    theirs = {name: size_of(teacher) for name, teacher in teachers.items()}
     needs = [_learner(config, ours, theirs)]
     if "rollout" in roles:
         needs.append(_engine("rollout", config.rollout, ours))
-    if theirs is not None:
-        needs += _teachers(config, theirs, roles)
+    for name, size in theirs.items():
+        teacher = config.teachers[name]
+        assert not isinstance(teacher, ApiTeacher)
+        needs += [replace(need, of=name) for need in _teacher(teacher, size, roles)]
     return [*needs, _driver(config, ours, theirs)]
 
 
-def _learner(config: Config, student: Size, teacher: Size | None) -> Need:
+def _learner(config: Config, student: Size, teachers: Mapping[str, Size]) -> Need:
     learner = config.learner
     width, ranks = BYTES[learner.precision], learner.ranks
     stage = learner.zero_stage
@@ -137,20 +143,13 @@ def _learner(config: Config, student: Size, teacher: Size | None) -> Need:
         "gradients": student.parameters * of_gradients,
         "optimizer": student.parameters * of_states,
         "activations": tokens * saved * width,
-        "teacher's head": _scoring_head(config, teacher) if _hidden(config) else 0,
+        "teachers' heads": sum(
+            size.head * BYTES[config.teachers[name].precision]
+            for name, size in teachers.items()
+            if config.teacher.scores == "hidden"
+        ),
     }
     return _need("learner", ranks, parts, learner.gpus)
-
-
-def _hidden(config: Config) -> bool:
-    return config.teacher.scores == "hidden"
-
-
-def _scoring_head(config: Config, teacher: Size | None) -> int:
-    """Bytes of the teacher's head beside its engine: with the learner, or with the teacher."""
-    if teacher is None or isinstance(config.teacher, ApiTeacher):
-        return 0
-    return teacher.head * BYTES[config.teacher.precision]
 
 
 def _engine(role: str, engine: Engine, size: Size, head: int = 0) -> Need:
@@ -165,37 +164,37 @@ def _engine(role: str, engine: Engine, size: Size, head: int = 0) -> Need:
     return _need(role, engine.actors, parts, libraries="vllm")
 
 
-def _teachers(config: Config, size: Size, roles: Collection[str]) -> list[Need]:
-    needs, teacher = [], config.teacher
-    assert not isinstance(teacher, ApiTeacher)
+def _teacher(
+    teacher: VllmTeacher | HfTeacher, size: Size, roles: Collection[str]
+) -> Iterator[Need]:
+    width = BYTES[teacher.precision]
     if "teacher" in roles and isinstance(teacher, HfTeacher):
-        width = BYTES[teacher.precision]
         # No pass back: what one layer works on at a time.
         working = teacher.batch_tokens * size.saved // size.layers
         parts: dict[str, float] = {
             "weights": size.parameters * width,
             "activations": working * width,
         }
-        needs.append(_need("teacher", teacher.actors, parts, teacher.gpus))
+        yield _need("teacher", teacher.actors, parts, teacher.gpus)
     elif "teacher" in roles:
         assert isinstance(teacher, VllmTeacher)
-        head = 0 if _hidden(config) else _scoring_head(config, size)
-        needs.append(_engine("teacher", teacher, size, head))
+        head = 0 if teacher.scores == "hidden" else size.head * width
+        yield _engine("teacher", teacher, size, head)
     if "teacher_sampler" in roles:
-        needs.append(_engine("teacher_sampler", teacher.generation, size))
-    return needs
+        yield _engine("teacher_sampler", teacher.generation, size)
 
 
-def _driver(config: Config, student: Size, teacher: Size | None) -> Need:
+def _driver(config: Config, student: Size, teachers: Mapping[str, Size]) -> Need:
     """And the node's shared memory, where weights are published and scores pass through."""
     under_way = 0
-    if teacher is not None and _hidden(config):
+    if config.teacher.scores == "hidden":
         completions = max(
             phase.prompts_per_step * phase.updates_per_rollout * config.samples_per_prompt(phase)
             for _, phase in config.phases
         )
+        widest = max(size.hidden for size in teachers.values())
         # Float32, at the driver and in Ray's object store.
-        under_way = completions * config.rollout.max_tokens * teacher.hidden * 4 * 2
+        under_way = completions * config.rollout.max_tokens * widest * 4 * 2
     published = student.parameters * BYTES[config.learner.precision]
     return _need("driver", 1, {"published weights": published, "scores under way": under_way})
 

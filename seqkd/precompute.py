@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+
+import torch
 
 from seqkd.config import Config, Phase
 from seqkd.data import PromptStream
@@ -16,10 +18,12 @@ from seqkd.journal import (
     score_form,
 )
 from seqkd.metrics import Clock
+from seqkd.models import load_head
 from seqkd.preflight import Checked
-from seqkd.protocols import Workers
+from seqkd.protocols import Measured, Scores
 from seqkd.sources import StepSource, draws, given
 from seqkd.types import Prompt, Rollout
+from seqkd.workers import Workers
 
 
 def planned(config: Config, checked: Checked) -> Iterator[tuple[int, Phase, list[list[Prompt]]]]:
@@ -58,21 +62,26 @@ def record(
             workers.teacher.score(rollouts)
 
 
-def check_recorded(config: Config, journal: Journal, checked: Checked) -> None:
-    """JournalError unless the journal has all that a run without a teacher will read of it."""
-    sampler = JournaledSampler(None, journal, sampling_settings(config, checked.stop_ids))
-    teacher = JournaledTeacher(None, journal, score_form(config, checked.vocabulary))
+def check_recorded(config: Config, journals: Mapping[str, Journal], checked: Checked) -> None:
+    """JournalError unless the journals have all that a run without a teacher will read of them."""
+    samplers, teachers = {}, {}
+    for name, teacher in config.teachers.items():
+        settings = sampling_settings(config, teacher, checked.stop_ids)
+        samplers[name] = JournaledSampler(None, journals[name], settings)
+        form = score_form(teacher, checked.vocabulary)
+        teachers[name] = JournaledTeacher(None, journals[name], form)
     prompts, completions = set(), 0
 
     def look(prompt: Prompt, samples: int, scored: bool, own: bool, *drawn: float) -> None:
         nonlocal completions
+        name = config.teacher_of(prompt.tag, prompt.prompt_id)
         rollouts: list[Rollout] = [given(prompt, "dataset")] if own else []
         if not own:
             with suppress(JournalError):
-                rollouts = sampler.sample([prompt], [samples], 0, *drawn)
+                rollouts = samplers[name].sample([prompt], [samples], 0, *drawn)
         if not rollouts:
             prompts.add(prompt.prompt_id)
-        completions += teacher.lacks(rollouts) if scored else 0
+        completions += teachers[name].lacks(rollouts) if scored else 0
 
     rollout = config.rollout
     for _, phase, batches in planned(config, checked):
@@ -85,8 +94,32 @@ def check_recorded(config: Config, journal: Journal, checked: Checked) -> None:
         samples = config.evaluation.samples_per_prompt
         look(prompt, samples, config.teacher.distribution, own=False)
     if prompts or completions:
+        where = ", ".join(str(journal.directory) for journal in journals.values())
         raise JournalError(
-            f"journal.path: {journal.directory} lacks completions of {len(prompts)} prompts and "
-            f"scores of {completions} completions that this run will read. Run "
-            "scripts/precompute.py with the same configuration; what is there is kept."
+            f"journal.path: {where} lacks completions of {len(prompts)} prompts and scores of "
+            f"{completions} completions that this run will read. Run scripts/precompute.py with "
+            "the same configuration; what is there is kept."
         )
+
+
+class TeacherAlone:
+    """In the place of the learner where there is none: what scores say of the tokens."""
+
+    def __init__(self, config: Config) -> None:
+        self.heads = {
+            name: load_head(teacher.model, teacher.precision)
+            for name, teacher in config.teachers.items()
+            if teacher.scores == "hidden"
+        }
+
+    def measure(self, rollouts: Sequence[Rollout], scores: Scores) -> Measured:
+        """See :class:`seqkd.protocols.Learner`; the teacher's log-probs only."""
+        return {r.sample_id: {"teacher_logprob": self._of(r, scores)} for r in rollouts}
+
+    def _of(self, rollout: Rollout, scores: Scores) -> list[float]:
+        score = scores[rollout.sample_id]
+        if score.hidden is None:
+            assert score.logprobs is not None
+            return score.logprobs.tolist()
+        targets = torch.tensor(rollout.completion_ids)
+        return self.heads[score.teacher].logprobs(score.hidden, targets)[0].tolist()

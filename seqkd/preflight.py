@@ -12,10 +12,11 @@ from typing import Any, TypeVar
 
 from seqkd.api_checks import check_answers, check_endpoint
 from seqkd.config import Config
-from seqkd.config_roles import ApiTeacher, Prune
-from seqkd.data import read_data
-from seqkd.errors import ConfigError, ModelError, SeqkdError
+from seqkd.config_roles import ApiTeacher, HfTeacher, Prune, SeveralTeachers, VllmTeacher
+from seqkd.data import DataSets, read_data
+from seqkd.errors import ConfigError, DataError, ModelError, SeqkdError
 from seqkd.models import check_prune, end_of_sequence_ids, load_config, load_tokenizer
+from seqkd.prompt_table import PromptTable
 from seqkd.tokenizers import (
     check_same_stop_ids,
     check_same_template,
@@ -44,8 +45,8 @@ class Checked:
     """Tokens that both models have."""
     student: Any
     """transformers config, before any pruning."""
-    teacher: Any
-    """Likewise; None where the teacher is behind an endpoint."""
+    teachers: dict[str, Any]
+    """Likewise, by name, but for those behind an endpoint."""
     warnings: tuple[str, ...]
 
 
@@ -55,6 +56,8 @@ class Findings:
 
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    where: str = ""
+    """Put before each: which of several teachers it is about."""
 
     def attempt(self, check: Callable[..., T], *args: Any) -> T | None:
         """The check's result; None, with its error kept, where it fails or where an argument is
@@ -64,17 +67,18 @@ class Findings:
         try:
             return check(*args)
         except SeqkdError as error:
-            self.errors.append(str(error))
+            self.errors.append(self.where + str(error))
             return None
 
     def warn(self, check: Callable[..., str | None], *args: Any) -> None:
         """The same for a check that may return a warning."""
         if warning := self.attempt(check, *args):
-            self.warnings.append(warning)
+            self.warnings.append(self.where + warning)
 
 
-def check(config: Config) -> Checked:
-    """Raises ConfigError with every error found, each beginning a line."""
+def check(config: Config, teacher_here: bool = True) -> Checked:
+    """Raises ConfigError with every error found, each beginning a line. Without its teacher a run
+    asks nothing of an endpoint."""
     found = Findings()
     students = config.student.model
     student = found.attempt(load_config, students, "student.model")
@@ -86,21 +90,25 @@ def check(config: Config) -> Checked:
     stop_ids = _stop_ids(students, tokenizer, student, "student.model", found)
     if config.data.chat:
         found.attempt(check_turn_end, tokenizer, stop_ids)
-    if isinstance(config.teacher, ApiTeacher):
-        _endpoint(config, config.teacher, student, tokenizer, found)
-        teacher = None
-    else:
-        teacher = _local_teacher(config, student, tokenizer, stop_ids, found)
+    teachers: dict[str, Any] = {}
+    for name, of in config.teachers.items():
+        found.where = f"teacher.members.{name}: " if name else ""
+        if not isinstance(of, ApiTeacher):
+            teachers[name] = _local_teacher(config, of, student, tokenizer, stop_ids, found)
+        elif teacher_here:
+            _endpoint(config, of, student, tokenizer, found)
+    found.where = ""
     data = found.attempt(read_data, config, tokenizer, stop_ids)
+    found.attempt(every_tag_has_a_teacher, config, data)
     if found.errors:
         raise ConfigError("\n".join(found.errors))
     assert tokenizer is not None and stop_ids is not None and data is not None
-    vocabulary = min(model.vocab_size for model in (student, teacher) if model is not None)
+    vocabulary = min(model.vocab_size for model in (student, *teachers.values()))
     sources = tuple(map(str, data.summaries))
     warnings = (*found.warnings, *data.warnings)
     return Checked(
         tokenizer, stop_ids, data.train, data.heldout, data.corpus, sources, max_model_len,
-        vocabulary, student, teacher, warnings,
+        vocabulary, student, teachers, warnings,
     )  # fmt: skip
 
 
@@ -117,27 +125,28 @@ def _endpoint(
 
 def _local_teacher(
     config: Config,
+    of: VllmTeacher | HfTeacher,
     student: Any,
     tokenizer: Any,
     stop_ids: tuple[int, ...] | None,
     found: Findings,
 ) -> Any:
-    name = config.teacher.model
+    name = of.model
     teacher = found.attempt(load_config, name, "teacher.model")
     found.attempt(fits_context, teacher, "teacher.model", config)
     if student and teacher and student.vocab_size != teacher.vocab_size:
         found.warnings.append(
-            f"student.model has {student.vocab_size} output rows, teacher.model "
+            f"{found.where}student.model has {student.vocab_size} output rows, teacher.model "
             f"{teacher.vocab_size}: divergences use the first "
             f"{min(student.vocab_size, teacher.vocab_size)}, the rest is padding."
         )
-    found.attempt(top_k_fits, teacher, config)
+    found.attempt(top_k_fits, teacher, of)
     other = found.attempt(load_tokenizer, name, "teacher.model") if teacher else None
     found.attempt(check_same_tokenizer, tokenizer, other, "teacher.model", _plain(config))
     stops = _stop_ids(name, other, teacher, "teacher.model", found)
     found.warn(check_same_stop_ids, stop_ids, stops, other)
     if config.data.chat:
-        found.warn(check_same_template, tokenizer, other, config)
+        found.warn(check_same_template, tokenizer, other, of.other_template, config.data)
     return teacher
 
 
@@ -173,11 +182,24 @@ def fits_context(model: Any, name: str, config: Config) -> None:
         )
 
 
-def top_k_fits(model: Any, config: Config) -> None:
+def every_tag_has_a_teacher(config: Config, data: DataSets) -> None:
+    """DataError for a row that none of several teachers may have."""
+    if not isinstance(config.teacher, SeveralTeachers):
+        return
+    tables = (table for table in (data.train, data.heldout) if isinstance(table, PromptTable))
+    tags: set[str] = set().union(*(table.tags() for table in tables))
+    for tag in sorted(tags):
+        if not config.teacher.candidates(tag):
+            raise DataError(
+                f"data.tag_key: no teacher may have rows with {config.data.tag_key} {tag!r}. Add "
+                "it to the tags of one of teacher.members, or one without tags, which may have all."
+            )
+
+
+def top_k_fits(model: Any, teacher: VllmTeacher | HfTeacher) -> None:
     """ModelError unless the teacher's vocabulary has more than ``top_k`` tokens."""
-    assert not isinstance(config.teacher, ApiTeacher)
-    if config.teacher.scores == "top_k" and config.teacher.top_k >= model.vocab_size:
+    if teacher.scores == "top_k" and teacher.top_k >= model.vocab_size:
         raise ModelError(
-            f"teacher.top_k: {config.teacher.top_k} is not below the teacher's vocabulary of "
+            f"teacher.top_k: {teacher.top_k} is not below the teacher's vocabulary of "
             f"{model.vocab_size}. Lower it, or set teacher.scores to hidden."
         )

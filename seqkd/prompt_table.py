@@ -62,6 +62,10 @@ class PromptTable(Sequence[Prompt]):
             tag=row["tag"].as_py(),
         )
 
+    def tags(self) -> set[str]:
+        """Of any prompt."""
+        return set(self.columns["tag"].unique().to_pylist())
+
     def lengths(self, column: str) -> np.ndarray:
         """Tokens of each prompt ("token_ids") or of each answer ("reference_ids")."""
         return np.asarray(pc.list_value_length(self.columns[column].drop_null()))

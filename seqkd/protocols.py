@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -81,26 +80,3 @@ class Learner(Protocol):
 
     def export(self, directory: str) -> None:
         """Write a model directory that transformers and vLLM load."""
-
-
-@dataclass
-class Workers:
-    """Everything that the loop drives."""
-
-    student: Sampler
-    teacher: Teacher
-    learner: Learner
-    teacher_sampler: Sampler
-    distribution: bool
-    """Whether the teacher's scores tell its distribution, and with it divergences."""
-    live_teacher: bool = True
-    """Whether it can score what it has not seen; not where it is known from a journal alone."""
-
-    def usage(self) -> dict[str, int]:
-        """What was asked of the teacher's endpoint so far, for text and for scores."""
-        return dict(Counter(self.teacher_sampler.usage()) + Counter(self.teacher.usage()))
-
-    def sync(self) -> None:
-        """Bring the student's sampler to the learner's weights; nothing to do where it has them."""
-        if self.student.policy_version != self.learner.policy_version:
-            self.student.load(self.learner.publish())

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from itertools import chain
 
 from seqkd.protocols import Sampler, Teacher
 from seqkd.types import Prompt, Rollout, TeacherScore, WeightVersion
 
 Choose = Callable[[str, str], str]
-"""(tag, prompt_id) -> the teacher's name; see
-:meth:`seqkd.config_roles.SeveralTeachers.choose`."""
+"""(tag, prompt_id) -> the teacher's name; see :meth:`seqkd.config.Config.teacher_of`."""
 
 
 class SeveralSamplers:
@@ -63,12 +61,12 @@ class SeveralTeachers:
         self.teachers, self.choose = teachers, choose
 
     def score(self, rollouts: Sequence[Rollout]) -> dict[str, TeacherScore]:
-        """See :class:`seqkd.protocols.Teacher`; each score says whose it is."""
+        """See :class:`seqkd.protocols.Teacher`."""
         names = {r.sample_id: self.choose(r.tag, r.prompt_id) for r in rollouts}
         scores: dict[str, TeacherScore] = {}
         for name in dict.fromkeys(names.values()):
             theirs = self.teachers[name].score([r for r in rollouts if names[r.sample_id] == name])
-            scores |= {key: replace(score, teacher=name) for key, score in theirs.items()}
+            scores |= theirs
         return scores
 
     def usage(self) -> dict[str, int]:

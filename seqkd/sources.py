@@ -13,9 +13,10 @@ from seqkd.config_schema import SamplerName
 from seqkd.data import PromptStream
 from seqkd.metrics import Clock
 from seqkd.objectives import mixture_weight
-from seqkd.protocols import Part, Sampler, Scores, Workers
+from seqkd.protocols import Part, Sampler, Scores
 from seqkd.running import RunningCosts, by_position
 from seqkd.types import Prompt, Rollout, Source
+from seqkd.workers import Workers
 
 
 def draws(

@@ -10,8 +10,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from seqkd.config import Config
-from seqkd.config_roles import ApiTeacher
+from seqkd.config_data import Data
 from seqkd.errors import ModelError
 
 PROBES = (
@@ -169,7 +168,7 @@ def _named(ids: Any, tokenizer: Any) -> str:
 # --- chat templates
 
 
-def check_same_template(student: Any, teacher: Any, config: Config) -> str | None:
+def check_same_template(student: Any, teacher: Any, other_template: bool, data: Data) -> str | None:
     """ModelError with a diff where the two chat templates render a prompt differently; only a
     warning with ``teacher.other_template``. Both models get the student's rendering, so a teacher
     with another one would judge and write in a form that it was not trained on.
@@ -177,8 +176,7 @@ def check_same_template(student: Any, teacher: Any, config: Config) -> str | Non
     What a template says by itself where there is no system message does not matter to a run that
     has one.
     """
-    assert not isinstance(config.teacher, ApiTeacher)
-    bare = [CONVERSATION] if config.data.system is None else []
+    bare = [CONVERSATION] if data.system is None else []
     prompts = [(SYSTEM, *CONVERSATION), *bare]
     for messages in prompts:
         ours, theirs = _render(student, messages), _render(teacher, messages)
@@ -190,7 +188,7 @@ def check_same_template(student: Any, teacher: Any, config: Config) -> str | Non
         )
         text = "teacher.model: has another chat template than the student, whose prompts it gets."
         diff = _diff(ours, "(no chat template, or it refuses)" if theirs is None else theirs)
-        if config.teacher.other_template:
+        if other_template:
             return f"{text}\n{diff}"
         raise ModelError(f"{text} {mend}\n{diff}")
     return None

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from seqkd.protocols import Measured, Scores, Workers
+from seqkd.protocols import Measured, Scores
 from seqkd.types import Prompt, Rollout
+from seqkd.workers import Workers
 
 RESAMPLES = 10_000
 Array = np.ndarray

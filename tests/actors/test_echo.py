@@ -18,7 +18,7 @@ from seqkd.config_roles import Engine, Learner
 from seqkd.echo import check_workers
 from seqkd.errors import ActorError, ModelError
 from seqkd.preflight import check
-from seqkd.protocols import Workers
+from seqkd.workers import Workers
 
 PROMPT, COMPLETION = 64, 32
 PLAN = ActorPlan("teacher", 0, threads=1, gpus=0, share=1, bundle=0)

@@ -15,8 +15,8 @@ from seqkd.journal import (
     JournaledSampler,
     JournaledTeacher,
     bytes_per_token,
-    keep_teacher,
-    open_journal,
+    keep_teachers,
+    open_journals,
     score_form,
 )
 from seqkd.models import load_head
@@ -190,7 +190,7 @@ def config(tiny, tmp_path, **changes):
 def test_other_weights_or_another_precision_are_another_teacher(tiny, tmp_path):
     def directory(model, **changes):
         teacher = {"kind": "vllm", "model": model, **changes}
-        return open_journal(config(tiny, tmp_path, teacher=teacher), True)[1].directory
+        return open_journals(config(tiny, tmp_path, teacher=teacher), True)[1][""].directory
 
     copy = shutil.copytree(tiny["teacher"], tmp_path / "copy")
     assert directory(str(copy)) == directory(tiny["teacher"]), "a name is not an identity"
@@ -208,16 +208,17 @@ def test_the_recorded_teacher_stands_in_for_a_checkpoint_that_is_elsewhere(tiny,
     with pytest.raises(
         JournalError, match=r"holds nothing of the teacher .*moved.* nothing at all"
     ):
-        open_journal(there, teacher_here=False)
-    keep_teacher(there, open_journal(there, teacher_here=True)[1])
+        open_journals(there, teacher_here=False)
+    keep_teachers(there, open_journals(there, teacher_here=True)[1])
     head = load_head(moved, "float32")
     shutil.rmtree(moved)
-    resolved, j = open_journal(there, teacher_here=False)
+    resolved, journals = open_journals(there, teacher_here=False)
+    j = journals[""]
     assert resolved.teacher.model == j.teacher != moved
     assert torch.equal(load_head(j.teacher, "float32").weight, head.weight)
     other = config(tiny, tmp_path, teacher={"kind": "vllm", "model": tiny["student"]})
     with pytest.raises(JournalError, match=r"it holds .*moved"):
-        open_journal(other, teacher_here=False)
+        open_journals(other, teacher_here=False)
 
 
 def test_what_a_run_will_read_is_counted_before_it_starts(tiny, tmp_path):
@@ -227,13 +228,13 @@ def test_what_a_run_will_read_is_counted_before_it_starts(tiny, tmp_path):
     )
     j = journal(tmp_path)
     with pytest.raises(JournalError, match="completions of 3 prompts and scores of 0 completions"):
-        check_recorded(c, j, checked)
+        check_recorded(c, {"": j}, checked)
     settings = [c.rollout.max_tokens, (0,), "float32"]
     rollouts = JournaledSampler(Sampler(), j, settings).sample(PROMPTS[:3], [1] * 3, 0)
     with pytest.raises(JournalError, match="completions of 0 prompts and scores of 3 completions"):
-        check_recorded(c, j, checked)
-    JournaledTeacher(Teacher("hidden"), j, score_form(c, 320)).score(rollouts)
-    check_recorded(c, j, checked)
+        check_recorded(c, {"": j}, checked)
+    JournaledTeacher(Teacher("hidden"), j, score_form(c.teacher, 320)).score(rollouts)
+    check_recorded(c, {"": j}, checked)
 
 
 @pytest.mark.parametrize(
@@ -244,4 +245,4 @@ def test_what_a_run_will_read_is_counted_before_it_starts(tiny, tmp_path):
 def test_size_of_a_token_on_disk(tiny, tmp_path, teacher, size):
     teacher = {"kind": "hf", "model": tiny["teacher"]} | teacher
     c = config(tiny, tmp_path, teacher=teacher, objective={"kind": "sequence_forward_kl"})
-    assert bytes_per_token(c) == size
+    assert bytes_per_token(c.teacher) == size

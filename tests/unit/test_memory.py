@@ -39,7 +39,7 @@ def needs(model, **changes):
         "steps": 1,
     }
     config = Config.model_validate(data | changes)
-    return {need.role: need for need in estimate(config, model, model, ROLES)}
+    return {need.role: need for need in estimate(config, model, {"": model}, ROLES)}
 
 
 PARAMETERS = 49152 * 576 + 30 * (576 * (576 + 2 * 192 + 576) + 3 * 576 * 1536 + 2 * 576) + 576
@@ -79,7 +79,7 @@ def test_the_learner_by_zero_stage(smollm, stage, precision, weights, gradients,
         ("optimizer", optimizer),
     ):
         assert found.parts[name] == pytest.approx(PARAMETERS * width / GIB), name
-    assert found.parts["teacher's head"] == pytest.approx(49152 * 576 * 4 / GIB)
+    assert found.parts["teachers' heads"] == pytest.approx(49152 * 576 * 4 / GIB)
 
 
 def test_checkpointing_saves_activations(smollm):
@@ -99,7 +99,7 @@ def test_engines_and_what_passes_through_the_driver(smollm):
     assert under_way == pytest.approx(4 * 4 * 100 * 576 * 4 * 2 / GIB)
     scores = {"kind": "vllm", "model": "t", "scores": "top_k"}
     found = needs(smollm, teacher=scores)
-    assert found["learner"].parts["teacher's head"] == 0
+    assert found["learner"].parts["teachers' heads"] == 0
     assert found["teacher"].parts["scoring head"] == pytest.approx(49152 * 576 * 4 / GIB)
 
 
