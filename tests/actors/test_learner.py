@@ -81,7 +81,8 @@ def learners(local_ray):
     ranks: list = []
     run_ids: list = []
 
-    def start(models, **options):
+    def start(models, heads=None, **options):
+        one = {"": (models["teacher"], "float32")}
         config = Learner(lr=LR, max_grad_norm=1.0, **options)
         plan = ActorPlan("learner", 0, threads=1, gpus=0, share=1, bundle=0)
         remote = local_ray.remote(LearnerRank).options(runtime_env={"env_vars": plan.environment()})
@@ -91,9 +92,7 @@ def learners(local_ray):
         master, _ = wait(group[0].rendezvous.remote(), "learner")
         wait(
             [
-                r.start.remote(
-                    rank, master, models["student"], {"": (models["teacher"], "float32")}
-                )
+                r.start.remote(rank, master, models["student"], heads or one)
                 for rank, r in enumerate(group)
             ],
             "learner start",
@@ -183,6 +182,29 @@ def test_a_partitioned_head_gives_the_same_update(learners, wide, counts):
     for name, weight in expected.items():
         differing = ((state[name] - weight).abs() > 1e-5).double().mean()
         assert differing <= 1e-4, name
+
+
+def test_each_prompt_is_read_by_its_own_teachers_head(learners, tiny, batch):
+    """Half of the prompts are the student's own, as a second teacher: it has nothing to learn of
+    itself, and the micro-batches of both ranks are of one teacher each."""
+    rollouts, scores = batch
+    itself = load_causal_lm(tiny["student"], "float32", "model")
+    mixed = {}
+    for r in rollouts:
+        mixed[r.sample_id] = replace(scores[r.sample_id], teacher="other")
+        if r.prompt_id in "02":
+            with torch.no_grad():
+                ids = torch.tensor([[*r.prompt_ids, *r.completion_ids]])
+                states = itself.model(ids).last_hidden_state[0, len(r.prompt_ids) - 1 : -1]
+            mixed[r.sample_id] = TeacherScore(r.sample_id, hidden=states, teacher="itself")
+    heads = {"itself": (tiny["student"], "float32"), "other": (tiny["teacher"], "float32")}
+    learner = learners(tiny, heads, ranks=2, micro_batch_prompts=2)
+    both, alone = learner.measure(rollouts, mixed), learners(tiny).measure(rollouts, scores)
+    for r in rollouts:
+        found, expected = (m[r.sample_id]["forward_kl"] for m in (both, alone))
+        expected = [0.0] * len(found) if r.prompt_id in "02" else expected
+        assert found == pytest.approx(expected, abs=1e-5), r.sample_id
+        assert max(alone[r.sample_id]["forward_kl"]) > 1
 
 
 def test_bfloat16_takes_nearly_the_same_step(learners, tiny, batch, counts, reference):
