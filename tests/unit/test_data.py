@@ -3,11 +3,13 @@ not right."""
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pyarrow as pa
 import pytest
 from pydantic import ValidationError
+from tokenizers import processors
 
 from seqkd.config import Config
 from seqkd.config_data import Data
@@ -174,10 +176,11 @@ def test_a_template_that_writes_answers_otherwise_is_a_warning(reader, tokenizer
     assert "|assistant|>a<|end|>'" in warning.split("would learn")[1]
     assert warning.endswith("Set data.thinking.")
     assert warnings(thinking=False) == []  # what stands before the answer is in the prompt
-    monkeypatch.setattr(
-        tokenizer, "chat_template", THINKING_TEMPLATE.replace("<|end|>\n", "<|pad|>")
-    )
-    (warning,) = warnings(thinking=False)
+    for end in ("<|end|>bye", "<|pad|>"):
+        changed = THINKING_TEMPLATE.replace("<|end|>\n", end)
+        monkeypatch.setattr(tokenizer, "chat_template", changed)
+        (warning,) = warnings(thinking=False)
+        assert f"{end}' where" in warning
     assert "would learn '/think>\\n\\na<|end|>'" in warning
 
 
@@ -210,6 +213,33 @@ def test_tags(reader):
     assert reader(rows, tag_key="category").table()[0].tag == "qa"
     with pytest.raises(DataError, match="'kind' is None, not text"):
         reader(rows, tag_key="kind")
+
+
+@pytest.fixture
+def with_begin(tokenizer):
+    """The tokenizer of a model whose sequences begin with a token of their own."""
+    begin = copy.deepcopy(tokenizer)
+    begin.bos_token = "<|system|>"
+    begin.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|system|> $A", special_tokens=[("<|system|>", begin.bos_token_id)]
+    )
+    return begin
+
+
+def test_plain_text_begins_as_the_model_knows_it_and_a_template_writes_its_own(
+    tmp_path, with_begin
+):
+    path = jsonl(tmp_path / "rows.jsonl", [{"prompt": "abcdef", "reference": "x"}])
+
+    def shown(**options):
+        data = Data(path=path, **options)
+        (prompt,) = Reader(Source("data.path", path), data, with_begin, EOS, 8).read().table()
+        return [with_begin.decode(ids) for ids in (prompt.token_ids, prompt.reference_ids)]
+
+    assert shown() == ["<|user|>abcdef<|end|><|assistant|>", "x<|end|>"]
+    assert shown(chat=False) == ["<|system|>abcdef", "x<|end|>"]
+    cut = shown(chat=False, max_prompt_tokens=4, too_long="truncate")
+    assert cut == ["<|system|>def", "x<|end|>"]
 
 
 # --- long rows, equal rows
@@ -333,7 +363,8 @@ def test_bad_rows_name_the_file_and_line(reader, rows, message):
 
 
 def test_line_separators_within_a_string_do_not_end_a_row(reader):
-    assert [p.text for p in reader(['{"prompt": "a\u2028b"}']).table()] == ["a\u2028b"]
+    rows = ['{"prompt": "a\u2028b"}', '{"prompt":\r"c"}']
+    assert [p.text for p in reader(rows).table()] == ["a\u2028b", "c"]
 
 
 def test_missing_answers(reader):

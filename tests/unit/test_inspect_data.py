@@ -9,6 +9,8 @@ import sys
 import inspect_data
 import pytest
 import yaml
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 MESSAGES = [
     {"role": "user", "content": "hé"},
@@ -88,6 +90,15 @@ def test_colour_on_a_terminal(inspect, monkeypatch):
     assert green == ["t", "w", "o", "<|end|>"]
     monkeypatch.setenv("NO_COLOR", "1")
     assert "\033" not in inspect("sampler=dataset")[1]
+
+
+def test_the_space_before_a_word_is_shown():
+    """Also where a tokenizer drops the first one that it decodes, as SentencePiece's do."""
+    backend = Tokenizer(models.WordLevel({"▁a": 0, "▁b": 1}, unk_token="▁a"))
+    backend.decoder = decoders.Metaspace(prepend_scheme="always")
+    words = PreTrainedTokenizerFast(tokenizer_object=backend)
+    assert [text for _, text in inspect_data.pieces([0, 1, 0], [], words)] == ["a", " b", " a"]
+    assert [text for _, text in inspect_data.pieces([1], [0], words)] == [" b"]
 
 
 @pytest.mark.parametrize(

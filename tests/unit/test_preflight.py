@@ -53,6 +53,10 @@ def test_a_good_config_passes(config):
     assert checked.warnings == ()
     assert (len(checked.train), len(checked.heldout)) == (3, 1)
     assert checked.stop_ids == (0,)
+    assert [line.split(", ", 1)[1] for line in checked.sources] == [
+        "format prompt (prompt): 3 conversations, 3 prompts",
+        "format prompt (prompt): 1 conversations, 1 prompts",
+    ]
 
 
 def test_a_checkpoint_without_a_language_model_head(config, tiny, tmp_path):
