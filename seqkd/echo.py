@@ -110,7 +110,7 @@ class _Echo:
         return (
             f"{self._name} tokens of a known text came back without a log-prob, or with one that "
             "is no number. Nothing can be learnt from such scores. Run with --verbose for the "
-            "teacher's own log, and set teacher.kind to hf to leave the engine out."
+            f"teacher's own log{self._without_engine}."
         )
 
     def logprobs(self, rollouts: Sequence[Rollout]) -> list[Tensor] | None:
@@ -129,9 +129,9 @@ class _Echo:
             return None
         return (
             f"{self._name} the same text gets log-probs that differ by {gap:.3g} nats a token from "
-            f"one time to the next (at most {self.most:g} in {self.teacher.precision}). Set "
-            "teacher.kind to hf to leave the engine out; look for dropout, or for nodes with "
-            "another checkpoint under the same path."
+            f"one time to the next (at most {self.most:g} in {self.teacher.precision}). Look for "
+            "dropout, and for nodes with another checkpoint under the same path"
+            f"{self._without_engine}."
         )
 
     def differs_from_the_checkpoint(self, rollout: Rollout, echo: Tensor) -> str | None:
@@ -142,8 +142,8 @@ class _Echo:
         return (
             f"{self._name} its log-probs differ by {gap:.3g} nats a token from a forward pass of "
             f"the checkpoint itself (at most {self.most:g} in {self.teacher.precision}). What "
-            "scores is not this model. See that every node has the same files under this name; set "
-            "teacher.kind to hf to leave the engine out."
+            "scores is not this model. See that every node has the same files under this name"
+            f"{self._without_engine}."
         )
 
     def differs_from_its_sampler(self) -> str | None:
@@ -195,6 +195,11 @@ class _Echo:
             f"{text}, as of an untrained model (-ln V = {-uniform:.2f}): its output head is new or "
             "its weights are lost. Name a checkpoint that was saved with its language-model head."
         )
+
+    @property
+    def _without_engine(self) -> str:
+        engine = isinstance(self.teacher, VllmTeacher)
+        return ", or set teacher.kind to hf to leave the engine out" if engine else ""
 
     @property
     def _name(self) -> str:
