@@ -26,8 +26,10 @@ ENGLISH = (
     "night. She went to the market to buy some bread, and when she came home it was still warm."
 )
 ECHO_TOKENS = 64
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
-"""Nats a token by which two ways of computing the same log-probs may differ in the mean."""
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2}
+"""Nats a token by which two ways of computing the same log-probs may differ in the mean. Measured
+on SmolLM2-135M, vLLM against transformers: 1e-5 in float32, 0.04 to 0.06 in bfloat16 (one token:
+0.3)."""
 UNIFORM = (0.9, 1.25)
 """Mean surprise of plain English, in units of ln V, of a head that knows nothing. Weights of
 standard deviation s on states of norm r give -ln V - (s r)^2 / 2 in the mean: 1.05 for
