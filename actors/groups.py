@@ -133,7 +133,10 @@ class TeacherGroup:
         scores = {s.sample_id: replace(s, teacher=self.name) for s in given}
         missing = [r.sample_id for r in rollouts if r.sample_id not in scores]
         if missing:
-            raise ActorError(f"teacher scoring: {len(missing)} rollouts came back without a score.")
+            raise ActorError(
+                f"teacher scoring: {len(missing)} rollouts came back without a score. Run with "
+                "--verbose for the teacher's own log."
+            )
         return scores
 
     def usage(self) -> dict[str, int]:

@@ -27,8 +27,10 @@ ENGLISH = (
     "night. She went to the market to buy some bread, and when she came home it was still warm."
 )
 ECHO_TOKENS = 64
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
-"""Nats a token by which two ways of computing the same log-probs may differ in the mean."""
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2}
+"""Nats a token by which two ways of computing the same log-probs may differ in the mean. Measured
+on SmolLM2-135M, vLLM against transformers: 1e-5 in float32, 0.04 to 0.06 in bfloat16 (one token:
+0.3)."""
 UNIFORM = (0.9, 1.25)
 """Mean surprise of plain English, in units of ln V, of a head that knows nothing. Weights of
 standard deviation s on states of norm r give -ln V - (s r)^2 / 2 in the mean: 1.05 for
@@ -113,7 +115,7 @@ class _Echo:
         return (
             f"{self._name} tokens of a known text came back without a log-prob, or with one that "
             "is no number. Nothing can be learnt from such scores. Run with --verbose for the "
-            "teacher's own log, and set teacher.kind to hf to leave the engine out."
+            f"teacher's own log{self._without_engine}."
         )
 
     def logprobs(self, rollouts: Sequence[Rollout]) -> list[Tensor] | None:
@@ -132,9 +134,9 @@ class _Echo:
             return None
         return (
             f"{self._name} the same text gets log-probs that differ by {gap:.3g} nats a token from "
-            f"one time to the next (at most {self.most:g} in {self.teacher.precision}). Set "
-            "teacher.kind to hf to leave the engine out; look for dropout, or for nodes with "
-            "another checkpoint under the same path."
+            f"one time to the next (at most {self.most:g} in {self.teacher.precision}). Look for "
+            "dropout, and for nodes with another checkpoint under the same path"
+            f"{self._without_engine}."
         )
 
     def differs_from_the_checkpoint(self, rollout: Rollout, echo: Tensor) -> str | None:
@@ -146,8 +148,8 @@ class _Echo:
         return (
             f"{self._name} its log-probs differ by {gap:.3g} nats a token from a forward pass of "
             f"the checkpoint itself (at most {self.most:g} in {self.teacher.precision}). What "
-            "scores is not this model. See that every node has the same files under this name; set "
-            "teacher.kind to hf to leave the engine out."
+            "scores is not this model. See that every node has the same files under this name"
+            f"{self._without_engine}."
         )
 
     def differs_from_its_sampler(self) -> str | None:
@@ -200,6 +202,11 @@ class _Echo:
             f"{text}, as of an untrained model (-ln V = {-uniform:.2f}): its output head is new or "
             "its weights are lost. Name a checkpoint that was saved with its language-model head."
         )
+
+    @property
+    def _without_engine(self) -> str:
+        engine = isinstance(self.teacher, VllmTeacher)
+        return ", or set teacher.kind to hf to leave the engine out" if engine else ""
 
     @property
     def _name(self) -> str:

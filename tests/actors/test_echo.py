@@ -68,7 +68,7 @@ def config(tiny, tmp_path_factory):
                 "teacher": {"kind": "hf", "model": model, "scores": scores},
                 "data": {"path": str(file), "max_prompt_tokens": PROMPT},
                 "rollout": {"max_tokens": COMPLETION},
-                "objective": {"kind": "sequence_reverse_kl", "estimator": "reward_to_go"},
+                "objective": {"kind": "sampled_token"},
                 "evaluation": {"prompts": 0},
                 "steps": 1,
             }
