@@ -163,7 +163,9 @@ def test_three_in_ten_requests_fail(failing, tiny, tmp_path, overrides, scored, 
     done = train(tiny, tmp_path, url, *overrides, *steps)
     assert done.returncode == 0, done.stdout + done.stderr
     posts = [(body, fault) for body, fault in failing.log if body]
-    assert 0.2 < sum(fault is not None for _, fault in posts) / len(posts) < 0.4
+    faults = Counter(fault for _, fault in failing.log)
+    print(f"{len(failing.log)} requests, {dict(faults)}")
+    assert faults.keys() == {None, *Failing.faults}
     answered = Counter(asked(body) for body, fault in posts if fault is None)
     scores = Counter(asked(body) for body, fault in posts if fault is None and body.get("echo"))
     assert set(map(asked, (body for body, _ in posts))) == set(answered), "nothing is lost"
@@ -194,7 +196,7 @@ def test_scores_are_those_of_the_same_model_here(server, tiny, prompts):
     sampler, scorer, local = ApiSampler((0,)), ApiScorer(), TeacherActor()
     sampler.start(endpoint, "key", tiny["student"])
     scorer.start(endpoint, "key", 320)
-    local.start(HfTeacher(model=tiny["teacher"], scores="top_k", top_k=20), 512, 320)
+    local.start(HfTeacher(model=tiny["teacher"], scores="top_k", top_k=319), 512, 320)
     rollouts = sampler.sample(prompts, [1, 2, 3, 4], [8] * 4, 64, 1.0, 1.0)
     assert {r.finish_reason for r in rollouts} == {"stop", "length"}
     assert all((r.completion_ids[-1] == 0) == (r.finish_reason == "stop") for r in rollouts)
@@ -203,13 +205,18 @@ def test_scores_are_those_of_the_same_model_here(server, tiny, prompts):
         rollouts, scorer.score(rollouts), local.score(rollouts), strict=True
     ):
         drawn = torch.tensor(rollout.rollout_logprobs)
-        assert torch.equal(ours.top_ids, theirs.top_ids)
-        largest = max(
-            largest,
-            (ours.logprobs - theirs.logprobs).abs().max().item(),
-            (ours.top_logprobs - theirs.top_logprobs).abs().max().item(),
-            (drawn - theirs.logprobs).abs().max().item(),
-        )
+        # Of 320 tokens, 319 have a name and the tail is the last one.
+        every = theirs.top_logprobs[:, -1:].expand(-1, 320)
+        every = every.scatter(-1, theirs.top_ids.long(), theirs.top_logprobs[:, :-1])
+        ids, best = ours.top_ids.long(), every.topk(20)
+        rest = every.scatter(-1, best.indices, -torch.inf).logsumexp(-1, keepdim=True)
+        for found, expected in [
+            (drawn, theirs.logprobs),
+            (ours.logprobs, theirs.logprobs),
+            (ours.top_logprobs[:, :-1], every.gather(-1, ids)),  # by id
+            (ours.top_logprobs, torch.cat([best.values, rest], -1)),  # and none is left out
+        ]:
+            largest = max(largest, (found - expected).abs().max().item())
     print(f"largest difference: {largest:.3g} nats")
     assert largest <= 1e-3
 
