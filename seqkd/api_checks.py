@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from seqkd.api_client import UNREADABLE, ApiClient, Request, cause, key_of, same_model
@@ -34,7 +36,7 @@ def check_endpoint(config: ApiTeacher) -> ApiClient:
     patient = config.model_copy(update={"max_retries": min(config.max_retries, 5)})
     client = openai.OpenAI(base_url=config.base_url, api_key=key, timeout=20, max_retries=3)
     try:
-        served = [model.id for model in client.models.list()]
+        served = _served(client)
     except openai.NotFoundError:  # an endpoint need not list its models
         return ApiClient(patient, key)
     except (*UNREADABLE, openai.OpenAIError) as error:
@@ -48,6 +50,14 @@ def check_endpoint(config: ApiTeacher) -> ApiClient:
             f"{', '.join(map(repr, served)) or 'none'}."
         )
     return ApiClient(patient, key)
+
+
+def _served(client: Any) -> list[str]:
+    """Names of the models; asked for again where the answer is no JSON, as a cut one is."""
+    for _ in range(3):
+        with suppress(json.JSONDecodeError):
+            return [model.id for model in client.models.list()]
+    return [model.id for model in client.models.list()]
 
 
 def check_answers(client: ApiClient, tokenizer: Any, vocabulary: int, config: Config) -> None:

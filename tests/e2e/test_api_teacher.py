@@ -1,18 +1,28 @@
-"""A black-box teacher: a real server on loopback, its text learnt by a student."""
+"""A teacher behind a real server on loopback: its text and its scores learnt by a student, also
+where three in ten requests fail."""
 
 from __future__ import annotations
 
 import json
 import os
+import random
+import socket
 import subprocess
 import sys
+import threading
 import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.error import URLError
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
 
 import pytest
+import torch
 import yaml
 
+from actors.api_teacher import ApiSampler, ApiScorer
+from actors.teacher import TeacherActor
+from seqkd.config_roles import ApiTeacher, HfTeacher
 from tests.conftest import ROOT
 
 
@@ -47,6 +57,64 @@ def answers(url):
         return False
 
 
+class Failing(BaseHTTPRequestHandler):
+    """Passes requests on, but for three in ten, and keeps a log of them: (body, fault or None)."""
+
+    protocol_version = "HTTP/1.1"
+    faults = (429, 500, "cut", "malformed")
+
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        self.handle_one(None)
+
+    def do_POST(self):
+        self.handle_one(self.rfile.read(int(self.headers["Content-Length"])))
+
+    def handle_one(self, body):
+        server = self.server
+        with server.lock:
+            fails = server.random.random() < 0.3
+            fault = server.random.choice(self.faults) if fails else None
+            server.log.append((json.loads(body) if body else None, fault))
+        if isinstance(fault, int):
+            return self.send(fault, b'{"error": {"message": "no"}}')
+        if fault == "cut":
+            self.close_connection = True
+            return self.connection.shutdown(socket.SHUT_RDWR)
+        if fault == "malformed":
+            return self.send(200, b'{"choices": [{"index"')
+        passed = Request(server.url + self.path, body, {"Content-Type": "application/json"})
+        with urlopen(passed, timeout=60) as answer:
+            return self.send(answer.status, answer.read())
+
+    def send(self, status, data):
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("retry-after-ms", "20")
+        self.end_headers()
+        self.wfile.write(data)
+
+
+@pytest.fixture
+def failing(server):
+    proxy = ThreadingHTTPServer(("127.0.0.1", 0), Failing)
+    proxy.url, proxy.log = server.removesuffix("/v1"), []
+    proxy.lock, proxy.random = threading.Lock(), random.Random(0)
+    threading.Thread(target=proxy.serve_forever, args=(0.01,), daemon=True).start()
+    yield proxy
+    proxy.shutdown()
+    proxy.server_close()
+
+
+def asked(body):
+    """What a request is about: a text to score, or a prompt and a seed to complete it with."""
+    text = body.get("prompt") or body["messages"][-1]["content"]
+    return json.dumps([text, None if body.get("echo") else body["seed"]])
+
+
 def train(tiny, tmp_path, url, *overrides):
     data = yaml.safe_load((ROOT / "configs" / "tiny.yaml").read_text())
     data["student"]["model"] = tiny["student"]
@@ -72,12 +140,97 @@ def test_a_student_learns_from_a_black_box(server, tiny, tmp_path):
     assert "teacher's text, NLL per token" in done.stdout
 
 
+SCORING = ("teacher.precision=float32", "teacher.max_retries=12")
+REWARD_TO_GO = "objective={kind: sequence_reverse_kl, estimator: reward_to_go, normalization: rate}"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "scored", "written"),
+    [
+        # Held-out prompts: the teacher's answer written once, and scored with the student's two
+        # where that makes a divergence. The checks: three scores, and for chat three prompts.
+        (["sampler=student", "teacher.scores=logprobs", REWARD_TO_GO], 3 + 48, 3 + 8),
+        (["sampler=mixture", "teacher.scores=top_k", "teacher.api=completions"], 3 + 24 + 48, None),
+        (["sampler=teacher"], 0, 3 + 8 + 48),
+    ],
+)
+def test_three_in_ten_requests_fail(failing, tiny, tmp_path, overrides, scored, written):
+    """Nothing is lost, nothing is asked for again that was answered, nothing becomes zero."""
+    if scored:
+        overrides = [*overrides, *SCORING, f"teacher.tokenizer={tiny['teacher']}"]
+    url = f"http://127.0.0.1:{failing.server_address[1]}/v1"
+    steps = ["steps=3", "prompts_per_step=4", "rollout.samples_per_prompt=4"]
+    done = train(tiny, tmp_path, url, *overrides, *steps)
+    assert done.returncode == 0, done.stdout + done.stderr
+    posts = [(body, fault) for body, fault in failing.log if body]
+    faults = Counter(fault for _, fault in failing.log)
+    print(f"{len(failing.log)} requests, {dict(faults)}")
+    assert faults.keys() == {None, *Failing.faults}
+    answered = Counter(asked(body) for body, fault in posts if fault is None)
+    scores = Counter(asked(body) for body, fault in posts if fault is None and body.get("echo"))
+    assert set(map(asked, (body for body, _ in posts))) == set(answered), "nothing is lost"
+    assert scores.total() == scored
+    # The checks before the run score one text twice on purpose.
+    assert Counter(scores.values()) == (Counter({2: 1, 1: scored - 2}) if scored else {})
+    texts = answered - scores
+    assert set(texts.values()) == {1}
+    rows = [json.loads(r) for r in (tmp_path / "tiny" / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 3
+    if written is not None:
+        assert texts.total() == written
+    else:
+        assert texts.total() == 8 + sum(row["teacher_samples"] for row in rows)
+        assert all(0.3 < row["mean_weight"] <= 1.25 for row in rows)
+    for row in rows if scored else []:
+        assert -12 < row["teacher_logprob_per_token"] < -1
+        assert row["teacher_unreadable"] >= 0 < row["teacher_requests"]
+    checks = 3 * bool(scored) + 3 * ("teacher.api=completions" not in overrides)
+    unreadable = sum(fault == "malformed" for _, fault in posts)
+    assert rows[-1]["teacher_requests"] <= answered.total() - checks + unreadable
+
+
+def test_scores_are_those_of_the_same_model_here(server, tiny, prompts):
+    """Of what the endpoint wrote itself by token id, and of what it was told when it wrote it."""
+    options = {"model": "black-box", "base_url": server, "api": "completions", "scores": "top_k"}
+    endpoint = ApiTeacher(**options, tokenizer=tiny["teacher"], precision="float32")
+    sampler, scorer, local = ApiSampler((0,)), ApiScorer(), TeacherActor()
+    sampler.start(endpoint, "key", tiny["student"])
+    scorer.start(endpoint, "key", 320)
+    local.start(HfTeacher(model=tiny["teacher"], scores="top_k", top_k=319), 512, 320)
+    rollouts = sampler.sample(prompts, [1, 2, 3, 4], [8] * 4, 64, 1.0, 1.0)
+    assert {r.finish_reason for r in rollouts} == {"stop", "length"}
+    assert all((r.completion_ids[-1] == 0) == (r.finish_reason == "stop") for r in rollouts)
+    largest = 0.0
+    for rollout, ours, theirs in zip(
+        rollouts, scorer.score(rollouts), local.score(rollouts), strict=True
+    ):
+        drawn = torch.tensor(rollout.rollout_logprobs)
+        # Of 320 tokens, 319 have a name and the tail is the last one.
+        every = theirs.top_logprobs[:, -1:].expand(-1, 320)
+        every = every.scatter(-1, theirs.top_ids.long(), theirs.top_logprobs[:, :-1])
+        ids, best = ours.top_ids.long(), every.topk(20)
+        rest = every.scatter(-1, best.indices, -torch.inf).logsumexp(-1, keepdim=True)
+        for found, expected in [
+            (drawn, theirs.logprobs),
+            (ours.logprobs, theirs.logprobs),
+            (ours.top_logprobs[:, :-1], every.gather(-1, ids)),  # by id
+            (ours.top_logprobs, torch.cat([best.values, rest], -1)),  # and none is left out
+        ]:
+            largest = max(largest, (found - expected).abs().max().item())
+    print(f"largest difference: {largest:.3g} nats")
+    assert largest <= 1e-3
+
+
 @pytest.mark.parametrize(
     ("overrides", "texts"),
     [
         (
             ["sampler=student"],
-            ("teacher.scores is 'none'", "Set sampler to teacher"),
+            ("teacher.scores is 'none'", "set sampler to teacher"),
+        ),
+        (
+            ["sampler=student", "teacher.scores=top_k"],
+            ("teacher.tokenizer is not set", "scores to none"),
         ),
         (["sampler=mixture"], ("scores is 'none'",)),
         (["sampler=teacher", "teacher.model=other"], ("'other' is not served", "'black-box'")),

@@ -112,6 +112,10 @@ class Peer(BaseHTTPRequestHandler):
             "top_logprobs": tops[first:],
         }
         choice = {"index": 0, "text": "x", "finish_reason": "stop", "logprobs": given}
+        if fault == "filtered":
+            choice["finish_reason"] = "content_filter"
+        if fault == "cut at its end":
+            choice["finish_reason"] = "length"
         SPOIL.get(fault, lambda c: None)(choice)
         self.answer(choice, len(prompt), 1 if body.get("echo") else 3)
 
@@ -159,6 +163,7 @@ SPOIL = {
     "one list short": spoil("token_logprobs", lambda v: v[:-1]),
     "other tokens": spoil("tokens", lambda v: [*v[:-1], "token_id:1"]),
     "text": spoil("tokens", lambda v: ["a"] * len(v)),
+    "tops missing": spoil("top_logprobs", lambda v: v[:-2]),
     "few on top": spoil("top_logprobs", lambda v: [d and dict(list(d.items())[:1]) for d in v]),
     "null on top": spoil("top_logprobs", lambda v: [d and dict.fromkeys(d) for d in v]),
     "above 1 on top": spoil("top_logprobs", lambda v: [d and dict.fromkeys(d, -0.1) for d in v]),
@@ -392,7 +397,9 @@ def test_a_token_that_the_student_does_not_have(peer):
         scorer.score(rollouts(1))
 
 
-@pytest.mark.parametrize("fault", [None, "text", "null", "reads less"])
+@pytest.mark.parametrize(
+    "fault", [None, "text", "null", "reads less", "filtered", "cut at its end"]
+)
 def test_a_teacher_that_scores_writes_in_the_students_tokens(peer, tiny, fault):
     sampler = ApiSampler(stop_ids=(0,))
     options = {"api": "completions", "scores": "logprobs", **SCORING}
@@ -460,6 +467,12 @@ def test_a_teacher_that_truncates_in_secret(peer, tokenizer):
 def test_a_teacher_that_gives_no_log_probs(peer, tokenizer):
     peer.faults = ["no log-probs"] * 9
     with pytest.raises(ActorError, match=r"gives no log-probs.*or set teacher\.scores to none\."):
+        check(peer, tokenizer)
+
+
+def test_a_teacher_that_names_tokens_by_text(peer, tokenizer):
+    peer.faults = ["text"] * 9
+    with pytest.raises(ActorError, match=r"names tokens by text \('a'\), .*as_token_ids"):
         check(peer, tokenizer)
 
 

@@ -22,6 +22,9 @@ MINIMAL = {
 }
 
 
+ENDPOINT = "teacher={kind: openai, model: m, base_url: 'http://x/v1'}"
+
+
 @pytest.fixture
 def path(tmp_path):
     file = tmp_path / "c.yaml"
@@ -85,6 +88,21 @@ def test_a_teacher_writes_with_the_engine_it_scores_with(path):
     teacher = load(path, ["teacher.cpus=3", "teacher.generation.kv_cache_gib=2"]).teacher
     assert (teacher.generation.cpus, teacher.generation.kv_cache_gib) == (3, 2)
     assert teacher.kv_cache_gib == 1
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["teacher.scores=top_k"],
+        ["teacher.scores=top_k", "sampler=mixture", "teacher.api=completions"],
+        ["teacher.scores=logprobs", "objective={estimator: reinforce, normalization: total}"],
+        ["teacher.scores=logprobs", "objective={estimator: reward_to_go, normalization: rate}"],
+        ["teacher.tokenizer=null", "sampler=teacher"],
+    ],
+)
+def test_what_an_endpoint_can_teach(path, overrides):
+    config = load(path, [ENDPOINT, "teacher.tokenizer=a", *overrides])
+    assert config.teacher.distribution == ("teacher.scores=top_k" in overrides)
 
 
 def test_scientific_notation_is_a_number(path):
@@ -173,6 +191,28 @@ def test_scientific_notation_is_a_number(path):
             ["teacher={kind: openai, model: m, base_url: 'http://x/v1', key_env: sk-123}"],
             "teacher.key_env: is not the name",
             "Name the one",
+        ),
+        ([ENDPOINT], "teacher.scores is 'none'", "Set it to top_k"),
+        ([ENDPOINT, "objective.kind=sampled_token"], "teacher.scores is 'none'", "to logprobs"),
+        (
+            [ENDPOINT, "teacher.scores=top_k"],
+            "teacher.tokenizer is not set",
+            "of the served model's, or scores to none",
+        ),
+        (
+            [ENDPOINT, "sampler=teacher", "teacher.checkpoint=a"],
+            "checkpoint 'a' is compared by log-probs, but scores is 'none'",
+            "Set scores to logprobs",
+        ),
+        (
+            [ENDPOINT, "teacher.tokenizer=a", "teacher.scores=logprobs"],
+            "needs the teacher's distribution, but teacher.scores is 'logprobs'",
+            "Set it to top_k",
+        ),
+        (
+            [ENDPOINT, "sampler=mixture", "teacher.tokenizer=a", "teacher.scores=top_k"],
+            "sampler 'mixture' weighs each completion",
+            "Set teacher.api to completions",
         ),
         (["rollout.teacher_fraction=1"], "rollout.teacher_fraction: 1", "less than 1"),
         (

@@ -110,6 +110,17 @@ def test_only_roles_that_are_called_get_processes():
     assert len({a.role for a in plan(config(sampler="dataset")).actors}) == 4
 
 
+def test_an_endpoint_is_asked_by_one_process_a_role():
+    from actors.placement import plan
+
+    endpoint = {"kind": "openai", "model": "m", "base_url": "http://x/v1", "tokenizer": "a"}
+    scoring = config(teacher={**endpoint, "scores": "top_k"})
+    (actor,) = plan(scoring).role("teacher")
+    assert (actor.threads, actor.gpus) == (1, 0)
+    assert len(plan(scoring).role("teacher_sampler")) == 1
+    assert not plan(config(teacher=endpoint, sampler="teacher")).role("teacher")
+
+
 def test_a_plan_that_does_not_fit_says_what_to_lower():
     from actors.placement import plan
 
