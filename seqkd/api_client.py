@@ -285,7 +285,8 @@ def _read_logprobs(answer: Any, prompt: int) -> tuple[list[int], list[Any], list
     if len({len(given.tokens), len(given.token_logprobs), len(given.top_logprobs or ())}) > 1:
         raise Unreadable(
             f"it gives {len(given.tokens)} tokens, {len(given.token_logprobs)} log-probs and "
-            f"{len(given.top_logprobs or ())} lists of the most probable tokens."
+            f"{len(given.top_logprobs or ())} lists of the most probable tokens. Set "
+            "teacher.scores to none."
         )
     return [_token(t) for t in given.tokens], given.token_logprobs, given.top_logprobs
 
@@ -317,7 +318,10 @@ def _top(entries: dict[str, Any], top_k: int) -> list[tuple[int, float]]:
         )
     total = math.fsum(math.exp(value) for _, value in pairs)
     if total > 1.001:
-        raise Unreadable(f"the most probable tokens have probabilities that sum to {total:.4g}.")
+        raise Unreadable(
+            f"the most probable tokens have probabilities that sum to {total:.4g}. Set "
+            "teacher.scores to none."
+        )
     return pairs
 
 

@@ -102,7 +102,7 @@ class Failing(BaseHTTPRequestHandler):
 def failing(server):
     proxy = ThreadingHTTPServer(("127.0.0.1", 0), Failing)
     proxy.url, proxy.log = server.removesuffix("/v1"), []
-    proxy.lock, proxy.random = threading.Lock(), random.Random(0)
+    proxy.lock, proxy.random = threading.Lock(), random.Random(5)
     threading.Thread(target=proxy.serve_forever, args=(0.01,), daemon=True).start()
     yield proxy
     proxy.shutdown()
