@@ -96,7 +96,7 @@ def check(config: Config, teacher_here: bool = True) -> Checked:
         if not isinstance(of, ApiTeacher):
             teachers[name] = _local_teacher(config, of, student, tokenizer, stop_ids, found)
         elif teacher_here:
-            _endpoint(config, of, student, tokenizer, found)
+            _endpoint(config, of, student, tokenizer, stop_ids, found)
     found.where = ""
     data = found.attempt(read_data, config, tokenizer, stop_ids)
     found.attempt(every_tag_has_a_teacher, config, data)
@@ -113,12 +113,19 @@ def check(config: Config, teacher_here: bool = True) -> Checked:
 
 
 def _endpoint(
-    config: Config, teacher: ApiTeacher, student: Any, tokenizer: Any, found: Findings
+    config: Config,
+    teacher: ApiTeacher,
+    student: Any,
+    tokenizer: Any,
+    stop_ids: tuple[int, ...] | None,
+    found: Findings,
 ) -> None:
     client = found.attempt(check_endpoint, teacher)
     if teacher.tokenizer is not None:
         other = found.attempt(load_tokenizer, teacher.tokenizer, "teacher.tokenizer")
         found.attempt(check_same_tokenizer, tokenizer, other, "teacher.tokenizer", _plain(config))
+        ends = found.attempt(end_of_sequence_ids, teacher.tokenizer, other, "teacher.tokenizer")
+        found.warn(check_same_stop_ids, stop_ids, ends, other)
     if student is not None:
         found.attempt(check_answers, client, tokenizer, student.vocab_size, config)
 

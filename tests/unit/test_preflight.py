@@ -211,18 +211,27 @@ def test_other_special_tokens_around_a_text_matter_to_plain_text_only(config, ti
     assert "the text 'a' is [69] to the student, [2, 69] to the teacher" in message
 
 
-def test_an_endpoint_with_another_tokenizer_does_not_score(config, tiny, tmp_path):
-    copy = changed(
-        tiny["teacher"], tmp_path, "tokenizer_config.json", lambda c: c.update(eos_token="<|pad|>")
-    )
+@pytest.mark.parametrize(
+    ("file", "key", "message"),
+    [
+        ("tokenizer.json", "normalizer", "teacher.tokenizer: its tokenizer differs from that of s"),
+        ("tokenizer_config.json", "eos_token", "teacher.model: ends with 1 '<|pad|>', but complet"),
+    ],
+)
+def test_an_endpoint_with_another_tokenizer_does_not_score(
+    config, tiny, tmp_path, file, key, message
+):
+    value = {"normalizer": {"type": "Lowercase"}, "eos_token": "<|pad|>"}[key]
+    copy = changed(tiny["teacher"], tmp_path, file, lambda c: c.update({key: value}))
     teacher = (
         "{kind: openai, model: m, base_url: 'http://127.0.0.1:9/v1', scores: top_k, tokenizer: "
     )
     with pytest.raises(ConfigError) as caught:
         check(config(f"teacher={teacher}{copy}}}"))
     (_, tokenizers) = str(caught.value).splitlines()
-    assert tokenizers.startswith(f"teacher.tokenizer: the tokenizers of '{copy}' and of student")
-    assert "set teacher.scores to none and sampler to teacher" in tokenizers
+    assert tokenizers.startswith(message)
+    if key == "normalizer":
+        assert "set teacher.scores to none and sampler to teacher" in tokenizers
 
 
 def test_another_end_of_sequence(config, tiny, tmp_path):
