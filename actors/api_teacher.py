@@ -84,6 +84,7 @@ class ApiSampler:
             source="teacher",
             policy_version=0,
             finish_reason="stop" if reply.ended and len(ids) <= max_tokens else "length",
+            tag=prompt.tag,
         )
 
 

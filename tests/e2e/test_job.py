@@ -10,9 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 
+from seqkd.models import load_causal_lm, load_tokenizer
 from tests.conftest import ROOT
 
 RAY = str(Path(sys.executable).parent / "ray")
@@ -202,6 +204,44 @@ def assert_same_student(tmp_path, tiny):
 
 def succeeds(done):
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_each_row_learns_from_the_teacher_of_its_tag(environment, config, tiny, tmp_path):
+    """Rows b have the student itself for a teacher, and so add tokens but no divergence."""
+    rows = [
+        {"prompt": f"say {i}", "reference": "yes" * (i + 1), "topic": "ab"[i % 2]} for i in range(4)
+    ]
+    file = tmp_path / "tagged.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    members = {
+        name: {"tags": [tag], "teacher": {"kind": "hf", "model": tiny[name]}}
+        for name, tag in (("teacher", "a"), ("student", "b"))
+    }
+    done = direct(
+        environment,
+        config,
+        f"teacher={json.dumps({'kind': 'several', 'members': members})}",
+        f"data={json.dumps({'path': str(file), 'tag_key': 'topic'})}",
+        *("sampler=dataset", "objective={kind: token_forward_kl}", "evaluation.prompts=0"),
+        *("steps=1", f"runs_dir={tmp_path}", f"journal={{path: {tmp_path}/journal}}"),
+    )
+    succeeds(done)
+    assert len(list((tmp_path / "journal").glob("*/teacher.json"))) == 2
+    (found,) = metrics(tmp_path / "tiny")
+    p, q = (load_causal_lm(tiny[name], "float32", "model") for name in ("teacher", "student"))
+    tokenizer = load_tokenizer(tiny["student"], "model")
+    total, tokens = 0.0, 0
+    for row in rows:
+        text = f"<|user|>{row['prompt']}<|end|><|assistant|>{row['reference']}<|end|>"
+        ids = torch.tensor([tokenizer(text, add_special_tokens=False).input_ids])
+        own = len(row["reference"]) + 1
+        with torch.no_grad():
+            log_p, log_q = (m(ids).logits[0, -own - 1 : -1].log_softmax(-1) for m in (p, q))
+        tokens += own
+        if row["topic"] == "a":
+            total += (log_p.exp() * (log_p - log_q)).sum().item()
+    assert found["tokens"] == tokens
+    assert found["forward_kl_per_token"] == pytest.approx(total / tokens, rel=1e-4)
 
 
 def answers(tmp_path):
