@@ -91,7 +91,7 @@ def crew(local_ray, tiny):
     master, _ = wait(learner.rendezvous.remote(), "learner")
     wait(
         [
-            learner.start.remote(0, master, tiny["student"], (tiny["teacher"], "float32")),
+            learner.start.remote(0, master, tiny["student"], {"": (tiny["teacher"], "float32")}),
             engine.start.remote(tiny["student"], Engine(kv_cache_gib=0.1), PROMPT + COMPLETION),
         ],
         "start",
@@ -112,7 +112,14 @@ def examine(crew, tiny):
         wait(teacher.set_fault.remote(fault), "teacher")
         group = LearnerGroup([learner], 2, tiny["student"])
         sampler = RolloutGroup([engine], COMPLETION, group, "rollout")
-        workers = Workers(sampler, TeacherGroup([teacher]), group, sampler, True)
+        workers = Workers(
+            student=sampler,
+            learner=group,
+            teachers={"": TeacherGroup([teacher])},
+            teacher_samplers={"": sampler},
+            teacher_of=config.teacher_of,
+            distribution=True,
+        )
         return check_workers(config, check(config), workers, set(roles))
 
     return examine
