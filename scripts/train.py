@@ -67,7 +67,8 @@ def dry_run(config: Config) -> int:
     print("plan:")
     for actor in the_plan.actors:
         gpus = f", {actor.gpus:g} GPUs" if actor.gpus else ""
-        print(f"  {actor.role} {actor.index}: {actor.threads} threads{gpus}, bundle {actor.bundle}")
+        name = f"{actor.role} {actor.teacher}".strip()
+        print(f"  {name} {actor.index}: {actor.threads} threads{gpus}, bundle {actor.bundle}")
     print(f"  bundles ({config.placement}): {[dict(b) for b in the_plan.bundles]}")
     print(f"  run directory: {directory}")
 

@@ -221,7 +221,7 @@ def test_each_row_learns_from_the_teacher_of_its_tag(environment, config, tiny, 
         environment,
         config,
         f"teacher={json.dumps({'kind': 'several', 'members': members})}",
-        f"data={json.dumps({'path': str(file), 'tag_key': 'topic'})}",
+        f"data={json.dumps({'path': str(file), 'tag_key': 'topic', 'max_prompt_tokens': 64})}",
         *("sampler=dataset", "objective={kind: token_forward_kl}", "evaluation.prompts=0"),
         *("steps=1", f"runs_dir={tmp_path}", f"journal={{path: {tmp_path}/journal}}"),
     )
