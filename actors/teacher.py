@@ -98,8 +98,9 @@ class HfStates:
 
     def __init__(self, config: HfTeacher, max_model_len: int) -> None:
         self.batch_tokens = max(config.batch_tokens, max_model_len)
-        self.device = "cuda" if config.gpus else "cpu"
-        self.model = load_causal_lm(config.model, config.precision, "teacher.model").to(self.device)
+        # Over as many GPUs as the actor has; on the CPU where it has none.
+        self.model = load_causal_lm(config.model, config.precision, "teacher.model", "auto")
+        self.device = next(self.model.parameters()).device
         check_head(self.model, "teacher.model")
 
     @torch.inference_mode()

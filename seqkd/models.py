@@ -78,14 +78,20 @@ def expand(model: str) -> str:
     return str(Path(model).expanduser()) if model.startswith("~") else model
 
 
-def load_causal_lm(model: str, precision: str, field: str) -> nn.Module:
-    """The model's weights in ``precision``, on the CPU, in evaluation mode; ModelError names
-    ``field`` where some are missing."""
+def load_causal_lm(
+    model: str, precision: str, field: str, device_map: str | None = None
+) -> nn.Module:
+    """The model's weights in ``precision``, in evaluation mode, on the CPU or as accelerate's
+    ``device_map`` says; ModelError names ``field`` where some are missing."""
     from transformers import AutoModelForCausalLM
 
     load: Any = AutoModelForCausalLM.from_pretrained
     loaded, info = load(
-        expand(model), dtype=dtype_of(precision), use_safetensors=True, output_loading_info=True
+        expand(model),
+        dtype=dtype_of(precision),
+        use_safetensors=True,
+        output_loading_info=True,
+        device_map=device_map,
     )
     if missing := sorted(info["missing_keys"]):
         raise ModelError(

@@ -43,7 +43,7 @@ class OutputHead:
 
     def raw(self, hidden: Tensor) -> Tensor:
         """[n, H] -> [n, V] float32, before scale and softcap."""
-        raw = (hidden.to(self.weight.dtype) @ self.weight.T).float()
+        raw = (hidden.to(self.weight) @ self.weight.T).float()
         return raw if self.bias is None else raw + self.bias.float()
 
     def finish(self, raw: Tensor) -> Tensor:
