@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import chain
 from typing import Any, NamedTuple
@@ -119,17 +119,7 @@ def _started(
     run_id = uuid.uuid4().hex[:12]
     ranks = create(LearnerRank, "learner", "", config.learner, run_id)
     students = create(RolloutActor, "rollout", "", stop_ids, "student")
-    scorers: dict[str, list[Any]] = {}
-    writers: dict[str, list[Any]] = {}
-    starts: dict[str, list[Any]] = {role: [] for role in placement.KEYS}
-    for name, teacher in config.teachers.items():
-        if not any(plan.role(role, name) for role in ("teacher", "teacher_sampler")):
-            continue
-        scoring, writing = _teacher_actors(config, teacher, checked)
-        scorers[name] = create(scoring.cls, "teacher", name, *scoring.made_of)
-        writers[name] = create(writing.cls, "teacher_sampler", name, *writing.made_of)
-        starts["teacher"] += [a.start.remote(*scoring.started_with) for a in scorers[name]]
-        starts["teacher_sampler"] += [a.start.remote(*writing.started_with) for a in writers[name]]
+    scorers, writers, starts = _create_teachers(config, plan, checked, create)
     node = None
     if ranks:
         master, node = wait(ranks[0].rendezvous.remote(), "learner start")
@@ -167,6 +157,24 @@ def _started(
             ray.kill(actor)  # one that hangs or waits for a dead one would never close by itself
         if node is not None:
             _clean_shared_memory(run_id, node)
+
+
+def _create_teachers(
+    config: Config, plan: placement.Plan, checked: Checked, create: Callable[..., list[Any]]
+) -> tuple[dict[str, list[Any]], dict[str, list[Any]], dict[str, list[Any]]]:
+    """By name, the actors that score and those that write; by role, their starts under way."""
+    scorers: dict[str, list[Any]] = {}
+    writers: dict[str, list[Any]] = {}
+    starts: dict[str, list[Any]] = {"teacher": [], "teacher_sampler": []}
+    for name, teacher in config.teachers.items():
+        if not any(plan.role(role, name) for role in ("teacher", "teacher_sampler")):
+            continue
+        scoring, writing = _teacher_actors(config, teacher, checked)
+        scorers[name] = create(scoring.cls, "teacher", name, *scoring.made_of)
+        writers[name] = create(writing.cls, "teacher_sampler", name, *writing.made_of)
+        starts["teacher"] += [a.start.remote(*scoring.started_with) for a in scorers[name]]
+        starts["teacher_sampler"] += [a.start.remote(*writing.started_with) for a in writers[name]]
+    return scorers, writers, starts
 
 
 class _Actors(NamedTuple):
