@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -88,12 +89,14 @@ def test_recorded_completions_come_first_and_only_the_rest_is_asked_for(tmp_path
     other = sampler(inner, journal(tmp_path))
     assert len(other.sample(PROMPTS[:1], [3], 7)) == 3, "in the order in which they were drawn"
     assert len(inner.calls) == 2
-    other.sample(PROMPTS[:1], [1], 7, temperature=0.5)
+    sampler(inner, journal(tmp_path)).sample(PROMPTS[:1], [1], 7, temperature=0.5)
     assert inner.calls[2:] == [{"p0": 1}], "other settings are other completions"
 
 
 def test_the_same_prompt_twice_in_a_step_gets_different_completions(tmp_path):
-    drawn = sampler(Sampler(), journal(tmp_path)).sample([PROMPTS[0], PROMPTS[0]], [2, 2], 0)
+    inner = Sampler()
+    drawn = sampler(inner, journal(tmp_path)).sample([PROMPTS[0], PROMPTS[0]], [2, 2], 0)
+    assert inner.calls == [{"p0": 4}]
     assert [r.completion_ids[0] for r in drawn] == [1, 2, 3, 4]
 
 
@@ -123,9 +126,17 @@ def test_a_score_is_read_back_as_it_was_given_and_never_asked_for_twice(tmp_path
     assert len(inner.scored) == 8
 
 
+def test_the_same_answer_to_another_prompt_is_another_text(tmp_path):
+    first = Sampler().sample(PROMPTS[:1], [1], 0)[0]
+    other = replace(first, sample_id="other", prompt_ids=(5, 6))
+    inner = Teacher()
+    JournaledTeacher(inner, journal(tmp_path), "f").score([first, other])
+    assert inner.scored == [first.sample_id, "other"]
+
+
 def test_one_text_under_two_names_is_scored_once(tmp_path):
     first = Sampler().sample(PROMPTS[:1], [1], 0)[0]
-    twin = Rollout(**{n: getattr(first, n) for n in first.__slots__} | {"sample_id": "twin"})
+    twin = replace(first, sample_id="twin")
     inner = Teacher()
     scores = JournaledTeacher(inner, journal(tmp_path), "f").score([first, twin])
     assert len(inner.scored) == 1
