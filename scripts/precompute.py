@@ -73,7 +73,8 @@ def precompute(config: Config, verbose: bool) -> int:
             print(f"actors ready after {time.perf_counter() - start:.0f} s", flush=True)
             start = time.perf_counter()
             record(config, workers, checked, report)
-    print("done: scripts/train.py with the same configuration learns from it, with no teacher")
+    alone = ", with no teacher" if config.two_step else ""
+    print(f"done: scripts/train.py with the same configuration learns from it{alone}")
     return 0
 
 
@@ -90,8 +91,8 @@ def size(config: Config, scored: bool) -> str:
     if scored:
         each = max(map(bytes_per_token, config.teachers.values()))
     return (
-        f"{each:,} bytes a token, at most {tokens:,} tokens ({tokens * each / 2**30:.3g} GiB); "
-        f"teacher.scores {config.teacher.scores}" + ("" if scored else ", which nothing here needs")
+        f"{each:,} bytes a token, at most {tokens:,} tokens ({tokens * each / 2**30:.3g} GiB): "
+        + (f"scores of kind {config.teacher.scores}" if scored else "completions without scores")
     )
 
 
