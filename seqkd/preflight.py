@@ -42,7 +42,7 @@ class Checked:
     """What was read from where, a line each."""
     max_model_len: int
     vocabulary: int
-    """Tokens that both models have."""
+    """Tokens that all models have."""
     student: Any
     """transformers config, before any pruning."""
     teachers: dict[str, Any]
