@@ -28,7 +28,7 @@ from seqkd.models import checkpoint_digest, dtype_of, export_head, load_config
 from seqkd.preflight import Checked
 from seqkd.protocols import Sampler, Teacher
 from seqkd.shards import Shards
-from seqkd.types import Prompt, Rollout, TeacherScore, WeightVersion
+from seqkd.types import Prompt, Rollout, TeacherScore
 from seqkd.workers import Workers
 
 COMPLETIONS = pa.schema(
@@ -191,7 +191,6 @@ class JournaledSampler:
         self.inner, self.journal, self.settings = inner, journal, settings
         self.taken: Counter[str] = Counter()
         self.reused = 0
-        self.policy_version = 0
 
     def sample(
         self,
@@ -240,10 +239,6 @@ class JournaledSampler:
     def address(self, prompt: Prompt, temperature: float, top_p: float) -> str:
         """Of the completions of ``prompt`` that are drawn so."""
         return _hash([prompt.token_ids, self.settings, float(temperature), float(top_p)])
-
-    def load(self, version: WeightVersion) -> None:
-        """A teacher's weights never change."""
-        raise NotImplementedError
 
     def usage(self) -> dict[str, int]:
         """What was asked of an endpoint so far, and how many completions were there already."""

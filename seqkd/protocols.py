@@ -14,9 +14,7 @@ Scores = Mapping[str, TeacherScore]
 
 
 class Sampler(Protocol):
-    """Engines that hold one set of weights."""
-
-    policy_version: int
+    """Engines that hold one set of weights, or an endpoint in their place."""
 
     def sample(
         self,
@@ -29,11 +27,17 @@ class Sampler(Protocol):
         """``samples[i]`` completions of prompt i, prompt by prompt; the same for the same seed and
         weights."""
 
-    def load(self, version: WeightVersion) -> None:
-        """Take in published weights, verified."""
-
     def usage(self) -> dict[str, int]:
         """What was asked of a paid endpoint so far; nothing of an engine."""
+
+
+class StudentSampler(Sampler, Protocol):
+    """The student's, whose weights change."""
+
+    policy_version: int
+
+    def load(self, version: WeightVersion) -> None:
+        """Take in published weights, verified."""
 
 
 class Teacher(Protocol):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 
 from seqkd.protocols import Sampler, Teacher
-from seqkd.types import Prompt, Rollout, TeacherScore, WeightVersion
+from seqkd.types import Prompt, Rollout, TeacherScore
 
 Choose = Callable[[str, str], str]
 """(tag, prompt_id) -> the teacher's name; see :meth:`seqkd.config.Config.teacher_of`."""
@@ -18,7 +18,6 @@ class SeveralSamplers:
 
     def __init__(self, samplers: Mapping[str, Sampler], choose: Choose) -> None:
         self.samplers, self.choose = samplers, choose
-        self.policy_version = 0
 
     def sample(
         self,
@@ -44,10 +43,6 @@ class SeveralSamplers:
             )
             drawn |= {i: [next(of_teacher) for _ in range(samples[i])] for i in places}
         return list(chain.from_iterable(drawn[i] for i in range(len(prompts))))
-
-    def load(self, version: WeightVersion) -> None:
-        """A teacher's weights never change."""
-        raise NotImplementedError
 
     def usage(self) -> dict[str, int]:
         """See :class:`seqkd.protocols.Sampler`: the sum over all."""

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from seqkd.protocols import Learner, Sampler, Teacher
+from seqkd.protocols import Learner, Sampler, StudentSampler, Teacher
 from seqkd.several import SeveralSamplers, SeveralTeachers
 
 
@@ -14,7 +14,7 @@ from seqkd.several import SeveralSamplers, SeveralTeachers
 class Workers:
     """The student on both sides, and its teachers."""
 
-    student: Sampler
+    student: StudentSampler
     learner: Learner
     teachers: Mapping[str, Teacher]
     """By name; a single one has an empty name."""
