@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from typing import Any, get_args
 
 from pydantic import BaseModel
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
+_SHORT.maxlevel = 3
+
+
+def shown(value: Any) -> str:
+    """A value from a user's file on one printable line, short whatever it is."""
+    return f"{_SHORT.repr(value):.200}"
+
+
+def _name(key: Any) -> str:
+    plain = isinstance(key, str) and key.isprintable() and 0 < len(key) < 80
+    return str(key) if plain else shown(key)
 
 
 def explain(item: Any, data: dict[str, Any], schema: type[BaseModel]) -> str:
     """One line for one of ``ValidationError.errors()`` of ``data`` against ``schema``."""
     # A value error is raised by a whole object, whose last part may itself be a tag.
     location = _without_tags(item["loc"], data, keep_last=item["type"] != "value_error")
-    field = ".".join(str(part) for part in location)
-    message = item["msg"].removeprefix("Value error, ")
+    field = ".".join(map(_name, location))
+    message = f"{item['msg'].removeprefix('Value error, '):.500}"
     if item["type"] == "extra_forbidden":
         close = difflib.get_close_matches(
             str(location[-1]), _keys(location[:-1], data, schema), n=1
@@ -26,13 +41,13 @@ def explain(item: Any, data: dict[str, Any], schema: type[BaseModel]) -> str:
         tags = item["ctx"].get("expected_tags", "")
         found = item["ctx"].get("tag")
         return (
-            f"{field}.kind: {found!r} is not known. Use one of {tags}."
+            f"{field}.kind: {shown(found)} is not known. Use one of {tags}."
             if found is not None
             else (f"{field}.kind: is missing. Set it.")
         )
     if item["type"] == "value_error":
         return f"{field}: {message}" if field else message
-    return f"{field}: {item['input']!r}: {message[0].lower()}{message[1:]}."
+    return f"{field}: {shown(item['input'])}: {message[0].lower()}{message[1:]}."
 
 
 def _without_tags(location: tuple[Any, ...], data: Any, keep_last: bool) -> list[Any]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from seqkd.config_data import Data
+from seqkd.config_messages import shown
 from seqkd.errors import DataError
 
 Message = tuple[str, str]
@@ -84,7 +85,7 @@ def detect(row: dict[str, Any], data: Data, where: str) -> Format:
 
 
 def _has(row: dict[str, Any]) -> str:
-    return f"; it has {', '.join(map(repr, row)) or 'none'}."
+    return f"; it has {', '.join(map(shown, row)) or 'none':.300}."
 
 
 def conversation(row: dict[str, Any], form: Format, data: Data, where: str) -> Conversation:
@@ -98,7 +99,7 @@ def conversation(row: dict[str, Any], form: Format, data: Data, where: str) -> C
         given = _messages(value, form.prompt, where)
     else:
         words = text_of(value, form.prompt, where)
-        if form.context and row.get(form.context):
+        if form.context and not _blank(row.get(form.context)):
             words += f"\n\n{text_of(row[form.context], form.context, where)}"
         given = [("user", words)]
     if isinstance(answer, list):
@@ -112,9 +113,9 @@ def conversation(row: dict[str, Any], form: Format, data: Data, where: str) -> C
     if all(role != "user" for role, _ in messages):
         raise DataError(f"{where}: {form.prompt!r} has no user message. Mend or remove the row.")
     tag = row.get(data.tag_key) if data.tag_key else ""
-    if not isinstance(tag, str):
+    if not is_text(tag):
         raise DataError(
-            f"{where}: {data.tag_key!r} is {tag!r:.60}, not text. Set data.tag_key to a column of "
+            f"{where}: {data.tag_key!r} is {shown(tag)}, not text. Set data.tag_key to a column of "
             f"text{_has(row)}"
         )
     return Conversation(tuple(messages), 0 if form.name == "messages" else len(given), tag)
@@ -122,9 +123,17 @@ def conversation(row: dict[str, Any], form: Format, data: Data, where: str) -> C
 
 def text_of(value: Any, key: str, where: str) -> str:
     """A value that must be text, and not blank."""
-    if not isinstance(value, str) or not value.strip():
-        raise DataError(f"{where}: {key!r} is {value!r:.60}, not text. Mend or remove the row.")
+    if not is_text(value) or not value.strip():
+        raise DataError(f"{where}: {key!r} is {shown(value)}, not text. Mend or remove the row.")
     return value
+
+
+def is_text(value: Any) -> TypeGuard[str]:
+    """Half a surrogate pair, which JSON can write, is none."""
+    try:
+        return isinstance(value, str) and (value.isascii() or bool(value.encode()))
+    except UnicodeEncodeError:
+        return False
 
 
 def _blank(value: Any) -> bool:
@@ -135,14 +144,14 @@ def _messages(value: Any, key: str, where: str) -> list[Message]:
     """Without a blank system message, and without a blank answer at the end."""
     if not isinstance(value, list) or not value:
         raise DataError(
-            f"{where}: {key!r} is {value!r:.60}, not a list of messages. Mend or remove the row."
+            f"{where}: {key!r} is {shown(value)}, not a list of messages. Mend or remove the row."
         )
     found: list[Message] = []
     for number, message in enumerate(value, 1):
         name = f"{where}: message {number} of {key!r}"
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
             raise DataError(
-                f"{name} is {message!r:.60}, not {{'role': ..., 'content': ...}}. Mend or remove "
+                f"{name} is {shown(message)}, not {{'role': ..., 'content': ...}}. Mend or remove "
                 "the row."
             )
         role, content = message["role"], message["content"]
@@ -153,7 +162,7 @@ def _messages(value: Any, key: str, where: str) -> list[Message]:
             continue
         if _blank(content) and number == 1 and role == "system":
             continue
-        if not isinstance(role, str) or not role:
-            raise DataError(f"{name}: its role is {role!r:.60}. Mend or remove the row.")
+        if not is_text(role) or not role:
+            raise DataError(f"{name}: its role is {shown(role)}. Mend or remove the row.")
         found.append((role, text_of(content, "content", name)))
     return found

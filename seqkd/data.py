@@ -12,7 +12,8 @@ import pyarrow as pa
 
 from seqkd.config import Config
 from seqkd.config_data import Data
-from seqkd.conversations import Conversation, Format, Message, conversation, detect, digest
+from seqkd.config_messages import shown
+from seqkd.conversations import Conversation, Format, Message, conversation, detect, digest, is_text
 from seqkd.errors import DataError
 from seqkd.prompt_table import CONVERSATION, PromptTable, batch_of, part_of
 from seqkd.rendering import Renderer
@@ -39,6 +40,10 @@ class PromptStream:
         orders = {epoch: self._order(epoch) for epoch in {p // size for p in places}}
         self.position += count
         return [self.prompts[int(orders[p // size][p % size])] for p in places]
+
+    def skip(self, count: int) -> None:
+        """As :meth:`take`, without the prompts."""
+        self.position += count
 
     def _order(self, epoch: int) -> Any:
         return np.random.default_rng([self.seed, epoch]).permutation(len(self.prompts))
@@ -393,13 +398,15 @@ def read_corpus(data: Data, tokenizer: Any, eos_id: int) -> tuple[PromptTable, S
 def _plain(row: dict[str, Any], key: str, where: str) -> str:
     if key not in row:
         raise DataError(
-            f"{where}: has no column {key!r}; it has {', '.join(map(repr, row)) or 'none'}. Set "
-            "data.text_key."
+            f"{where}: has no column {key!r}; it has {', '.join(map(shown, row)) or 'none':.300}. "
+            "Set data.text_key."
         )
     text = row[key]
-    if text is not None and not isinstance(text, str):
-        raise DataError(f"{where}: {key!r} is {text!r:.60}, not text. Mend or remove the row.")
-    return text or ""
+    if text is None:
+        return ""
+    if not is_text(text):
+        raise DataError(f"{where}: {key!r} is {shown(text)}, not text. Mend or remove the row.")
+    return text
 
 
 def _batches(items: Iterator[T]) -> Iterator[list[T]]:

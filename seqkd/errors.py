@@ -7,8 +7,13 @@ traceback.
 
 from __future__ import annotations
 
+import re
+import signal as signals
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from signal import SIGINT, Signals
 from typing import TextIO
 
 
@@ -33,6 +38,10 @@ class DataError(SeqkdError):
 
 class JournalError(SeqkdError):
     """A journal that lacks what a run needs of it, or cannot be read."""
+
+
+class CheckpointError(SeqkdError):
+    """A checkpoint that is not whole."""
 
 
 class ModelError(SeqkdError):
@@ -60,10 +69,81 @@ class SyncError(SeqkdError):
     """The weights an engine received are not the weights that the learner sent."""
 
 
+class LearningFault(SeqkdError):
+    """What a run learns from, or has learnt, is not what it should be: going on would teach
+    garbage. What was learnt before the step of the fault is as it was."""
+
+
+class LearnerLost(SeqkdError):
+    """A rank of the learner is lost, and with it what was learnt since the last checkpoint."""
+
+    def __init__(self, cause: SeqkdError, gone: bool) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
+        self.gone = gone
+        """Whether its process is dead or does not answer; else it raised."""
+
+    def __reduce__(self) -> tuple[type[LearnerLost], tuple[SeqkdError, bool]]:
+        return LearnerLost, (self.cause, self.gone)
+
+    def again(self, before: str) -> str:
+        """What it raised, to be compared with the next one; raises the cause where new processes
+        have raised the same as those ``before`` them: a third try would not help."""
+        if not self.gone and str(self) == before:
+            raise self.cause from None
+        return "" if self.gone else str(self)
+
+
+class Stopped(SeqkdError):
+    """The run was told to stop by a signal."""
+
+    def __init__(self, signal: Signals) -> None:
+        super().__init__(f"by {signal.name}")
+        self.signal = signal
+
+    def __reduce__(self) -> tuple[type[Stopped], tuple[Signals]]:
+        return Stopped, (self.signal,)
+
+
+DISK = re.compile(r"\[Errno [0-9]+\]|\(os error [0-9]+\)|inline_container\.cc")
+"""What another process, safetensors and torch say of a file that cannot be written."""
+
+
+class StorageError(SeqkdError):
+    """A file of the run that cannot be written: no room, no permission."""
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """StorageError in place of an error of the disk while the block writes ``path``."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, OSError) and not DISK.search(str(error)):
+            raise
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise StorageError(
+            f"{path}: cannot be written: {reason:.300}. What was saved before is kept. Make room, "
+            "or give permission, then go on with --resume."
+        ) from None
+
+
 def reported(action: Callable[[], int]) -> int:
-    """The exit code of ``action``; 2, with the message on stderr, where a user has to act."""
+    """The exit code of ``action``; 2, with the message on stderr, where a user has to act; that of
+    a shell where a signal ended it."""
+
+    def stop(number: int, frame: object) -> None:
+        raise Stopped(Signals(number))
+
+    signals.signal(signals.SIGTERM, stop)
     try:
         return action()
+    except Stopped as stopped:
+        say("stopped", f"{stopped}; go on with --resume", file=sys.stderr)
+        return 128 + stopped.signal
+    except KeyboardInterrupt:
+        say("stopped", "interrupted", file=sys.stderr)
+        return 128 + SIGINT
     except SeqkdError as error:
         print(getattr(error, "details", ""), end="", file=sys.stderr)
         say("error", str(error), file=sys.stderr)

@@ -128,10 +128,12 @@ class Source:
     def _explained(self) -> Iterator[None]:
         """What `datasets` raises while it loads or reads, in one line."""
         import datasets
+        import pyarrow as pa
 
+        raised = (pa.ArrowException, datasets.exceptions.DatasetsError)
         try:
             yield
-        except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+        except (OSError, ValueError, KeyError, MemoryError, *raised) as error:
             text = " ".join(str(error.__cause__ or error).split())
             raise DataError(
                 f"{self.field}: {self}: cannot be read: {text[:300]}. Check the name, "
@@ -143,5 +145,5 @@ class Source:
 def _parsed(text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # a number of 5000 digits, 5000 brackets
         raise DataError(f"{where}: is not JSON: {error}") from None

@@ -2,31 +2,57 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
+import time
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
+import xxhash
 
 from seqkd.errors import JournalError
+
+ABANDONED_S = 24 * 3600.0
+"""A file takes a writer seconds: one unfinished for so long belongs to none that lives."""
 
 
 class Shards:
     """A directory of Arrow files with one schema, whose first column is ``address``.
 
     A file is written aside, synced to disk and renamed, so that it is there whole or not at all,
-    and several processes may add files. A process sees what was there when it began, and its own.
+    and several processes may add files. Its name ends with the digest of its content, which is
+    compared when the directory is opened. A process sees what was there when it began, and its own.
+
+    JournalError names a file that is damaged; where ``damaged`` is "drop", for a directory of one
+    process alone, it is left out in place of that, and named in ``dropped``.
     """
 
-    def __init__(self, directory: Path, schema: pa.Schema) -> None:
+    def __init__(
+        self, directory: Path, schema: pa.Schema, damaged: Literal["refuse", "drop"] = "refuse"
+    ) -> None:
         self.directory, self.schema = directory, schema
         self.places: dict[str, list[tuple[Path, int]]] = {}
-        self.files = 0
+        self.position = 0
+        """Number of the next file: above all that are there."""
+        self.dropped: list[str] = []
+        self._files: list[Path] = []
+        self._own: list[Path] = []
+        _remove_abandoned(directory, ABANDONED_S if damaged == "refuse" else 0.0)
         for file in sorted(directory.glob("*.arrow")):
-            self._index(file)
+            try:
+                addresses = _checked(file, schema)["address"].to_pylist()
+            except JournalError:
+                if damaged == "refuse":
+                    raise
+                addresses = []
+                self.dropped.append(file.name)
+            self._index(file, addresses)
 
     def __contains__(self, address: str) -> bool:
         return address in self.places
@@ -43,30 +69,87 @@ class Shards:
         """Add rows; they are on disk when this returns."""
         if not rows:
             return
-        self.directory.mkdir(parents=True, exist_ok=True)
+        content = _content(rows, self.schema)
         # Numbered for the order, named apart for writers that count alike.
-        file = self.directory / f"{self.files:08d}-{uuid.uuid4().hex[:8]}.arrow"
-        partial = file.with_suffix(".partial")
+        name = f"{self.position:08d}-{uuid.uuid4().hex[:8]}-{xxhash.xxh3_64_hexdigest(content)}"
+        file, partial = self.directory / f"{name}.arrow", self.directory / f"{name}.partial"
         try:
+            self.directory.mkdir(parents=True, exist_ok=True)
             with partial.open("wb") as out:
-                with pa.ipc.new_file(out, self.schema) as writer:
-                    writer.write_table(pa.Table.from_pylist(list(rows), self.schema))
+                out.write(content)
                 out.flush()
                 os.fsync(out.fileno())
             partial.rename(file)
-            _sync_directory(self.directory)
+            sync(self.directory)
         except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise JournalError(
-                f"journal.path: {file} cannot be written: {error.strerror}. What was written "
-                "before is kept. Make room, or name another directory."
-            ) from None
-        self._index(file)
+            with suppress(OSError):
+                partial.unlink()
+            raise unwritable(file, error) from None
+        self._index(file, [row["address"] for row in rows])
+        self._own.append(file)
 
-    def _index(self, file: Path) -> None:
-        for index, address in enumerate(_table(file)["address"].to_pylist()):
+    def settle(self) -> None:
+        """What was added so far is right."""
+        self._own.clear()
+
+    def revert(self) -> None:
+        """Remove what was added since it was last right."""
+        self._remove(set(self._own))
+        self._own.clear()
+
+    def prune(self, before: int) -> None:
+        """Remove the files with numbers below ``before``, and what is known of their rows."""
+        self._remove({file for file in self._files if _number(file) < before})
+
+    def _remove(self, gone: set[Path]) -> None:
+        for file in gone:
+            with suppress(OSError):  # nothing is lost where it stays
+                file.unlink()
+        self._files = [file for file in self._files if file not in gone]
+        kept = {a: [p for p in places if p[0] not in gone] for a, places in self.places.items()}
+        self.places = {address: places for address, places in kept.items() if places}
+        _table.cache_clear()  # which keeps files open, and so their space taken
+
+    def _index(self, file: Path, addresses: Sequence[str]) -> None:
+        for index, address in enumerate(addresses):
             self.places.setdefault(address, []).append((file, index))
-        self.files += 1
+        self._files.append(file)
+        self.position = max(self.position, _number(file) + 1)
+
+
+def file_digest(file: Path) -> str:
+    """xxh3-64 of a file's bytes. Raises OSError."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, xxhash.xxh3_64).hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Have a file's content, or a directory's names, on disk. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def unwritable(file: Path, error: OSError) -> JournalError:
+    """The error to raise where the disk refuses ``file``."""
+    return JournalError(
+        f"{file} cannot be written: {error.strerror or error}. What was written "
+        "before is kept. Make room, or name another journal.path or runs_dir."
+    )
+
+
+def _content(rows: Sequence[dict[str, Any]], schema: pa.Schema) -> pa.Buffer:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, schema) as writer:
+        writer.write_table(pa.Table.from_pylist(list(rows), schema))
+    return sink.getvalue()
+
+
+def _number(file: Path) -> int:
+    found = re.match("[0-9]+", file.name)
+    return int(found[0]) if found else -1
 
 
 def _row(file: Path, index: int) -> dict[str, Any]:
@@ -74,20 +157,36 @@ def _row(file: Path, index: int) -> dict[str, Any]:
     return {name: table[name][index] for name in table.column_names}
 
 
+def _checked(file: Path, schema: pa.Schema) -> pa.Table:
+    try:
+        digest = file_digest(file)
+    except OSError as error:
+        raise _damaged(file, str(error)) from None
+    if not file.stem.endswith(f"-{digest}"):
+        raise _damaged(file, f"its content has the digest {digest}, not that of its name")
+    table = _table(file)
+    if table.schema != schema:
+        raise _damaged(file, f"its columns are {', '.join(table.column_names)}")
+    return table
+
+
 @lru_cache(maxsize=64)  # each keeps a file open
 def _table(file: Path) -> pa.Table:
     try:
         return pa.ipc.open_file(pa.memory_map(str(file))).read_all()
-    except (OSError, pa.ArrowInvalid) as error:
-        raise JournalError(
-            f"journal.path: {file} is damaged: {' '.join(str(error).split()):.200}. Remove it; "
-            "what it held is asked for again."
-        ) from None
+    except (OSError, pa.ArrowException) as error:
+        raise _damaged(file, str(error)) from None
 
 
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _damaged(file: Path, why: str) -> JournalError:
+    return JournalError(
+        f"{file} is damaged: {' '.join(why.split()):.200}. Remove it; what it held "
+        "is asked for again."
+    )
+
+
+def _remove_abandoned(directory: Path, age_s: float) -> None:
+    for partial in directory.glob("*.partial"):
+        with suppress(OSError):  # another process may remove it too, or the disk be read-only
+            if time.time() - partial.stat().st_mtime >= age_s:
+                partial.unlink()

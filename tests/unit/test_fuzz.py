@@ -1,0 +1,614 @@
+"""Whatever the bytes: a correct result, or an error whose message names the field or the file.
+
+More cases: ``pytest tests/unit/test_fuzz.py --hypothesis-profile=long``.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import shutil
+from collections import Counter
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from hypothesis import assume, event, example, given
+from hypothesis import strategies as st
+
+from seqkd.checkpoint_files import newest, save
+from seqkd.config import Config, dump, load
+from seqkd.data import read_data
+from seqkd.errors import ConfigError, DataError, JournalError
+from seqkd.journal import describe_teacher, identify_teacher, keep_teachers, open_journals
+from seqkd.rows import Source
+from seqkd.shards import Shards
+from tests.conftest import ROOT
+from tests.unit.test_config import MINIMAL
+
+TINY = ROOT / "configs" / "tiny.yaml"
+DOCUMENTS = [yaml.safe_load(f.read_text()) for f in (TINY, ROOT / "configs/recipes/minillm.yaml")]
+LONGEST_LINE = 1000
+"""Characters of one message: it is read in a terminal."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("fuzz")
+
+
+def lines_of(error):
+    """The lines of a message, each fit to be printed."""
+    lines = str(error).split("\n")
+    for line in lines:
+        assert line.encode().decode().splitlines() == [line]
+        assert 0 < len(line) < LONGEST_LINE, len(line)
+    return lines
+
+
+# --- values and damage
+
+ODD = ["", " ", "\0", "\t", "\ud800", "\u2028", "\x85", "\ufeff", "\r\n", "=", "~", "1e-3", "0x1f",
+       "2001-01-01", "no", "<<", "*a", "&a b", "- a", "a: b", "'", '"', "#", "🎉", "x" * 1200,
+       "<|end|>", "{{ x }}", "../..", "*.jsonl", "[", "%"]  # fmt: skip
+TEXTS = st.text(max_size=20) | st.sampled_from(ODD)
+SCALARS = (
+    st.none() | st.booleans() | st.integers(-3, 3) | st.integers() | st.floats() | TEXTS
+    | st.sampled_from([10**400, -(2**63) - 1, 1e308, 5e-324, -0.0])
+)  # fmt: skip
+JSON_VALUES = st.recursive(
+    SCALARS, lambda v: st.lists(v, max_size=3) | st.dictionaries(TEXTS, v, max_size=3), max_leaves=6
+)
+YAML_SCALARS = SCALARS | st.dates() | st.datetimes() | st.binary(max_size=9)
+YAML_VALUES = st.recursive(
+    YAML_SCALARS,
+    lambda v: st.lists(v, max_size=3) | st.dictionaries(YAML_SCALARS, v, max_size=3),
+    max_leaves=6,
+)
+
+PLAUSIBLE = st.sampled_from(
+    [1, 2, 4, 16, 0.1, 0.5, 1e-5, True, False, None, "student", "teacher", "dataset", "mixture",
+     "float32", "bfloat16", "hf", "vllm", "top_k", "hidden", "cosine", "a/b", "~", {}, [], [1, 2]]
+)  # fmt: skip
+
+
+def places(node):
+    """Every (container, key) within ``node``."""
+    items = node.items() if isinstance(node, dict) else enumerate(node)
+    for key, value in list(items):
+        yield node, key
+        if isinstance(value, dict | list):
+            yield from places(value)
+
+
+@st.composite
+def mutated(draw, documents, values):
+    """A document with values replaced, removed, added, nested or moved."""
+    document = copy.deepcopy(draw(documents))
+    for _ in range(draw(st.sampled_from([1, 1, 2, 3]))):
+        found = list(places(document))
+        if not found:
+            break
+        node, key = draw(st.sampled_from(found))
+        what = draw(st.sampled_from(["replace", "remove", "add", "nest", "copy", "rename"]))
+        if what == "replace":
+            node[key] = draw(values)
+        elif what == "remove":
+            del node[key]
+        elif what == "nest":
+            node[key] = draw(st.sampled_from([[node[key]], {"kind": node[key]}, {key: node[key]}]))
+        elif what == "copy":
+            other, its_key = draw(st.sampled_from(found))
+            node[key] = copy.deepcopy(other.get(its_key) if isinstance(other, dict) else other)
+        elif isinstance(node, dict):
+            value = node.pop(key) if what == "rename" else draw(values)
+            node[draw(TEXTS | st.sampled_from([str(k) for _, k in found]))] = value
+    return document
+
+
+@st.composite
+def damaged(draw, content):
+    """Bytes with a bit flipped, cut, appended to, inserted, zeroed or replaced, once or twice."""
+    for _ in range(draw(st.integers(1, 2))):
+        at = draw(st.integers(0, len(content)))
+        end = min(len(content), at + draw(st.integers(1, 64)))
+        what = draw(st.sampled_from(["flip", "cut", "append", "insert", "zero", "replace", "drop"]))
+        some = draw(st.binary(min_size=1, max_size=64))
+        content = {
+            "flip": content[:at] + bytes(b ^ (1 << len(some) % 8) for b in content[at : at + 1])
+            + content[at + 1 :],
+            "cut": content[:at],
+            "append": content + some,
+            "insert": content[:at] + some + content[at:],
+            "zero": content[:at] + bytes(end - at) + content[end:],
+            "replace": content[:at] + some + content[at + len(some) :],
+            "drop": content[:at] + content[end:],
+        }[what]  # fmt: skip
+    return content
+
+
+# --- configuration files and overrides
+
+SNIPPETS = [
+    *ODD, "\n", ": ", "- ", "? ", "---\n", "...\n", "%YAML 9.9\n---\n", "&a ", "*a", "<<: *a\n",
+    "!!python/object:os.system ", "!!timestamp x", "2001-99-99", "!!int x", "!!float x", "!!bool x",
+    "!!binary x", "!!set {a}", "!!omap [a: b]", "1:99:99", ".nan", ".inf", "0b", "0x_", "1" * 5000,
+    "0x" + "f" * 5000, "[" * 1500, "{a: " * 1500, "- " * 1500, "name: tiny\n", "steps: 3\n", "|\n",
+    ">\n", "9999-12-31T23:59:59-23:59", "\\ud800",
+]  # fmt: skip
+BOMB = "a0: &a0 [x, x]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12)
+)
+
+VALUE = re.compile(r"(?<=: )[^\n,}]+")
+
+
+@st.composite
+def config_texts(draw):
+    """The bytes of a configuration, more or less."""
+    if draw(st.booleans()):
+        text = yaml.safe_dump(draw(mutated(st.sampled_from(DOCUMENTS), YAML_VALUES | PLAUSIBLE)))
+    else:
+        text = draw(st.sampled_from([TINY.read_text(), yaml.safe_dump(DOCUMENTS[1])]))
+        for _ in range(draw(st.integers(1, 3))):
+            snippet = draw(st.sampled_from(SNIPPETS) | TEXTS)
+            if draw(st.booleans()):
+                at, end = draw(
+                    st.sampled_from([m.span() for m in VALUE.finditer(text)] or [(0, 0)])
+                )
+            else:
+                at = draw(st.integers(0, len(text)))
+                end = at + draw(st.integers(0, 9))
+            text = text[:at] + snippet + text[end:]
+    return text.encode("utf-8", "surrogatepass")
+
+
+def check_config(path, overrides=()):
+    try:
+        config = load(path, overrides)
+    except ConfigError as error:
+        for line in lines_of(error):
+            assert line.startswith((f"{path}: ", "override "))
+        event("is not YAML" if "is not YAML" in str(error) else "refused")
+        return
+    event("loads")
+    again = path.parent / "again.yaml"
+    again.write_text(dump(config), encoding="utf-8")
+    assert load(again) == config
+
+
+@given(
+    st.binary(max_size=200)
+    | st.text(max_size=200).map(str.encode)
+    | YAML_VALUES.map(lambda v: yaml.safe_dump(v).encode())
+)
+def test_any_bytes_as_a_configuration(folder, content):
+    path = folder / "c.yaml"
+    path.write_bytes(content)
+    check_config(path)
+
+
+def tiny_with(line):
+    return (TINY.read_text() + line + "\n").encode("utf-8", "surrogatepass")
+
+
+@given(config_texts())
+@example(content=tiny_with("cluster: 2001-99-99"))
+@example(content=tiny_with("cluster: !!timestamp x"))
+@example(content=tiny_with("cluster: !!bool x"))
+@example(content=tiny_with("cluster: !!int x"))
+@example(content=tiny_with("cluster: " + "[" * 1500))
+@example(content=tiny_with("seed: 0x" + "f" * 5000))
+@example(content=tiny_with("seed: " + "x" * 5000))
+@example(content=tiny_with('"\\ud800": 1'))
+@example(content=tiny_with('runs_dir: "\\0"'))
+@example(content=tiny_with(BOMB + "cluster: *a8"))
+@example(content=tiny_with("plus: &a [*a]"))
+@example(content=tiny_with("1: 2"))
+@example(content=tiny_with("? [1]\n: 2"))
+def test_a_mutated_configuration(folder, content):
+    path = folder / "c.yaml"
+    path.write_bytes(content)
+    check_config(path)
+
+
+def some(**fields):
+    """A mapping with some of the fields."""
+    return st.fixed_dictionaries({}, optional=fields)
+
+
+SHARE, POSITIVE, COUNT = st.floats(0, 1), st.floats(0, 1e9), st.sampled_from([1, 2, 4, 10**12])
+SAMPLERS = st.sampled_from(["student", "teacher", "mixture", "dataset", "corpus", "journal"])
+KINDS = ["sequence_reverse_kl", "sequence_forward_kl", "sampled_token", "sft", "token_forward_kl",
+         "token_reverse_kl", "gjsd", "skew_kl", "skew_reverse_kl", "total_variation"]  # fmt: skip
+OBJECTIVES = st.sampled_from(KINDS).map(lambda kind: {"kind": kind}) | some(
+    estimator=st.sampled_from(["reinforce", "reward_to_go", "single_step", "rao_blackwell"]),
+    baseline=st.sampled_from(["none", "leave_one_out", "position_mean"]),
+    normalization=st.sampled_from(["rate", "total", "minillm"]), discount=SHARE,
+    clip_ratio=SHARE, truncated_is=POSITIVE,
+)  # fmt: skip
+LOCAL = st.builds(
+    lambda kind, rest: {"kind": kind, "model": "b", **rest},
+    st.sampled_from(["vllm", "hf"]),
+    some(scores=st.sampled_from(["hidden", "logprobs", "top_k"]), top_k=COUNT),
+)
+TEACHERS = LOCAL | st.dictionaries(TEXTS, st.builds(dict, teacher=LOCAL, weight=POSITIVE)).map(
+    lambda members: {"kind": "several", "members": members}
+)
+CHOICES = some(
+    name=TEXTS, runs_dir=TEXTS, cluster=TEXTS, seed=st.integers(0), steps=COUNT, weight=POSITIVE,
+    sampler=SAMPLERS, objective=OBJECTIVES, updates_per_rollout=COUNT, teacher=TEACHERS,
+    prompts_per_step=st.sampled_from([4, 8, 12]), placement=st.sampled_from(["colocated", "split"]),
+    plus=st.lists(some(sampler=SAMPLERS, objective=OBJECTIVES, weight=POSITIVE), max_size=2),
+    warmup=some(sampler=SAMPLERS, lr=POSITIVE).map(lambda w: {"steps": 2, **w}),
+    journal=some(records=st.sampled_from(["teacher", "dataset"])).map(lambda j: {"path": "j", **j}),
+    rollout=some(samples_per_prompt=COUNT, temperature=POSITIVE, top_p=SHARE, max_tokens=COUNT),
+    learner=some(lr=POSITIVE, betas=st.tuples(SHARE, SHARE).map(list), ranks=COUNT, gpus=SHARE,
+                 zero_stage=st.integers(0, 3), micro_batch_prompts=COUNT, min_lr_ratio=SHARE),
+    data=st.builds(
+        lambda path, rest: {"path": path, "corpus_path": path, **rest}, TEXTS,
+        some(heldout_path=TEXTS, heldout_fraction=SHARE, system=TEXTS, rows=COUNT, tag_key=TEXTS),
+    ),
+)  # fmt: skip
+
+
+@given(CHOICES)
+@example(choices={"runs_dir": "=", "cluster": "1e-3"})
+@example(choices={"runs_dir": "\x85"})
+@example(choices={"runs_dir": "a\u2028\ufeffä"})
+def test_what_fits_is_dumped_and_read_back(folder, choices):
+    path = folder / "c.yaml"
+    document = {**MINIMAL, "evaluation": {"prompts": 0}, **choices}
+    path.write_text(yaml.safe_dump(document, allow_unicode=False), encoding="utf-8")
+    check_config(path)
+
+
+KEYS = sorted({".".join(path) for path in [("name",), ("data", "path"), ("teacher", "kind"),
+               ("teacher", "members", "a", "teacher"), ("objective", "kind"), ("plus",), ("steps",),
+               ("learner", "lr"), ("learner", "betas"), ("warmup", "steps"), ("sampler",),
+               ("data", "heldout_fraction"), ("student", "init"), ("journal", "path"), ("seed",),
+               ("steps", "steps"), ("", ""), ("plus", "0", "weight"), ("cluster",)]})  # fmt: skip
+VALUES = (
+    YAML_VALUES.map(lambda v: yaml.safe_dump(v, default_flow_style=True))
+    | st.sampled_from(SNIPPETS)
+    | TEXTS
+    | PLAUSIBLE.map(str)
+)
+
+
+FITTING = st.sampled_from(
+    ["steps=3", "learner.lr=1e-4", "sampler=teacher", "evaluation.prompts=0", "cluster=a: b",
+     "data.heldout_path=null", "warmup={steps: 1, sampler: dataset}", "cluster= '='"]
+)  # fmt: skip
+
+
+@given(
+    st.lists(
+        FITTING | TEXTS | st.builds("{}={}".format, st.sampled_from(KEYS) | TEXTS, VALUES),
+        min_size=1,
+        max_size=3,
+    )
+)
+@example(overrides=["x" * 5000])
+@example(overrides=["seed=0000-00-00"])
+@example(overrides=["\ud800=1"])
+@example(overrides=["cluster=" + "[" * 1500])
+@example(overrides=["plus=[1, 2]", "plus.0=3"])
+def test_any_override(folder, overrides):
+    path = folder / "tiny.yaml"
+    shutil.copy(TINY, path)
+    check_config(path, overrides)
+
+
+def test_a_key_that_is_there_twice_is_refused(folder):
+    path = folder / "twice.yaml"
+    path.write_bytes(tiny_with("steps: 7"))
+    with pytest.raises(ConfigError, match=r"twice\.yaml: is not YAML: 'steps' is there twice .*12"):
+        load(path)
+    path.write_bytes(tiny_with("warmup: {<<: {steps: 3, sampler: teacher}, steps: 4}"))
+    assert load(path).warmup.steps == 4, "what overrides a merged key is not there twice"
+
+
+def test_an_override_changes_one_place_of_those_that_share_an_alias(folder):
+    path = folder / "alias.yaml"
+    path.write_bytes(tiny_with("").replace(b"kv_cache_gib: 0.1}", b"generation: &e {cpus: 2}}", 1))
+    path.write_text(re.sub("rollout: .*", "rollout: *e", path.read_text()))
+    config = load(path, ["rollout.cpus=5"])
+    assert (config.rollout.cpus, config.teacher.generation.cpus) == (5, 2)
+
+
+# --- rows
+
+WORDS = st.text(min_size=1, max_size=12).filter(str.strip) | st.sampled_from(
+    ["hi", "what?", "<|end|>", "é\u2028x", "\x1c.", "long " * 20]
+)
+ANSWERS = st.none() | st.just(" ") | WORDS
+
+
+@st.composite
+def rows_with_prompts(draw):
+    """A row of a known format, and how many prompts it holds."""
+    form = draw(st.sampled_from(["prompt", "instruction", "messages", "lists"]))
+    if form == "prompt":
+        return {"prompt": draw(WORDS), "reference": draw(ANSWERS)}, 1
+    if form == "instruction":
+        return {"instruction": draw(WORDS), "input": draw(ANSWERS), "output": draw(ANSWERS)}, 1
+    system = draw(st.sampled_from([[], [{"role": "system", "content": "s"}]]))
+    turns = [
+        {"role": "assistant" if i % 2 else "user", "content": draw(WORDS)}
+        for i in range(draw(st.integers(1, 6)))
+    ]
+    if form == "messages":
+        return {"messages": system + turns}, (len(turns) + 1) // 2
+    last = [{"role": "assistant", "content": draw(WORDS)}]
+    return {"prompt": system + turns[: len(turns) // 2 * 2 + 1], "completion": last}, 1
+
+
+OPTIONS = st.fixed_dictionaries(
+    {},
+    optional={
+        "chat": st.just(False),
+        "system": st.just("be brief"),
+        "too_long": st.just("truncate"),
+        "max_prompt_tokens": st.integers(1, 40),
+        "turns": st.sampled_from(["first", "last"]),
+        "heldout_fraction": st.just(0.5),
+        "tag_key": st.just("tag"),
+    },
+)
+
+
+def read(path, tokenizer, options, sampler, max_tokens=16):
+    data = {"path": str(path), **options}
+    config = Config.model_validate({
+        **MINIMAL, "data": data, "sampler": sampler, "rollout": {"max_tokens": max_tokens},
+        "evaluation": {"prompts": 9999 if "heldout_fraction" in options else 0},
+    })  # fmt: skip
+    return read_data(config, tokenizer, (0,))
+
+
+def say_field(error):
+    (line,) = lines_of(error)
+    assert line.startswith("data.")
+    return line
+
+
+@given(
+    st.lists(rows_with_prompts(), min_size=1, max_size=8),
+    OPTIONS,
+    st.sampled_from(["student", "dataset"]),
+    st.integers(1, 24),
+)
+@example(
+    rows=[({"instruction": "a", "input": " ", "output": "b"}, 1)],
+    options={},
+    sampler="dataset",
+    max_tokens=9,
+)
+def test_no_prompt_of_a_valid_row_is_lost_in_silence(
+    folder, tokenizer, rows, options, sampler, max_tokens
+):
+    form = next(k for k in ("messages", "instruction", "prompt") if k in rows[0][0])
+    rows = [({**row, "tag": "t"}, n) for row, n in rows if form in row]
+    path = folder / "valid.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row, _ in rows))
+    answers = {k for k in ("reference", "completion", "output") if k in rows[0][0]}
+    assume(all(answers <= row.keys() for row, _ in rows))
+    try:
+        found = read(path, tokenizer, options, sampler, max_tokens)
+    except DataError as error:
+        line = say_field(error)
+        assert "longer than" in line or "has an answer" in line or "leaves no conversation" in line
+        event("none is left")
+        return
+    event("read")
+    counts = Counter()
+    for summary in found.summaries:
+        for name in ("prompts", "long_prompts", "long_answers", "unanswered", "duplicates"):
+            counts[name] += getattr(summary, name)
+    assert len(found.train) + len(found.heldout) == counts["prompts"]
+    assert counts.total() == sum(1 if "turns" in options else n for _, n in rows)
+    told = [int(line.split()[1]) for line in found.warnings if "left out" in line]
+    assert sum(told) == counts.total() - counts["prompts"]
+
+
+@st.composite
+def row_bytes(draw):
+    """The bytes of a file of rows, more or less."""
+    rows = [row for row, _ in draw(st.lists(rows_with_prompts(), min_size=1, max_size=4))]
+    if draw(st.booleans()):
+        rows = draw(mutated(st.just(rows), JSON_VALUES))
+    content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    return draw(damaged(content)) if draw(st.booleans()) else content
+
+
+def row(content, **arguments):
+    return example(**{"content": content, "options": {}, "sampler": "student", "suffix": "jsonl",
+                      **arguments})  # fmt: skip
+
+
+@given(
+    row_bytes() | st.binary(max_size=100),
+    OPTIONS,
+    st.sampled_from(["student", "dataset", "corpus"]),
+    st.sampled_from(["jsonl", "json"]),
+)
+@row(rb'{"prompt": "a\ud800"}')
+@row(rb'{"prompt": "a\ud800"}', sampler="corpus")
+@row(rb'{"messages": [{"role": "user", "content": "a"}, {"role": "\udfff", "content": "b"}]}')
+@row(rb'{"prompt": "a", "tag": "\ud800"}', options={"tag_key": "tag"})
+@row(b'{"prompt": %s}' % (b"1" * 5000))
+@row(b'{"prompt": %s}' % (b"[" * 5000))
+@row(b'{"prompt": %s%s}' % (b"[" * 900, b"]" * 900))
+@row(b'{"%s": 1}' % (b"k" * 5000))
+def test_any_rows(folder, tokenizer, content, options, sampler, suffix):
+    path = folder / f"rows.{suffix}"
+    path.write_bytes(content)
+    if sampler == "corpus":
+        options = {**options, "corpus_path": str(path), "text_key": "prompt"}
+    try:
+        found = read(path, tokenizer, options, sampler)
+    except DataError as error:
+        say_field(error)
+        event("refused")
+        return
+    event("read")
+    for line in found.warnings:
+        lines_of(line)
+    for prompt in [*found.train, *found.heldout, *found.corpus]:
+        assert prompt.token_ids
+    for prompt in found.train if sampler == "dataset" else found.corpus:
+        assert prompt.reference_ids
+
+
+@pytest.fixture(scope="module")
+def tables(folder):
+    """Bytes of files that `datasets` reads, by suffix."""
+    table = pa.table({"prompt": [f"question {i}" for i in range(20)], "reference": ["a"] * 20})
+    with pa.ipc.new_file(folder / "t.arrow", table.schema) as writer:
+        writer.write_table(table)
+    pq.write_table(table, folder / "t.parquet")
+    return {suffix: (folder / f"t.{suffix}").read_bytes() for suffix in ("arrow", "parquet")}
+
+
+@given(st.data())
+def test_a_damaged_table(folder, tables, data):
+    suffix = data.draw(st.sampled_from(sorted(tables)))
+    path = folder / f"damaged.{suffix}"
+    path.write_bytes(data.draw(damaged(tables[suffix])))
+    try:
+        rows = list(Source("data.path", str(path)).rows())
+    except DataError as error:
+        say_field(error)
+        event("refused")
+        return
+    event("read")
+    assert all(isinstance(row, dict) for _, row in rows)
+
+
+# --- the journal
+
+SCHEMA = pa.schema([("address", pa.string()), ("value", pa.large_binary())])
+ROWS = [{"address": f"a{i % 3}", "value": bytes([i]) * 50} for i in range(5)]
+
+
+@pytest.fixture(scope="module")
+def shard(folder):
+    Shards(folder / "whole", SCHEMA).append(ROWS)
+    (file,) = (folder / "whole").iterdir()
+    return file
+
+
+def rows_of(shards):
+    return [
+        {name: row[name].as_py() for name in row}
+        for address in shards.places
+        for row in shards.rows(address, 0, shards.count(address))
+    ]
+
+
+@given(st.data())
+def test_a_damaged_file_of_the_journal(folder, shard, data):
+    directory = folder / "damaged"
+    directory.mkdir(exist_ok=True)
+    whole = shard.read_bytes()
+    content = data.draw(damaged(whole))
+    file = directory / shard.name
+    file.write_bytes(content)
+    if content == whole:
+        assert len(rows_of(Shards(directory, SCHEMA))) == len(ROWS)
+        return
+    with pytest.raises(JournalError) as caught:
+        Shards(directory, SCHEMA)
+    (line,) = lines_of(caught.value)
+    assert f"{file} is damaged" in line
+    shards = Shards(directory, SCHEMA, damaged="drop")
+    assert (shards.dropped, shards.places) == ([file.name], {})
+
+
+ENDPOINT = {"kind": "openai", "model": "m", "base_url": "http://x/v1"}
+
+
+@given(
+    st.binary(max_size=50)
+    | JSON_VALUES.map(lambda v: json.dumps(v).encode())
+    | damaged(json.dumps({"model": "m", "base_url": "http://x/v1", "api": "chat"}).encode())
+)
+@example(content=b"")
+@example(content=b"\x80")
+@example(content=b"[" * 5000)
+@example(content=b'{"%s": 1}' % (b"x" * 5000))
+def test_a_damaged_description_of_a_teacher(folder, content):
+    config = Config.model_validate({
+        **MINIMAL, "teacher": ENDPOINT, "sampler": "teacher", "journal": {"path": str(folder / "j")}
+    })  # fmt: skip
+    directory = folder / "j" / "another"
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "teacher.json").write_bytes(content)
+    mine = folder / "j" / str(identify_teacher(config.teacher, True))
+    assert open_journals(config, True)[1][""].directory == mine, "another's damage is another's"
+    try:
+        _, journals = open_journals(config, False)
+    except JournalError as error:
+        (line,) = lines_of(error)
+        assert line.startswith(f"journal.path: {folder / 'j'}")
+    else:
+        assert json.loads(content) == describe_teacher(config.teacher)
+        assert journals[""].directory == directory
+
+
+def test_a_place_for_a_journal_that_cannot_be_written_is_said(folder):
+    (folder / "file").touch()
+    config = Config.model_validate({
+        **MINIMAL, "teacher": ENDPOINT, "sampler": "teacher",
+        "journal": {"path": str(folder / "file" / "j")},
+    })  # fmt: skip
+    _, journals = open_journals(config, True)
+    with pytest.raises(JournalError, match=r"teacher\.json cannot be written: Not a directory\."):
+        keep_teachers(config, journals)
+
+
+# --- checkpoints
+
+FILES = {"weights.bin": bytes(range(200)), "rank/0.bin": b"state"}
+
+
+def put(root, step):
+    def write(directory):
+        (directory / "rank").mkdir()
+        for name, content in FILES.items():
+            (directory / name).write_bytes(content)
+
+    return save(root, step, write, {"step": step, "loss": 0.5}, 9)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(folder):
+    put(folder / "checkpoints", 5)
+    return put(folder / "checkpoints", 10)
+
+
+@given(st.data())
+def test_a_damaged_checkpoint(checkpoints, data):
+    root = checkpoints.parent
+    names = [*FILES, "state.json", "manifest.json"]
+    file = checkpoints / data.draw(st.sampled_from(names))
+    whole = file.read_bytes()
+    content = data.draw(
+        damaged(whole) | st.binary(max_size=50) | JSON_VALUES.map(lambda v: json.dumps(v).encode())
+    )
+    file.write_bytes(content)
+    try:
+        path, state, skipped = newest(root)
+    finally:
+        file.write_bytes(whole)
+    event("skipped" if skipped else "whole")
+    if path == checkpoints:
+        assert (state, skipped) == ({"step": 10, "loss": 0.5}, [])
+        assert content == whole or file.name == "manifest.json"
+    else:
+        assert (path, state) == (root / "step-00000005", {"step": 5, "loss": 0.5})
+        (line,) = lines_of("\n".join(skipped))
+        assert line.startswith(f"{checkpoints}: ")
