@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 from actors import weight_sync
+from actors.learner_state import TrainingState
 from seqkd.config import Term
 from seqkd.config_roles import Learner
+from seqkd.errors import writing
 from seqkd.models import (
     StudentModel,
     as_token_stats,
@@ -60,20 +63,20 @@ class RankPart:
 class LearnerRank:
     """One rank of the data-parallel learner."""
 
-    def __init__(self, config: Learner, run_id: str) -> None:
-        self.config, self.run_id = config, run_id
+    def __init__(self, config: Learner) -> None:
+        self.config = config
         self.device = "cuda" if config.gpus else "cpu"
         self.teacher_heads: dict[str, OutputHead] = {}
         self.policy_version = 0
+        self.published: BinaryIO | None = None
 
-    def rendezvous(self) -> tuple[tuple[str, int], str]:
-        """Address and free port of this rank, for the others to meet at; and its Ray node."""
+    def rendezvous(self) -> tuple[str, int]:
+        """Address and free port of this rank, for the others to meet at."""
         import ray
 
         with socket.socket() as probe:
             probe.bind(("", 0))
-            master = ray.util.get_node_ip_address(), probe.getsockname()[1]
-        return master, ray.get_runtime_context().get_node_id()
+            return ray.util.get_node_ip_address(), probe.getsockname()[1]
 
     def start(
         self,
@@ -111,6 +114,7 @@ class LearnerRank:
             layer = student.get_output_embeddings()  # type: ignore[operator]
             for parameter in layer.parameters():
                 deepspeed.zero.register_external_parameter(module, parameter)
+        self.state = TrainingState(self.engine, self.config.zero_stage)
         for name, teacher in teachers.items():
             head = load_head(*teacher)
             bias = None if head.bias is None else head.bias.to(self.device)
@@ -128,19 +132,18 @@ class LearnerRank:
             batch = self._to_device(batch)
             stats = self.engine(batch, _names(batch, part.terms), self._head(batch))
             weight = part.weight(batch, stats)
-            loss = sum(
+            losses = [
                 _loss(term, batch, stats, part.counts, weight) * term.weight for term in part.terms
-            )
-            # DeepSpeed averages over ranks; the loss already divides by global counts.
-            self.engine.backward(loss * self.config.ranks)
+            ]
+            loss = torch.stack(losses).sum()
+            # DeepSpeed averages over ranks; the loss already divides by global counts. One that is
+            # not finite makes the factor NaN, and so the whole gradient on every rank.
+            self.engine.backward(loss * (self.config.ranks + 0 * loss.detach()))
             total += float(loss)
             results[index] += _result(batch, stats, weight)
-        norm = self._grad_norm_before_step()
-        self.engine.step()
+        norm, skipped = self._update()
         self.policy_version += 1
-        if norm is None:
-            norm = float(self.engine.get_global_grad_norm())
-        return StepResult(total, norm, tuple(results))
+        return StepResult(total, norm, tuple(results), skipped)
 
     def measure(self, micro_batches: list[TrainBatch]) -> list[dict[str, Tensor]]:
         """[B, T] every statistic that the teacher's scores allow, a dict a micro-batch."""
@@ -154,14 +157,18 @@ class LearnerRank:
         return results
 
     def publish(self) -> WeightVersion | None:
-        """Write the weights for the engines; every rank takes part, rank 0 returns the version."""
+        """Write the weights for the engines; every rank takes part, rank 0 returns the version. The
+        previous one goes: every engine has taken it in."""
         import ray
 
         state = self._gathered()
         if self.rank:
             return None
         node = ray.get_runtime_context().get_node_id()
-        return weight_sync.publish(state, self.policy_version, self.run_id, node)
+        if self.published:
+            self.published.close()
+        self.published = weight_sync.memory_file()
+        return weight_sync.publish(state, self.policy_version, self.published, node)
 
     def published_bytes(self, version: WeightVersion) -> bytes:
         """The published file, for engines on other nodes."""
@@ -171,7 +178,17 @@ class LearnerRank:
         """Write a model directory that transformers and vLLM load as it is."""
         state = self._gathered()
         if self.rank == 0:
-            export(self.engine.module.model, state, Path(directory), tokenizer_from)
+            with writing(Path(directory)):
+                export(self.engine.module.model, state, Path(directory), tokenizer_from)
+
+    def save(self, directory: str) -> None:
+        """Write this rank's share of the training state; every rank takes part."""
+        self.state.save(Path(directory), self.rank, self.config.ranks)
+
+    def restore(self, directory: str, policy_version: int) -> None:
+        """Go on from a saved state; every rank takes part."""
+        self.state.restore(Path(directory))
+        self.policy_version = policy_version
 
     def _head(self, batch: TrainBatch) -> OutputHead | None:
         return self.teacher_heads.get(batch.teacher)
@@ -185,12 +202,19 @@ class LearnerRank:
         }
         return replace(batch, **moved)
 
-    def _grad_norm_before_step(self) -> float | None:
-        """ZeRO 0 keeps whole gradients and does not report their norm; it does for other stages."""
+    def _update(self) -> tuple[float, bool]:
+        """The gradient's norm; and whether that is not finite, in which case no rank takes the step
+        and weights and moments stay as they were."""
         if self.config.zero_stage or self.config.precision != "float32":
-            return None
+            self.engine.step()  # skips by itself
+            return float(self.engine.get_global_grad_norm()), bool(self.engine.optimizer.overflow)
         grads = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
-        return torch.nn.utils.get_total_norm(grads).item()
+        norm = torch.nn.utils.get_total_norm(grads).item()
+        if skipped := not math.isfinite(norm):
+            self.engine.zero_grad()
+        else:
+            self.engine.step()
+        return norm, skipped
 
     def _gathered(self) -> dict[str, Tensor]:
         """Whole weights by checkpoint name, on the CPU of rank 0; empty elsewhere."""
@@ -264,6 +288,7 @@ def _result(batch: TrainBatch, stats: dict[Stat, Tensor], weight: Tensor | None)
     gap = _logprob_gap(batch, given)
     if gap is not None:
         sums["logprob_gap"] = gap.sum().item()
+    sums |= _ratios(batch, given["student_logprob"])
     cost = given.get("reverse_kl")
     if cost is None and "teacher_logprob" in given:
         cost = given["student_logprob"] - given["teacher_logprob"]
@@ -272,7 +297,26 @@ def _result(batch: TrainBatch, stats: dict[Stat, Tensor], weight: Tensor | None)
         0.0 if gap is None else gap.max().item(),
         None if cost is None else (cost * mask * weights[:, None]).sum(0).cpu(),
         None if cost is None else (mask * weights[:, None]).sum(0).cpu(),
+        batch.sample_ids,
     )
+
+
+def _ratios(batch: TrainBatch, student_logprob: Tensor) -> dict[str, float]:
+    """How far the learner is from what drew the student's completions, on them; k1 and k3 as in
+    Schulman, Approximating KL divergence (2020)."""
+    mask = batch.loss_mask & ~batch.by_teacher[:, None]
+    if batch.rollout_logprobs is None or not mask.any():
+        return {}
+    log_ratio = (student_logprob.double() - batch.rollout_logprobs).where(mask, 0.0)
+    ratio = log_ratio.sum(1)[mask.any(1)].exp()
+    return {
+        "ratio_tokens": mask.sum().item(),
+        "k1": -log_ratio.sum().item(),
+        "k3": (log_ratio.expm1() - log_ratio).sum().item(),
+        "ratio_sequences": len(ratio),
+        "ratio": ratio.sum().item(),
+        "ratio_squared": (ratio**2).sum().item(),
+    }
 
 
 def _logprob_gap(batch: TrainBatch, stats: Mapping[str, Tensor]) -> Tensor | None:

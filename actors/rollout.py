@@ -33,6 +33,7 @@ class RolloutActor:
         """``samples[i]`` completions of prompt i, fixed by ``seeds[i]``."""
         from vllm import SamplingParams
 
+        self.llm.reset_prefix_cache()  # what a draw gives depends on nothing but the draw
         params = [
             SamplingParams(
                 n=number,
@@ -73,10 +74,6 @@ class RolloutActor:
             tag=prompt.tag,
         )
 
-    def usage(self) -> dict[str, int]:
-        """Nothing that is paid for."""
-        return {}
-
     def node(self) -> str:
         """Id of the Ray node this engine is on."""
         import ray
@@ -89,7 +86,8 @@ class RolloutActor:
         self.policy_version = version.policy_version
 
     def score(self, token_ids: list[int]) -> list[float]:
-        """log-probability of token_ids[1:], each after the ones before it, under the engine."""
+        """log-probability of token_ids[1:], each after the ones before it, under the engine. vLLM
+        computes prompt log-probs anew, whatever its prefix cache holds."""
         from vllm import SamplingParams
 
         params = SamplingParams(max_tokens=1, temperature=1.0, prompt_logprobs=0, detokenize=False)

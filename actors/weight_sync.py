@@ -1,65 +1,73 @@
 """Learner -> rollout weights. The only file that knows vLLM's reload interface.
 
-The learner writes one safetensors file to shared memory; every engine on that node reads it, an
-engine elsewhere gets the file's bytes through Ray's object store and writes its own. Each tensor's
-digest is compared as vLLM takes it in. That proves what arrived, not what the engine computes with:
-the log-prob gap of each step (metrics.jsonl) shows that.
+The learner writes one safetensors file into anonymous memory, which ends with the process; every
+engine on that node reads it there, an engine elsewhere gets the file's bytes through Ray's object
+store and holds them likewise. Each tensor's digest is compared as vLLM takes it in. That proves
+what arrived, not what the engine computes with: the log-prob gap of each step (metrics.jsonl) shows
+that.
 """
 
 from __future__ import annotations
 
-import shutil
+import json
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from tempfile import TemporaryDirectory, gettempdir
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 import xxhash
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from seqkd.errors import SyncError
 from seqkd.types import WeightVersion
 
-FILE = "model.safetensors"
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+"""By what safetensors calls them: the learner's precisions."""
 
 
-def shared_memory() -> Path:
-    """A folder in memory, where this machine has one."""
-    memory = Path("/dev/shm")
-    return memory if memory.is_dir() else Path(gettempdir())
+def memory_file() -> BinaryIO:
+    """A file that is in memory alone, and gone when it is closed or this process ends, however."""
+    return os.fdopen(os.memfd_create("seqkd-weights"), "wb")
 
 
-def sync_directory(run_id: str) -> Path:
-    """Where a run's weights are published on this node."""
-    return shared_memory() / f"seqkd-{run_id}"
+def path_of(file: BinaryIO) -> str:
+    """Where the processes of this user on this node find an open :func:`memory_file`."""
+    return f"/proc/{os.getpid()}/fd/{file.fileno()}"
 
 
 def publish(
-    state: dict[str, Tensor], policy_version: int, run_id: str, node_id: str
+    state: dict[str, Tensor], policy_version: int, file: BinaryIO, node_id: str
 ) -> WeightVersion:
-    """Write ``state``; the previous version is removed, as every engine has taken it in."""
-    directory = sync_directory(run_id)
-    shutil.rmtree(directory, ignore_errors=True)
-    target = directory / f"v{policy_version}"
-    target.mkdir(parents=True)
-    state = {name: tensor.contiguous() for name, tensor in state.items()}
-    save_file(state, target / FILE)
+    """Write ``state`` to ``file``, to be kept open until every engine has taken it in."""
+    _write(state, file)
     digests = {name: digest(tensor) for name, tensor in state.items()}
-    return WeightVersion(policy_version, str(target), node_id, digests)
+    return WeightVersion(policy_version, path_of(file), node_id, digests)
 
 
-def remove(run_id: str) -> None:
-    """Leave nothing of a run on this node."""
-    shutil.rmtree(sync_directory(run_id), ignore_errors=True)
+def _write(state: dict[str, Tensor], file: BinaryIO) -> None:
+    """As safetensors, whose own writer puts a new file in the place of the one it is given."""
+    header, end = {}, 0
+    for name, tensor in state.items():
+        start, end = end, end + tensor.nbytes
+        header[name] = {
+            "dtype": DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for tensor in state.values():
+        file.write(_bytes(tensor))
+    file.flush()
 
 
 def read_bytes(version: WeightVersion) -> bytes:
     """The published file, for engines on other nodes."""
-    return (Path(version.path) / FILE).read_bytes()
+    return Path(version.path).read_bytes()
 
 
 def load(engine: Any, version: WeightVersion, data: bytes | None) -> None:
@@ -68,18 +76,24 @@ def load(engine: Any, version: WeightVersion, data: bytes | None) -> None:
     ``data`` is the file's content where the engine is on another node than the learner.
     """
     with ExitStack() as stack:
-        directory = Path(version.path)
-        if data is not None:  # a directory of its own: engines of one node may load at once
-            directory = Path(stack.enter_context(TemporaryDirectory(dir=shared_memory())))
-            (directory / FILE).write_bytes(data)
-        engine.collective_rpc("load_verified", args=(str(directory / FILE), version.digests))
+        path = version.path
+        if data is not None:
+            file = stack.enter_context(memory_file())
+            file.write(data)
+            file.flush()
+            path = path_of(file)
+        engine.collective_rpc("load_verified", args=(path, version.digests))
     engine.reset_prefix_cache()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+    return flat.numpy().data
 
 
 def digest(tensor: Tensor) -> str:
     """xxh3-128 of a tensor's bytes."""
-    flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-    return xxhash.xxh3_128_hexdigest(flat.numpy().data)
+    return xxhash.xxh3_128_hexdigest(_bytes(tensor))
 
 
 class VerifiedReload:

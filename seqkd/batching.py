@@ -82,6 +82,7 @@ def pack(
         group=torch.tensor([prompts[r.prompt_id] for r in rows]),
         rollout_logprobs=_padded_logprobs(rows),
         by_teacher=torch.tensor([r.source == "teacher" for r in rows]),
+        sample_ids=tuple(r.sample_id for r in rollouts),
     )
     given = [scores[r.sample_id] for r in rollouts] if scores else []
     if not rollouts:

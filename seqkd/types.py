@@ -121,6 +121,8 @@ class TrainBatch:
     """[N, k + 1], likewise."""
     teacher: str = ""
     """Which of several teachers scored it: the same for every sequence."""
+    sample_ids: tuple[str, ...] = ()
+    """Of the B sequences; none of one that only fills an empty micro-batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +179,12 @@ class PartResult:
     sums: dict[str, float] = field(default_factory=dict)
     """Sums over completion tokens of every monitored statistic, plus "tokens", "sequences", the
     weights of sequences and their squares ("weight", "weight_squared"), and "logprob_gap", the
-    absolute difference between the sampler's log-probs and those of the same model here."""
+    absolute difference between the sampler's log-probs and those of the same model here.
+
+    Of completions that the student drew, with l_t = log q(y_t) at the learner - at the sampler:
+    sums over their "ratio_tokens" of two estimators of KL(sampler || learner), "k1" of -l_t and
+    "k3" of exp(l_t) - 1 - l_t; and over their "ratio_sequences" the importance ratio
+    exp(sum_t l_t) and its square, "ratio" and "ratio_squared"."""
     logprob_gap_max: float = 0.0
     """The largest such difference."""
     costs: Tensor | None = None
@@ -185,6 +192,8 @@ class PartResult:
     log-ratio where the teacher's distribution is not known); None without a teacher."""
     alive: Tensor | None = None
     """[T] weighted number of sequences that have a token there."""
+    trained: tuple[str, ...] = ()
+    """Sample ids of the completions whose loss was backpropagated."""
 
     def per_token(self, name: str) -> float | None:
         """Mean of a monitored statistic over completion tokens; None if not monitored."""
@@ -197,6 +206,7 @@ class PartResult:
             max(self.logprob_gap_max, other.logprob_gap_max),
             add_padded(self.costs, other.costs),
             add_padded(self.alive, other.alive),
+            self.trained + other.trained,
         )
 
 
@@ -210,6 +220,8 @@ class StepResult:
     """L2 norm before clipping."""
     parts: tuple[PartResult, ...]
     """One for each part of the step, in order."""
+    skipped: bool = False
+    """Whether loss or gradient was not finite, so that the weights stayed as they were."""
 
 
 def add_padded(a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -229,7 +241,7 @@ class WeightVersion:
 
     policy_version: int
     path: str
-    """Directory with ``model.safetensors`` on the publishing node."""
+    """The safetensors file, for processes of the publishing node."""
     node_id: str
     digests: dict[str, str]
     """xxh3-128 of each tensor's bytes, by parameter name."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from actors import weight_sync
-from actors.groups import wait
 from actors.placement import ActorPlan
+from actors.pool import remote, wait
 from actors.rollout import RolloutActor
 from seqkd.config_roles import Engine
 from seqkd.errors import SyncError
@@ -22,11 +23,10 @@ PLAN = ActorPlan("rollout", 0, threads=1, gpus=0, share=1, bundle=0)
 @pytest.fixture(scope="module")
 def engine(local_ray, tiny):
     environment = {"env_vars": PLAN.environment()}
-    actor = local_ray.remote(RolloutActor).options(runtime_env=environment).remote((0,), "student")
+    actor = remote(RolloutActor).options(runtime_env=environment).remote((0,), "student")
     wait(actor.start.remote(tiny["student"], Engine(kv_cache_gib=0.1), 512), "rollout start")
     yield actor
     local_ray.kill(actor)
-    shutil.rmtree(weight_sync.sync_directory("test"))
 
 
 @pytest.fixture
@@ -51,10 +51,13 @@ def sample(engine, prompts, seed=3, n=3, temperature=1.0, max_tokens=12):
 
 
 def sync(engine, model, version):
+    with weight_sync.memory_file() as file:
+        wait(engine.load.remote(publish(model, version, file), None), "sync")
+
+
+def publish(model, version, file):
     state = {name: p.detach() for name, p in model.named_parameters()}
-    published = weight_sync.publish(state, version, "test", "here")
-    wait(engine.load.remote(published, None), "sync")
-    return published
+    return weight_sync.publish(state, version, file, "here")
 
 
 def restore(engine, tiny, version):
@@ -112,31 +115,30 @@ def test_after_a_sync_the_engine_has_the_new_weights(engine, model, prompts, tin
 
 @pytest.mark.parametrize("fault", ["changed", "missing", "unknown"])
 def test_weights_that_are_not_the_published_ones_are_refused(engine, model, tiny, fault):
-    state = {name: p.detach() for name, p in model.named_parameters()}
-    version = weight_sync.publish(state, 3, "test", "here")
-    name = "model.norm.weight"
-    if fault == "changed":
-        version.digests[name] = "0" * 32
-    elif fault == "missing":
-        version.digests["model.other.weight"] = "0" * 32
-    else:
-        del version.digests[name]
-    with pytest.raises(SyncError, match="weight sync: model"):
-        wait(engine.load.remote(version, None), "sync")
+    with weight_sync.memory_file() as file:
+        version = publish(model, 3, file)
+        name = "model.norm.weight"
+        if fault == "changed":
+            version.digests[name] = "0" * 32
+        elif fault == "missing":
+            version.digests["model.other.weight"] = "0" * 32
+        else:
+            del version.digests[name]
+        with pytest.raises(SyncError, match="weight sync: model"):
+            wait(engine.load.remote(version, None), "sync")
     restore(engine, tiny, 4)
 
 
 def test_an_engine_on_another_node_gets_the_bytes(engine, model, prompts, tiny):
     with torch.no_grad():
         model.model.norm.weight.mul_(1.5)
-    state = {name: p.detach() for name, p in model.named_parameters()}
-    version = weight_sync.publish(state, 5, "test", "elsewhere")
-    data = weight_sync.read_bytes(version)
-    (weight_sync.sync_directory("test") / "v5" / weight_sync.FILE).unlink()
+    with weight_sync.memory_file() as file:
+        version = publish(model, 5, file)
+        data = weight_sync.read_bytes(version)
+    assert not Path(version.path).exists()
     wait(engine.load.remote(version, data), "sync")
     (r, *_) = sample(engine, prompts)
     assert list(r.rollout_logprobs) == pytest.approx(drawn(model, r), abs=1e-3)
-    assert not (weight_sync.sync_directory("test") / "v5" / weight_sync.FILE).exists()
     restore(engine, tiny, 6)
 
 
@@ -146,3 +148,16 @@ def test_scoring_a_fixed_sequence(engine, model):
         logprobs = torch.log_softmax(model(torch.tensor([ids])).logits[0].double(), -1)
     expected = [logprobs[t, ids[t + 1]].item() for t in range(len(ids) - 1)]
     assert wait(engine.score.remote(ids), "scoring") == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_published_file_is_read_as_it_was(dtype):
+    """By safetensors itself, in whatever shapes and memory layout the tensors are."""
+    base = torch.arange(12.0).view(3, 4).to(dtype)
+    state = {"b": base.T, "a": base[1], "none": base[:0], "one": base[2, 3]}
+    with weight_sync.memory_file() as file:
+        version = weight_sync.publish(state, 0, file, "here")
+        found = load_file(version.path)
+    assert found.keys() == state.keys()
+    for name, tensor in state.items():
+        assert found[name].dtype == dtype and torch.equal(found[name], tensor), name

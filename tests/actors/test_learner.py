@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import uuid
+import math
 from dataclasses import replace
+from pathlib import Path
 
+import psutil
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from actors.groups import LearnerGroup, wait
+from actors.groups import LearnerGroup
 from actors.learner import LearnerRank
 from actors.placement import ActorPlan
-from actors.weight_sync import FILE, remove
+from actors.pool import remote
 from seqkd.config import Term
-from seqkd.config_objectives import GJSD, SequenceReverseKL
+from seqkd.config_objectives import GJSD, SequenceReverseKL, TokenForwardKL
 from seqkd.config_roles import Learner
+from seqkd.errors import ModelError
 from seqkd.models import load_causal_lm
 from seqkd.protocols import Part
 from seqkd.types import Counts, Rollout, TeacherScore
@@ -75,43 +79,35 @@ def counts(batch):
     return Counts(sequences=8, tokens=tokens, rate=1.5, length=5.0)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def learners(local_ray):
-    """Start a learner group; all of a test's ranks are killed at the end of the module."""
-    ranks: list = []
-    run_ids: list = []
+    """Start a learner group; all of a test's ranks are killed at its end."""
+    started: list = []
 
     def start(models, heads=None, **options):
         one = {"": (models["teacher"], "float32")}
         config = Learner(lr=LR, max_grad_norm=1.0, **options)
         plan = ActorPlan("learner", 0, threads=1, gpus=0, share=1, bundle=0)
-        remote = local_ray.remote(LearnerRank).options(runtime_env={"env_vars": plan.environment()})
-        run_id = uuid.uuid4().hex
-        run_ids.append(run_id)
-        group = [remote.remote(config, run_id) for _ in range(config.ranks)]
-        master, _ = wait(group[0].rendezvous.remote(), "learner")
-        wait(
-            [
-                r.start.remote(rank, master, models["student"], heads or one)
-                for rank, r in enumerate(group)
-            ],
-            "learner start",
+        cls = remote(LearnerRank).options(runtime_env={"env_vars": plan.environment()})
+        group = LearnerGroup(
+            lambda: [cls.remote(config) for _ in range(config.ranks)],
+            (models["student"], heads or one),
+            config.micro_batch_prompts,
+            models["student"],
         )
-        ranks.extend(group)
-        return LearnerGroup(group, config.micro_batch_prompts, models["student"])
+        started.append(group)
+        group.ready()
+        return group
 
     yield start
-    for rank in ranks:
-        local_ray.kill(rank)
-    for run_id in run_ids:
-        remove(run_id)
+    for group in started:
+        group.kill()
 
 
 def trained(learner, batch, counts):
     """Results of STEPS steps, and the published weights."""
     results = [learner.step([Part(*batch, counts, TERMS)], LR) for _ in range(STEPS)]
-    state = load_file(f"{learner.publish().path}/{FILE}")
-    return results, state
+    return results, published(learner)
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +163,8 @@ def test_the_update_is_that_of_the_formula(learners, tiny, batch, counts, refere
     assert [r.grad_norm for r in results] == pytest.approx(norms, rel=1e-4)
     assert state.keys() == expected.keys()
     for name, weight in expected.items():
-        assert (state[name] - weight).abs().max() <= 1e-5, name
+        # AdamW divides by the gradient's own size: where that is all but 0, rounding shows.
+        assert (state[name] - weight).abs().max() <= 2e-5, name
 
 
 def test_a_partitioned_head_gives_the_same_update(learners, wide, counts):
@@ -310,3 +307,236 @@ def test_terms_of_several_samplers_and_a_mixture(learners, tiny, batch):
     assert result.loss == pytest.approx(loss.item(), rel=1e-4)
     assert result.parts[0].sums["sequences"] == result.parts[1].sums["sequences"] == 4
     assert result.parts[1].sums["weight"] == 4
+
+
+def steps(learner, batch, counts, number):
+    return [learner.step([Part(*batch, counts, TERMS)], LR) for _ in range(number)]
+
+
+def published(learner):
+    return load_file(learner.publish().path)
+
+
+def whole(learner, directory):
+    """The learner's whole state, saved to a new directory: tensors by name."""
+    directory.mkdir()
+    learner.save(str(directory))
+    state = {}
+    for file in directory.iterdir():
+        state |= load_file(file)
+        with safe_open(file, framework="pt") as reader:
+            state["steps"] = torch.tensor(int(reader.metadata()["optimizer_steps"]))
+    return state
+
+
+def same(state, expected):
+    assert state.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert torch.equal(state[name], weight), name
+
+
+@pytest.mark.parametrize(
+    ("models", "options"),
+    [
+        ("tiny", {"ranks": 1, "zero_stage": 0}),
+        ("tiny", {"ranks": 2, "zero_stage": 2, "micro_batch_prompts": 1}),
+        ("wide", {"ranks": 2, "zero_stage": 3, "micro_batch_prompts": 1}),
+        ("tiny", {"ranks": 2, "zero_stage": 2, "precision": "bfloat16"}),
+        ("tiny", {"ranks": 1, "zero_stage": 0, "precision": "bfloat16"}),
+    ],
+    ids=lambda o: "-".join(map(str, o.values())) if isinstance(o, dict) else o,
+)
+def test_a_restored_run_goes_on_bit_for_bit(learners, request, tmp_path, counts, models, options):
+    """Four steps at once; and two of them in the same processes, put back to the beginning, two
+    more in new ones."""
+    models = request.getfixturevalue(models)
+    batch = scored(models)
+    beginning, middle = tmp_path / "beginning", tmp_path / "middle"
+    for directory in (beginning, middle):
+        directory.mkdir()
+    first = learners(models, **options)
+    first.save(str(beginning))
+    initial = published(first)
+    straight = steps(first, batch, counts, 4)
+    expected = published(first)
+    assert not torch.equal(initial["model.norm.weight"], expected["model.norm.weight"])
+    first.restore(str(beginning), 0)
+    same(published(first), initial)
+    again = steps(first, batch, counts, 2)
+    first.save(str(middle))
+    assert len(list(middle.iterdir())) == options["ranks"]
+
+    second = learners(models, **options)
+    second.restore(str(middle), 2)
+    assert second.policy_version == second.publish().policy_version == 2
+    again += steps(second, batch, counts, 2)
+    same(published(second), expected)
+    assert [(r.loss, r.grad_norm) for r in again] == [(r.loss, r.grad_norm) for r in straight]
+
+
+def test_other_ranks_stages_and_precisions_restore_the_same(learners, wide, tmp_path, counts):
+    """Two ranks of ZeRO 3; one of ZeRO 0; three of ZeRO 3, which do not divide the weights; and
+    bfloat16, with the same master weights."""
+    batch = scored(wide)
+    first = learners(wide, ranks=2, zero_stage=3)
+    steps(first, batch, counts, 2)
+    state = whole(first, tmp_path / "first")
+    saved = published(first)
+    (after,) = steps(first, batch, counts, 1)
+    expected = published(first)
+    for index, options in enumerate(
+        (
+            {"ranks": 1, "zero_stage": 0},
+            {"ranks": 3, "zero_stage": 3},
+            {"ranks": 2, "zero_stage": 1, "precision": "bfloat16"},
+        )
+    ):
+        other = learners(wide, **options)
+        other.restore(str(tmp_path / "first"), 2)
+        same(whole(other, tmp_path / str(index)), state)
+        dtype = getattr(torch, options.get("precision", "float32"))
+        same(published(other), {name: weight.to(dtype) for name, weight in saved.items()})
+        (result,) = steps(other, batch, counts, 1)
+        if dtype == torch.float32:
+            assert result.loss == pytest.approx(after.loss, rel=1e-4)
+            assert result.grad_norm == pytest.approx(after.grad_norm, rel=1e-4)
+            now = published(other)
+            for name, weight in expected.items():
+                assert (now[name] - weight).abs().max() <= 1e-5, name
+
+
+def test_the_state_of_another_student_is_refused(learners, tiny, wide, tmp_path):
+    other = learners(wide)
+    other.save(str(tmp_path))
+    learner = learners(tiny)
+    before = published(learner)
+    with pytest.raises(ModelError, match=r"learner-00000.*embed_tokens.*\[2048, 64\].*\[320, 64\]"):
+        learner.restore(str(tmp_path), 1)
+    (file,) = tmp_path.iterdir()
+    tensors = load_file(file)
+    del tensors["exp_avg/model.norm.weight"]
+    save_file(tensors, file, {"optimizer_steps": "0"})
+    with pytest.raises(ModelError, match=r"no exp_avg of model\.norm\.weight"):
+        other.restore(str(tmp_path), 1)
+    assert learner.policy_version == other.policy_version == 0
+    same(published(learner), before)
+
+
+@pytest.mark.parametrize(
+    ("models", "options"),
+    [
+        ("tiny", {"zero_stage": 0}),
+        ("tiny", {"zero_stage": 0, "precision": "bfloat16"}),
+        ("tiny", {"zero_stage": 1, "precision": "bfloat16"}),
+        ("tiny", {"zero_stage": 2}),
+        ("wide", {"zero_stage": 3}),
+        ("wide", {"zero_stage": 3, "precision": "bfloat16"}),
+    ],
+    ids=lambda o: "-".join(map(str, o.values())) if isinstance(o, dict) else o,
+)
+def test_a_step_that_is_not_finite_is_skipped(learners, request, tmp_path, counts, models, options):
+    """One of four micro-batches on two ranks has NaN scores: nothing changes on any rank, and the
+    next step is the one that would have been taken without it."""
+    models = request.getfixturevalue(models)
+    rollouts, scores = scored(models)
+    bad = {
+        name: replace(s, hidden=s.hidden * torch.nan) if name.startswith("1/") else s
+        for name, s in scores.items()
+    }
+    learner = learners(models, ranks=2, micro_batch_prompts=1, **options)
+    whole(learner, tmp_path / "beginning")
+    steps(learner, (rollouts, scores), counts, 1)
+    before = whole(learner, tmp_path / "before")
+    weights = published(learner)
+    (result,) = steps(learner, (rollouts, bad), counts, 1)
+    assert result.skipped
+    assert not math.isfinite(result.loss) and not math.isfinite(result.grad_norm)
+    assert learner.policy_version == learner.publish().policy_version == 2
+    same(whole(learner, tmp_path / "after"), before)
+    same(published(learner), weights)
+    (result,) = steps(learner, (rollouts, scores), counts, 1)
+    assert not result.skipped
+    expected = published(learner)
+    assert not torch.equal(weights["model.norm.weight"], expected["model.norm.weight"])
+
+    learner.restore(str(tmp_path / "beginning"), 0)
+    steps(learner, (rollouts, scores), counts, 2)
+    same(published(learner), expected)
+
+
+def test_a_loss_that_is_not_finite_though_its_gradient_is(learners, tiny, batch, counts):
+    """A teacher that leaves nothing to the tail: 0 x log 0 in the loss, a gradient without it."""
+    rollouts, _ = batch
+    scores = {
+        r.sample_id: TeacherScore(
+            r.sample_id,
+            top_ids=torch.tensor([[7]] * len(r.completion_ids), dtype=torch.int32),
+            top_logprobs=torch.tensor(
+                [[0.0, -torch.inf if r.prompt_id == "1" else -5.0]] * len(r.completion_ids)
+            ),
+            logprobs=torch.zeros(len(r.completion_ids)),
+        )
+        for r in rollouts
+    }
+    learner = learners(tiny, ranks=2, zero_stage=2, micro_batch_prompts=1)
+    before = published(learner)
+    terms = (Term(objective=TokenForwardKL()),)
+    result = learner.step([Part(rollouts, scores, counts, terms)], LR)
+    assert result.skipped and math.isnan(result.loss)
+    same(published(learner), before)
+
+
+def test_what_was_trained_and_how_far_from_its_sampler(learners, tiny, batch, counts):
+    """Three prompts on two ranks, so that one rank gets a micro-batch that only fills; of two
+    prompts the teacher wrote one completion."""
+    rollouts, scores = batch
+    generator = torch.Generator().manual_seed(1)
+    drawn = []
+    for r in rollouts[:6]:
+        at_sampler = -5 - torch.rand(len(r.completion_ids), generator=generator)
+        source = "teacher" if r.sample_id in ("0/0/1", "2/0/0") else "student"
+        drawn.append(replace(r, rollout_logprobs=tuple(at_sampler.tolist()), source=source))
+    model = load_causal_lm(tiny["student"], "float32", "model")
+    tokens, k1, k3, ratios = 0, 0.0, 0.0, []
+    for r in drawn:
+        if r.source == "teacher":
+            continue
+        with torch.no_grad():
+            ids = torch.tensor([[*r.prompt_ids, *r.completion_ids]])
+            logprobs = torch.log_softmax(model(ids).logits[0].double(), -1)
+        total = 0.0
+        for t, token in enumerate(r.completion_ids):
+            state = len(r.prompt_ids) + t - 1
+            log_ratio = logprobs[state, token].item() - r.rollout_logprobs[t]
+            tokens, k1 = tokens + 1, k1 - log_ratio
+            k3 += math.exp(log_ratio) - 1 - log_ratio
+            total += log_ratio
+        ratios.append(math.exp(total))
+
+    learner = learners(tiny, ranks=2, zero_stage=2, micro_batch_prompts=1)
+    given = [replace(r, rollout_logprobs=None, source="dataset") for r in rollouts[6:]]
+    parts = [Part(drawn, scores, counts, TERMS), Part(given, scores, counts, TERMS)]
+    first, second = learner.step(parts, LR).parts
+    assert sorted(first.trained) == sorted(r.sample_id for r in drawn)
+    assert sorted(second.trained) == sorted(r.sample_id for r in given)
+    assert first.sums["ratio_tokens"] == tokens
+    assert first.sums["ratio_sequences"] == len(ratios) == 4
+    assert first.sums["k1"] == pytest.approx(k1, rel=1e-4)
+    assert first.sums["k3"] == pytest.approx(k3, rel=1e-4)
+    assert first.sums["ratio"] == pytest.approx(sum(ratios), rel=1e-3)
+    assert first.sums["ratio_squared"] == pytest.approx(sum(w**2 for w in ratios), rel=1e-3)
+    assert not {"k1", "k3", "ratio", "ratio_tokens"} & second.sums.keys()
+
+
+def test_published_weights_end_with_the_learner_that_is_killed(learners, local_ray, tiny):
+    learner = learners(tiny)
+    learner.publish()
+    path = Path(learner.publish().path)
+    kept = [
+        str(f.readlink()) for f in path.parent.iterdir() if "seqkd-weights" in str(f.readlink())
+    ]
+    assert len(kept) == 1, "the version before is let go"
+    process = psutil.Process(int(path.parent.parent.name))
+    local_ray.kill(learner.ranks[0])
+    process.wait(timeout=60)
+    assert not path.exists()

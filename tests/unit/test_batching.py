@@ -43,6 +43,7 @@ def test_padding_is_masked():
     assert batch.loss_mask.tolist() == [[True] * 3, [True, False, False]]
     assert batch.attention_mask.sum(1).tolist() == [4, 4]
     assert batch.rollout_logprobs[1].tolist() == [-0.5, 0, 0]
+    assert batch.sample_ids == ("a/0", "b/0")
 
 
 def test_a_scorer_sees_the_same_states():
@@ -73,6 +74,7 @@ def test_an_empty_micro_batch_teaches_nothing():
     batch = batching.pack([], scores, A)
     assert batch.loss_mask.sum() == 0
     assert batch.teacher_hidden.shape == (0, 7)
+    assert batch.sample_ids == ()
 
 
 def test_data_set_answers_have_no_rollout_logprobs():

@@ -1,0 +1,160 @@
+"""A learner's training state in safetensors files: whole tensors by parameter name.
+
+What was saved by any number of ranks, ZeRO stage and precision is restored into any other. Rank i
+of n writes the parameters i, i + n, i + 2n, ... to a file of its own: for each its fp32 master
+weight and both moments of AdamW.
+"""
+
+from __future__ import annotations
+
+import os
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import Parameter
+
+from seqkd.errors import ModelError
+
+MASTER = "master"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+STEPS = "optimizer_steps"
+"""In each file's metadata: how often AdamW has stepped, which corrects the moments' bias."""
+
+
+class TrainingState:
+    """Master weights and AdamW's state behind whatever DeepSpeed made of the optimizer."""
+
+    def __init__(self, engine: Any, zero_stage: int) -> None:
+        self.optimizer, self.zero_stage = engine.optimizer, zero_stage
+        self.adamw = getattr(engine.optimizer, "optimizer", engine.optimizer)
+        self.parameters: dict[str, Parameter] = {
+            name: p for name, p in engine.module.model.named_parameters() if p.requires_grad
+        }
+        self.masters: dict[Parameter, Tensor] = {}
+        if not zero_stage:  # whole on every rank; the parameter itself in float32
+            low = getattr(engine.optimizer, "fp16_groups", None)
+            high = [group["params"] for group in self.adamw.param_groups]
+            self.masters = dict(zip(chain(*(low or high)), chain(*high), strict=True))
+        self._begin()
+
+    def _begin(self) -> None:
+        """Make the state that AdamW would make in its first step, so that it is always there."""
+        flat = self.optimizer.fp32_partitioned_groups_flat if self.zero_stage == 3 else None
+        for master in flat or chain(*(group["params"] for group in self.adamw.param_groups)):
+            moments = {key: torch.zeros_like(master) for key in MOMENTS}
+            self.adamw.state[master] = {"step": torch.tensor(0.0), **moments}
+        if self.zero_stage in (1, 2):
+            self.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def save(self, directory: Path, rank: int, ranks: int) -> None:
+        """Write this rank's share of the tensors, durably. Every rank takes part."""
+        tensors = {}
+        for index, (name, parameter) in enumerate(self.parameters.items()):
+            for key in (MASTER, *MOMENTS):
+                value = self._whole(parameter, key)
+                if index % ranks == rank:
+                    tensors[f"{key}/{name}"] = value.detach().cpu().contiguous()
+        file = directory / f"learner-{rank:05d}.safetensors"
+        save_file(tensors, file, {STEPS: str(int(self._steps()[0]))})
+        with open(file, "rb") as written:
+            os.fsync(written.fileno())
+
+    def restore(self, directory: Path) -> None:
+        """Put the saved state in place; ModelError, and nothing changed, where it does not fit."""
+        files = self._find(directory)
+        for name, parameter in self.parameters.items():
+            for key in (MASTER, *MOMENTS):
+                with safe_open(files[f"{key}/{name}"], framework="pt") as reader:
+                    self._put(parameter, key, reader.get_tensor(f"{key}/{name}"))
+        with safe_open(next(iter(files.values())), framework="pt") as reader:
+            steps = int(reader.metadata()[STEPS])
+        for step in self._steps():
+            step.fill_(steps)
+
+    def _steps(self) -> list[Tensor]:
+        return [state["step"] for state in self.adamw.state.values()]
+
+    def _find(self, directory: Path) -> dict[str, Path]:
+        """The file of each tensor."""
+        files = {}
+        for file in sorted(directory.glob("learner-*.safetensors")):
+            with safe_open(file, framework="pt") as reader:
+                for tensor in reader.keys():  # noqa: SIM118 (a reader is no mapping)
+                    files[tensor] = file
+                    self._check(file, tensor, reader.get_slice(tensor).get_shape())
+        for name in self.parameters:
+            for key in (MASTER, *MOMENTS):
+                if f"{key}/{name}" not in files:
+                    raise ModelError(
+                        f"{directory}/learner-*.safetensors: no {key} of {name}, which the student "
+                        "has. Resume with the student and the checkpoint of the same run."
+                    )
+        return files
+
+    def _check(self, file: Path, tensor: str, shape: list[int]) -> None:
+        _, name = tensor.split("/", 1)
+        parameter = self.parameters.get(name)
+        expected = None if parameter is None else getattr(parameter, "ds_shape", parameter.shape)
+        if expected is None or list(expected) != shape:
+            has = "has none" if expected is None else f"has {list(expected)}"
+            raise ModelError(
+                f"{file}: {name} of shape {shape}, where the student {has}. Resume with the "
+                "student and the checkpoint of the same run."
+            )
+
+    def _whole(self, parameter: Parameter, key: str) -> Tensor:
+        """One float32 tensor of ``parameter``'s shape; every rank takes part."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        if not self.zero_stage:
+            return self._own(parameter, key)
+        whole: Tensor = (
+            safe_get_full_fp32_param(parameter)
+            if key == MASTER
+            else safe_get_full_optimizer_state(parameter, key)
+        )
+        return whole
+
+    def _own(self, parameter: Parameter, key: str) -> Tensor:
+        master = self.masters[parameter]
+        return master if key == MASTER else self.adamw.state[master][key]
+
+    def _put(self, parameter: Parameter, key: str, value: Tensor) -> None:
+        """Set what :meth:`_whole` gets, and with a master weight the one that the model uses."""
+        import deepspeed
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        if not self.zero_stage:
+            self._own(parameter, key).data.copy_(value)
+        elif self.zero_stage == 3:
+            _set_partition(parameter, key, value)
+        elif key == MASTER:
+            safe_set_full_fp32_param(parameter, value)
+        else:
+            safe_set_full_optimizer_state(parameter, value, key)
+        if key == MASTER:
+            partitioned = [parameter] if self.zero_stage == 3 else []
+            with deepspeed.zero.GatheredParameters(
+                partitioned, modifier_rank=0, enabled=bool(partitioned)
+            ):
+                parameter.data.copy_(value)
+
+
+def _set_partition(parameter: Parameter, key: str, value: Tensor) -> None:
+    """This rank's part of a whole tensor. DeepSpeed's own way from whole tensors does not know the
+    padding of those that the ranks do not divide."""
+    from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+    size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    padded = torch.nn.functional.pad(value.flatten(), (0, size * ranks - value.numel()))
+    part = padded[rank * size : (rank + 1) * size]
+    if key == MASTER:
+        safe_set_local_fp32_param(parameter, part)
+    else:
+        safe_set_local_optimizer_state(parameter, part, key)
