@@ -16,25 +16,22 @@ from torch import Tensor
 from seqkd.config import Config
 from seqkd.config_roles import ApiTeacher, HfTeacher, VllmTeacher
 from seqkd.errors import ModelError
+from seqkd.known_text import (
+    UNIFORM,
+    answers,
+    as_rollout,
+    distance,
+    english,
+    finite,
+    scored_tokens,
+    tolerance,
+)
 from seqkd.models import load_causal_lm
 from seqkd.preflight import Checked
 from seqkd.protocols import Sampler
-from seqkd.types import Prompt, Rollout, TeacherScore
+from seqkd.types import Prompt, Rollout
 from seqkd.workers import Workers
 
-ENGLISH = (
-    "The capital of France is Paris. Water boils at one hundred degrees, and most people sleep at "
-    "night. She went to the market to buy some bread, and when she came home it was still warm."
-)
-ECHO_TOKENS = 64
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2}
-"""Nats a token by which two ways of computing the same log-probs may differ in the mean. Measured
-on SmolLM2-135M, vLLM against transformers: 1e-5 in float32, 0.04 to 0.06 in bfloat16 (one token:
-0.3)."""
-UNIFORM = (0.9, 1.25)
-"""Mean surprise of plain English, in units of ln V, of a head that knows nothing. Weights of
-standard deviation s on states of norm r give -ln V - (s r)^2 / 2 in the mean: 1.05 for
-SmolLM2-135M with a head of 0.02, whose own is 0.31."""
 REFERENCE_GIB = 4.0
 """Largest checkpoint that the driver loads for a forward pass of its own."""
 
@@ -67,7 +64,7 @@ def _student_agrees(config: Config, checked: Checked, workers: Workers) -> list[
     drawn = _draw(workers.student, checked, config.rollout.actors)
     measured = workers.learner.measure(drawn, {})
     gap = _gap([(r, torch.tensor(measured[r.sample_id]["student_logprob"])) for r in drawn])
-    most = _tolerance(config.rollout.precision, config.learner.precision)
+    most = tolerance(config.rollout.precision, config.learner.precision)
     if gap <= most:
         return []
     return [
@@ -91,12 +88,12 @@ class _Echo:
     ) -> None:
         self.name, self.teacher, self.workers = name, teacher, workers
         self.config, self.checked = config, checked
-        self.most = _tolerance(teacher.precision)
+        self.most = tolerance(teacher.precision)
         self.warnings: list[str] = []
 
     def errors(self, sampling: bool) -> list[str]:
         """Every fault of the scores; only the first kind where tokens lack them."""
-        copies = _echoes(self.checked, max(2, self.teacher.actors))
+        copies = answers(self.checked, "echo", max(2, self.teacher.actors))
         others = _full_length(self.config, self.checked)
         once = self.logprobs(copies)
         again = self.logprobs([copies[0], *others])  # in other company than before
@@ -121,15 +118,15 @@ class _Echo:
     def logprobs(self, rollouts: Sequence[Rollout]) -> list[Tensor] | None:
         """[T] a rollout; None where a token has none."""
         scores = self.workers.teachers[self.name].score(rollouts)
-        if any(_scored(scores[r.sample_id]) != len(r.completion_ids) for r in rollouts):
+        if any(scored_tokens(scores[r.sample_id]) != len(r.completion_ids) for r in rollouts):
             return None
         measured = self.workers.learner.measure(rollouts, scores)
         found = [torch.tensor(measured[r.sample_id]["teacher_logprob"]) for r in rollouts]
-        return found if all(t.isfinite().all() for t in found) else None
+        return found if all(map(finite, found)) else None
 
     def differs_from_itself(self, answers: list[Tensor]) -> str | None:
         """The same text, on every actor and in two batches."""
-        gap = max(_distance(answers[0], answer) for answer in answers)
+        gap = max(distance(answers[0], answer) for answer in answers)
         if gap <= self.most:
             return None
         return (
@@ -143,7 +140,7 @@ class _Echo:
         """Against a transformers forward pass on the driver, where the model is small enough."""
         model = self.checked.teachers[self.name]
         expected = _forward(self.teacher, model, self.checked.vocabulary, rollout)
-        if expected is None or (gap := _distance(expected, echo)) <= self.most:
+        if expected is None or (gap := distance(expected, echo)) <= self.most:
             return None
         return (
             f"{self._name} its log-probs differ by {gap:.3g} nats a token from a forward pass of "
@@ -161,7 +158,7 @@ class _Echo:
         if scores is None:
             return self.missing
         gap = _gap(list(zip(drawn, scores, strict=True)))
-        most = _tolerance(generation.precision, self.teacher.precision)
+        most = tolerance(generation.precision, self.teacher.precision)
         if gap <= most:
             return None
         return (
@@ -213,30 +210,14 @@ class _Echo:
         return f"teacher.model: {self.teacher.model!r}:"
 
 
-def _echoes(checked: Checked, copies: int) -> list[Rollout]:
-    """Plain English as the answer to a prompt of the run, once for every actor."""
-    prompt = checked.train[0].token_ids
-    answer = _english(checked)[: min(ECHO_TOKENS, checked.max_model_len - len(prompt))]
-    return [_rollout(f"echo/{i}", prompt, answer) for i in range(copies)]
-
-
 def _full_length(config: Config, checked: Checked) -> list[Rollout]:
     """The longest text that the run allows, the same once more, and with another first token."""
-    english = _english(checked)
-    times = -(-checked.max_model_len // len(english))
-    text = (english * times)[: checked.max_model_len]
-    other = next(i for i in english if i != text[0])
+    words = english(checked)
+    text = (words * -(-checked.max_model_len // len(words)))[: checked.max_model_len]
+    other = next(i for i in words if i != text[0])
     texts = {"full": text, "again": text, "changed": (other, *text[1:])}
     prompt = config.data.max_prompt_tokens
-    return [_rollout(name, ids[:prompt], ids[prompt:]) for name, ids in texts.items()]
-
-
-def _english(checked: Checked) -> tuple[int, ...]:
-    return tuple(checked.tokenizer(ENGLISH, add_special_tokens=False).input_ids)
-
-
-def _rollout(name: str, prompt: tuple[int, ...], completion: tuple[int, ...]) -> Rollout:
-    return Rollout(name, name, prompt, completion, None, "dataset", 0, "length")
+    return [as_rollout(name, ids[:prompt], ids[prompt:]) for name, ids in texts.items()]
 
 
 def _draw(sampler: Sampler, checked: Checked, engines: int) -> list[Rollout]:
@@ -262,20 +243,6 @@ def _forward(
     return every.gather(-1, torch.tensor(rollout.completion_ids)[:, None]).squeeze(-1)
 
 
-def _scored(score: TeacherScore) -> int:
-    """Tokens that have a score."""
-    values = score.hidden if score.hidden is not None else score.logprobs
-    return 0 if values is None else len(values)
-
-
 def _gap(pairs: Sequence[tuple[Rollout, Tensor]]) -> float:
     """The largest mean difference between sampled and measured log-probs of one rollout."""
-    return max(_distance(torch.tensor(r.rollout_logprobs), scored) for r, scored in pairs)
-
-
-def _distance(a: Tensor, b: Tensor) -> float:
-    return (a - b).abs().mean().item()
-
-
-def _tolerance(*precisions: str) -> float:
-    return max(TOLERANCE[precision] for precision in precisions)
+    return max(distance(torch.tensor(r.rollout_logprobs), scored) for r, scored in pairs)

@@ -1,0 +1,83 @@
+"""The configuration of what a run watches itself for."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field, model_validator
+
+from seqkd.config_schema import Schema
+
+
+class Level(Schema):
+    """Where a figure is said to be bad, and where the run ends for it; null for neither. The figure
+    is the mean over the last five steps."""
+
+    low_is_bad: ClassVar[bool] = False
+    warn: float | None
+    stop: float | None = Field(None, ge=0)
+
+    def reached(self, level: float | None, value: float) -> bool:
+        """Whether ``value`` is as bad as ``level`` or worse."""
+        if level is None:
+            return False
+        return value <= level if self.low_is_bad else value >= level
+
+    @model_validator(mode="after")
+    def _warns_before_it_stops(self) -> Level:
+        if self.warn is not None and self.stop is not None and self.reached(self.stop, self.warn):
+            if self.warn == self.stop:
+                return self
+            side = "above" if self.low_is_bad else "below"
+            raise ValueError(
+                f"warn {self.warn:g} would come after stop {self.stop:g}. Set stop to a value that "
+                f"is not {side} warn."
+            )
+        return self
+
+
+class TruncationRate(Level):
+    """Share of the student's completions that rollout.max_tokens cut."""
+
+    warn: float | None = Field(0.98, ge=0)
+
+
+class LengthGrowth(Level):
+    """Mean length of the student's completions, over that in the first five steps of the phase."""
+
+    warn: float | None = Field(4.0, ge=0)
+
+
+class Repetition(Level):
+    """Share of 4-grams of the student's completions that occurred before in the same one."""
+
+    warn: float | None = Field(0.5, ge=0)
+    stop: float | None = Field(0.95, ge=0)
+
+
+class EntropyFraction(Level):
+    """The student's entropy a token, over that in the first five steps of the phase: low is bad."""
+
+    low_is_bad: ClassVar[bool] = True
+    warn: float | None = Field(0.1, ge=0)
+
+
+class Alarms(Schema):
+    """What a run is warned of or stopped for. Faults that cannot be healthy always stop it."""
+
+    truncation_rate: TruncationRate = TruncationRate()
+    length_growth: LengthGrowth = LengthGrowth()
+    repetition: Repetition = Repetition()
+    entropy_fraction: EntropyFraction = EntropyFraction()
+    logprob_gap: float | None = Field(
+        None,
+        gt=0,
+        description="Nats a token by which what drew a completion may differ in the mean from the "
+        "same model where it is trained or scores; left out: as the precisions allow.",
+    )
+    canary_every: int = Field(
+        1, ge=0, description="Steps from one scoring of a known text to the next; 0: none."
+    )
+    non_finite_steps: int = Field(
+        3, ge=1, description="Skipped steps in a row after which the run ends."
+    )

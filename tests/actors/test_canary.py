@@ -1,0 +1,272 @@
+"""Faults put into real actors while a run goes on, and the message with which each is caught."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from actors import weight_sync
+from actors.groups import LearnerGroup, RolloutGroup, TeacherGroup
+from actors.learner import LearnerRank
+from actors.placement import ActorPlan
+from actors.pool import Pool, remote, wait
+from actors.rollout import RolloutActor
+from actors.teacher import TeacherActor
+from seqkd.alarms import StepAlarms, check_counts
+from seqkd.canary import Canary, must_move
+from seqkd.config import Config
+from seqkd.config_roles import Engine, Learner
+from seqkd.errors import LearningFault
+from seqkd.known_text import as_rollout
+from seqkd.metrics import Clock, describe
+from seqkd.preflight import check
+from seqkd.sources import StepSource
+from seqkd.workers import Workers
+
+PROMPT, COMPLETION = 64, 32
+PLAN = ActorPlan("teacher", 0, threads=1, gpus=0, share=1, bundle=0)
+
+
+class Faulty:
+    """A real actor that can be broken where its answers are made."""
+
+    fault = ""
+
+    def set_fault(self, fault):
+        self.fault = fault
+
+
+class FaultyEngine(Faulty, RolloutActor):
+    def load(self, version, data):
+        if self.fault == "keeps the old weights":
+            self.policy_version = version.policy_version
+        elif self.fault == "loses its weights":
+            state = load_file(version.path)
+            state = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+            with weight_sync.memory_file() as file:
+                lost = weight_sync.publish(state, version.policy_version, file, version.node_id)
+                super().load(lost, None)
+        elif self.fault == "keeps its cache":
+            reset, self.llm.reset_prefix_cache = self.llm.reset_prefix_cache, lambda: None
+            super().load(version, data)
+            self.llm.reset_prefix_cache = reset
+        else:
+            super().load(version, data)
+
+    def sample(self, prompts, seeds, samples, max_tokens, temperature, top_p):
+        hotter = 1.3 if self.fault == "draws at another temperature" else 1.0
+        drawn = super().sample(prompts, seeds, samples, max_tokens, hotter * temperature, top_p)
+        if self.fault == "drops a sample":
+            return drawn[:-1]
+        if self.fault == "doubles a sample":
+            return [drawn[0], *drawn[:1], *drawn[2:]]
+        if self.fault == "shifts its log-probs":
+            return [
+                replace(r, rollout_logprobs=(*r.rollout_logprobs[1:], r.rollout_logprobs[0]))
+                for r in drawn
+            ]
+        return drawn
+
+
+class FaultyTeacher(Faulty, TeacherActor):
+    def score(self, rollouts):
+        change = {
+            "gives zeros": torch.zeros_like,
+            "gives what is no number": lambda values: values * torch.nan,
+            "shifts its scores": lambda values: values.roll(1, 0),
+        }.get(self.fault, lambda values: values)
+        return [
+            replace(s, logprobs=change(s.logprobs))
+            if s.hidden is None
+            else replace(s, hidden=change(s.hidden))
+            for s in super().score(rollouts)
+        ]
+
+
+class FaultyLearner(Faulty, LearnerRank):
+    def step(self, parts, lr):
+        return super().step(parts, 0.0 if self.fault == "stays as it is" else lr)
+
+
+@pytest.fixture(scope="module")
+def make_config(tiny, tmp_path_factory):
+    file = tmp_path_factory.mktemp("data") / "train.jsonl"
+    file.write_text('{"prompt": "one"}\n{"prompt": "two and three"}\n')
+
+    def make(scores="hidden"):
+        return Config.model_validate(
+            {
+                "name": "x",
+                "student": {"model": tiny["student"]},
+                "teacher": {"kind": "hf", "model": tiny["teacher"], "scores": scores},
+                "data": {"path": str(file), "max_prompt_tokens": PROMPT},
+                "rollout": {"max_tokens": COMPLETION},
+                "objective": {"kind": "sampled_token"},
+                "prompts_per_step": 2,
+                "evaluation": {"prompts": 0},
+                "steps": 1,
+            }
+        )
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def crew(local_ray, tiny):
+    """One learner, one teacher, two engines of the student's weights."""
+    environment = {"env_vars": PLAN.environment()}
+
+    def create(cls, *args):
+        return remote(cls).options(runtime_env=environment).remote(*args)
+
+    learner = LearnerGroup(
+        lambda: [create(FaultyLearner, Learner(zero_stage=0))],
+        (tiny["student"], {"": (tiny["teacher"], "float32")}),
+        2,
+        tiny["student"],
+    )
+    learner.ready()
+    teacher = create(FaultyTeacher)
+    engines = [create(FaultyEngine, (0,), "student") for _ in range(2)]
+    for engine in engines:  # one after the other: there are few cores
+        wait(engine.start.remote(tiny["student"], Engine(kv_cache_gib=0.1), 512), "engine")
+    yield learner, teacher, engines
+    learner.kill()
+    for actor in (teacher, *engines):
+        local_ray.kill(actor)
+
+
+class Run:
+    """What the loop does, a step at a time."""
+
+    def __init__(self, config, crew, tiny):
+        self.config, (self.learner, self.teacher, self.engines) = config, crew
+        wait(self.teacher.start.remote(config.teacher, PROMPT + COMPLETION, 320), "teacher")
+        student = RolloutGroup(Pool("rollout", self.engines), COMPLETION, self.learner)
+        self.workers = Workers(
+            student=student,
+            learner=self.learner,
+            teachers={"": TeacherGroup(Pool("teacher", [self.teacher]))},
+            teacher_samplers={},
+            teacher_of=config.teacher_of,
+            distribution=True,
+        )
+        for actor in (*self.learner.ranks, self.teacher, *self.engines):
+            wait(actor.set_fault.remote(""), "")
+        student.load(self.learner.publish())
+        self.learner.policy_version = student.policy_version
+        checked = check(config)
+        self.prompts, self.stepped, self.number = list(checked.train), False, 0
+        self.source = StepSource(config, config, "student", self.workers)
+        self.canary = Canary(config, checked, self.workers, ("rollout", "teacher", "learner"))
+        self.alarms = StepAlarms(config, checked.vocabulary)
+
+    def step(self):
+        """Warnings of one step."""
+        clock, version = Clock(), self.workers.learner.policy_version
+        self.source.draw([self.prompts], self.number, clock)
+        self.canary.check(self.stepped)
+        part = self.source.part(clock)
+        result = self.workers.learner.step([part], 1e-3)
+        self.stepped = must_move(1e-3, result.grad_norm)
+        self.number += 1
+        check_counts(part, result.parts[0])
+        row = describe(self.config, "main", self.config, version, 1e-3, [part], result)
+        return self.alarms.check(row)
+
+
+@pytest.fixture
+def run(make_config, crew, tiny):
+    def run(scores="hidden"):
+        run = Run(make_config(scores), crew, tiny)
+        assert run.step() == []
+        return run
+
+    return run
+
+
+def caught(run, fault):
+    with pytest.raises(LearningFault) as error:
+        run.step()
+    print(f"\n{fault}: {error.value}")
+    (message,) = str(error.value).splitlines()
+    return message
+
+
+@pytest.mark.parametrize("scores", ["hidden", "top_k", "logprobs"])
+def test_healthy_actors_raise_nothing(run, scores):
+    run = run(scores)
+    assert [run.step() for _ in range(6)] == [[]] * 6
+
+
+ENGINE_FAULTS = {
+    "keeps the old weights": "rollout engine 1 gives a known text the same log-probs as before",
+    "loses its weights": "rollout engine 1 gives a known text a mean log-prob of -5.768 a token",
+    "draws at another temperature": "logprob_gap_mean: what drew the completions",
+    "shifts its log-probs": "logprob_gap_mean: what drew the completions",
+    "drops a sample": "rollout 1: gave 3 completions where 4 were asked for",
+    "doubles a sample": "rollout 1: gave the completion",
+}
+
+
+@pytest.mark.parametrize("fault", ENGINE_FAULTS)
+def test_an_engine(run, fault):
+    run = run()
+    wait(run.engines[1].set_fault.remote(fault), "")
+    assert ENGINE_FAULTS[fault] in caught(run, f"engine {fault}")
+
+
+def test_an_engine_that_kept_its_cache_still_scores_anew(run):
+    """So that the canary sees the weights, and not what they once computed. The text fills several
+    blocks of the cache."""
+    run = run()
+    student, learner = run.workers.student, run.workers.learner
+    text = as_rollout("long", tuple(5 + i % 250 for i in range(300)), tuple(range(9, 109)))
+    ids = [*text.prompt_ids, *text.completion_ids]
+    before = student.score(ids)
+    for engine in run.engines:
+        wait(engine.set_fault.remote("keeps its cache"), "")
+    run.workers.sync()
+    expected = learner.measure([text], {})["long"]["student_logprob"]
+    for old, now in zip(before, student.score(ids), strict=True):
+        assert now[-100:] == pytest.approx(expected, abs=1e-3)
+        assert now[-100:] != pytest.approx(old[-100:], abs=1e-3)
+
+
+@pytest.mark.parametrize("scores", ["hidden", "top_k", "logprobs"])
+@pytest.mark.parametrize(
+    ("fault", "found"),
+    [
+        ("gives zeros", "scores are zeros"),
+        ("gives what is no number", "the teacher gives tokens of a known text log-probs that are"),
+        ("shifts its scores", "the teacher, actor 0, gives a known text other log-probs than it"),
+    ],
+)
+def test_a_teacher(run, fault, found, scores):
+    run = run(scores)
+    wait(run.teacher.set_fault.remote(fault), "")
+    if fault == "gives zeros" and scores == "hidden":
+        found = "log-prob of -ln V = -5.768: its hidden states are zeros"
+    assert found in caught(run, f"teacher ({scores}) {fault}")
+
+
+def test_a_teacher_that_becomes_another_model(run, tmp_path):
+    from tiny_models import write_tiny
+
+    run = run()
+    other = str(write_tiny(tmp_path / "other", layers=4, seed=9))
+    config = run.config.teacher.model_copy(update={"model": other})
+    wait(run.teacher.start.remote(config, PROMPT + COMPLETION, 320), "teacher")
+    message = caught(run, "teacher becomes another model")
+    assert "the teacher, actor 0, gives a known text other log-probs than it first did" in message
+
+
+def test_a_learner_that_stays_as_it_is(run):
+    run = run()
+    run.step()
+    wait(run.learner.ranks[0].set_fault.remote("stays as it is"), "")
+    run.step()
+    assert "its weights do not change" in caught(run, "learner stays as it is")

@@ -1,0 +1,457 @@
+"""Each rule of the canary and of the step's alarms, with small fakes at the protocols."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+
+from seqkd.alarms import StepAlarms, check_counts, check_drawn, check_trained
+from seqkd.canary import SMALLEST_LR, Canary, must_move
+from seqkd.config import Config, load
+from seqkd.config_alarms import Alarms, Level
+from seqkd.errors import ConfigError, LearningFault
+from seqkd.metrics import describe, repetition
+from seqkd.protocols import Part
+from seqkd.types import Counts, PartResult, Prompt, Rollout, StepResult, TeacherScore
+from tests.conftest import ROOT
+from tests.unit.test_config import MINIMAL, path  # noqa: F401 (a fixture)
+
+V = 1000
+PROMPT = Prompt("p", tuple(range(40)), "")
+ENGLISH = list(range(100, 150))
+UNIFORM = -math.log(V)
+
+
+def config(**changes):
+    return Config.model_validate({**MINIMAL, **changes})
+
+
+def logprobs(mean=-2.0, seed=0):
+    """[50], that average about ``mean``."""
+    noise = torch.randn(len(ENGLISH), generator=torch.Generator().manual_seed(seed))
+    return (mean + 0.1 * noise).tolist()
+
+
+class World:
+    """A learner, two engines and two teachers, each of which says what it is told to say."""
+
+    def __init__(self, changes=None, roles=("rollout", "teacher", "learner")):
+        members = {n: {"teacher": {"kind": "hf", "model": n, "actors": 2}} for n in ("a", "b")}
+        several = {"kind": "several", "members": members}
+        self.config = config(**{"teacher": several, **(changes or {})})
+        self.learner, self.engines = logprobs(), [logprobs(), logprobs()]
+        self.teachers = {"a": [logprobs(-1, 1)] * 2, "b": [logprobs(-1, 2)] * 2}
+        self.asked = []
+        student = SimpleNamespace(policy_version=0, score=self.score)
+        workers = SimpleNamespace(
+            student=student,
+            learner=SimpleNamespace(policy_version=0, measure=self.measure),
+            teachers={
+                name: SimpleNamespace(score=lambda r, name=name: self.teach(name, r))
+                for name in self.teachers
+            },
+        )
+        checked = SimpleNamespace(
+            tokenizer=lambda text, add_special_tokens: SimpleNamespace(input_ids=ENGLISH),
+            train=[PROMPT],
+            max_model_len=96,
+            vocabulary=V,
+        )
+        self.workers = workers
+        self.canary = Canary(self.config, checked, workers, set(roles))
+
+    def score(self, token_ids):
+        assert token_ids == [*PROMPT.token_ids, *ENGLISH]
+        return [[0.0] * (len(PROMPT.token_ids) - 1) + engine for engine in self.engines]
+
+    def teach(self, name, rollouts):
+        self.asked.append((name, len(rollouts)))
+        return {
+            r.sample_id: TeacherScore(r.sample_id, logprobs=torch.tensor(answer))
+            for r, answer in zip(rollouts, self.teachers[name], strict=True)
+        }
+
+    def measure(self, rollouts, scores):
+        assert scores.keys() == ({r.sample_id for r in rollouts} if scores else set())
+        return {
+            r.sample_id: {"student_logprob": self.learner}
+            | ({"teacher_logprob": scores[r.sample_id].logprobs.tolist()} if scores else {})
+            for r in rollouts
+        }
+
+    def step(self, by=0.01):
+        """The learner takes a step, every engine its weights."""
+        self.learner = [value + by for value in self.learner]
+        self.engines = [self.learner for _ in self.engines]
+        self.workers.student.policy_version += 1
+        self.workers.learner.policy_version += 1
+
+    def fault(self, stepped=False):
+        with pytest.raises(LearningFault) as caught:
+            self.canary.check(stepped)
+        return str(caught.value)
+
+
+def test_a_healthy_run_raises_nothing():
+    world = World()
+    for stepped in (False, True, True):
+        world.canary.check(stepped)
+        world.step()
+    assert world.asked == [("a", 2), ("b", 2)] * 3, "every actor, every time"
+    before = world.learner
+    world.canary.check(True)
+    world.canary.check(False)  # a step that was skipped leaves the weights
+    assert world.learner == before
+
+
+def test_an_engine_that_waits_for_its_next_sync_is_not_compared():
+    world = World()
+    world.canary.check(False)
+    old = world.engines
+    world.step(by=1.0)
+    world.engines, world.workers.student.policy_version = old, 0
+    world.canary.check(True)
+
+
+def test_without_teachers_or_engines_the_learner_alone_is_asked():
+    world = World(roles=("learner",))
+    world.engines = [[math.nan] * len(ENGLISH)]
+    world.canary.check(False)
+    assert not world.asked
+    assert "weights do not change" in world.fault(stepped=True)
+
+
+def test_an_engine_with_other_weights():
+    world = World()
+    world.engines[1] = [value + 0.002 for value in world.learner]
+    message = world.fault()
+    assert message.startswith("canary: rollout engine 1 gives a known text other log-probs")
+    assert "by 0.002 nats a token (at most 0.001)" in message
+    half = World({"rollout": {"precision": "bfloat16"}})
+    half.engines[1] = world.engines[1]
+    half.canary.check(False)
+
+
+def test_an_engine_with_stale_weights_whatever_the_size():
+    world = World()
+    world.canary.check(False)
+    old = world.engines[0]
+    world.step(by=1e-6)
+    world.engines[0] = old
+    message = world.fault(stepped=True)
+    assert message.startswith("canary: rollout engine 0 gives a known text the same log-probs as")
+    assert "e-07 nats a token: its weights are stale" in message
+
+
+def test_a_bfloat16_engine_may_round_a_small_step_away_but_not_many():
+    world = World({"rollout": {"precision": "bfloat16"}})
+    world.canary.check(False)
+    old = world.engines
+    for _ in range(3):
+        world.step(by=4e-4)
+        world.engines = old
+        if world.workers.student.policy_version < 3:
+            world.canary.check(True)
+    assert "moved by 0.0012 nats a token: its weights are stale" in world.fault(stepped=True)
+
+
+def test_an_engine_that_lost_its_weights():
+    world = World()
+    world.canary.check(False)
+    world.step()
+    world.engines[1] = [UNIFORM] * len(ENGLISH)
+    message = world.fault(stepped=True)
+    assert "rollout engine 1 gives a known text a mean log-prob of -6.908" in message
+    assert "weights are lost" in message
+
+
+def test_a_student_that_knows_nothing_yet_is_none_that_lost_its_weights():
+    world = World()
+    world.learner, world.engines = [UNIFORM] * 50, [[UNIFORM] * 50] * 2
+    world.canary.check(False)
+    edge = 0.9 * UNIFORM
+    world.learner, world.engines = [edge + 4e-4] * 50, [[edge - 4e-4] * 50] * 2
+    world.canary.check(False)
+    world.learner, world.engines = [UNIFORM - 0.1] * 50, [[UNIFORM] * 50] * 2
+    assert "other log-probs than the learner" in world.fault()
+
+
+def test_a_step_that_rounds_to_nothing_moves_no_weights():
+    assert must_move(1e-5, 0.1)
+    assert not must_move(1e-5, 0.0)
+    assert not must_move(1e-5, math.nan)
+    assert torch.tensor(0.02) + 2.5e-13 == torch.tensor(0.02)
+    assert not must_move(2.5e-13, 0.1)  # the last of 10,000 steps of a cosine to 0
+    assert torch.tensor(0.02) + SMALLEST_LR != torch.tensor(0.02)
+
+
+def test_a_learner_that_is_frozen():
+    world = World()
+    world.canary.check(False)
+    assert "its weights do not change" in world.fault(stepped=True)
+    half = World({"learner": {"precision": "bfloat16"}})
+    half.canary.check(False)
+    half.canary.check(True)
+
+
+def test_a_teacher_that_is_swapped():
+    world = World()
+    world.canary.check(False)
+    first = json.loads(json.dumps(world.canary.first))
+    world.teachers["b"] = [world.teachers["b"][0], logprobs(-1, 3)]
+    message = world.fault()
+    assert message.startswith("canary: teacher b, actor 1, gives a known text other log-probs")
+    again = World()
+    again.canary.first = first
+    again.canary.check(False)
+    again.teachers["a"] = [[*world.teachers["a"][0][1:], -1.0]] * 2
+    assert "teacher a, actor 0, gives" in again.fault()
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [(0.0, "log-prob of 0: its scores are zeros"), (UNIFORM, "-6.908: its hidden states are zero")],
+)
+def test_scores_of_zero(value, said):
+    world = World()
+    world.teachers["a"] = [[value] * len(ENGLISH)] * 2
+    assert said in world.fault()
+
+
+def test_log_probs_that_are_missing_or_no_numbers():
+    world = World()
+    world.teachers["a"] = [[-1.0] * 49] * 2
+    assert "teacher a gave tokens of a known text no log-prob" in world.fault()
+    for place in ("learner", "engine", "teacher"):
+        world = World()
+        broken = [*logprobs()[1:], math.nan]
+        if place == "learner":
+            world.learner = broken
+        elif place == "engine":
+            world.engines[1] = broken
+        else:
+            world.teachers["b"] = [broken, broken]
+        (message,) = world.fault().splitlines()
+        assert "no finite numbers" in message
+        assert {"learner": "the learner", "engine": "engine 1", "teacher": "teacher b"}[place] in (
+            message
+        )
+
+
+def test_a_long_prompt_leaves_room_for_the_text():
+    from seqkd.known_text import answers
+
+    checked = SimpleNamespace(
+        tokenizer=lambda text, add_special_tokens: SimpleNamespace(input_ids=ENGLISH),
+        train=[PROMPT],
+        max_model_len=60,
+    )
+    (text,) = answers(checked, "x", 1)
+    assert (len(text.prompt_ids), len(text.completion_ids)) == (9, 50)
+
+
+# --- metrics rows
+
+
+def row(**changes):
+    healthy = {
+        "phase": "main", "sampler": "student", "policy_version": 3, "loss": 1.0, "grad_norm": 2.0,
+        "length": 20.0, "truncation_rate": 0.2, "repetition": 0.05, "entropy_per_token": 1.5,
+        "logprob_gap_mean": 1e-5, "teacher_logprob_per_token": -2.0,
+    }  # fmt: skip
+    return {**healthy, **changes}
+
+
+def alarms(vocabulary=V, **changes):
+    return StepAlarms(config(**changes), vocabulary)
+
+
+def stopped(watch, **changes):
+    with pytest.raises(LearningFault) as caught:
+        watch.check(row(**changes))
+    return str(caught.value)
+
+
+def test_a_healthy_run_is_not_warned_of():
+    watch = alarms()
+    for step in range(60):  # longer, surer, ends more often: as a student does that learns
+        figures = {"length": 20 + step, "entropy_per_token": 2 - step / 40}
+        assert watch.check(row(**figures, truncation_rate=0.95 - step / 100)) == []
+
+
+def test_a_log_prob_gap():
+    assert "by 0.0015 nats a token (at most 0.001)" in stopped(alarms(), logprob_gap_mean=0.0015)
+    assert "nan" in stopped(alarms(), logprob_gap_mean=math.nan)
+    assert alarms(rollout={"precision": "bfloat16"}).check(row(logprob_gap_mean=0.1)) == []
+    assert alarms(alarms={"logprob_gap": 0.3}).check(row(logprob_gap_mean=0.25)) == []
+    other = alarms(teacher={**MINIMAL["teacher"], "precision": "bfloat16"})
+    assert "at most 0.001" in stopped(other, logprob_gap_mean=0.0015)
+    assert other.check(row(sampler="teacher", logprob_gap_mean=0.1)) == []
+    coarse = alarms(learner={"precision": "bfloat16"})
+    assert "teacher/logprob_gap_mean" in stopped(coarse, **{"teacher/logprob_gap_mean": 0.1})
+
+
+@pytest.mark.parametrize("vocabulary", [V, 151936])
+def test_a_teacher_whose_scores_are_nothing(vocabulary):
+    watch, uniform = alarms(vocabulary), -math.log(vocabulary)
+    assert "-ln V" in stopped(watch, teacher_logprob_per_token=uniform * (1 + 1e-6))
+    assert "are zeros" in stopped(watch, **{"mixture/teacher_logprob_per_token": 0.0})
+    assert "no finite" in stopped(watch, teacher_logprob_per_token=math.nan)
+    assert watch.check(row(teacher_logprob_per_token=uniform * 1.0005)) == []
+
+
+def test_steps_that_are_not_finite():
+    watch = alarms()
+    skipped = {"skipped": True, "loss": math.nan, "teacher_logprob_per_token": math.nan}
+    for _ in range(2):
+        assert watch.check(row(**skipped)) == []
+        assert watch.check(row(**skipped)) == []
+        assert watch.check(row(skipped=False)) == []
+    watch.replay([row(**skipped)] * 2)
+    assert "in 3 steps in a row" in stopped(watch, **skipped)
+    assert "a step was taken" in stopped(alarms(), grad_norm=math.inf)
+    watch = alarms()
+    rows = [row(**skipped, length=math.nan)] + [row()] * 5 + [row(length=100)] * 5
+    assert sum(len(watch.check(r)) for r in rows) == 1, "a skipped step is no part of a mean"
+
+
+@pytest.mark.parametrize(
+    ("name", "metric", "bad"),
+    [
+        ("truncation_rate", "truncation_rate", 1.0),
+        ("length_growth", "length", 81.0),
+        ("repetition", "repetition", 0.6),
+        ("entropy_fraction", "entropy_per_token", 0.1),
+    ],
+)
+def test_levels(name, metric, bad):
+    watch = alarms()
+    assert [watch.check(row()) for _ in range(5)] == [[]] * 5
+    assert [watch.check(row(**{metric: bad})) for _ in range(4)] == [[]] * 4, "one step is noise"
+    (warning,) = watch.check(row(**{metric: bad}))
+    assert warning.startswith(f"alarms.{name}.warn ")
+    assert watch.check(row(**{metric: bad})) == [], "said once"
+    for _ in range(9):
+        watch.check(row(phase="next", **{metric: bad}))
+    relative = name in ("length_growth", "entropy_fraction")
+    assert bool(watch.said) != relative, "a phase has a start of its own"
+
+    level = getattr(Alarms(), name).warn
+    watch = alarms(alarms={name: {"stop": level}})
+    rows = [row()] * 5 + [row(**{metric: bad})] * 4
+    watch.replay([json.loads(json.dumps(r)) for r in rows])  # as a run that goes on reads them
+    assert f"alarms.{name}.stop" in stopped(watch, **{metric: bad})
+    watch = alarms(alarms={name: {"warn": None}})
+    assert not any(watch.check(r) for r in rows + rows[-1:])
+
+
+def test_levels_are_of_what_the_student_wrote():
+    watch = alarms()
+    teachers = row(sampler="teacher", **{"truncation_rate": 1.0, "student/repetition": 0.7})
+    said = [w for _ in range(6) for w in watch.check(teachers)]
+    assert [w.split(" ")[0] for w in said] == ["alarms.repetition.warn"]
+
+
+def test_a_warning_after_the_stop_is_refused(path):  # noqa: F811
+    with pytest.raises(ConfigError, match=r"alarms\.repetition: warn 0\.5 would come after stop"):
+        load(path, ["alarms.repetition.stop=0.4"])
+    with pytest.raises(ConfigError, match=r"alarms\.entropy_fraction: warn 0\.1 would come after"):
+        load(path, ["alarms.entropy_fraction.stop=0.2"])
+    load(path, ["alarms.repetition.stop=0.5", "alarms.entropy_fraction.stop=0.01"])
+
+
+def test_the_page_has_every_level_with_its_defaults():
+    page = (ROOT / "docs" / "alarms.md").read_text()
+    (text,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    assert Config.model_validate({**MINIMAL, **yaml.safe_load(text)}).alarms != Alarms()
+    for name, level in Alarms():
+        assert f"`{name}`" in page or f"`alarms.{name}`" in page
+        if isinstance(level, Level):
+            warn, stop = (yaml.safe_dump(v).split()[0] for v in (level.warn, level.stop))
+            assert re.search(
+                rf"^\| `{name}` .* \| {float(warn):g} \| {stop} \|", page, re.MULTILINE
+            )
+
+
+# --- counts
+
+
+def rollout(prompt, sample, ids=(1, 2), reason="stop", prompt_ids=None):
+    name = f"{prompt}/{sample}"
+    return Rollout(prompt, name, prompt_ids or (int(prompt),), ids, None, "student", 0, reason)
+
+
+PROMPTS = [Prompt("1", (1,), ""), Prompt("2", (2,), "")]
+DRAWN = [rollout("1", 0), rollout("1", 1), rollout("2", 0)]
+
+
+@pytest.mark.parametrize(
+    ("drawn", "found"),
+    [
+        (DRAWN[:-1], "gave 2 completions where 3 were asked for"),
+        ([*DRAWN, DRAWN[0]], "gave 4 completions where 3"),
+        ([DRAWN[0], DRAWN[2], DRAWN[1]], "not of the prompts in their order"),
+        ([DRAWN[0], DRAWN[0], DRAWN[2]], "gave the completion 1/0 2 times"),
+        ([], "gave 0 completions where 3"),
+    ],
+)
+def test_what_was_drawn(drawn, found):
+    check_drawn("rollout 0", PROMPTS, [2, 1], DRAWN)
+    check_drawn("rollout 0", [], [], [])
+    with pytest.raises(LearningFault, match=found):
+        check_drawn("rollout 0", PROMPTS, [2, 1], drawn)
+
+
+def test_what_was_trained():
+    twice = [*DRAWN, DRAWN[0]]  # the same answer of a data set may come twice in a step
+    check_trained(twice, ["1/0", "2/0", "1/0", "1/1"])
+    with pytest.raises(LearningFault, match=r"1 were not trained on \(1/0\), and 0 were"):
+        check_trained(twice, ["1/0", "2/0", "1/1"])
+    with pytest.raises(LearningFault, match=r"and 1 were that do not belong to the step \(2/0\)"):
+        check_trained(DRAWN, ["1/0", "2/0", "1/1", "2/0"])
+
+
+@pytest.mark.parametrize("name", ["sequences", "tokens"])
+def test_what_the_loss_was_divided_by(name):
+    part = Part(DRAWN, {}, Counts(3, 6), ())
+    seen = {"sequences": 3.0, "tokens": 6.0}
+    check_counts(part, PartResult(seen))
+    with pytest.raises(LearningFault, match=f"{name}, but the ranks saw"):
+        check_counts(part, PartResult({**seen, name: seen[name] - 1}))
+
+
+# --- figures
+
+
+def test_repetition_is_the_share_of_4_grams_that_occurred_before():
+    assert repetition([rollout("1", 0, (1, 2, 3))]) == 0
+    assert repetition([rollout("1", 0, (7,) * 8)]) == 4 / 5
+    # 1234 2341 3412 4123 1234: one of five; between completions nothing counts.
+    assert repetition([rollout("1", i, (1, 2, 3, 4, 1, 2, 3, 4)) for i in range(2)]) == 1 / 5
+
+
+def test_figures_of_a_step():
+    c = config()
+    rollouts = [rollout("1", 0, (5,) * 5), *(rollout("2", i, reason="length") for i in range(3))]
+    part = Part(rollouts, {}, Counts(4, 11), c.terms)
+    ratios = [0.5, 1.0, 1.5]
+    sums = {
+        "tokens": 7, "sequences": 2, "k1": 3.0, "k3": 1.0, "ratio_tokens": 4, "ratio_sequences": 3,
+        "ratio": sum(ratios), "ratio_squared": sum(r * r for r in ratios),
+    }  # fmt: skip
+
+    def figures(sums):
+        result = StepResult(0.0, 1.0, (PartResult(sums),))
+        return describe(c, "main", c, 0, 0.1, [part], result)
+
+    found = figures(sums)
+    assert (found["truncation_rate"], found["repetition"]) == (0.75, 0.5)
+    assert (found["k1_per_token"], found["k3_per_token"], found["ratio_mean"]) == (0.75, 0.25, 1.0)
+    assert found["ratio_effective_sample_size"] == pytest.approx(9 / 3.5 / 3)
+    assert "ratio_mean" not in figures({"tokens": 7, "sequences": 2})
