@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from itertools import chain
 from typing import Any, NamedTuple
 
-from actors import placement, weight_sync
-from actors.groups import LearnerGroup, RolloutGroup, TeacherGroup, wait
+from actors import placement
+from actors.groups import LearnerGroup, RolloutGroup, TeacherGroup
+from actors.pool import Pool, remote
 from seqkd.api_client import key_of
 from seqkd.config import Config
 from seqkd.config_roles import ApiTeacher, OneTeacher
-from seqkd.errors import ActorError, ResourceError
+from seqkd.control import Control
+from seqkd.errors import LearnerLost, ResourceError
 from seqkd.models import expand
 from seqkd.preflight import Checked
 from seqkd.workers import Workers
@@ -33,7 +34,9 @@ def connect(config: Config, verbose: bool) -> Iterator[None]:
     try:
         _reach(address)
         level = logging.INFO if verbose else logging.ERROR
+        before = signal.getsignal(signal.SIGTERM)
         ray.init(address, log_to_driver=verbose, logging_level=level, **options)
+        signal.signal(signal.SIGTERM, before)  # Ray's own handler would end with its exit code
     except Exception as error:  # Ray raises bare RuntimeError and ConnectionError here
         raise _no_cluster(address, error) from error
     try:
@@ -77,9 +80,11 @@ def workers(
     config: Config,
     student_path: str,
     checked: Checked,
-    roles: set[placement.Role] | None = None,
+    roles: set[placement.Role] | None,
+    control: Control,
 ) -> Iterator[Workers]:
-    """Start every actor of the plan, wait until each is ready, and free all of it at the end."""
+    """Start every actor of the plan (of what ``config`` needs, or of ``roles``), wait until each is
+    ready, and free all of it at the end."""
     from ray.util.placement_group import placement_group, remove_placement_group
 
     plan = placement.plan(config, roles)
@@ -90,7 +95,7 @@ def workers(
                 f"cluster: no node has {_largest(plan.bundles)} free. Wait for the other jobs, or "
                 "set placement to split so that the roles may be on different nodes."
             )
-        with _started(config, plan, group, student_path, checked) as crew:
+        with _started(config, plan, group, student_path, checked, control) as crew:
             yield crew
     finally:
         remove_placement_group(group)
@@ -103,84 +108,98 @@ def _started(
     group: Any,
     student_path: str,
     checked: Checked,
+    control: Control,
 ) -> Iterator[Workers]:
-    import ray
+    def pool(role: placement.Role, teacher: str, actors: _Actors) -> Pool:
+        """The processes of a role, and how to make them anew."""
+        cls, places = remote(actors.cls), plan.role(role, teacher)
 
-    from actors.learner import LearnerRank
-    from actors.rollout import RolloutActor
+        def create(index: int) -> Any:
+            return cls.options(**places[index].options(group)).remote(*actors.made_of)
 
-    stop_ids, max_model_len = checked.stop_ids, checked.max_model_len
+        every = [create(index) for index in range(len(places))]
+        name = f"{role} {teacher}".strip()
+        return Pool(name, every, control, create, actors.started_with, actors.paid)
 
-    def create(cls: type, role: placement.Role, teacher: str, *args: Any) -> list[Any]:
-        remote: Any = ray.remote(cls)
-        places = plan.role(role, teacher)
-        return [remote.options(**place.options(group)).remote(*args) for place in places]
-
-    run_id = uuid.uuid4().hex[:12]
-    ranks = create(LearnerRank, "learner", "", config.learner, run_id)
-    students = create(RolloutActor, "rollout", "", stop_ids, "student")
-    scorers, writers, starts = _create_teachers(config, plan, checked, create)
-    node = None
-    if ranks:
-        master, node = wait(ranks[0].rendezvous.remote(), "learner start")
-        heads = {
-            name: (expand(teacher.model), teacher.precision)
-            for name, teacher in config.teachers.items()
-            if teacher.scores == "hidden"
-        }
-        starts["learner"] = [
-            r.start.remote(rank, master, student_path, heads) for rank, r in enumerate(ranks)
-        ]
-    starts["rollout"] = [
-        a.start.remote(student_path, config.rollout, max_model_len) for a in students
-    ]
-    for role, refs in starts.items():
-        wait(refs, f"{role} start")
-    learner = LearnerGroup(ranks, config.learner.micro_batch_prompts, expand(config.student.model))
-    length = config.rollout.max_tokens
-    try:
-        yield Workers(
-            student=RolloutGroup(students, length, learner, "rollout"),
-            learner=learner,
-            teachers={name: TeacherGroup(of, name) for name, of in scorers.items() if of},
-            teacher_samplers={
-                name: RolloutGroup(of, length, None, "teacher_sampler")
-                for name, of in writers.items()
-                if of
-            },
-            teacher_of=config.teacher_of,
-            distribution=config.teacher.distribution,
-        )
-    finally:
-        everyone = (ranks, students, *scorers.values(), *writers.values())
-        for actor in chain.from_iterable(everyone):
-            ray.kill(actor)  # one that hangs or waits for a dead one would never close by itself
-        if node is not None:
-            _clean_shared_memory(run_id, node)
-
-
-def _create_teachers(
-    config: Config, plan: placement.Plan, checked: Checked, create: Callable[..., list[Any]]
-) -> tuple[dict[str, list[Any]], dict[str, list[Any]], dict[str, list[Any]]]:
-    """By name, the actors that score and those that write; by role, their starts under way."""
-    scorers: dict[str, list[Any]] = {}
-    writers: dict[str, list[Any]] = {}
-    starts: dict[str, list[Any]] = {"teacher": [], "teacher_sampler": []}
+    student = pool("rollout", "", _student_engine(config, student_path, checked))
+    scorers, writers = {}, {}
     for name, teacher in config.teachers.items():
-        if not any(plan.role(role, name) for role in ("teacher", "teacher_sampler")):
-            continue
-        scoring, writing = _teacher_actors(config, teacher, checked)
-        scorers[name] = create(scoring.cls, "teacher", name, *scoring.made_of)
-        writers[name] = create(writing.cls, "teacher_sampler", name, *writing.made_of)
-        starts["teacher"] += [a.start.remote(*scoring.started_with) for a in scorers[name]]
-        starts["teacher_sampler"] += [a.start.remote(*writing.started_with) for a in writers[name]]
-    return scorers, writers, starts
+        if any(plan.role(role, name) for role in ("teacher", "teacher_sampler")):
+            scoring, writing = _teacher_actors(config, teacher, checked)
+            scorers[name] = pool("teacher", name, scoring)
+            writers[name] = pool("teacher_sampler", name, writing)
+    pools = [student, *scorers.values(), *writers.values()]
+    learner = _learner(config, plan, group, student_path, control)
+    try:
+        starting = [p.ask("start", [p.starting] * len(p.actors)) for p in pools]
+        if learner:
+            with suppress(LearnerLost):  # it is started again below
+                learner.begin()
+        for started in starting:
+            started()
+        if learner:
+            learner.ready()
+        yield _crew(config, learner, student, scorers, writers)
+    finally:
+        for p in pools:
+            p.kill()
+        if learner:
+            learner.kill()
+
+
+def _crew(
+    config: Config,
+    learner: Any,
+    student: Pool,
+    scorers: Mapping[str, Pool],
+    writers: Mapping[str, Pool],
+) -> Workers:
+    length = config.rollout.max_tokens
+    return Workers(
+        student=RolloutGroup(student, length, learner),
+        learner=learner,
+        teachers={name: TeacherGroup(of, name) for name, of in scorers.items() if of.actors},
+        teacher_samplers={
+            name: RolloutGroup(of, length) for name, of in writers.items() if of.actors
+        },
+        teacher_of=config.teacher_of,
+        distribution=config.teacher.distribution,
+    )
+
+
+def _learner(
+    config: Config, plan: placement.Plan, group: Any, student_path: str, control: Control
+) -> LearnerGroup | None:
+    """The group of ranks, not begun; None where the plan has none."""
+    from actors.learner import LearnerRank
+
+    cls, places = remote(LearnerRank), plan.role("learner")
+    heads = {
+        name: (expand(teacher.model), teacher.precision)
+        for name, teacher in config.teachers.items()
+        if teacher.scores == "hidden"
+    }
+
+    def create() -> list[Any]:
+        return [cls.options(**place.options(group)).remote(config.learner) for place in places]
+
+    micro_batch, tokenizer_from = config.learner.micro_batch_prompts, expand(config.student.model)
+    starting = (student_path, heads)
+    return LearnerGroup(create, starting, micro_batch, tokenizer_from, control) if places else None
 
 
 class _Actors(NamedTuple):
     cls: type
     made_of: tuple[Any, ...]
     started_with: tuple[Any, ...]
+    paid: bool = False
+
+
+def _student_engine(config: Config, student_path: str, checked: Checked) -> _Actors:
+    from actors.rollout import RolloutActor
+
+    started_with = (student_path, config.rollout, checked.max_model_len)
+    return _Actors(RolloutActor, (checked.stop_ids, "student"), started_with)
 
 
 def _teacher_actors(
@@ -195,26 +214,14 @@ def _teacher_actors(
         key = key_of(teacher)
         writing = (teacher, key, expand(config.student.model))
         return (
-            _Actors(ApiScorer, (), (teacher, key, checked.vocabulary)),
-            _Actors(ApiSampler, (checked.stop_ids,), writing),
+            _Actors(ApiScorer, (), (teacher, key, checked.vocabulary), paid=True),
+            _Actors(ApiSampler, (checked.stop_ids,), writing, paid=True),
         )
     engine = (expand(teacher.model), teacher.generation, checked.max_model_len)
     return (
         _Actors(TeacherActor, (), (teacher, checked.max_model_len, checked.vocabulary)),
         _Actors(RolloutActor, (checked.stop_ids, "teacher"), engine),
     )
-
-
-def _clean_shared_memory(run_id: str, node: str) -> None:
-    """Remove the published weights, by a task of its own where the learner was: its rank may have
-    been killed."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    here = NodeAffinitySchedulingStrategy(node, soft=False)
-    task: Any = ray.remote(weight_sync.remove)
-    with suppress(ActorError):  # the node is gone, and its memory with it
-        wait(task.options(num_cpus=0, scheduling_strategy=here).remote(run_id), "cleaning up")
 
 
 def _largest(bundles: tuple[dict[str, float], ...]) -> str:

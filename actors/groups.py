@@ -1,16 +1,20 @@
-"""Many actors behind one protocol. The only place that waits for Ray."""
+"""Many actors behind one protocol."""
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 from actors.learner import RankPart
+from actors.pool import Calls, Failure, Pool, is_alive
 from seqkd import batching
-from seqkd.errors import ActorError, SeqkdError
+from seqkd.alarms import check_drawn
+from seqkd.control import Control
+from seqkd.errors import ActorError, LearnerLost, SyncError
 from seqkd.protocols import Measured, Part, Scores
 from seqkd.types import (
     PartResult,
@@ -23,53 +27,17 @@ from seqkd.types import (
 )
 
 SETTLE_S = 5.0
-"""After one call has failed, how long the others of its group may take to fail as well."""
-
-
-def wait(refs: Any, what: str) -> Any:
-    """ray.get that raises as soon as one of ``refs`` fails, and the first cause: a death before
-    the errors with which the others notice it. SeqkdErrors come as they are."""
-    import ray
-    from ray.exceptions import RayError
-
-    pending = list(refs) if isinstance(refs, list) else [refs]
-    errors: list[RayError] = []
-    while pending:
-        done, pending = ray.wait(pending, timeout=SETTLE_S if errors else None)
-        if not done:
-            break
-        try:
-            ray.get(done)
-        except RayError as error:
-            errors.append(error)
-    if errors:
-        raise _first_cause(errors, what) from None
-    return ray.get(refs)
-
-
-def _first_cause(errors: list[Any], what: str) -> SeqkdError:
-    from ray.exceptions import RayTaskError
-
-    for error in errors:
-        if not isinstance(error, RayTaskError):  # the actor is gone: killed, out of memory
-            return ActorError(f"{what} died: {error}")
-    causes = [getattr(error, "cause", error) for error in errors]
-    for cause in causes:
-        if isinstance(cause, SeqkdError):
-            return cause
-    text = next((line for line in str(causes[0]).splitlines() if line.strip()), "")
-    return ActorError(f"{what} failed: {type(causes[0]).__name__}: {text}", details=str(errors[0]))
+"""After one rank has failed, how long the others may take to fail as well."""
 
 
 class RolloutGroup:
     """Engines with the same weights; prompts are dealt out evenly."""
 
-    def __init__(
-        self, actors: list[Any], max_tokens: int, learner: LearnerGroup | None, name: str
-    ) -> None:
-        self.actors, self.max_tokens, self.learner, self.name = actors, max_tokens, learner, name
-        self.nodes: list[str] = []
-        self.policy_version = 0
+    def __init__(self, pool: Pool, max_tokens: int, learner: LearnerGroup | None = None) -> None:
+        self.pool, self.max_tokens, self.learner = pool, max_tokens, learner
+        self.policy_version: int | None = 0
+        self.loaded: WeightVersion | None = None
+        pool.catch_up = self._load_again
 
     def sample(
         self,
@@ -80,57 +48,94 @@ class RolloutGroup:
         top_p: float = 1.0,
     ) -> list[Rollout]:
         """See :class:`seqkd.protocols.Sampler`."""
-        seeds = [_seed(f"{self.name}/{seed}/{index}") for index in range(len(prompts))]
-        parts = [
-            actor.sample.remote(
-                list(prompts[i :: len(self.actors)]),
-                seeds[i :: len(self.actors)],
-                list(samples[i :: len(self.actors)]),
-                self.max_tokens,
-                temperature,
-                top_p,
-            )
-            for i, actor in enumerate(self.actors)
-        ]
-        drawn = [iter(part) for part in wait(parts, f"{self.name} sampling")]
-        return [next(drawn[i % len(drawn)]) for i, n in enumerate(samples) for _ in range(n)]
+        seeds = [_seed(f"{self.pool.name}/{seed}/{index}") for index in range(len(prompts))]
+        engines = len(self.pool.actors)
+        parts = self.pool.call(
+            "sample",
+            [
+                (
+                    list(prompts[i::engines]),
+                    seeds[i::engines],
+                    list(samples[i::engines]),
+                    self.max_tokens,
+                    temperature,
+                    top_p,
+                )
+                for i in range(engines)
+            ],
+            "sampling",
+        )
+        for i, part in enumerate(parts):
+            of = slice(i, None, engines)
+            check_drawn(f"{self.pool.name} {i}", prompts[of], samples[of], part)
+        drawn = [iter(part) for part in parts]
+        return [next(drawn[i % engines]) for i, n in enumerate(samples) for _ in range(n)]
 
     def usage(self) -> dict[str, int]:
         """See :class:`seqkd.protocols.Sampler`."""
-        return _usage(self.actors, self.name)
+        return _usage(self.pool)
 
     def load(self, version: WeightVersion) -> None:
-        """See :class:`seqkd.protocols.Sampler`."""
-        assert self.learner is not None, "a teacher's weights never change"
-        self.nodes = self.nodes or wait([a.node.remote() for a in self.actors], self.name)
-        remote = None
-        if set(self.nodes) != {version.node_id}:
-            remote = self.learner.published_bytes(version)
-        wait(
-            [
-                actor.load.remote(version, None if node == version.node_id else remote)
-                for actor, node in zip(self.actors, self.nodes, strict=True)
-            ],
-            f"{self.name} weight sync",
-        )
+        """See :class:`seqkd.protocols.StudentSampler`."""
+        self.loaded = version  # what was published before is gone: a new engine needs this one
+        self._load(version, range(len(self.pool.actors)))
         self.policy_version = version.policy_version
+
+    def forget(self) -> None:
+        """See :class:`seqkd.protocols.StudentSampler`."""
+        self.policy_version = self.loaded = None
+
+    def _load_again(self, index: int) -> None:
+        """What the others of the group have, into a new engine."""
+        if self.loaded is not None:
+            assert self.learner is not None
+            self.learner.alive()  # else there is nothing to load from, and that is the cause
+            self._load(self.loaded, [index])
+
+    def _load(self, version: WeightVersion, engines: Sequence[int]) -> None:
+        assert self.learner is not None, "a teacher's weights never change"
+        nodes = self._each(engines, "node", lambda i: ())
+        remote = None
+        if {nodes[i] for i in engines} != {version.node_id}:
+            remote = self.learner.published_bytes(version)
+        try:
+            self._each(
+                engines,
+                "load",
+                lambda i: (version, None if nodes[i] == version.node_id else remote),
+                "weight sync",
+            )
+        except (SyncError, ActorError):
+            self.learner.alive()  # if it is gone, that is the cause
+            raise
+
+    def _each(
+        self,
+        engines: Sequence[int],
+        method: str,
+        arguments: Callable[[int], tuple[Any, ...]],
+        what: str = "",
+    ) -> list[Any]:
+        every = range(len(self.pool.actors))
+        return self.pool.call(method, [arguments(i) if i in engines else None for i in every], what)
+
+    def score(self, token_ids: Sequence[int]) -> list[list[float]]:
+        """See :class:`seqkd.protocols.StudentSampler`."""
+        return self.pool.each("score", list(token_ids), what="scoring")
 
 
 class TeacherGroup:
     """Copies of one teacher; rollouts are dealt out by length."""
 
-    def __init__(self, actors: list[Any], name: str = "") -> None:
-        self.actors, self.name = actors, name
+    def __init__(self, pool: Pool, name: str = "") -> None:
+        self.pool, self.name = pool, name
 
     def score(self, rollouts: Sequence[Rollout]) -> dict[str, TeacherScore]:
         """See :class:`seqkd.protocols.Teacher`."""
         ordered = sorted(rollouts, key=lambda r: -len(r.prompt_ids) - len(r.completion_ids))
-        parts = [
-            actor.score.remote(ordered[i :: len(self.actors)])
-            for i, actor in enumerate(self.actors)
-        ]
-        given = (s for part in wait(parts, "teacher scoring") for s in part)
-        scores = {s.sample_id: replace(s, teacher=self.name) for s in given}
+        copies = len(self.pool.actors)
+        parts = self.pool.call("score", [(ordered[i::copies],) for i in range(copies)], "scoring")
+        scores = {s.sample_id: replace(s, teacher=self.name) for part in parts for s in part}
         missing = [r.sample_id for r in rollouts if r.sample_id not in scores]
         if missing:
             raise ActorError(
@@ -141,51 +146,100 @@ class TeacherGroup:
 
     def usage(self) -> dict[str, int]:
         """See :class:`seqkd.protocols.Teacher`."""
-        return _usage(self.actors, "teacher")
+        return _usage(self.pool)
 
 
 class LearnerGroup:
-    """The DeepSpeed ranks."""
+    """The DeepSpeed ranks. They only work together: when one is lost, all are."""
 
-    def __init__(self, ranks: list[Any], micro_batch_prompts: int, tokenizer_from: str) -> None:
-        self.ranks, self.micro_batch_prompts = ranks, micro_batch_prompts
-        self.tokenizer_from = tokenizer_from
+    def __init__(
+        self,
+        create: Callable[[], list[Any]],
+        starting: tuple[Any, ...],
+        micro_batch_prompts: int,
+        tokenizer_from: str,
+        control: Control | None = None,
+    ) -> None:
+        """``create()`` makes the processes, ``start(rank, master, *starting)`` the ranks."""
+        self.create, self.starting, self.control = create, starting, control or Control()
+        self.micro_batch_prompts, self.tokenizer_from = micro_batch_prompts, tokenizer_from
+        self.ranks: list[Any] = []
+        self.starts: list[Any] = []
         self.policy_version = 0
+        self.whole = True
+        """Whether every rank is at the same step, so that the group may be saved."""
+
+    def begin(self) -> None:
+        """Make the processes and begin to start them; LearnerLost where the first one is gone."""
+        self.ranks, self.starts = self.create(), []
+        try:
+            (master,) = self._results("start", [self.ranks[0].rendezvous.remote()])
+        except LearnerLost:
+            self.kill()
+            raise
+        self.starts = [r.start.remote(i, master, *self.starting) for i, r in enumerate(self.ranks)]
+        self.policy_version, self.whole = 0, True
+
+    def ready(self) -> None:
+        """Wait until every rank is; a group that is lost on the way is started again."""
+        raised = ""
+        while True:
+            try:
+                if not self.starts:
+                    self.begin()
+                self._results("start", self.starts)
+                return
+            except LearnerLost as lost:
+                self.kill()
+                raised = lost.again(raised)
+                self.control.restart("the learner", lost.cause)
+
+    def restart(self) -> None:
+        """See :class:`seqkd.protocols.Learner`."""
+        self.kill()
+        self.ready()
+
+    def kill(self) -> None:
+        """End every rank, also one that waits for a dead one."""
+        import ray
+
+        for rank in self.ranks:
+            with suppress(Exception):  # it may be long gone
+                ray.kill(rank)
+        self.ranks, self.starts = [], []
 
     def step(self, parts: Sequence[Part], lr: float) -> StepResult:
         """See :class:`seqkd.protocols.Learner`."""
         dealt = [self._deal(part.rollouts, part.scores) for part in parts]
-        results: list[StepResult] = wait(
-            [
-                rank.step.remote(
-                    [
-                        RankPart(batches[index], part.counts, part.terms, part.teacher_fraction)
-                        for part, batches in zip(parts, dealt, strict=True)
-                    ],
-                    lr,
-                )
-                for index, rank in enumerate(self.ranks)
-            ],
-            "learner step",
-        )
+        refs = [
+            rank.step.remote(
+                [
+                    RankPart(batches[index], part.counts, part.terms, part.teacher_fraction)
+                    for part, batches in zip(parts, dealt, strict=True)
+                ],
+                lr,
+            )
+            for index, rank in enumerate(self.ranks)
+        ]
+        self.whole = False
+        results: list[StepResult] = self._results("step", refs, self.control.check_after_grace)
+        self.whole = True
         self.policy_version += 1
         of_parts = zip(*(result.parts for result in results), strict=True)
         return StepResult(
             loss=sum(r.loss for r in results),
             grad_norm=results[0].grad_norm,
             parts=tuple(sum(of_part, PartResult()) for of_part in of_parts),
+            skipped=results[0].skipped,
         )
 
     def measure(self, rollouts: Sequence[Rollout], scores: Scores) -> Measured:
         """See :class:`seqkd.protocols.Learner`."""
         plan = self._partition(rollouts, scores)
         dealt = self._deal(rollouts, scores)
-        results = wait(
-            [rank.measure.remote(batches) for rank, batches in zip(self.ranks, dealt, strict=True)],
-            "learner measuring",
-        )
+        refs = [rank.measure.remote(b) for rank, b in zip(self.ranks, dealt, strict=True)]
         measured = {}
-        for part, values in zip(plan, results, strict=True):
+        for part, values in zip(plan, self._results("measuring", refs), strict=True):
             for micro_batch, of_batch in zip(part, values, strict=True):
                 for row, rollout in enumerate(micro_batch):
                     length = len(rollout.completion_ids)
@@ -196,7 +250,7 @@ class LearnerGroup:
 
     def publish(self) -> WeightVersion:
         """See :class:`seqkd.protocols.Learner`."""
-        version, *_ = wait([rank.publish.remote() for rank in self.ranks], "learner publishing")
+        version, *_ = self._each("publish", what="publishing")
         assert isinstance(version, WeightVersion)
         return version
 
@@ -206,10 +260,49 @@ class LearnerGroup:
 
     def export(self, directory: str) -> None:
         """See :class:`seqkd.protocols.Learner`."""
-        wait(
-            [rank.export.remote(directory, self.tokenizer_from) for rank in self.ranks],
-            "learner export",
-        )
+        self._each("export", directory, self.tokenizer_from)
+
+    def save(self, directory: str) -> None:
+        """See :class:`seqkd.protocols.Learner`."""
+        self._each("save", directory, check=lambda: None)  # as long as it takes
+
+    def restore(self, directory: str, policy_version: int) -> None:
+        """See :class:`seqkd.protocols.Learner`."""
+        self._each("restore", directory, policy_version)
+        self.policy_version = policy_version
+
+    def alive(self) -> None:
+        """LearnerLost if it is not."""
+        self._results("heartbeat", [is_alive(rank) for rank in self.ranks])
+
+    def _each(
+        self, method: str, *arguments: Any, what: str = "", check: Callable[[], None] | None = None
+    ) -> list[Any]:
+        refs = [getattr(rank, method).remote(*arguments) for rank in self.ranks]
+        return self._results(what or method, refs, check)
+
+    def _results(
+        self, what: str, refs: Sequence[Any], check: Callable[[], None] | None = None
+    ) -> list[Any]:
+        """What every rank answers. LearnerLost with the first cause where one is lost: a death
+        before the errors with which the others notice it."""
+        calls = Calls(f"learner {what}", self.control, check, starting=what == "start")
+        for index, (rank, ref) in enumerate(zip(self.ranks, refs, strict=False)):
+            calls.add(index, rank, ref)
+        results: list[Any] = [None] * len(refs)
+        failures: list[Failure] = []
+        while calls.under_way:
+            ended = calls.next(SETTLE_S if failures else None)
+            if ended is None:
+                break
+            index, result = ended
+            if isinstance(result, Failure):
+                failures.append(result)
+            results[index] = result
+        if failures:
+            first = min(failures, key=lambda failure: (not failure.gone, not failure.for_the_user))
+            raise first.cause if first.for_the_user else LearnerLost(first.cause, first.gone)
+        return results
 
     def _deal(self, rollouts: Sequence[Rollout], scores: Scores) -> list[list[TrainBatch]]:
         """Each rank's micro-batches."""
@@ -223,9 +316,10 @@ class LearnerGroup:
         return batching.partition(rollouts, scores, len(self.ranks), self.micro_batch_prompts)
 
 
-def _usage(actors: list[Any], name: str) -> dict[str, int]:
-    counts = wait([actor.usage.remote() for actor in actors], name)
-    return dict(sum(map(Counter, counts), Counter()))
+def _usage(pool: Pool) -> dict[str, int]:
+    if not pool.paid:
+        return {}
+    return dict(sum(map(Counter, pool.each("usage")), Counter()))
 
 
 def _seed(text: str) -> int:

@@ -42,10 +42,6 @@ class TeacherActor:
             for r, states in zip(rollouts, hidden, strict=True)
         ]
 
-    def usage(self) -> dict[str, int]:
-        """Nothing that is paid for."""
-        return {}
-
     def _score(self, rollout: Rollout, states: Tensor) -> TeacherScore:
         if self.head is None:
             return TeacherScore(rollout.sample_id, hidden=states.clone())

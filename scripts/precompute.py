@@ -38,6 +38,7 @@ def precompute(config: Config, verbose: bool) -> int:
         quiet()
     from actors import build, placement
     from seqkd import preflight
+    from seqkd.control import Control
     from seqkd.echo import check_workers
     from seqkd.journal import attach, keep_teachers, open_journals
     from seqkd.precompute import TeacherAlone, record
@@ -53,7 +54,10 @@ def precompute(config: Config, verbose: bool) -> int:
     start = time.perf_counter()
     steps = sum(p.steps for _, p in config.phases if "journal" in p.by_sampler)
 
+    control = Control(config.recovery, lambda text: print(text, flush=True))
+
     def report(done: int, tokens: int) -> None:
+        control.saved()
         seconds = time.perf_counter() - start
         left = seconds / done * (steps - done)
         print(
@@ -64,7 +68,7 @@ def precompute(config: Config, verbose: bool) -> int:
 
     with build.connect(config, verbose):
         build.check_resources(config, roles)
-        with build.workers(config, config.student.model, checked, roles) as workers:
+        with build.workers(config, config.student.model, checked, roles, control) as workers:
             workers.learner = TeacherAlone(config)  # type: ignore[assignment]
             for warning in check_workers(config, checked, workers, roles):
                 say("warning", warning)

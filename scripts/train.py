@@ -6,14 +6,19 @@ import argparse
 import sys
 import time
 from contextlib import closing
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from seqkd import config as configuration
 from seqkd import run_directory
 from seqkd.config import Config
-from seqkd.errors import SeqkdError, reported, say
+from seqkd.errors import LearnerLost, SeqkdError, reported, say
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from seqkd.evaluation.divergence import Measurement
+    from seqkd.journal import Journal
+    from seqkd.metrics import Recorder
     from seqkd.preflight import Checked
 
 
@@ -30,17 +35,24 @@ def main(argv: list[str] | None = None) -> int:
         action="store_true",
         help="print the resolved configuration, the plan and every finding; start nothing",
     )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the newest checkpoint of this run; begin it where there is none",
+    )
     parser.add_argument("--verbose", action="store_true", help="show the libraries' own logs")
     args = parser.parse_intermixed_args(argv)
 
     def run() -> int:
         config = configuration.load(args.config, args.overrides)
-        return dry_run(config) if args.dry_run else train(config, args.verbose)
+        if args.dry_run:
+            return dry_run(config, args.resume)
+        return train(config, args.verbose, args.resume)
 
     return reported(run)
 
 
-def check(config: Config) -> tuple[Config, dict[str, Any], Checked]:
+def check(config: Config) -> tuple[Config, dict[str, Journal], Checked]:
     """The configuration, with the recorded teachers where none is loaded; the journals, if any;
     and what the checks found."""
     from seqkd import preflight
@@ -54,7 +66,7 @@ def check(config: Config) -> tuple[Config, dict[str, Any], Checked]:
     return config, journals, checked
 
 
-def dry_run(config: Config) -> int:
+def dry_run(config: Config, resume: bool) -> int:
     """Print everything that can be known without starting anything; 2 where something is wrong."""
     import os
 
@@ -84,7 +96,11 @@ def dry_run(config: Config) -> int:
         if on_this_machine(config):
             the_plan.check(os.cpu_count() or 1, visible_gpus(), "this machine")
 
-    for step in (lambda: run_directory.refuse_used(directory), checked, resources):
+    def place() -> None:
+        changes = run_directory.resumption(directory, config, resume).changes
+        print("".join(f"  changed: {line}\n" for line in changes), end="")
+
+    for step in (place, checked, resources):
         try:
             step()
         except SeqkdError as error:
@@ -141,44 +157,39 @@ def quiet() -> None:
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def train(config: Config, verbose: bool) -> int:
+def train(config: Config, verbose: bool, resume: bool) -> int:
     """The whole run, from the checks to the exported student."""
     directory = run_directory.locate(config)
-    run_directory.refuse_used(directory)
+    resumption = run_directory.resumption(directory, config, resume)
     if not verbose:
         quiet()
 
     start = time.perf_counter()
+    asked = config
     config, journals, checked = check(config)
     for warning in (*checked.warnings, *memory(config, checked)):
         say("warning", warning)
+    data = {"training": checked.train, "held-out": checked.heldout, "corpus": checked.corpus}
+    if resumption.found:
+        run_directory.refuse_other_data(directory, data)
+        for line in resumption.changes:
+            print(f"changed: {line}")
+    elif resume:
+        print(f"--resume: {directory} holds no run yet; it begins now")
 
-    from actors import build, placement
-    from seqkd import loop, summary
-    from seqkd.echo import check_workers
-    from seqkd.journal import attach, keep_teachers
+    from actors import build
+    from seqkd import summary
     from seqkd.metrics import Recorder
-    from seqkd.models import materialise_student
 
-    with build.connect(config, verbose):
+    with (
+        run_directory.hold(directory),
+        build.connect(config, verbose),
+        closing(Recorder(directory, config)) as recorder,
+    ):
         build.check_resources(config)
-        run_directory.create(directory, config)
+        run_directory.begin(directory, asked, data, resumption)
         print(f"run directory: {directory}\nstarting the actors", flush=True)
-        student = materialise_student(
-            config.student, config.learner.precision, directory / "student_initial"
-        )
-        with (
-            closing(Recorder(directory, config)) as recorder,
-            build.workers(config, student, checked) as workers,
-        ):
-            recorder.note(f"actors ready after {time.perf_counter() - start:.0f} s")
-            for warning in check_workers(config, checked, workers, placement.needed(config)):
-                recorder.note(f"warning: {warning}")
-            if not config.two_step:
-                keep_teachers(config, journals)
-            attach(workers, config, checked, journals)
-            data = (checked.train, checked.heldout, checked.corpus)
-            measured = loop.run(config, workers, *data, recorder, str(directory / "student"))
+        measured = learn(directory, config, checked, journals, recorder)
     if measured:
         evaluation = summary.evaluation_json(
             measured, checked.heldout, checked.tokenizer, config.evaluation.examples
@@ -187,6 +198,47 @@ def train(config: Config, verbose: bool) -> int:
         print("\n" + summary.render(evaluation))
     print("\n" + summary.closing(directory, recorder.stage_seconds, time.perf_counter() - start))
     return 0
+
+
+def learn(
+    directory: Path,
+    config: Config,
+    checked: Checked,
+    journals: dict[str, Journal],
+    recorder: Recorder,
+) -> dict[str, Measurement]:
+    """With every actor: check them, train, and measure."""
+    from actors import build, placement
+    from seqkd import recovery
+    from seqkd.control import Control
+    from seqkd.echo import check_workers
+    from seqkd.journal import keep_teachers
+    from seqkd.models import materialise_student
+
+    start = time.perf_counter()
+    student = materialise_student(
+        config.student, config.learner.precision, directory / "student_initial"
+    )
+    roles, control = placement.needed(config), Control(config.recovery, recorder.note)
+    with (
+        control.signals(),
+        build.workers(config, student, checked, roles, control) as workers,
+    ):
+        recorder.note(f"actors ready after {time.perf_counter() - start:.0f} s")
+        while True:
+            try:
+                warnings = check_workers(config, checked, workers, roles)
+                break
+            except LearnerLost as lost:
+                recovery.replace_learner(workers, control, lost)
+        for warning in warnings:
+            recorder.note(f"warning: {warning}")
+        if not config.two_step:
+            keep_teachers(config, journals)
+        run = recovery.prepare(
+            directory, config, checked, workers, roles, journals, recorder, control
+        )
+        return recovery.finish(run)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ cannot work are refused here, each with the field, the value and the mend.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -13,10 +14,12 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from seqkd.config_alarms import Alarms
 from seqkd.config_data import Data
-from seqkd.config_messages import explain
+from seqkd.config_messages import explain, shown
 from seqkd.config_objectives import NATURAL_OBJECTIVE, Objective, SequenceReverseKL
 from seqkd.config_roles import Learner, OneTeacher, Rollout, SeveralTeachers, Student, Teacher
+from seqkd.config_run import Checkpoints, Recovery
 from seqkd.config_schema import SamplerName, Schema
 from seqkd.errors import ConfigError
 
@@ -127,6 +130,9 @@ class Config(Phase):
     learner: Learner = Learner()
     warmup: Warmup | None = None
     evaluation: Evaluation = Evaluation()
+    checkpoints: Checkpoints = Checkpoints()
+    recovery: Recovery = Recovery()
+    alarms: Alarms = Alarms()
     placement: Literal["colocated", "split"] = Field(
         "colocated",
         description="colocated: roles take turns on the same cores; split: each has its own.",
@@ -324,13 +330,12 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
     """
     path = Path(path)
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file. Name a configuration file.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as text: {error}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: is not YAML: {_one_line(error)}") from None
+    data = _parse(text, f"{path}:")
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: holds no keys. A configuration is a mapping of keys to values.")
     for override in overrides:
@@ -344,32 +349,66 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
 
 def dump(config: Config) -> str:
     """The resolved configuration as YAML that :func:`load` reads back to an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    data = config.model_dump(mode="json")
+    text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+    if "\x85" in text:  # which YAML reads back as a line feed unless it is escaped
+        text = yaml.safe_dump(data, sort_keys=False)
+    return text
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses what would be lost in silence or break later, with the line that it is on."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        names: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in names:
+                raise _refusal(key, "is there twice")
+            names.add(str(key.value))
+        return node
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        try:
+            value = super().construct_object(node, deep)
+        except (yaml.YAMLError, RecursionError):
+            raise
+        except Exception:  # of a value such as 2001-99-99, anything at all
+            raise _refusal(node, f"is no {node.tag.rpartition(':')[2]}") from None
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise _refusal(node, "is too large a number")
+        if isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
+            raise _refusal(node, "is no text")
+        return value
+
+
+def _refusal(node: yaml.Node, why: str) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=f"{shown(node.value)} {why}", problem_mark=node.start_mark)
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except RecursionError:
+        raise ConfigError(f"{where} is nested too deeply to be read.") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where} is not YAML: {' '.join(str(error).split()):.500}") from None
 
 
 def _apply(data: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"override {override!r}: is not of the form key=value.")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(
-            f"override {override!r}: the value is not YAML: {_one_line(error)}"
-        ) from None
+    where = f"override {shown(override)}:"
+    if not equals or not key or not key.isprintable():
+        raise ConfigError(f"{where} is not of the form key=value.")
+    value = _parse(text, f"{where} the value")
     *parents, last = key.split(".")
     node = data
     for depth, name in enumerate(parents):
-        if node.get(name) is None:
-            node[name] = {}
-        node = node[name]
-        if not isinstance(node, dict):
+        below = node.get(name)
+        if not isinstance(below, dict | None):
             raise ConfigError(
-                f"override {override!r}: {'.'.join(parents[: depth + 1])} is the value {node!r}, "
+                f"{where} {'.'.join(parents[: depth + 1]):.80} is the value {shown(below)}, "
                 "so no key below it can be set."
             )
+        node[name] = node = dict(below or {})  # a copy: an alias in the file is another's too
     node[last] = value
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

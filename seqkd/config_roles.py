@@ -257,6 +257,11 @@ class Rollout(Engine):
 
     samples_per_prompt: int = Field(4, ge=1)
     max_tokens: int = Field(64, ge=1, description="Longest completion, data set answers too.")
+    mask_truncated: bool = Field(
+        False,
+        description="Leave sampled completions that max_tokens cut out of the loss (a bias against "
+        "long ones); a step of which all are cut learns from all.",
+    )
     temperature: float = Field(1.0, gt=0)
     top_p: float = Field(1.0, gt=0, le=1)
     teacher_fraction: float = Field(

@@ -4,7 +4,8 @@ Completions and scores are addressed by what they answer: token ids and sampling
 directory for the teacher's own identity. A live run takes from the journal what is there and adds
 what is not; under ``sampler: journal`` it is all there is (score first, train later), and the same
 code runs on the same values. The journal keeps the teacher's output head and tokenizer too, so
-that its checkpoint need not be there. The student's own samples are not kept: they do not recur.
+that its checkpoint need not be there. The student's own samples are not kept: they do not recur
+(but for a while, by :mod:`seqkd.run_journal`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import torch
@@ -27,7 +28,7 @@ from seqkd.errors import JournalError
 from seqkd.models import checkpoint_digest, dtype_of, export_head, load_config
 from seqkd.preflight import Checked
 from seqkd.protocols import Sampler, Teacher
-from seqkd.shards import Shards
+from seqkd.shards import Shards, sync, unwritable
 from seqkd.types import Prompt, Rollout, TeacherScore
 from seqkd.workers import Workers
 
@@ -56,11 +57,13 @@ SCORES = pa.schema(
 class Journal:
     """One teacher's completions and scores."""
 
-    def __init__(self, directory: Path, precision: str) -> None:
+    def __init__(
+        self, directory: Path, precision: str, damaged: Literal["refuse", "drop"] = "refuse"
+    ) -> None:
         self.directory = directory
         self.hidden_dtype = dtype_of(precision)
-        self.completions = Shards(directory / "completions", COMPLETIONS)
-        self.scores = Shards(directory / "scores", SCORES)
+        self.completions = Shards(directory / "completions", COMPLETIONS, damaged)
+        self.scores = Shards(directory / "scores", SCORES, damaged)
 
     @property
     def teacher(self) -> str:
@@ -77,6 +80,16 @@ class Journal:
     def add_scores(self, scores: Sequence[tuple[str, TeacherScore]]) -> None:
         """Keep scores, each with its address."""
         self.scores.append([self._score_row(address, score) for address, score in scores])
+
+    def settle(self) -> None:
+        """What was added so far is right."""
+        self.completions.settle()
+        self.scores.settle()
+
+    def revert(self) -> None:
+        """Remove what was added since it was last right."""
+        self.completions.revert()
+        self.scores.revert()
 
     def _score_row(self, address: str, score: TeacherScore) -> dict[str, Any]:
         tensors = {n: getattr(score, n) for n in TENSORS}
@@ -115,24 +128,35 @@ def open_journals(config: Config, teacher_here: bool) -> tuple[Config, dict[str,
 
 
 def _open(root: Path, teacher: OneTeacher, here: bool) -> Journal:
-    known = {
-        file.parent: json.loads(file.read_text(encoding="utf-8"))
-        for file in sorted(root.glob("*/teacher.json"))
-    }
     identity, spec = identify_teacher(teacher, here), describe_teacher(teacher)
     directory = root / identity if identity else None
-    if not here and directory not in known:
+    if not here and not (directory and (directory / "teacher.json").exists()):
         # The checkpoint is elsewhere, and its name is all there is to go by.
+        known = {file.parent: _description(file) for file in sorted(root.glob("*/teacher.json"))}
         named = [path for path, other in known.items() if other == spec]
         if identity or len(named) != 1:
             held = "; ".join(str(other) for other in known.values()) or "nothing at all"
             raise JournalError(
-                f"journal.path: {root} holds nothing of the teacher {spec}; it holds {held}. Name "
-                "that teacher, or run scripts/precompute.py with this configuration first."
+                f"journal.path: {root} holds nothing of the teacher {spec}; it holds {held:.500}. "
+                "Name that teacher, or run scripts/precompute.py with this configuration first."
             )
         directory = named[0]
     assert directory is not None, "a checkpoint that must be here has an identity"
     return Journal(directory, teacher.precision)
+
+
+def _description(file: Path) -> dict[str, str]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(found, dict):
+            return found
+        error: object = "it holds no keys"
+    except (OSError, ValueError, RecursionError) as caught:
+        error = caught
+    raise JournalError(
+        f"journal.path: {file} is damaged: {error!s:.200}. Remove it; scripts/precompute.py with "
+        "the same configuration writes it anew."
+    )
 
 
 def describe_teacher(teacher: OneTeacher) -> dict[str, str]:
@@ -151,7 +175,7 @@ def identify_teacher(teacher: OneTeacher, here: bool) -> str | None:
         if digest is None:
             return None
         spec["model"] = digest
-    return _hash(spec)
+    return address_of(spec)
 
 
 def keep_teachers(config: Config, journals: Mapping[str, Journal]) -> None:
@@ -160,13 +184,17 @@ def keep_teachers(config: Config, journals: Mapping[str, Journal]) -> None:
         teacher, description = config.teachers[name], journal.directory / "teacher.json"
         if description.exists():
             continue
-        journal.directory.mkdir(parents=True, exist_ok=True)
-        if not isinstance(teacher, ApiTeacher):
-            export_head(teacher.model, teacher.precision, Path(journal.teacher))
-        partial = description.with_suffix(".partial")
         text = json.dumps(describe_teacher(teacher), indent=2)
-        partial.write_text(text + "\n", encoding="utf-8")
-        partial.rename(description)
+        partial = description.with_suffix(".partial")
+        try:
+            journal.directory.mkdir(parents=True, exist_ok=True)
+            partial.write_text(text + "\n", encoding="utf-8")
+            sync(partial)
+            if not isinstance(teacher, ApiTeacher):
+                export_head(teacher.model, teacher.precision, Path(journal.teacher))
+            partial.rename(description)
+        except OSError as error:
+            raise unwritable(description, error) from None
 
 
 def attach(
@@ -238,7 +266,7 @@ class JournaledSampler:
 
     def address(self, prompt: Prompt, temperature: float, top_p: float) -> str:
         """Of the completions of ``prompt`` that are drawn so."""
-        return _hash([prompt.token_ids, self.settings, float(temperature), float(top_p)])
+        return address_of([prompt.token_ids, self.settings, float(temperature), float(top_p)])
 
     def usage(self) -> dict[str, int]:
         """What was asked of an endpoint so far, and how many completions were there already."""
@@ -286,7 +314,7 @@ class JournaledTeacher:
 
     def address(self, rollout: Rollout) -> str:
         """Of the score of ``rollout``'s tokens, in this form."""
-        return _hash([rollout.prompt_ids, rollout.completion_ids, self.form])
+        return address_of([rollout.prompt_ids, rollout.completion_ids, self.form])
 
 
 def sampling_settings(
@@ -349,7 +377,8 @@ def _as_rollout(prompt: Prompt, row: dict[str, Any]) -> Rollout:
     )
 
 
-def _hash(value: Any) -> str:
+def address_of(value: Any) -> str:
+    """A name for what ``value`` (plain data) asks: the same for the same."""
     return hashlib.blake2b(json.dumps(value).encode(), digest_size=16).hexdigest()
 
 

@@ -3,57 +3,107 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from seqkd.config import Config
+from seqkd.checkpoint import Checkpoints, Progress
+from seqkd.config import Config, Phase
+from seqkd.control import Control
 from seqkd.data import PromptStream
 from seqkd.evaluation.divergence import HeldOut, Measurement
 from seqkd.metrics import Clock, Recorder, describe
 from seqkd.schedule import learning_rate
 from seqkd.sources import StepSource, draws
 from seqkd.types import Prompt
+from seqkd.watch import Watch
 from seqkd.workers import Workers
 
 
-def run(
-    config: Config,
-    workers: Workers,
-    train: Sequence[Prompt],
-    heldout: Sequence[Prompt],
-    corpus: Sequence[Prompt],
-    recorder: Recorder,
-    export_to: str,
-) -> dict[str, Measurement]:
-    """Train through every phase, each of which leaves its student at ``export_to``; returns
+@dataclass(frozen=True)
+class Run:
+    """What a run works with."""
+
+    config: Config
+    workers: Workers
+    train: Sequence[Prompt]
+    corpus: Sequence[Prompt]
+    evaluation: HeldOut | None
+    recorder: Recorder
+    checkpoints: Checkpoints
+    watch: Watch
+    control: Control
+    export_to: str
+    """Where each phase leaves its student."""
+
+
+def go_on(run: Run, progress: Progress) -> dict[str, Measurement]:
+    """Train through every phase from where ``progress`` stands, which is kept up to date; returns
     held-out measurements by the name of what preceded them, "initial" first."""
-    stream, texts = PromptStream(train, config.seed), PromptStream(corpus, config.seed)
-    evaluation = None
-    measurements = {}
-    if heldout:
-        recorder.note("measuring the initial student on held-out prompts")
-        evaluation = HeldOut(workers, heldout, config.evaluation.samples_per_prompt, config.seed)
-        measurements["initial"] = evaluation.measure()
-    step = 0
-    for name, phase in config.phases:
-        recorder.begin(name, phase)
-        prompts = draws(phase, stream, texts)
-        sources = [StepSource(config, phase, sampler, workers) for sampler in phase.by_sampler]
-        for index in range(phase.steps):
-            clock = Clock()
-            version = workers.learner.policy_version
-            if index % phase.updates_per_rollout == 0:
-                drawn = next(prompts)
-                for source in sources:
-                    source.draw(drawn[source.sampler], step, clock)
-            parts = [source.part(clock) for source in sources]
-            lr = learning_rate(config.learner, config.lr(phase), index, phase.steps)
-            with clock("learn"):
-                result = workers.learner.step(parts, lr)
-            for source, learnt in zip(sources, result.parts, strict=True):
+    stream = PromptStream(run.train, run.config.seed)
+    texts = PromptStream(run.corpus, run.config.seed)
+    measure(run, progress, "initial", "measuring the initial student on held-out prompts")
+    begun = 0
+    for name, phase in run.config.phases:
+        train(run, progress, name, phase, begun, stream, texts)
+        begun += phase.steps
+        if progress.step == begun:
+            save(run, progress)
+            run.workers.learner.export(run.export_to)
+            measure(run, progress, name, f"measuring the student after {name} on held-out prompts")
+            progress.running = {}
+    return progress.measured
+
+
+def train(
+    run: Run, progress: Progress, name: str, phase: Phase, begun: int,
+    stream: PromptStream, texts: PromptStream,
+) -> None:  # fmt: skip
+    """Take the steps of one phase that are not taken yet, the first of them step ``begun``."""
+    config, learner = run.config, run.workers.learner
+    done = min(progress.step - begun, phase.steps)
+    prompts = draws(phase, stream, texts, done)
+    if done == phase.steps:
+        return
+    run.recorder.begin(name, phase)
+    sources = [
+        StepSource(config, phase, sampler, run.workers, progress.running.get(sampler))
+        for sampler in phase.by_sampler
+    ]
+    progress.running = {source.sampler: source.running for source in sources}
+    for index in range(done, phase.steps):
+        clock = Clock()
+        version = learner.policy_version
+        if not sources[0].steps:
+            run.control.check()
+            if run.checkpoints.due(progress):
+                save(run, progress)
+            drawn = next(prompts)
+            for source in sources:
+                source.draw(drawn[source.sampler], progress.step, clock)
+            with clock("watch"):
+                run.watch.drawn(progress.step)
+        parts = [source.part(clock) for source in sources]
+        lr = learning_rate(config.learner, config.lr(phase), index, phase.steps)
+        with clock("learn"):
+            result = learner.step(parts, lr)
+        run.watch.learnt(progress.step, parts, result, lr)
+        for source, learnt in zip(sources, result.parts, strict=True):
+            if not result.skipped:
                 source.running.update(learnt.costs, learnt.alive)
-            recorder.step(step, describe(config, name, phase, version, lr, parts, result), clock)
-            step += 1
-        workers.learner.export(export_to)
-        if evaluation:
-            recorder.note(f"measuring the student after {name} on held-out prompts")
-            measurements[name] = evaluation.measure()
-    return measurements
+        row = describe(config, name, phase, version, lr, parts, result)
+        run.recorder.step(progress.step, row, clock)
+        run.watch.described(row)
+        progress.step += 1
+        progress.between_draws = not sources[0].steps
+
+
+def save(run: Run, progress: Progress) -> None:
+    """Write a checkpoint of a learner that is whole."""
+    run.watch.saving()
+    run.checkpoints.save(progress)
+
+
+def measure(run: Run, progress: Progress, stage: str, note: str) -> None:
+    """Measure the student as it is, unless that is done."""
+    if run.evaluation and stage not in progress.measured:
+        run.recorder.note(note)
+        progress.measured[stage] = run.evaluation.measure()

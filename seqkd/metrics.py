@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from seqkd.config import Config, Phase
-from seqkd.protocols import Part
-from seqkd.types import PartResult, StepResult
+import xxhash
 
-STAGES = ("sync", "sample", "score", "learn")
+from seqkd.config import Config, Phase
+from seqkd.errors import writing
+from seqkd.protocols import Part
+from seqkd.types import PartResult, Rollout, StepResult
+
+STAGES = ("sync", "sample", "score", "watch", "learn")
 
 
 class Clock:
@@ -35,18 +40,65 @@ class Clock:
         return time.perf_counter() - self.start
 
 
-class Recorder:
-    """Writes a run's metrics as they come; closed by the caller."""
+class Board:
+    """TensorBoard's files. The metrics are whole without: where they cannot be written, the run
+    goes on."""
 
-    def __init__(self, directory: Path, config: Config, out: TextIO = sys.stdout) -> None:
+    def __init__(self, directory: Path, step: int, say: Callable[[str], None]) -> None:
+        """What TensorBoard has of ``step`` and later is hidden."""
+        self.directory, self.say = directory, say
+        self.writer: Any = None
+        self._attempt(lambda: self._open(step))
+
+    def add(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Values of one step."""
+        if self.writer is not None:
+            self._attempt(lambda: [self.writer.add_scalar(k, v, step) for k, v in scalars.items()])
+
+    def close(self) -> None:
+        """Write what is left."""
+        if self.writer is not None:
+            self._attempt(self.writer.close)
+
+    def _open(self, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        self.writer = SummaryWriter(str(self.directory), purge_step=step or None)
+
+    def _attempt(self, action: Callable[[], Any]) -> None:
+        try:
+            action()
+        except Exception as error:  # whatever its writer thread met; nothing of the run is lost
+            self.writer = None
+            self.say(f"warning: {self.directory}: {error}. The run goes on without TensorBoard.")
+
+
+class Recorder:
+    """Writes a run's metrics as they come; closed by the caller. Each row of metrics.jsonl is on
+    disk before the next step begins."""
+
+    def __init__(self, directory: Path, config: Config, out: TextIO = sys.stdout) -> None:
         self.out, self.live = out, out.isatty()
         self.steps = sum(phase.steps for _, phase in config.phases)
         self.done = 0
         self.stage_seconds = dict.fromkeys((*STAGES, "other"), 0.0)
-        self.file = (directory / "metrics.jsonl").open("a", encoding="utf-8")
-        self.board: Any = SummaryWriter(str(directory / "tensorboard"))
+        self.path, self.board_path = directory / "metrics.jsonl", directory / "tensorboard"
+        self.file: TextIO | None = None
+        self.board: Board | None = None
+
+    def rewind(self, step: int) -> list[dict[str, Any]]:
+        """Go on with ``step``: later rows, and one that was not written to its end, are cut off.
+        Returns the rows that are left."""
+        self.close()
+        with writing(self.path):
+            rows = _whole_rows(self.path, step)
+            partial = self.path.with_suffix(".partial")
+            partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            partial.rename(self.path)
+            self.file = self.path.open("a", encoding="utf-8")
+        self.done = step
+        self.board = Board(self.board_path, step, self.note)
+        return rows
 
     def note(self, text: str) -> None:
         """A line for the person watching."""
@@ -70,19 +122,25 @@ class Recorder:
             self.stage_seconds[stage] += seconds
         row = row | {f"time_{stage}_s": seconds for stage, seconds in clock.seconds.items()}
         row |= {"time_step_s": total, "tokens_per_s": row["tokens"] / total}
-        self.file.write(json.dumps({"step": step, **row}) + "\n")
-        self.file.flush()
-        for key, value in row.items():
-            if isinstance(value, (int, float)):
-                self.board.add_scalar(key, value, step)
+        assert self.file is not None, "rewind first"
+        with writing(self.path):
+            self.file.write(json.dumps({"step": step, **_finite(row)}, allow_nan=False) + "\n")
+            self.file.flush()
+            os.fsync(self.file.fileno())
+        scalars = {key: value for key, value in row.items() if isinstance(value, (int, float))}
+        assert self.board is not None
+        self.board.add(step, scalars)
         self.done += 1
         self.recent = [*self.recent[-9:], total]
         self._line(self._progress(row), keep=self.done == self.steps)
 
     def close(self) -> None:
         """Flush and close every file."""
-        self.file.close()
-        self.board.close()
+        if self.file is not None:
+            with suppress(OSError):  # a row that could not be written was said when it was
+                self.file.close()
+        if self.board is not None:
+            self.board.close()
 
     def _progress(self, row: dict[str, Any]) -> str:
         filled = round(16 * self.done / self.steps)
@@ -113,6 +171,24 @@ class Recorder:
         self.out.flush()
 
 
+def _finite(row: Mapping[str, Any]) -> dict[str, Any]:
+    """With null in place of what JSON has no number for."""
+    lost = [k for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)]
+    return {**row, **dict.fromkeys(lost)}
+
+
+def _whole_rows(path: Path, step: int) -> list[dict[str, Any]]:
+    """Rows of the steps before ``step``, but for those that are damaged."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    rows: list[dict[str, Any]] = []
+    for line in text.splitlines():
+        with suppress(ValueError, AttributeError, TypeError):  # not JSON, or not such a row
+            row = json.loads(line)
+            if (rows[-1]["step"] if rows else -1) < row.get("step") < step:
+                rows.append(row)
+    return rows
+
+
 def describe(
     config: Config,
     name: str,
@@ -131,6 +207,7 @@ def describe(
         "policy_version": version,
         "loss": result.loss,
         "grad_norm": result.grad_norm,
+        "skipped": result.skipped,
         "lr": lr,
     }
     for sampler, part, learnt in zip(phase.by_sampler, parts, result.parts, strict=True):
@@ -144,14 +221,24 @@ def describe(
     return row
 
 
+def _digest(rollouts: Sequence[Rollout]) -> str:
+    """The same for the same completions, in whatever order."""
+    texts = sorted(f"{r.sample_id} {r.completion_ids}" for r in rollouts)
+    return xxhash.xxh3_64_hexdigest("\n".join(texts).encode())
+
+
 def _describe_part(config: Config, part: Part, result: PartResult) -> dict[str, Any]:
     counts, rollouts = part.counts, part.rollouts
+    cut = part.masked + sum(r.finish_reason == "length" for r in rollouts)
     row: dict[str, Any] = {
+        "samples": _digest(rollouts),
         "rollout_policy_version": max(r.policy_version for r in rollouts),
         "sequences": counts.sequences,
         "tokens": counts.tokens,
         "length": counts.tokens / counts.sequences,
         "eos_rate": sum(r.finish_reason == "stop" for r in rollouts) / len(rollouts),
+        "truncation_rate": cut / (len(rollouts) + part.masked),
+        "repetition": repetition(rollouts),
     }
     if any(term.objective.running for term in part.terms):
         row |= {"rate": counts.rate, "expected_length": counts.length}
@@ -173,4 +260,31 @@ def _describe_part(config: Config, part: Part, result: PartResult) -> dict[str, 
             "logprob_gap_mean": result.per_token("logprob_gap"),
             "logprob_gap_max": result.logprob_gap_max,
         }
+    return row | _describe_ratios(result.sums)
+
+
+def _describe_ratios(sums: Mapping[str, float]) -> dict[str, float]:
+    """Of today's student to the one that drew: by token k1 and k3, estimates of the divergence of
+    the one from the other; by sequence the importance ratio."""
+    row: dict[str, float] = {}
+    if tokens := sums.get("ratio_tokens"):
+        row |= {f"{name}_per_token": sums[name] / tokens for name in ("k1", "k3")}
+    if sequences := sums.get("ratio_sequences"):
+        ratio, squared = sums["ratio"], sums["ratio_squared"]
+        row |= {
+            "ratio_mean": ratio / sequences,
+            "ratio_effective_sample_size": ratio**2 / squared / sequences if squared else 0.0,
+        }
     return row
+
+
+def repetition(rollouts: Sequence[Rollout], n: int = 4) -> float:
+    """Share of the completions' n-grams that occurred before in the same completion; 0 where all
+    are shorter."""
+    seen = repeated = 0
+    for rollout in rollouts:
+        ids = rollout.completion_ids
+        grams = [ids[i : i + n] for i in range(len(ids) - n + 1)]
+        seen += len(grams)
+        repeated += len(grams) - len(set(grams))
+    return repeated / seen if seen else 0.0

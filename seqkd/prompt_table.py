@@ -8,6 +8,7 @@ from typing import Any, overload
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import xxhash
 
 from seqkd.conversations import Message
 from seqkd.types import Prompt
@@ -65,6 +66,14 @@ class PromptTable(Sequence[Prompt]):
     def tags(self) -> set[str]:
         """Of any prompt."""
         return set(self.columns["tag"].unique().to_pylist())
+
+    def digest(self) -> str:
+        """Of what is learnt from: every prompt's identity, answer and tag, in order."""
+        whole = xxhash.xxh3_128()
+        for name in ("prompt_id", "reference_ids", "tag"):
+            for value in self.columns[name]:
+                whole.update(repr(value.as_py()).encode())
+        return whole.hexdigest()
 
     def lengths(self, column: str) -> np.ndarray:
         """Tokens of each prompt ("token_ids") or of each answer ("reference_ids")."""

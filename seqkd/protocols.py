@@ -34,10 +34,19 @@ class Sampler(Protocol):
 class StudentSampler(Sampler, Protocol):
     """The student's, whose weights change."""
 
-    policy_version: int
+    @property
+    def policy_version(self) -> int | None:
+        """Of the weights it has; None where that is not known."""
 
     def load(self, version: WeightVersion) -> None:
         """Take in published weights, verified."""
+
+    def forget(self) -> None:
+        """Whatever weights it has, they are not the learner's."""
+
+    def score(self, token_ids: Sequence[int]) -> list[list[float]]:
+        """The log-probability of each of ``token_ids[1:]`` after those before it: a list for every
+        engine."""
 
 
 class Teacher(Protocol):
@@ -62,6 +71,8 @@ class Part:
     """The share of teacher samples in a mixture, whose sequences are weighted; else None."""
     usage: Mapping[str, int] = field(default_factory=dict)
     """What the teacher's endpoint was asked for so far."""
+    masked: int = 0
+    """Completions that were drawn with these and left out, because they are cut."""
 
 
 Measured = dict[str, dict[str, list[float]]]
@@ -69,12 +80,16 @@ Measured = dict[str, dict[str, list[float]]]
 
 
 class Learner(Protocol):
-    """The student's weights and its optimizer."""
+    """The student's weights and its optimizer. What is asked of it raises LearnerLost where one of
+    its processes is lost."""
 
     policy_version: int
+    whole: bool
+    """Whether it stands between two steps, so that it may be saved."""
 
     def step(self, parts: Sequence[Part], lr: float) -> StepResult:
-        """One optimizer step on the sum of all parts; results are global."""
+        """One optimizer step on the sum of all parts; results are global. Where loss or gradient is
+        not finite the step counts, but changes neither weights nor optimizer."""
 
     def measure(self, rollouts: Sequence[Rollout], scores: Scores) -> Measured:
         """What the student thinks of ``rollouts``; no step is taken."""
@@ -84,3 +99,15 @@ class Learner(Protocol):
 
     def export(self, directory: str) -> None:
         """Write a model directory that transformers and vLLM load."""
+
+    def restart(self) -> None:
+        """New processes, with the initial student."""
+
+    def save(self, directory: str) -> None:
+        """Write weights and optimizer state into an existing directory, as files that are on disk
+        when this returns."""
+
+    def restore(self, directory: str, policy_version: int) -> None:
+        """Go on exactly from what :meth:`save` wrote after ``policy_version`` steps, whatever the
+        number of ranks, the ZeRO stage and the precision; ModelError where it is of another
+        student."""

@@ -1,14 +1,54 @@
-"""The run directory: where it is, and that it holds one run only."""
+"""The run directory: where it is, that it holds one run only, and what a resumed run may change."""
 
 from __future__ import annotations
 
+import fcntl
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from seqkd.config import Config, dump
+from seqkd import run_journal
+from seqkd.config import Config, dump, load
 from seqkd.errors import ConfigError
+from seqkd.shards import sync
 
 PACKAGED = "working_dir_files"
 """A folder in the path of every working directory that Ray unpacks for a job."""
+FIRST = (
+    "config.yaml", "data.json", "lock", "student_initial", "student_initial.partial", "tensorboard",
+    "journal",
+)  # fmt: skip
+"""What a run writes before its first step: a start that failed there may be tried again."""
+OPERATION = {
+    "name", "runs_dir", "cluster", "placement", "examples", "actors", "cpus", "gpus", "ranks",
+    "zero_stage", "gradient_checkpointing", "micro_batch_prompts", "tensor_parallel_size",
+    "kv_cache_gib", "gpu_memory_utilization", "max_num_seqs", "enforce_eager", "batch_tokens",
+    "base_url", "key_env", "concurrency", "timeout_s", "max_retries",
+}  # fmt: skip
+"""Keys that say how a run is carried out, in whatever section; and every key of SECTIONS."""
+SECTIONS = ("checkpoints", "recovery", "alarms")
+COURSE = {
+    "steps", "learner.lr", "learner.schedule", "learner.lr_warmup_steps", "learner.min_lr_ratio",
+    "learner.betas", "learner.weight_decay", "learner.max_grad_norm", "learner.precision",
+    "rollout.precision",
+}  # fmt: skip
+"""Fields that change what the next steps do, which a user may want under way."""
+
+
+@dataclass(frozen=True)
+class Resumption:
+    """What there is to go on from."""
+
+    found: bool
+    """Whether the run has begun; else it begins now."""
+    same_student: bool = True
+    """Whether the samples drawn since the last checkpoint are of the student that will be."""
+    changes: tuple[str, ...] = ()
+    """A line for each changed field."""
 
 
 def locate(config: Config) -> Path:
@@ -20,26 +60,136 @@ def locate(config: Config) -> Path:
     return (runs / config.name).absolute()
 
 
-FIRST = ("config.yaml", "student_initial", "student_initial.partial", "tensorboard")
-"""What a run writes before its first step: a start that failed there may be tried again."""
-
-
 def refuse_used(directory: Path) -> None:
     """ConfigError where another run, or anything else, is already there."""
     found = directory.iterdir() if directory.is_dir() else ()
     metrics = directory / "metrics.jsonl"
     if any(path.name not in FIRST and (path != metrics or path.stat().st_size) for path in found):
         raise ConfigError(
-            f"name: {directory} already holds another run. Choose a new name=…, or remove it."
+            f"name: {directory} already holds another run. Choose a new name=…, or remove it; "
+            "to go on with it, use --resume."
         )
 
 
-def create(directory: Path, config: Config) -> None:
-    """Make the directory and write the resolved configuration into it."""
-    refuse_used(directory)
-    try:
+@contextmanager
+def hold(directory: Path) -> Iterator[None]:
+    """Make the directory, and keep other processes from it while the block runs."""
+    with _written(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "config.yaml").write_text(dump(config), encoding="utf-8")
+        lock = (directory / "lock").open("w")
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"name: {directory} is that of a run that is under way. Stop it first, or choose "
+                "a new name=…."
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
+def begin(
+    directory: Path, config: Config, data: Mapping[str, Sequence[Any]], resumption: Resumption
+) -> None:
+    """Write the resolved configuration, and what makes the data sets others, into the directory,
+    after what this run must not learn from is removed."""
+    journal = directory / "journal"
+    with _written(directory):
+        if not resumption.found:  # of a start that failed before its first step
+            shutil.rmtree(journal, ignore_errors=True)
+        if not resumption.same_student:
+            run_journal.remove(journal)
+        _replace(directory / "data.json", json.dumps(_fingerprint(data), indent=2))
+        _replace(directory / "config.yaml", dump(config))
+
+
+def resumption(directory: Path, config: Config, resume: bool) -> Resumption:
+    """What a start, told to ``resume`` or not, finds in the directory. ConfigError where there is a
+    run that it may not begin anew, or whose steps so far would not be those of ``config``."""
+    file = directory / "config.yaml"
+    if not resume or not file.exists():
+        refuse_used(directory)
+        return Resumption(found=False)
+    before, now = _flat(load(file)), _flat(config)
+    changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    lines = {key: f"{key}: {_shown(before, key)} -> {_shown(now, key)}" for key in changed}
+    course = [key for key in changed if key in COURSE]
+    free = [key for key in changed if _operation(key)]
+    refused = [lines[key] for key in changed if key not in course and key not in free]
+    if before["steps"] > config.steps:
+        refused.append(f"{lines['steps']} (only more)")
+    if refused:
+        raise ConfigError(
+            f"--resume: {directory} is a run of another configuration:\n"
+            + "".join(f"  {line}\n" for line in refused)
+            + "Set these as they were, or choose a new name=…."
+        )
+    return Resumption(True, not course, tuple(lines.values()))
+
+
+def refuse_other_data(directory: Path, data: Mapping[str, Sequence[Any]]) -> None:
+    """ConfigError unless ``data`` is what the run in ``directory`` began with: its steps are
+    counted through the prompts in their order."""
+    file = directory / "data.json"
+    try:
+        before = json.loads(file.read_text(encoding="utf-8"))
+        before = {name: before[name] for name in data}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ConfigError(
+            f"--resume: {file}, which says what data the run began with, is missing or damaged. "
+            "Choose a new name=…."
+        ) from None
+    for name, now in _fingerprint(data).items():
+        if now != before[name]:
+            raise ConfigError(
+                f"--resume: data: the {name} prompts are not those with which {directory} began: "
+                f"{before[name]['prompts']} then, {now['prompts']} now, with other content. Put "
+                "the data set back as it was, or choose a new name=…."
+            )
+
+
+def _fingerprint(data: Mapping[str, Sequence[Any]]) -> dict[str, dict[str, Any]]:
+    return {
+        name: {"prompts": len(prompts), "digest": getattr(prompts, "digest", str)()}
+        for name, prompts in data.items()
+    }
+
+
+def _flat(config: Config) -> dict[str, Any]:
+    """Every value by its dotted path."""
+
+    def walk(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+        if not isinstance(value, dict) or not value:
+            yield path, value
+            return
+        for key, below in value.items():
+            yield from walk(below, f"{path}.{key}" if path else key)
+
+    return dict(walk(config.model_dump(mode="json"), ""))
+
+
+def _operation(key: str) -> bool:
+    section, *_, last = key.split(".") if "." in key else (key, key)
+    return section in SECTIONS or last in OPERATION
+
+
+def _shown(values: Mapping[str, Any], key: str) -> str:
+    return str(values[key]) if key in values else "(none)"
+
+
+def _replace(file: Path, text: str) -> None:
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    sync(partial)
+    partial.rename(file)
+
+
+@contextmanager
+def _written(directory: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise ConfigError(
             f"runs_dir: {directory} cannot be written: {error.strerror}. Name another directory."

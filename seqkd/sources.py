@@ -20,32 +20,40 @@ from seqkd.workers import Workers
 
 
 def draws(
-    phase: Phase, stream: PromptStream, texts: PromptStream
+    phase: Phase, stream: PromptStream, texts: PromptStream, done: int = 0
 ) -> Iterator[dict[SamplerName, list[list[Prompt]]]]:
     """The prompts of each draw of ``phase``: by sampler, a list for every step that learns from
-    it. ``stream`` and ``texts`` go on from where they are."""
-    for first in range(0, phase.steps, phase.updates_per_rollout):
+    it. ``stream`` and ``texts`` go on from where they are, past those of the ``done`` steps."""
+    rows = {sampler: texts if sampler == "corpus" else stream for sampler in phase.by_sampler}
+    for of in rows.values():
+        of.skip(done * phase.prompts_per_step)
+
+    def draw(first: int) -> dict[SamplerName, list[list[Prompt]]]:
         steps = range(min(phase.updates_per_rollout, phase.steps - first))
-        drawn = {}
-        for sampler in phase.by_sampler:
-            rows = texts if sampler == "corpus" else stream
-            drawn[sampler] = [rows.take(phase.prompts_per_step) for _ in steps]
-        yield drawn
+        return {s: [of.take(phase.prompts_per_step) for _ in steps] for s, of in rows.items()}
+
+    return map(draw, range(done, phase.steps, phase.updates_per_rollout))
 
 
 class StepSource:
     """What one phase learns from one sampler's completions."""
 
     def __init__(
-        self, config: Config, phase: Phase, sampler: SamplerName, workers: Workers
+        self,
+        config: Config,
+        phase: Phase,
+        sampler: SamplerName,
+        workers: Workers,
+        running: RunningCosts | None = None,
     ) -> None:
+        """``running`` is of the steps before, where the phase is under way."""
         self.config, self.phase, self.sampler, self.workers = config, phase, sampler, workers
         self.source = config.source(sampler)
         self.terms = phase.by_sampler[sampler]
         self.fraction = config.rollout.teacher_fraction if sampler == "mixture" else None
         needs = {term.objective.teacher_need for term in self.terms}
         self.scored = needs != {"nothing"} or self.fraction is not None
-        self.running = RunningCosts()
+        self.running = running or RunningCosts()
         self.steps: list[list[Rollout]] = []
         self.scores: Scores = {}
         self.usage: dict[str, int] = {}
@@ -62,13 +70,17 @@ class StepSource:
 
     def part(self, clock: Clock) -> Part:
         """What the next step learns from."""
-        rollouts = self.steps.pop(0)
+        drawn = self.steps.pop(0)
+        mask = self.config.rollout.mask_truncated and self.source not in ("dataset", "corpus")
+        ended = [r for r in drawn if r.finish_reason == "stop"] if mask else drawn
+        rollouts = ended or drawn
         scores = {r.sample_id: self.scores[r.sample_id] for r in rollouts} if self.scores else {}
         if any(term.objective.running for term in self.terms) and not self.running.known:
             with clock("learn"):
                 self._first_estimate(rollouts, scores)
         counts = self.running.counts(rollouts)
-        return Part(rollouts, scores, counts, self.terms, self.fraction, self.usage)
+        masked = len(drawn) - len(rollouts)
+        return Part(rollouts, scores, counts, self.terms, self.fraction, self.usage, masked)
 
     def _rollouts(self, prompts: list[Prompt], step: int, clock: Clock) -> list[list[Rollout]]:
         """The completions of each prompt."""

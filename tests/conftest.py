@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 # Before torch or Ray is imported anywhere: no hub, no accelerator, one thread a process.
 os.environ |= {
@@ -20,6 +21,11 @@ os.environ |= {
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 
+ANY_TIME = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
+settings.register_profile("quick", max_examples=50, derandomize=True, **ANY_TIME)
+settings.register_profile("long", max_examples=1500, print_blob=True, **ANY_TIME)
+settings.load_profile("quick")  # --hypothesis-profile names the other
+
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
@@ -31,6 +37,20 @@ def tiny(tmp_path_factory):
         "teacher": str(write_tiny(folder / "teacher", layers=4, seed=1)),
         "student": str(write_tiny(folder / "student", layers=2, seed=2)),
     }
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tiny, tmp_path_factory):
+    """configs/tiny.yaml with these models, as a file."""
+    import yaml
+
+    data = yaml.safe_load((ROOT / "configs" / "tiny.yaml").read_text())
+    data["student"]["model"], data["teacher"]["model"] = tiny["student"], tiny["teacher"]
+    for key in ("path", "heldout_path"):
+        data["data"][key] = str(ROOT / data["data"][key])
+    file = tmp_path_factory.mktemp("config") / "tiny.yaml"
+    file.write_text(yaml.safe_dump(data))
+    return file
 
 
 @pytest.fixture(scope="session")

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import uuid
 from dataclasses import replace
 
 import pytest
 import torch
 
-from actors.groups import LearnerGroup, RolloutGroup, TeacherGroup, wait
+from actors.groups import LearnerGroup, RolloutGroup, TeacherGroup
 from actors.learner import LearnerRank
 from actors.placement import ActorPlan
+from actors.pool import Pool, remote, wait
 from actors.rollout import RolloutActor
 from actors.teacher import TeacherActor
 from seqkd.config import Config
@@ -83,21 +83,22 @@ def crew(local_ray, tiny):
     environment = {"env_vars": PLAN.environment()}
 
     def create(cls, *args):
-        return local_ray.remote(cls).options(runtime_env=environment).remote(*args)
+        return remote(cls).options(runtime_env=environment).remote(*args)
 
-    learner = create(LearnerRank, Learner(zero_stage=0), uuid.uuid4().hex)
+    learner = LearnerGroup(
+        lambda: [create(LearnerRank, Learner(zero_stage=0))],
+        (tiny["student"], {"": (tiny["teacher"], "float32")}),
+        2,
+        tiny["student"],
+    )
+    learner.ready()
     teacher = create(FaultyTeacher)
     engine = create(RolloutActor, (0,), "student")
-    master, _ = wait(learner.rendezvous.remote(), "learner")
-    wait(
-        [
-            learner.start.remote(0, master, tiny["student"], {"": (tiny["teacher"], "float32")}),
-            engine.start.remote(tiny["student"], Engine(kv_cache_gib=0.1), PROMPT + COMPLETION),
-        ],
-        "start",
-    )
+    start = (tiny["student"], Engine(kv_cache_gib=0.1), PROMPT + COMPLETION)
+    wait(engine.start.remote(*start), "start")
     yield learner, teacher, engine
-    for actor in (learner, teacher, engine):
+    learner.kill()
+    for actor in (teacher, engine):
         local_ray.kill(actor)
 
 
@@ -110,12 +111,11 @@ def examine(crew, tiny):
         serving = config.teacher.model_copy(update={"model": serves or config.teacher.model})
         wait(teacher.start.remote(serving, PROMPT + COMPLETION, 320), "teacher start")
         wait(teacher.set_fault.remote(fault), "teacher")
-        group = LearnerGroup([learner], 2, tiny["student"])
-        sampler = RolloutGroup([engine], COMPLETION, group, "rollout")
+        sampler = RolloutGroup(Pool("rollout", [engine]), COMPLETION, learner)
         workers = Workers(
             student=sampler,
-            learner=group,
-            teachers={"": TeacherGroup([teacher])},
+            learner=learner,
+            teachers={"": TeacherGroup(Pool("teacher", [teacher]))},
             teacher_samplers={"": sampler},
             teacher_of=config.teacher_of,
             distribution=True,
@@ -196,22 +196,17 @@ def test_another_model_writes_than_scores(examine, config):
 
 
 def test_an_engine_that_has_not_the_students_weights(examine, config, crew, tiny):
+    from actors import weight_sync
     from seqkd.models import load_causal_lm
 
     learner, _, engine = crew
-    published = wait(learner.publish.remote(), "publishing")
-    changed = _moved(published, load_causal_lm(tiny["student"], "float32", "model"))
-    wait(engine.load.remote(changed, None), "load")
+    published = learner.publish()
+    model = load_causal_lm(tiny["student"], "float32", "model")
+    with weight_sync.memory_file() as file:  # a little off, published as if they were right
+        state = {n: p.detach() + 0.01 for n, p in model.named_parameters()}
+        changed = weight_sync.publish(state, 0, file, published.node_id)
+        wait(engine.load.remote(changed, None), "load")
     (message,) = refused(examine, config(), roles=("rollout",))
     assert message.startswith("rollout: the engine gives the tokens that it draws other log-probs")
-    wait(engine.load.remote(wait(learner.publish.remote(), "publishing"), None), "load")
+    wait(engine.load.remote(learner.publish(), None), "load")
     assert examine(config(), roles=("rollout",)) == []
-
-
-def _moved(version, model):
-    """Weights that are a little off, published as if they were right."""
-    from actors import weight_sync
-
-    state = {n: p.detach() + 0.01 * torch.ones_like(p) for n, p in model.named_parameters()}
-    run_id = version.path.split("seqkd-")[1].split("/")[0]
-    return weight_sync.publish(state, 0, run_id, version.node_id)

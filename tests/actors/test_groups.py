@@ -1,19 +1,37 @@
-"""What is said when an actor fails: the first cause, as soon as it is known."""
+"""Calls on actors: what is said when one fails, and what is done about it."""
 
 from __future__ import annotations
 
 import os
+import signal
 import threading
+from dataclasses import replace
+from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from actors import groups
-from seqkd.errors import ActorError, ModelError
-from seqkd.types import Prompt, Rollout
+from actors.pool import Pool, remote, wait
+from seqkd.config_run import Recovery
+from seqkd.control import Control
+from seqkd.errors import ActorError, LearnerLost, ModelError, Stopped
+from seqkd.types import Prompt, Rollout, WeightVersion
+
+SOON = Recovery(restarts=3, backoff_s=0.01, heartbeat_s=1, stall_s=60, grace_s=0.5)
 
 
 class Worker:
-    """One that fails in the ways in which actors do."""
+    """One that fails in the ways in which actors do, as long as ``file`` says so."""
+
+    def __init__(self, file=None):
+        self.file, self.started = file, False
+
+    def start(self):
+        self.started = True
+
+    def pid(self):
+        return os.getpid()
 
     def refuse(self):
         raise ModelError("student.model: is none.")
@@ -24,38 +42,198 @@ class Worker:
     def die(self):
         os._exit(1)
 
+    def stop(self):
+        os.kill(os.getpid(), signal.SIGSTOP)
+
     def hang(self):
         threading.Event().wait()
 
+    def once(self, number, how):
+        """``number``, but for as many calls as ``file`` has letters, each of which fails."""
+        left = self.file.read_text() if how else ""
+        if left:
+            self.file.write_text(left[1:])
+            getattr(self, how)()
+        assert self.started
+        return number
+
 
 @pytest.fixture
-def workers(local_ray):
-    started = [local_ray.remote(Worker).options(num_cpus=0).remote() for _ in range(2)]
-    yield started
-    for worker in started:
-        local_ray.kill(worker)
+def pool(local_ray, tmp_path):
+    """Two workers of which those that are lost are replaced; ``pool.said`` is what was said."""
+    file, said = tmp_path / "failures", []
+    file.write_text("")
+
+    def create(index):
+        return remote(Worker).options(num_cpus=0).remote(file)
+
+    pool = Pool("worker", [create(0), create(1)], Control(SOON, said.append), create)
+    pool.each("start")
+    pool.file, pool.said = file, said
+    yield pool
+    pool.kill()
 
 
-@pytest.fixture(autouse=True)
-def soon(monkeypatch):
+@pytest.mark.parametrize("how", ["die", "fail", "stop"])
+def test_a_lost_call_is_made_again_by_a_new_process(pool, how):
+    """Killed, raising, or stopped so that no heartbeat comes; what the other one answered stays."""
+    pool.file.write_text("x")
+    before = pool.each("pid")
+    assert pool.call("once", [(1, how), (2, "")]) == [1, 2]
+    after = pool.each("pid")
+    assert sum(a != b for a, b in zip(before, after, strict=True)) == 1
+    assert len(pool.said) == 1
+    for pid in set(before) - set(after):
+        psutil.wait_procs([psutil.Process(pid)] if psutil.pid_exists(pid) else [], timeout=30)
+        assert not psutil.pid_exists(pid), "the process that hung is left behind"
+
+
+def test_only_who_is_asked_is_called(pool):
+    assert pool.call("once", [None, (2, "")]) == [None, 2]
+
+
+def test_a_spent_budget_names_the_first_cause(pool):
+    pool.file.write_text("x" * 9)
+    with pytest.raises(ActorError) as caught:
+        pool.call("once", [(1, "die"), None])
+    assert str(caught.value).startswith("worker once died: its process was killed")
+    assert "the first of 4 losses" in str(caught.value)
+    assert "recovery.restarts is 3" in str(caught.value)
+    pool.control.saved()  # a checkpoint makes the budget whole again
+    pool.file.write_text("x" * 2)
+    assert pool.call("once", [(1, "die"), None]) == [1, None]
+
+
+def test_what_is_raised_again_by_a_new_process_is_not_tried_a_third_time(pool):
+    pool.file.write_text("x" * 9)
+    with pytest.raises(ActorError) as caught:
+        pool.call("once", [(1, "fail"), None])
+    message = "worker once failed: ConnectionError: connection closed by peer"
+    assert str(caught.value) == message
+    assert "in fail" in caught.value.details
+    assert pool.file.read_text() == "x" * 7
+
+
+def test_what_is_the_users_to_mend_is_said_at_once(pool):
+    with pytest.raises(ModelError, match=r"student\.model: is none\."):
+        pool.call("refuse", [(), None])
+    assert not pool.said
+
+
+def test_a_new_engine_gets_the_weights_that_the_others_have(local_ray, tmp_path):
+    """And a group that forgot its weights is loaded anew, whatever their version."""
+    file = tmp_path / "failures"
+    file.write_text("")
+
+    class Engine(Worker):
+        version = None
+
+        def node(self):
+            return "here"
+
+        def load(self, version, data):
+            self.once(0, "die")
+            assert version.path == "/published", "the file of an older version is gone"
+            self.version = version.policy_version
+
+        def loaded(self, number):
+            self.once(number, "die")
+            return self.version
+
+    def create(index):
+        return remote(Engine).options(num_cpus=0).remote(file)
+
+    pool = Pool("rollout", [create(0), create(1)], Control(SOON), create)
+    pool.each("start")
+    learner = SimpleNamespace(alive=lambda: None)
+    group = groups.RolloutGroup(pool, 1, learner)
+    group.load(WeightVersion(6, "/published", "here", {}))
+    group.loaded = replace(group.loaded, path="/gone")
+    file.write_text("x")  # one is lost during the sync
+    group.load(WeightVersion(7, "/published", "here", {}))
+    file.write_text("x")
+    assert pool.call("loaded", [(1,), None]) == [7, None]
+    assert group.policy_version == 7
+    file.write_text("x")  # an engine and the learner at once: the weights are gone with it
+    learner.alive = lost_learner
+    with pytest.raises(LearnerLost, match="learner died"):
+        pool.call("loaded", [(1,), None])
+    group.forget()
+    assert group.policy_version is None
+    pool.kill()
+
+
+def lost_learner():
+    raise LearnerLost(ActorError("learner died"), gone=True)
+
+
+@pytest.fixture
+def learner(local_ray, monkeypatch):
+    """A learner group of two workers, and what its control said."""
     monkeypatch.setattr(groups, "SETTLE_S", 2.0)
 
+    class Rank(Worker):
+        def rendezvous(self):
+            return "127.0.0.1", 1
 
-def test_a_failure_does_not_wait_for_the_one_that_hangs(workers):
+        def start(self, rank, master):
+            return None
+
+        def save(self, directory):
+            return getattr(self, directory)()
+
+    said = []
+    group = groups.LearnerGroup(
+        lambda: [remote(Rank).options(num_cpus=0).remote() for _ in range(2)], (), 1, "",
+        Control(SOON, said.append),
+    )  # fmt: skip
+    group.ready()
+    yield group
+    group.kill()
+
+
+def ask(learner, *methods):
+    refs = [getattr(r, m).remote() for r, m in zip(learner.ranks, methods, strict=True)]
+    return learner._results("step", refs)
+
+
+def test_a_failure_does_not_wait_for_the_one_that_hangs(learner):
     with pytest.raises(ModelError, match=r"student\.model: is none\."):
-        groups.wait([workers[0].hang.remote(), workers[1].refuse.remote()], "start")
+        ask(learner, "hang", "refuse")
 
 
-def test_a_death_is_named_before_what_the_others_saw_of_it(workers):
-    with pytest.raises(ActorError, match="learner step died"):
-        groups.wait([workers[0].fail.remote(), workers[1].die.remote()], "learner step")
+def test_a_death_is_named_before_what_the_others_saw_of_it(learner):
+    with pytest.raises(LearnerLost, match="learner step died") as caught:
+        ask(learner, "fail", "die")
+    assert caught.value.gone
 
 
-def test_a_defect_keeps_its_traceback(workers):
-    with pytest.raises(ActorError) as caught:
-        groups.wait(workers[0].fail.remote(), "teacher scoring")
-    assert str(caught.value) == "teacher scoring failed: ConnectionError: connection closed by peer"
-    assert "in fail" in caught.value.details
+def test_a_stopped_rank_is_found_by_its_heartbeat(learner):
+    os.kill(wait(learner.ranks[1].pid.remote(), "rank"), signal.SIGSTOP)
+    with pytest.raises(LearnerLost, match=r"learner step: process 1 has not answered for"):
+        ask(learner, "hang", "pid")
+    learner.restart()
+    assert len(set(ask(learner, "pid", "pid"))) == 2
+
+
+def test_a_call_that_never_ends_is_a_hang(learner):
+    learner.control.recovery = SOON.model_copy(update={"stall_s": 1.0})
+    with pytest.raises(LearnerLost, match=r"has not ended within recovery\.stall_s = 1 s"):
+        ask(learner, "hang", "pid")
+
+
+def test_a_signal_ends_a_wait_and_a_second_one_the_process(learner):
+    control = learner.control
+    with control.signals():
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Stopped, match="SIGTERM"):
+            ask(learner, "hang", "pid")
+        with pytest.raises(Stopped):  # what is worth finishing has its grace first
+            learner.save("hang")
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            wait(learner.ranks[0].pid.remote(), "rank")
+    assert signal.getsignal(signal.SIGTERM) is not control
 
 
 class Engine:
@@ -71,10 +249,10 @@ class Engine:
 
 
 def test_completions_come_prompt_by_prompt_whatever_engine_drew_them(local_ray):
-    engines = [local_ray.remote(Engine).options(num_cpus=0).remote() for _ in range(3)]
+    engines = [remote(Engine).options(num_cpus=0).remote() for _ in range(3)]
     prompts = [Prompt(str(i), (i,), "") for i in range(8)]
     samples = [2, 1, 3, 1, 1, 2, 4, 1]
-    drawn = groups.RolloutGroup(engines, 1, None, "rollout").sample(prompts, samples, seed=0)
+    drawn = groups.RolloutGroup(Pool("rollout", engines), 1).sample(prompts, samples, seed=0)
     expected = [str(i) for i, n in enumerate(samples) for _ in range(n)]
     assert [r.prompt_id for r in drawn] == expected
     assert len({r.sample_id.split("/")[1] for r in drawn}) == len(prompts), "a seed a prompt"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from actors.groups import TeacherGroup, wait
+from actors.groups import TeacherGroup
 from actors.placement import ActorPlan
+from actors.pool import Pool, remote, wait
 from actors.teacher import TeacherActor
 from seqkd.config_roles import HfTeacher, VllmTeacher
 from seqkd.errors import ActorError
@@ -46,10 +47,10 @@ def start(local_ray, tiny):
         config = KINDS[kind](model=tiny["teacher"], scores=scores, **options)
         plan = ActorPlan("teacher", 0, threads=1, gpus=0, share=1, bundle=0)
         environment = {"env_vars": plan.environment()}
-        actor = local_ray.remote(TeacherActor).options(runtime_env=environment).remote()
+        actor = remote(TeacherActor).options(runtime_env=environment).remote()
         actors.append(actor)
         wait(actor.start.remote(config, 64, 300), "teacher start")
-        return actor
+        return Pool("teacher", [actor])
 
     yield start
     for actor in actors:
@@ -59,7 +60,7 @@ def start(local_ray, tiny):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_whole_distribution(start, tiny, rollouts, kind):
     """Hidden states and head give the log-probs of a plain forward pass at every state."""
-    scores = TeacherGroup([start(kind, "hidden")]).score(rollouts)
+    scores = TeacherGroup(start(kind, "hidden")).score(rollouts)
     model = load_causal_lm(tiny["teacher"], "float32", "model")
     head = head_of(model)
     for r in rollouts:
@@ -72,7 +73,7 @@ def test_the_whole_distribution(start, tiny, rollouts, kind):
 
 def test_sampled_tokens_only(start, tiny, rollouts):
     model = load_causal_lm(tiny["teacher"], "float32", "model")
-    found = {kind: TeacherGroup([start(kind, "logprobs")]).score(rollouts) for kind in KINDS}
+    found = {kind: TeacherGroup(start(kind, "logprobs")).score(rollouts) for kind in KINDS}
     for r in rollouts:
         ids = torch.tensor([[*r.prompt_ids, *r.completion_ids]])
         with torch.no_grad():
@@ -86,7 +87,7 @@ def test_sampled_tokens_only(start, tiny, rollouts):
 
 def test_the_most_probable_tokens_and_the_rest(start, tiny, rollouts):
     model = load_causal_lm(tiny["teacher"], "float32", "model")
-    found = TeacherGroup([start("hf", "top_k")]).score(rollouts)
+    found = TeacherGroup(start("hf", "top_k")).score(rollouts)
     for r in rollouts:
         ids = torch.tensor([[*r.prompt_ids, *r.completion_ids]])
         with torch.no_grad():
@@ -100,9 +101,9 @@ def test_the_most_probable_tokens_and_the_rest(start, tiny, rollouts):
 
 
 def test_a_failure_shows_its_first_cause(local_ray):
-    actor = local_ray.remote(TeacherActor).remote()
+    actor = remote(TeacherActor).remote()
     with pytest.raises(ActorError, match=r"teacher start failed: \w+: .*nowhere"):
         wait(actor.start.remote(HfTeacher(model="/nowhere"), 64, 320), "teacher start")
     local_ray.kill(actor)
     with pytest.raises(ActorError, match="teacher scoring died"):
-        TeacherGroup([actor]).score([])
+        TeacherGroup(Pool("teacher", [actor])).score([])

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from seqkd import run_directory
 from seqkd.config import Config
 from seqkd.config_roles import Learner, Prune
-from seqkd.errors import ConfigError, ModelError, ResourceError
+from seqkd.errors import ModelError, ResourceError
 from seqkd.evaluation.divergence import ratio
 from seqkd.models import (
     check_head,
@@ -139,40 +138,6 @@ def test_a_plan_that_does_not_fit_says_what_to_lower():
     ):
         the_plan.check(cpus=64, gpus=0, where="the cluster")
     the_plan.check(cpus=19, gpus=2, where="the cluster")
-
-
-def test_a_used_run_directory_is_refused(tmp_path):
-    c = config(runs_dir=str(tmp_path))
-    directory = run_directory.locate(c)
-    run_directory.create(directory, c)
-    (directory / "metrics.jsonl").write_text("")
-    run_directory.create(directory, c)  # the first start failed before its first step
-    (directory / "metrics.jsonl").write_text("{}\n")
-    with pytest.raises(ConfigError, match=r"already holds another run\. Choose a new name"):
-        run_directory.refuse_used(directory)
-
-
-def test_a_directory_with_other_files_is_refused(tmp_path):
-    (tmp_path / "x").mkdir()
-    (tmp_path / "x" / "thesis.tex").write_text("")
-    with pytest.raises(ConfigError, match="already holds"):
-        run_directory.refuse_used(tmp_path / "x")
-
-
-def test_within_a_packaged_job_runs_go_home(tmp_path, monkeypatch):
-    packaged = tmp_path / "working_dir_files" / "pkg"
-    packaged.mkdir(parents=True)
-    monkeypatch.chdir(packaged)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert run_directory.locate(config()) == tmp_path / "home" / "seqkd" / "runs" / "x"
-    assert run_directory.locate(config(runs_dir=str(tmp_path))) == tmp_path / "x"
-
-
-def test_a_directory_that_cannot_be_written(tmp_path):
-    (tmp_path / "file").write_text("")
-    c = config(runs_dir=str(tmp_path / "file"))
-    with pytest.raises(ConfigError, match="cannot be written"):
-        run_directory.create(run_directory.locate(c), c)
 
 
 def test_head_from_a_checkpoint_is_the_models(tiny):

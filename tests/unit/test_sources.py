@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -32,6 +33,19 @@ class Sampler:
 
     def usage(self):
         return {"requests": len(self.calls)}
+
+
+class Cutting(Sampler):
+    """Every second completion is cut; all of ``hopeless`` prompts."""
+
+    hopeless = ()
+
+    def sample(self, prompts, *args):
+        drawn = super().sample(prompts, *args)
+        return [
+            replace(r, finish_reason="length") if i % 2 or r.prompt_id in self.hopeless else r
+            for i, r in enumerate(drawn)
+        ]
 
 
 class Teacher:
@@ -104,3 +118,16 @@ def test_given_text_is_a_completion_without_a_sampler(sampler):
     assert {r.source for r in part.rollouts} == {sampler}
     assert part.scores == {}
     assert workers.student.calls == []
+
+
+def test_what_was_cut_can_be_left_out_of_the_loss():
+    made, workers = source("student", rollout={"samples_per_prompt": 4, "mask_truncated": True})
+    workers.student = Cutting("student")
+    workers.student.hopeless = ("2", "3")
+    made.draw([PROMPTS[:2], PROMPTS[2:4]], 0, Clock())
+    part = made.part(Clock())
+    assert len(part.rollouts) == part.masked == part.counts.sequences == 4
+    assert {r.finish_reason for r in part.rollouts} == {"stop"}
+    assert part.scores.keys() == {r.sample_id for r in part.rollouts}
+    none_left = made.part(Clock())
+    assert len(none_left.rollouts) == 8 and none_left.masked == 0

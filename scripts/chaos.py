@@ -1,0 +1,367 @@
+"""Does a run survive? Real processes of it are killed, stopped and slowed while it trains, and what
+it leaves is compared with an undisturbed run: python scripts/chaos.py --kills 50 --seed 0"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+from quickstart import ENVIRONMENT, RAY, ROOT, Head, free_ports, local_head
+
+from seqkd.errors import say
+from seqkd.shards import file_digest
+
+ROLES = {
+    "rollout": "RolloutActor",
+    "teacher": "TeacherActor",
+    "learner": "LearnerRank",
+}
+FAULTS = (
+    *(("kill", role) for role in ROLES),
+    *(("hang", role) for role in ROLES),
+    ("slow", "rollout"),
+    ("slow", "learner"),
+    ("cut", "rollout"),
+    ("cut", "learner"),
+    ("kill", "driver"),
+    ("stop", "driver"),
+)
+"""What happens to whom. kill: SIGKILL; hang: SIGSTOP for good; slow: SIGSTOP for a moment; cut: its
+TCP connections are destroyed (by `ss -K`, which needs root); stop: SIGTERM. A driver that is gone
+is started again with --resume."""
+STAGES = (
+    "RolloutActor.load", "RolloutActor.sample", "RolloutActor.score", "TeacherActor.score",
+    "LearnerRank.measure", "LearnerRank.step", "LearnerRank.publish", "LearnerRank.save",
+)  # fmt: skip
+"""What an actor may be at: Ray names its process so."""
+OVERRIDES = (
+    "recovery={restarts: 1000, backoff_s: 0.1, heartbeat_s: 8, stall_s: 90}",
+    "checkpoints={every_steps: 5, keep_last: 2}",
+    "evaluation.prompts=4",
+)
+PATIENCE_S = 600
+"""Without a step for so long, a run is taken to hang."""
+
+
+def main() -> int:
+    """Exit code: 0 where every invariant holds."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("config", nargs="?", default=str(ROOT / "configs" / "tiny.yaml"))
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--nodes", type=int, default=1, choices=(1, 2), help="2: the second one is killed, too"
+    )
+    parser.add_argument(
+        "--stages",
+        action="store_true",
+        help="in place of --kills: the driver is killed after each of 10 steps, and in every stage",
+    )
+    parser.add_argument("--directory", type=Path, default=ROOT / "runs" / "chaos")
+    args = parser.parse_intermixed_args()
+    shutil.rmtree(args.directory, ignore_errors=True)
+    args.directory.mkdir(parents=True)
+    faults = everywhere() if args.stages else schedule(args.kills, args.seed)
+    steps = 10 if args.stages else 2 * args.kills
+    overrides = [*OVERRIDES, f"steps={steps}", f"runs_dir={args.directory}"]
+    overrides += ["placement=split"] if args.nodes == 2 else []
+    command = [sys.executable, "scripts/train.py", args.config, *overrides, *args.overrides]
+
+    print("the undisturbed run", flush=True)
+    with cluster(args.nodes) as ray:
+        run = Trial(
+            [*command, "name=quiet", f"cluster={ray.head.cluster}"], args.directory / "quiet"
+        )
+        run.finish()
+    print(f"the same with {len(faults)} faults", flush=True)
+    begun = time.monotonic()
+    with cluster(args.nodes) as ray:
+        run = Trial(
+            [*command, "name=chaos", f"cluster={ray.head.cluster}"], args.directory / "chaos"
+        )
+        disturb(run, faults, ray, random.Random(args.seed))
+        run.finish()
+        problems = left_behind(run)
+    problems += differences(args.directory / "quiet", args.directory / "chaos")
+    report(run, time.monotonic() - begun, problems)
+    return 1 if problems else 0
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What happens to whom, and when."""
+
+    step: int
+    """After so many steps."""
+    what: str
+    role: str
+    stage: str = ""
+    """As soon as some actor is at it."""
+    delay: float = 0.0
+    """Seconds after that."""
+
+    def __str__(self) -> str:
+        return f"{self.what} {self.role}" + (f" in {self.stage}" if self.stage else "")
+
+
+def schedule(faults: int, seed: int) -> list[Fault]:
+    """One after every step: every kind about equally often, in an order of its own, half of them in
+    some stage and half of them at any moment."""
+    generator = random.Random(seed)
+    kinds = [FAULTS[i % len(FAULTS)] for i in range(faults)]
+    generator.shuffle(kinds)
+    return [
+        Fault(step, *kind, generator.choice(STAGES), generator.uniform(0, 0.02))
+        if generator.random() < 0.5
+        else Fault(step, *kind, delay=generator.uniform(0, 0.5))
+        for step, kind in enumerate(kinds, 1)
+    ]
+
+
+def everywhere() -> list[Fault]:
+    """The driver, after each step and once in the middle of every stage."""
+    after = [Fault(step, "kill", "driver") for step in range(1, 10)]
+    within = [Fault(1 + i, "kill", "driver", stage) for i, stage in enumerate(STAGES)]
+    return sorted([*after, *within], key=lambda fault: fault.step)
+
+
+@dataclass
+class Cluster:
+    """A Ray of this machine, with one node or two."""
+
+    head: Head
+    second: subprocess.Popen[bytes] | None
+
+
+@contextmanager
+def cluster(nodes: int) -> Iterator[Cluster]:
+    """The head has room for all actors, so that a lost node's can come to it."""
+    with ExitStack() as stack:
+        head = stack.enter_context(local_head(ENVIRONMENT, "--num-cpus=4"))
+        second = None
+        if nodes == 2:
+            second = second_node(head)
+            stack.callback(second.wait)
+            stack.callback(second.terminate)
+        yield Cluster(head, second)
+
+
+def second_node(head: Head) -> subprocess.Popen[bytes]:
+    """Two of the cluster's cores, as a node of its own."""
+    manager, objects = free_ports(2)
+    return subprocess.Popen(
+        [
+            *(RAY, "start", f"--address={head.cluster}", "--block", "--num-cpus=2"),
+            *("--node-ip-address=127.0.0.1", "--disable-usage-stats"),
+            *(f"--node-manager-port={manager}", f"--object-manager-port={objects}"),
+            "--dashboard-agent-listen-port=0",
+        ],
+        env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+@dataclass
+class Trial:
+    """One run, begun again until it is done."""
+
+    command: list[str]
+    directory: Path
+    done: Counter[str] = field(default_factory=Counter)
+    seen: set[psutil.Process] = field(default_factory=set)
+    """Every process that was part of it."""
+
+    def __post_init__(self) -> None:
+        self.log = self.directory.with_suffix(".log")
+        self.out = self.log.open("wb")
+        self.begin()
+
+    def begin(self) -> None:
+        """Start the driver; it goes on from the newest checkpoint."""
+        self.driver = subprocess.Popen(
+            [*self.command, "--resume"], cwd=ROOT, env=ENVIRONMENT, stdout=self.out, stderr=self.out
+        )
+        self.seen.add(psutil.Process(self.driver.pid))
+
+    def steps(self) -> int:
+        """Rows of metrics so far."""
+        metrics = self.directory / "metrics.jsonl"
+        return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+
+    def reach(self, steps: int) -> bool:
+        """Wait for so many steps; False where the run ended before."""
+        last, since = -1, time.monotonic()
+        while (running := self.driver.poll() is None) and (now := self.steps()) < steps:
+            if now != last:
+                last, since = now, time.monotonic()
+            if time.monotonic() - since > PATIENCE_S:
+                sys.exit(f"error: no step within {PATIENCE_S} s; see {self.log}")
+            time.sleep(0.02)
+        return running
+
+    def at(self, stage: str) -> bool:
+        """Wait until some actor is at ``stage``; False where the run ended before, True where it
+        did not come to that within a while."""
+        looked = time.monotonic()
+        until = looked + 60
+        known = [p for role in ROLES for p in self.processes(role)]
+        while stage and time.monotonic() < until and not any(is_actor(p, stage) for p in known):
+            if self.driver.poll() is not None:
+                return False
+            time.sleep(0.001)
+            if time.monotonic() - looked > 1:  # some may have been replaced
+                looked = time.monotonic()
+                known = [p for role in ROLES for p in self.processes(role)]
+        return True
+
+    def finish(self) -> None:
+        """Wait for the end; a driver that was ended goes on."""
+        while True:
+            self.reach(sys.maxsize)
+            if not self.go_on():
+                return
+
+    def go_on(self) -> bool:
+        """Begin again once the driver was ended; False where the run is done."""
+        code = self.driver.wait(PATIENCE_S)
+        if code == 0:
+            return False
+        if code not in (-signal.SIGKILL, 128 + signal.SIGTERM):
+            sys.exit(f"error: the run ended with exit code {code}; see {self.log}")
+        self.begin()
+        return True
+
+    def processes(self, role: str) -> list[psutil.Process]:
+        """The living processes of a role."""
+        if role == "driver":
+            return [psutil.Process(self.driver.pid)]
+        found = [p for p in psutil.Process().children(recursive=True) if is_actor(p, ROLES[role])]
+        self.seen.update(found)
+        return found
+
+
+def is_actor(process: psutil.Process, name: str) -> bool:
+    """Whether it is a Ray actor of the class ``name``."""
+    try:
+        return process.cmdline()[0].startswith(f"ray::{name}")
+    except (psutil.Error, IndexError):  # it ended just now
+        return False
+
+
+def disturb(run: Trial, faults: list[Fault], ray: Cluster, generator: random.Random) -> None:
+    """Every fault in turn."""
+    for number, fault in enumerate(faults, 1):
+        while not (run.reach(fault.step) and run.at(fault.stage)):
+            if not run.go_on():
+                return
+        time.sleep(fault.delay)
+        if ray.second and number == len(faults) // 2:
+            kill_node(ray.second)
+            run.done["kill node"] += 1
+            print("  kill node", flush=True)
+        there = strike(run, fault, generator)
+        run.done[f"{fault.what} {fault.role}"] += there
+        missed = "" if there else ": not there"
+        print(f"{number:>4}/{len(faults)} after step {run.steps()}: {fault}{missed}", flush=True)
+
+
+def strike(run: Trial, fault: Fault, generator: random.Random) -> int:
+    """1 where there was someone to strike."""
+    until = time.monotonic() + 60
+    while not (there := run.processes(fault.role)):  # it may be starting again
+        if time.monotonic() > until or run.driver.poll() is not None:
+            return 0
+        time.sleep(0.1)
+    victim = generator.choice(sorted(there, key=lambda p: p.pid))
+    if fault.what == "cut":
+        return cut(victim)
+    number = {"kill": signal.SIGKILL, "stop": signal.SIGTERM}.get(fault.what, signal.SIGSTOP)
+    victim.send_signal(number)
+    if fault.what == "slow":
+        time.sleep(2)
+        victim.send_signal(signal.SIGCONT)
+    return 1
+
+
+def cut(victim: psutil.Process) -> int:
+    """1 where the victim had connections and this user may destroy them."""
+    destroyed = 0
+    for connection in victim.net_connections("tcp"):
+        if connection.status == psutil.CONN_ESTABLISHED:
+            ends = [f"sport = :{connection.laddr.port}", f"dport = :{connection.raddr.port}"]
+            done = subprocess.run(
+                ["ss", "-K", "-t", f"( {' and '.join(ends)} )"],
+                check=False, capture_output=True, text=True,
+            )  # fmt: skip
+            destroyed += done.returncode == 0 and "ESTAB" in done.stdout
+    return int(destroyed > 0)
+
+
+def kill_node(node: subprocess.Popen[bytes]) -> None:
+    """All processes of a Ray node at once, as when a machine goes down."""
+    every = psutil.Process(node.pid).children(recursive=True)
+    for process in [psutil.Process(node.pid), *every]:
+        process.kill()
+
+
+def left_behind(run: Trial) -> list[str]:
+    """Processes and files that outlive the run."""
+    for role in ROLES:
+        run.processes(role)
+    _, alive = psutil.wait_procs(list(run.seen), timeout=30)
+    halves = [str(path) for path in run.directory.rglob("*.partial")]
+    return [f"left behind: {thing}" for thing in (*alive, *halves)]
+
+
+def differences(quiet: Path, chaos: Path) -> list[str]:
+    """What the disturbed run has learnt otherwise than the undisturbed one."""
+    rows = [
+        [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for run in (quiet, chaos)
+    ]
+    problems = []
+    if [row["step"] for row in rows[1]] != list(range(len(rows[0]))):
+        problems.append(f"metrics have gaps: {[row['step'] for row in rows[1]]}")
+    for before, after in zip(*rows, strict=False):
+        for key in before:
+            if not timed(key) and before[key] != after.get(key):
+                problems.append(f"step {before['step']}: {key} {before[key]} -> {after.get(key)}")
+    if file_digest(quiet / "student/model.safetensors") != file_digest(
+        chaos / "student/model.safetensors"
+    ):
+        problems.append("the students' weights differ")
+    return problems
+
+
+def timed(key: str) -> bool:
+    """Whether a metric depends on the clock."""
+    return key.startswith("time_") or key == "tokens_per_s"
+
+
+def report(run: Trial, seconds: float, problems: list[str]) -> None:
+    """Everything that was done and found."""
+    print("\nfaults:")
+    for name, count in sorted(run.done.items()):
+        print(f"  {count:>3} {name}")
+    for problem in problems[:20]:
+        say("error", problem)
+    print(
+        f"{run.done.total()} faults survived in {seconds:.0f} s; prompts lost, trained twice or "
+        f"otherwise: {sum('samples' in p for p in problems)}; problems in all: {len(problems)}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

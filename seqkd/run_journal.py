@@ -1,0 +1,227 @@
+"""What a run sampled and had scored since its last checkpoints, on disk before it is learnt from.
+
+When a learner is lost, or the whole run, training goes back to a checkpoint; the steps since then
+are taken again on the same completions and scores, without sampling or asking the teacher again.
+What the oldest checkpoint that is kept does not need any more is removed.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from seqkd.config import Config
+from seqkd.journal import Journal, address_of, score_form
+from seqkd.protocols import Sampler, StudentSampler, Teacher
+from seqkd.shards import Shards
+from seqkd.types import Prompt, Rollout, TeacherScore, WeightVersion
+from seqkd.workers import Workers
+
+SAMPLES = pa.schema(
+    [
+        ("address", pa.string()),
+        ("prompt_id", pa.string()),
+        ("sample_id", pa.string()),
+        ("prompt_ids", pa.list_(pa.int32())),
+        ("completion_ids", pa.list_(pa.int32())),
+        ("rollout_logprobs", pa.list_(pa.float64())),
+        ("source", pa.string()),
+        ("policy_version", pa.int64()),
+        ("finish_reason", pa.string()),
+        ("tag", pa.string()),
+    ]
+)
+
+
+SAMPLED, SCORED = "samples", "teacher"
+
+
+def remove(directory: Path) -> None:
+    """All that is in the journal of a run, for a student that would not have said the same."""
+    for name in (SAMPLED, SCORED):
+        shutil.rmtree(directory / name, ignore_errors=True)
+
+
+class RunJournal:
+    """One run's samples and scores."""
+
+    def __init__(self, directory: Path, config: Config) -> None:
+        self.directory, self.room = directory, int(config.checkpoints.journal_gib * 2**30)
+        self.samples = Shards(directory / SAMPLED, SAMPLES, damaged="drop")
+        self.scores = {
+            name: Journal(directory / SCORED / name, teacher.precision, damaged="drop")
+            for name, teacher in config.teachers.items()
+        }
+        self.kept = 0
+        """Bytes of scores that this process has added since the last checkpoint."""
+
+    def attach(self, workers: Workers, config: Config, vocabulary: int) -> None:
+        """Record what the student samples; and what the teachers write and score, but for what
+        they have a journal for."""
+        workers.student = RecordedStudent(workers.student, self.samples)
+        if config.journal is None:
+            workers.teacher_samplers = {
+                name: RecordedSampler(sampler, self.samples, f"teacher {name}")
+                for name, sampler in workers.teacher_samplers.items()
+            }
+        workers.teachers = {
+            name: RecordedTeacher(
+                teacher, self, name, score_form(config.teachers[name], vocabulary),
+                student_only=config.journal is not None,
+            )
+            for name, teacher in workers.teachers.items()
+        }  # fmt: skip
+
+    def position(self) -> dict[str, int]:
+        """What a checkpoint has to know, so that what is older can be removed."""
+        return {name: shards.position for name, shards in self._shards.items()}
+
+    def resume(self, position: Mapping[str, int]) -> None:
+        """Go on from a checkpoint at ``position``, which is above all that are there where nothing
+        was added since then."""
+        for name, shards in self._shards.items():
+            shards.position = max(shards.position, position.get(name, 0))
+
+    def forget(self) -> None:
+        """Remove everything."""
+        self.prune(self.position())
+
+    def prune(self, position: Mapping[str, int]) -> None:
+        """Remove what was added before ``position``."""
+        for name, shards in self._shards.items():
+            shards.prune(position.get(name, 0))
+        self.kept = 0
+
+    def dropped(self) -> list[str]:
+        """Files left out because they are damaged: what they held is asked for again."""
+        return [name for shards in self._shards.values() for name in shards.dropped]
+
+    @property
+    def _shards(self) -> dict[str, Shards]:
+        scores = {f"teacher {name}": journal.scores for name, journal in self.scores.items()}
+        return {"samples": self.samples, **scores}
+
+
+class RecordedSampler:
+    """Completions that are drawn once: the same call gets the same ones again."""
+
+    def __init__(self, inner: Sampler, samples: Shards, who: str) -> None:
+        self.inner, self.samples, self.who = inner, samples, who
+
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        samples: Sequence[int],
+        seed: int,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+    ) -> list[Rollout]:
+        """See :class:`seqkd.protocols.Sampler`."""
+        asked = [(p.token_ids, int(n)) for p, n in zip(prompts, samples, strict=True)]
+        address = address_of([self.who, self._version(), seed, temperature, top_p, asked])
+        if address in self.samples:
+            count = self.samples.count(address)
+            return [_rollout(row) for row in self.samples.rows(address, 0, count)]
+        drawn = self.inner.sample(prompts, samples, seed, temperature, top_p)
+        self.samples.append([_row(address, rollout) for rollout in drawn])
+        return drawn
+
+    def usage(self) -> dict[str, int]:
+        """See :class:`seqkd.protocols.Sampler`."""
+        return self.inner.usage()
+
+    def _version(self) -> int | None:
+        return 0
+
+
+class RecordedStudent(RecordedSampler):
+    """The same of the student's sampler, whose weights change."""
+
+    inner: StudentSampler
+
+    def __init__(self, inner: StudentSampler, samples: Shards) -> None:
+        super().__init__(inner, samples, "student")
+
+    @property
+    def policy_version(self) -> int | None:
+        """See :class:`seqkd.protocols.StudentSampler`."""
+        return self.inner.policy_version
+
+    def load(self, version: WeightVersion) -> None:
+        """See :class:`seqkd.protocols.StudentSampler`."""
+        self.inner.load(version)
+
+    def forget(self) -> None:
+        """See :class:`seqkd.protocols.StudentSampler`."""
+        self.inner.forget()
+
+    def score(self, token_ids: Sequence[int]) -> list[list[float]]:
+        """See :class:`seqkd.protocols.StudentSampler`."""
+        return self.inner.score(token_ids)
+
+    def _version(self) -> int | None:
+        return self.policy_version
+
+
+class RecordedTeacher:
+    """Scores that are asked for once."""
+
+    def __init__(
+        self, inner: Teacher, run: RunJournal, name: str, form: str, student_only: bool
+    ) -> None:
+        self.inner, self.run, self.name, self.form = inner, run, name, form
+        self.student_only, self.journal = student_only, run.scores[name]
+
+    def score(self, rollouts: Sequence[Rollout]) -> dict[str, TeacherScore]:
+        """See :class:`seqkd.protocols.Teacher`."""
+        addresses = {r.sample_id: self._address(r) for r in rollouts}
+        missing = [r for r in rollouts if addresses[r.sample_id] not in self.journal.scores]
+        # All or none: in other company a score may differ in its last bits.
+        new = self.inner.score(rollouts) if missing else {}
+        kept = {
+            addresses[r.sample_id]: new[r.sample_id]
+            for r in missing
+            if r.source == "student" or not self.student_only
+        }
+        if self.run.kept < self.run.room:
+            self.run.kept += sum(map(_size, kept.values()))
+            self.journal.add_scores(list(kept.items()))
+        return {
+            sample_id: new[sample_id]
+            if sample_id in new
+            else replace(self.journal.read_score(address, sample_id), teacher=self.name)
+            for sample_id, address in addresses.items()
+        }
+
+    def usage(self) -> dict[str, int]:
+        """See :class:`seqkd.protocols.Teacher`."""
+        return self.inner.usage()
+
+    def _address(self, rollout: Rollout) -> str:
+        return address_of([rollout.prompt_ids, rollout.completion_ids, self.form])
+
+
+def _size(score: TeacherScore) -> int:
+    tensors = (score.hidden, score.logprobs, score.top_ids, score.top_logprobs)
+    return sum(t.nbytes for t in tensors if t is not None)
+
+
+def _row(address: str, rollout: Rollout) -> dict[str, Any]:
+    fields: Callable[[str], Any] = rollout.__getattribute__
+    return {"address": address, **{n: fields(n) for n in SAMPLES.names if n != "address"}}
+
+
+def _rollout(row: dict[str, Any]) -> Rollout:
+    values = {name: value.as_py() for name, value in row.items() if name != "address"}
+    logprobs = values["rollout_logprobs"]
+    values |= {
+        "prompt_ids": tuple(values["prompt_ids"]),
+        "completion_ids": tuple(values["completion_ids"]),
+        "rollout_logprobs": None if logprobs is None else tuple(logprobs),
+    }
+    return Rollout(**values)

@@ -1,0 +1,101 @@
+"""What looks after each step of a run: see docs/alarms.md."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save
+from torch import Tensor
+
+from seqkd.alarms import StepAlarms, check_counts, check_trained
+from seqkd.canary import Canary, must_move
+from seqkd.errors import writing
+from seqkd.journal import Journal
+from seqkd.protocols import Part
+from seqkd.types import StepResult
+
+
+class Watch:
+    """The known text and the alarms of one run."""
+
+    def __init__(
+        self,
+        canary: Canary,
+        steps: StepAlarms,
+        every: int,
+        say: Callable[[str], None],
+        directory: Path,
+        journals: Sequence[Journal],
+    ) -> None:
+        """The known text is scored after so many steps, 0 for never. ``directory`` is where the
+        batch of a step is kept that could not be taken, ``journals`` are those that the teachers
+        write to and other runs read."""
+        self.canary, self.steps, self.every = canary, steps, every
+        self.say, self.directory, self.journals = say, directory, journals
+        self.moved, self.checked = False, -every
+
+    def rewind(self, rows: Iterable[Mapping[str, Any]], first: dict[str, list[float]]) -> None:
+        """Go on after the steps of ``rows``, with another learner than before, and teachers that
+        gave the known text the log-probs ``first``, which is kept up to date."""
+        self.steps.begin()
+        self.steps.replay(rows)
+        self.canary.first = first
+        self.canary.learner, self.canary.held = None, []
+        self.moved, self.checked = False, -self.every
+
+    def drawn(self, step: int) -> None:
+        """After the student's engines have taken in the learner's weights, before a step. What the
+        teachers wrote so far is then known to be theirs."""
+        if self.every and step - self.checked >= self.every:
+            self.canary.check(self.moved)
+            self.moved, self.checked = False, step
+            for journal in self.journals:
+                journal.settle()
+
+    def revert(self) -> None:
+        """After a fault: what the teachers wrote since they were last right is no one's to read."""
+        for journal in self.journals:
+            journal.revert()
+
+    def saving(self) -> None:
+        """Before a checkpoint: LearningFault where the learner is broken."""
+        self.canary.check_learner()
+
+    def learnt(self, step: int, parts: Sequence[Part], result: StepResult, lr: float) -> None:
+        """After an optimizer step; of one that was skipped the batch is kept."""
+        if result.skipped:
+            self._keep(step, parts)
+            return
+        self.moved |= must_move(lr, result.grad_norm)
+        for part, seen in zip(parts, result.parts, strict=True):
+            check_trained(part.rollouts, seen.trained)
+            check_counts(part, seen)
+
+    def described(self, row: Mapping[str, Any]) -> None:
+        """After its metrics are known."""
+        for warning in self.steps.check(row):
+            self.say(f"warning: {warning}")
+
+    def _keep(self, step: int, parts: Sequence[Part]) -> None:
+        folder = self.directory / f"step-{step:08d}"
+        rollouts = [asdict(r) for part in parts for r in part.rollouts]
+        tensors = {
+            f"{sample_id} {f.name}": value.clone()
+            for part in parts
+            for sample_id, score in part.scores.items()
+            for f in fields(score)
+            if isinstance(value := getattr(score, f.name), Tensor)
+        }
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            lines = "".join(json.dumps(row) + "\n" for row in rollouts)
+            (folder / "rollouts.jsonl").write_text(lines, encoding="utf-8")
+            (folder / "scores.safetensors").write_bytes(save(tensors))
+        self.say(
+            f"warning: step {step} was skipped: its loss or gradient is no finite number. Its "
+            f"batch is in {folder}."
+        )

@@ -1,0 +1,86 @@
+"""Real processes of real runs, killed with real signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+
+from tests.conftest import ROOT
+
+PATIENCE_S = 300
+
+
+def test_a_short_schedule_of_kills_and_hangs(tiny_config, tmp_path):
+    """Every prompt trained once, versions and metrics without gaps, nothing left behind, and the
+    weights of an undisturbed run, to the last bit: scripts/chaos.py checks them."""
+    command = [sys.executable, "scripts/chaos.py", str(tiny_config), "--kills", "5", "--seed", "5"]
+    done = subprocess.run(
+        [*command, "--directory", str(tmp_path / "chaos")],
+        cwd=ROOT, capture_output=True, text=True, timeout=3 * PATIENCE_S, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "problems in all: 0" in done.stdout
+
+
+def start(tiny_config, directory, *arguments):
+    """The driver with a Ray of its own, as the leader of its process group, as in a terminal."""
+    command = [
+        sys.executable,
+        "scripts/train.py",
+        str(tiny_config),
+        f"runs_dir={directory}",
+        "steps=500",
+    ]
+    return subprocess.Popen(
+        [*command, "evaluation.prompts=0", *arguments], cwd=ROOT, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={k: v for k, v in os.environ.items() if not k.startswith("RAY_")},
+    )  # fmt: skip
+
+
+def rows(run):
+    file = run / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def reach(process, run, steps):
+    """Wait for so many rows; every process that the driver has by then."""
+    until = time.monotonic() + PATIENCE_S
+    while len(rows(run)) < steps:
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < until, "no steps"
+        time.sleep(0.1)
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def test_ctrl_c_saves_and_a_killed_driver_leaves_nothing_running(tiny_config, tmp_path):
+    run = tmp_path / "tiny"
+    first = start(tiny_config, tmp_path)
+    others = reach(first, run, 3)
+    assert any("raylet" in " ".join(p.cmdline()) for p in others)
+    os.killpg(first.pid, signal.SIGINT)
+    printed, _ = first.communicate(timeout=60)
+    assert first.returncode == 128 + signal.SIGINT, printed
+    assert printed.splitlines()[-1] == "stopped: by SIGINT; go on with --resume"
+    assert "Traceback" not in printed
+    (saved,) = (run / "checkpoints").iterdir()
+    steps = json.loads((saved / "state.json").read_text())["step"]
+    assert steps == len(rows(run)) >= 3
+    assert psutil.wait_procs(others, timeout=60)[1] == []
+
+    second = start(tiny_config, tmp_path, "--resume")
+    others = reach(second, run, steps + 2)
+    refused = start(tiny_config, tmp_path, "--resume")
+    assert "is that of a run that is under way" in refused.communicate(timeout=60)[0]
+    assert refused.returncode == 2
+    second.kill()
+    second.wait()
+    assert psutil.wait_procs(others, timeout=60)[1] == []
+    assert [row["step"] for row in rows(run)][: steps + 2] == list(range(steps + 2))
+    assert not list(run.rglob("*.partial"))

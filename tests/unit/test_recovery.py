@@ -1,0 +1,398 @@
+"""The loop over fakes at the actors' places: whatever is lost at whatever moment, a run ends where
+an undisturbed one does, and nobody is asked twice for what is in the journal."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import signal
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import xxhash
+
+from seqkd import recovery, run_journal
+from seqkd.config import Config
+from seqkd.control import Control
+from seqkd.errors import ActorError, LearnerLost, LearningFault, Stopped, StorageError
+from seqkd.metrics import Recorder
+from seqkd.types import (
+    PartResult,
+    Prompt,
+    Rollout,
+    StepResult,
+    TeacherScore,
+    WeightVersion,
+)
+from seqkd.workers import Workers
+from tests.unit.test_config import MINIMAL
+
+PROMPTS = [Prompt(f"p{i}", (i + 1, 9), f"prompt {i}") for i in range(60)]
+HELDOUT = [Prompt("h", (77, 9), "held out")]
+V = 1000
+
+
+def unit(*values):
+    """A number in (0, 1) that is another for other values."""
+    return (xxhash.xxh3_64_intdigest(repr(values).encode()) + 1) / 2**64
+
+
+class Crash(Exception):
+    """In the place of a SIGKILL of the driver: nothing catches it."""
+
+
+class Lives:
+    """Counts calls, and raises at the one that is to fail."""
+
+    def __init__(self, at=None, error=None):
+        self.calls, self.at, self.error = [], at, error
+
+    def __call__(self, name):
+        self.calls.append(name)
+        if len(self.calls) - 1 == self.at:
+            raise self.error
+
+
+class Learner:
+    """Its weights are one number, which every sample and score that it learns from changes."""
+
+    def __init__(self, lives):
+        self.lives, self.whole, self.policy_version, self.weights = lives, True, 0, 0.5
+
+    def step(self, parts, lr):
+        self.whole = False
+        self.lives("step")
+        results = []
+        for part in parts:
+            ids = [r.sample_id for r in part.rollouts]
+            texts = [(r.sample_id, r.completion_ids, r.rollout_logprobs) for r in part.rollouts]
+            scores = [part.scores[i].logprobs.tolist() for i in ids] if part.scores else []
+            counts = (part.counts.rate, part.counts.length)
+            self.weights = unit(self.weights, texts, scores, counts, lr)
+            sums = {"tokens": part.counts.tokens, "sequences": part.counts.sequences,
+                    "student_logprob": -1.0, "weight": 1.0, "weight_squared": 1.0}  # fmt: skip
+            costs = torch.tensor([self.weights, 1.0])
+            results.append(PartResult(sums, costs=costs, alive=torch.ones(2), trained=tuple(ids)))
+        self.policy_version, self.whole = self.policy_version + 1, True
+        return StepResult(self.weights, self.weights, tuple(results))
+
+    def measure(self, rollouts, scores):
+        self.lives("measure")
+        return {
+            r.sample_id: {
+                "student_logprob": [-unit(self.weights, r.completion_ids)] * len(r.completion_ids),
+                "teacher_logprob": [-unit("teacher", r.completion_ids)] * len(r.completion_ids),
+            }
+            for r in rollouts
+        }
+
+    def publish(self):
+        self.lives("publish")
+        return WeightVersion(self.policy_version, repr(self.weights), "", {})
+
+    def save(self, directory):
+        self.lives("save")
+        (Path(directory) / "weights").write_text(repr(self.weights))
+
+    def restore(self, directory, policy_version):
+        self.weights = float((Path(directory) / "weights").read_text())
+        self.policy_version = policy_version
+
+    def export(self, directory):
+        self.lives("export")
+        Path(directory).write_text(repr(self.weights))
+
+    def restart(self):
+        self.__init__(self.lives)
+
+
+class Sampler:
+    def __init__(self, lives, asked, source):
+        self.lives, self.asked, self.source = lives, asked, source
+        self.policy_version, self.weights = 0, 0.5
+
+    def load(self, version):
+        self.lives("load")
+        self.policy_version, self.weights = version.policy_version, float(version.path)
+
+    def forget(self):
+        self.policy_version = None
+
+    def score(self, token_ids):
+        ids = tuple(token_ids[2:])
+        return [[0.0] * (len(token_ids) - 1 - len(ids)) + [-unit(self.weights, ids)] * len(ids)]
+
+    def sample(self, prompts, samples, seed, temperature=1.0, top_p=1.0):
+        self.lives("sample")
+        self.asked.update((self.source, p.prompt_id, seed, self.weights) for p in prompts)
+        return [
+            Rollout(p.prompt_id, f"{p.prompt_id}/{self.source}/{seed}/{i}", p.token_ids,
+                    (int(1e6 * unit(self.weights, p.prompt_id, seed, i)), 7),
+                    (math.log(unit(self.weights, i)), -1.0), self.source, self.policy_version,
+                    "length")
+            for p, n in zip(prompts, samples, strict=True)
+            for i in range(n)
+        ]  # fmt: skip
+
+    def usage(self):
+        return {}
+
+
+class Teacher:
+    def __init__(self, lives, asked):
+        self.lives, self.asked = lives, asked
+
+    def score(self, rollouts):
+        self.lives("score")
+        self.asked.update(("score", r.sample_id) for r in rollouts if "canary" not in r.sample_id)
+        return {
+            r.sample_id: TeacherScore(
+                r.sample_id,
+                logprobs=torch.tensor([-unit("teacher", r.completion_ids)] * len(r.completion_ids)),
+            )
+            for r in rollouts
+        }
+
+    def usage(self):
+        return {}
+
+
+CONFIG = Config.model_validate(
+    {
+        **MINIMAL,
+        "teacher": {"kind": "hf", "model": "b", "scores": "logprobs"},
+        "objective": {"kind": "sequence_reverse_kl", "estimator": "reward_to_go",
+                      "normalization": "rate"},
+        "rollout": {"samples_per_prompt": 2},
+        "warmup": {"sampler": "teacher", "steps": 3, "prompts_per_step": 2},
+        "plus": [{"sampler": "teacher"}],
+        "prompts_per_step": 3,
+        "updates_per_rollout": 2,
+        "steps": 7,
+        "checkpoints": {"every_steps": 3, "keep_last": 2},
+        "recovery": {"backoff_s": 0, "restarts": 1},
+        "evaluation": {"prompts": 1},
+    }
+)  # fmt: skip
+
+
+class Tokenizer:
+    def __call__(self, text, add_special_tokens):
+        return SimpleNamespace(input_ids=list(range(100, 150)))
+
+
+def checked(train=PROMPTS):
+    return SimpleNamespace(
+        train=train, heldout=HELDOUT, corpus=[], tokenizer=Tokenizer(), vocabulary=V,
+        max_model_len=512, stop_ids=(0,),
+    )  # fmt: skip
+
+
+class World:
+    """Everything that a run has but what is on disk."""
+
+    def __init__(self, directory, at=None, error=None, config=CONFIG):
+        self.lives, self.asked = Lives(at, error), Counter()
+        learner = Learner(self.lives)
+        workers = Workers(
+            student=Sampler(self.lives, self.asked, "student"),
+            learner=learner,
+            teachers={"": Teacher(self.lives, self.asked)},
+            teacher_samplers={"": Sampler(self.lives, self.asked, "teacher")},
+            teacher_of=config.teacher_of,
+            distribution=False,
+        )
+        self.out, directory = io.StringIO(), Path(directory)
+        self.recorder = Recorder(directory, config, self.out)
+        self.control = Control(config.recovery, self.recorder.note)
+        self.run = recovery.prepare(
+            directory, config, checked(), workers, {"rollout", "teacher", "learner"}, {},
+            self.recorder, self.control,
+        )  # fmt: skip
+
+    def finish(self):
+        try:
+            return recovery.finish(self.run)
+        finally:
+            self.recorder.close()
+
+
+def left(directory):
+    """What a run leaves: metrics without times, and the student."""
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        for key in [k for k in row if k.startswith("time_") or k == "tokens_per_s"]:
+            del row[key]
+    return rows, (directory / "student").read_text()
+
+
+@pytest.fixture(scope="module")
+def quiet(tmp_path_factory):
+    """The undisturbed run: what it leaves, what it measured, its calls, what was asked."""
+    directory = tmp_path_factory.mktemp("quiet")
+    world = World(directory)
+    measured = world.finish()
+    rows, student = left(directory)
+    assert [row["step"] for row in rows] == list(range(10))
+    assert max(world.asked.values()) == 1
+    return SimpleNamespace(left=(rows, student), measured=measured, world=world)
+
+
+def test_a_run_whose_driver_is_killed_at_any_call_resumes_to_the_same(quiet, tmp_path):
+    for at, call in enumerate(quiet.world.lives.calls):
+        directory = tmp_path / str(at)
+        directory.mkdir()
+        first = World.__new__(World)
+        with pytest.raises(Crash):
+            World.__init__(first, directory, at, Crash())
+            first.finish()
+        second = World(directory)
+        measured = second.finish()
+        assert left(directory) == quiet.left, (at, call)
+        for stage, measurement in quiet.measured.items():
+            for name, values in measurement.sums.items():
+                assert (measured[stage].sums[name] == values).all(), (at, call, stage, name)
+        # What the call under way asked for is lost with it, as is the student's held-out text.
+        twice = {what for what in first.asked if second.asked[what] and "h" not in str(what[1])}
+        assert call in ("sample", "score") or not twice, (at, call, twice)
+
+
+def test_a_learner_lost_at_any_call_is_restored_within_the_run(quiet, tmp_path):
+    for at, call in enumerate(quiet.world.lives.calls):
+        if call not in ("step", "measure", "publish", "save", "export"):
+            continue
+        directory = tmp_path / str(at)
+        directory.mkdir()
+        world = World(directory, at, LearnerLost(ActorError("learner died"), gone=True))
+        world.finish()
+        assert left(directory) == quiet.left, (at, call)
+        assert "learner died Restarting the learner in 0 s" in world.out.getvalue()
+        twice = {what for what, n in world.asked.items() if n > 1 and "h" not in str(what[1])}
+        assert not twice, (at, call)
+
+
+def test_told_to_stop_it_saves_what_was_learnt_and_goes_on_from_there(quiet, tmp_path):
+    calls = quiet.world.lives.calls
+    at = [i for i, name in enumerate(calls) if name == "sample"][-4]
+    world = World(tmp_path, at, Stopped(signal.SIGTERM))
+    with pytest.raises(Stopped):
+        world.finish()
+    steps = sum(name == "step" for name in calls[:at])
+    assert (tmp_path / "checkpoints" / f"step-{steps:08d}").is_dir()
+    second = World(tmp_path)
+    second.finish()
+    assert f"going on after step {steps}" in second.out.getvalue()
+    assert left(tmp_path) == quiet.left
+
+
+def test_in_the_middle_of_a_draw_there_is_no_checkpoint_but_the_journal(quiet, tmp_path):
+    calls = quiet.world.lives.calls
+    last = [i for i, name in enumerate(calls) if name == "step"][6]  # the second of its draw
+    world = World(tmp_path, last, Stopped(signal.SIGTERM))
+    with pytest.raises(Stopped):
+        world.finish()
+    assert "the last checkpoint is that of step" in world.out.getvalue()
+    World(tmp_path).finish()
+    assert left(tmp_path) == quiet.left
+
+
+def test_a_spent_budget_saves_and_names_the_first_cause(tmp_path):
+    world = World(tmp_path, 30, LearnerLost(ActorError("first"), gone=True))
+    world.control.recovery = CONFIG.recovery.model_copy(update={"restarts": 0})
+    with pytest.raises(ActorError, match="first It was the first of 1 losses"):
+        world.finish()
+
+
+def test_what_a_new_learner_raises_again_is_not_tried_forever(tmp_path):
+    world = World(tmp_path)
+    world.run.workers.learner.step = lambda parts, lr: (_ for _ in ()).throw(
+        LearnerLost(ActorError("learner step failed: TypeError: no"), gone=False)
+    )
+    world.run.workers.learner.restart = lambda: None
+    with pytest.raises(ActorError, match=r"^learner step failed: TypeError: no$"):
+        world.finish()
+
+
+def test_after_a_fault_neither_student_nor_samples_are_kept(tmp_path):
+    world = World(tmp_path, 40, LearningFault("garbage"))
+    with pytest.raises(LearningFault):
+        world.finish()
+    assert not list((tmp_path / "journal" / "samples").glob("*.arrow"))
+    second = World(tmp_path)
+    second.finish()
+    assert left(tmp_path)[0][-1]["step"] == 9
+
+
+def test_another_student_does_not_learn_from_the_old_ones_samples(quiet, tmp_path):
+    """With another learning rate the steps since the checkpoint are drawn anew."""
+    calls = quiet.world.lives.calls
+    last = [i for i, name in enumerate(calls) if name == "step"][-1]
+    with pytest.raises(Crash):
+        World(tmp_path, last, Crash()).finish()
+    changed = CONFIG.model_copy(update={"learner": CONFIG.learner.model_copy(update={"lr": 0.5})})
+    run_journal.remove(tmp_path / "journal")  # as a start does that finds such a change
+    second = World(tmp_path, config=changed)
+    second.finish()
+    assert any(what[0] == "student" and what[1] != "h" for what in second.asked)
+    assert left(tmp_path)[1] != quiet.left[1]
+
+
+def test_the_journal_stays_bounded(quiet, tmp_path):
+    world = World(tmp_path)
+    world.finish()
+    shards = world.run.checkpoints.journal.samples
+    oldest = CONFIG.steps + 3 - 2 * CONFIG.checkpoints.every_steps
+    kept = {seed for row in _rows(shards) for seed in [int(row["sample_id"].as_py().split("/")[2])]}
+    assert kept and min(kept) - 1_000_003 >= oldest - 2
+
+
+def _rows(shards):
+    for address, places in shards.places.items():
+        yield from shards.rows(address, 0, len(places))
+
+
+def test_a_damaged_journal_file_is_drawn_again(quiet, tmp_path):
+    last = [i for i, name in enumerate(quiet.world.lives.calls) if name == "step"][-1]
+    with pytest.raises(Crash):
+        World(tmp_path, last, Crash()).finish()
+    file = sorted((tmp_path / "journal" / "samples").glob("*.arrow"))[-1]
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    second = World(tmp_path)
+    second.finish()
+    assert f"warning: {file.name}" in second.out.getvalue()
+    assert left(tmp_path) == quiet.left
+
+
+def test_a_disk_that_is_full_loses_nothing(quiet, tmp_path, monkeypatch):
+    world = World(tmp_path)
+    write = world.recorder.step
+
+    def full(step, row, clock):
+        if step == 5:
+            raise StorageError("metrics.jsonl: cannot be written: No space left on device.")
+        write(step, row, clock)
+
+    monkeypatch.setattr(world.recorder, "step", full)
+    with pytest.raises(StorageError, match="No space left"):
+        world.finish()
+    World(tmp_path).finish()
+    assert left(tmp_path) == quiet.left
+
+
+def test_scores_beyond_the_room_are_asked_for_again(quiet, tmp_path):
+    last = [i for i, name in enumerate(quiet.world.lives.calls) if name == "step"][-1]
+    none = CONFIG.model_copy(
+        update={"checkpoints": CONFIG.checkpoints.model_copy(update={"journal_gib": 0.0})}
+    )
+    with pytest.raises(Crash):
+        World(tmp_path, last, Crash(), none).finish()
+    second = World(tmp_path, config=none)
+    second.finish()
+    assert any(what[0] == "score" for what in second.asked)
+    assert left(tmp_path) == quiet.left
