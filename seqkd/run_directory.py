@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,10 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from seqkd import run_journal
 from seqkd.config import Config, dump, load
 from seqkd.errors import ConfigError
-from seqkd.shards import sync
 
 PACKAGED = "working_dir_files"
 """A folder in the path of every working directory that Ray unpacks for a job."""
@@ -95,6 +94,8 @@ def begin(
 ) -> None:
     """Write the resolved configuration, and what makes the data sets others, into the directory,
     after what this run must not learn from is removed."""
+    from seqkd import run_journal  # here, as it imports torch
+
     journal = directory / "journal"
     with _written(directory):
         if not resumption.found:  # of a start that failed before its first step
@@ -181,8 +182,10 @@ def _shown(values: Mapping[str, Any], key: str) -> str:
 
 def _replace(file: Path, text: str) -> None:
     partial = file.with_name(file.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    sync(partial)
+    with partial.open("w", encoding="utf-8") as out:
+        out.write(text)
+        out.flush()
+        os.fsync(out.fileno())
     partial.rename(file)
 
 
