@@ -181,15 +181,12 @@ def train(config: Config, verbose: bool, resume: bool) -> int:
     from seqkd import summary
     from seqkd.metrics import Recorder
 
-    with (
-        run_directory.hold(directory),
-        build.connect(config, verbose),
-        closing(Recorder(directory, config)) as recorder,
-    ):
+    with build.connect(config, verbose):
         build.check_resources(config)
-        run_directory.begin(directory, asked, data, resumption)
-        print(f"run directory: {directory}\nstarting the actors", flush=True)
-        measured = learn(directory, config, checked, journals, recorder)
+        with run_directory.hold(directory), closing(Recorder(directory, config)) as recorder:
+            run_directory.begin(directory, asked, data, resumption)
+            print(f"run directory: {directory}\nstarting the actors", flush=True)
+            measured = learn(directory, config, checked, journals, recorder)
     if measured:
         evaluation = summary.evaluation_json(
             measured, checked.heldout, checked.tokenizer, config.evaluation.examples
