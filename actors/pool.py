@@ -144,20 +144,6 @@ def _why(error: Exception) -> str:
     return reason.removeprefix("The actor is dead because ")
 
 
-def wait(ref: Any, what: str, control: Control | None = None) -> Any:
-    """The result of one call on no actor in particular, or of an actor that nothing replaces."""
-    import ray
-
-    control = control or Control()
-    calls = Calls(what, control)
-    while not ray.wait([ref], timeout=TICK_S)[0]:
-        control.check()
-    result = calls._result(ref)
-    if isinstance(result, Failure):
-        raise result.cause
-    return result
-
-
 class Pool:
     """Processes that do the same, each replaced where it is lost."""
 

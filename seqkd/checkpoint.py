@@ -20,7 +20,7 @@ from seqkd.journal import JournaledSampler
 from seqkd.protocols import Learner, Sampler
 from seqkd.run_journal import RunJournal
 from seqkd.running import RunningCosts
-from seqkd.types import Rollout
+from seqkd.types import rollout_from
 
 Running = dict[str, RunningCosts]
 
@@ -69,8 +69,8 @@ class Checkpoints:
         if path is None and damaged:
             raise CheckpointError(
                 "\n".join(damaged)
-                + f"\n{self.directory}: no checkpoint is whole. Restore one from "
-                "a copy, or choose a new name=…."
+                + f"\n{self.directory}: no checkpoint is whole. Restore one from a copy, or choose "
+                "a new name=…."
             )
         self.last_step = 0
         self.journal.resume(state.get("journal", {}))
@@ -158,12 +158,6 @@ def _measurement_row(measurement: Measurement) -> dict[str, Any]:
 def _measurement(row: dict[str, Any]) -> Measurement:
     return Measurement(
         {name: np.array(values) for name, values in row["sums"].items()},
-        tuple(map(_rollout, row["student_rollouts"])),
-        tuple(map(_rollout, row["teacher_rollouts"])),
+        tuple(map(rollout_from, row["student_rollouts"])),
+        tuple(map(rollout_from, row["teacher_rollouts"])),
     )
-
-
-def _rollout(row: dict[str, Any]) -> Rollout:
-    ids = {name: tuple(row[name]) for name in ("prompt_ids", "completion_ids")}
-    logprobs = row["rollout_logprobs"]
-    return Rollout(**(row | ids | {"rollout_logprobs": logprobs and tuple(logprobs)}))

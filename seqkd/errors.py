@@ -135,7 +135,7 @@ def reported(action: Callable[[], int]) -> int:
     def stop(number: int, frame: object) -> None:
         raise Stopped(Signals(number))
 
-    signals.signal(signals.SIGTERM, stop)
+    before = signals.signal(signals.SIGTERM, stop)
     try:
         return action()
     except Stopped as stopped:
@@ -148,6 +148,8 @@ def reported(action: Callable[[], int]) -> int:
         print(getattr(error, "details", ""), end="", file=sys.stderr)
         say("error", str(error), file=sys.stderr)
         return 2
+    finally:
+        signals.signal(signals.SIGTERM, before)
 
 
 def say(level: str, text: str, indent: str = "", file: TextIO | None = None) -> None:

@@ -8,10 +8,9 @@ What the oldest checkpoint that is kept does not need any more is removed.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 
@@ -19,7 +18,7 @@ from seqkd.config import Config
 from seqkd.journal import Journal, address_of, score_form
 from seqkd.protocols import Sampler, StudentSampler, Teacher
 from seqkd.shards import Shards
-from seqkd.types import Prompt, Rollout, TeacherScore, WeightVersion
+from seqkd.types import Prompt, Rollout, TeacherScore, WeightVersion, rollout_from
 from seqkd.workers import Workers
 
 SAMPLES = pa.schema(
@@ -36,8 +35,8 @@ SAMPLES = pa.schema(
         ("tag", pa.string()),
     ]
 )
-
-
+FIELDS = SAMPLES.names[1:]
+"""Those of a rollout."""
 SAMPLED, SCORED = "samples", "teacher"
 
 
@@ -98,8 +97,14 @@ class RunJournal:
         self.kept = 0
 
     def dropped(self) -> list[str]:
-        """Files left out because they are damaged: what they held is asked for again."""
-        return [name for shards in self._shards.values() for name in shards.dropped]
+        """What was left out because it is damaged, a line each; said once."""
+        names = [name for shards in self._shards.values() for name in shards.dropped]
+        for shards in self._shards.values():
+            shards.dropped.clear()
+        return [
+            f"{name} in {self.directory} is damaged: what it held is asked for again."
+            for name in names
+        ]
 
     @property
     def _shards(self) -> dict[str, Shards]:
@@ -126,9 +131,10 @@ class RecordedSampler:
         address = address_of([self.who, self._version(), seed, temperature, top_p, asked])
         if address in self.samples:
             count = self.samples.count(address)
-            return [_rollout(row) for row in self.samples.rows(address, 0, count)]
+            rows = self.samples.rows(address, 0, count)
+            return [rollout_from({n: row[n].as_py() for n in FIELDS}) for row in rows]
         drawn = self.inner.sample(prompts, samples, seed, temperature, top_p)
-        self.samples.append([_row(address, rollout) for rollout in drawn])
+        self.samples.append([{"address": address, **asdict(rollout)} for rollout in drawn])
         return drawn
 
     def usage(self) -> dict[str, int]:
@@ -209,19 +215,3 @@ class RecordedTeacher:
 def _size(score: TeacherScore) -> int:
     tensors = (score.hidden, score.logprobs, score.top_ids, score.top_logprobs)
     return sum(t.nbytes for t in tensors if t is not None)
-
-
-def _row(address: str, rollout: Rollout) -> dict[str, Any]:
-    fields: Callable[[str], Any] = rollout.__getattribute__
-    return {"address": address, **{n: fields(n) for n in SAMPLES.names if n != "address"}}
-
-
-def _rollout(row: dict[str, Any]) -> Rollout:
-    values = {name: value.as_py() for name, value in row.items() if name != "address"}
-    logprobs = values["rollout_logprobs"]
-    values |= {
-        "prompt_ids": tuple(values["prompt_ids"]),
-        "completion_ids": tuple(values["completion_ids"]),
-        "rollout_logprobs": None if logprobs is None else tuple(logprobs),
-    }
-    return Rollout(**values)

@@ -7,8 +7,9 @@ V vocabulary. Log-probabilities are natural logarithms; divergences are in nats.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -69,6 +70,17 @@ class Rollout:
     finish_reason: Literal["stop", "length"]
     tag: str = ""
     """Of the prompt."""
+
+
+def rollout_from(values: Mapping[str, Any]) -> Rollout:
+    """From plain data, as :func:`dataclasses.asdict` and then JSON or Arrow give it."""
+    logprobs = values["rollout_logprobs"]
+    tuples = {
+        "prompt_ids": tuple(values["prompt_ids"]),
+        "completion_ids": tuple(values["completion_ids"]),
+        "rollout_logprobs": None if logprobs is None else tuple(logprobs),
+    }
+    return Rollout(**{**values, **tuples})
 
 
 @dataclass(frozen=True, slots=True)

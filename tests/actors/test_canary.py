@@ -12,12 +12,11 @@ from actors import weight_sync
 from actors.groups import LearnerGroup, RolloutGroup, TeacherGroup
 from actors.learner import LearnerRank
 from actors.placement import ActorPlan
-from actors.pool import Pool, remote, wait
+from actors.pool import Pool, remote
 from actors.rollout import RolloutActor
 from actors.teacher import TeacherActor
 from seqkd.alarms import StepAlarms, check_counts
 from seqkd.canary import Canary, must_move
-from seqkd.config import Config
 from seqkd.config_roles import Engine, Learner
 from seqkd.errors import LearningFault
 from seqkd.known_text import as_rollout
@@ -25,8 +24,8 @@ from seqkd.metrics import Clock, describe
 from seqkd.preflight import check
 from seqkd.sources import StepSource
 from seqkd.workers import Workers
+from tests.actors.ray_calls import COMPLETION, PROMPT, small_config, wait
 
-PROMPT, COMPLETION = 64, 32
 PLAN = ActorPlan("teacher", 0, threads=1, gpus=0, share=1, bundle=0)
 
 
@@ -93,25 +92,7 @@ class FaultyLearner(Faulty, LearnerRank):
 
 @pytest.fixture(scope="module")
 def make_config(tiny, tmp_path_factory):
-    file = tmp_path_factory.mktemp("data") / "train.jsonl"
-    file.write_text('{"prompt": "one"}\n{"prompt": "two and three"}\n')
-
-    def make(scores="hidden"):
-        return Config.model_validate(
-            {
-                "name": "x",
-                "student": {"model": tiny["student"]},
-                "teacher": {"kind": "hf", "model": tiny["teacher"], "scores": scores},
-                "data": {"path": str(file), "max_prompt_tokens": PROMPT},
-                "rollout": {"max_tokens": COMPLETION},
-                "objective": {"kind": "sampled_token"},
-                "prompts_per_step": 2,
-                "evaluation": {"prompts": 0},
-                "steps": 1,
-            }
-        )
-
-    return make
+    return lambda scores: small_config(tiny, tmp_path_factory.mktemp("data"), scores=scores)
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +113,7 @@ def crew(local_ray, tiny):
     teacher = create(FaultyTeacher)
     engines = [create(FaultyEngine, (0,), "student") for _ in range(2)]
     for engine in engines:  # one after the other: there are few cores
-        wait(engine.start.remote(tiny["student"], Engine(kv_cache_gib=0.1), 512), "engine")
+        wait(engine.start.remote(tiny["student"], Engine(kv_cache_gib=0.1), 512))
     yield learner, teacher, engines
     learner.kill()
     for actor in (teacher, *engines):
@@ -144,7 +125,7 @@ class Run:
 
     def __init__(self, config, crew, tiny):
         self.config, (self.learner, self.teacher, self.engines) = config, crew
-        wait(self.teacher.start.remote(config.teacher, PROMPT + COMPLETION, 320), "teacher")
+        wait(self.teacher.start.remote(config.teacher, PROMPT + COMPLETION, 320))
         student = RolloutGroup(Pool("rollout", self.engines), COMPLETION, self.learner)
         self.workers = Workers(
             student=student,
@@ -155,7 +136,7 @@ class Run:
             distribution=True,
         )
         for actor in (*self.learner.ranks, self.teacher, *self.engines):
-            wait(actor.set_fault.remote(""), "")
+            wait(actor.set_fault.remote(""))
         student.load(self.learner.publish())
         self.learner.policy_version = student.policy_version
         checked = check(config)
@@ -215,7 +196,7 @@ ENGINE_FAULTS = {
 @pytest.mark.parametrize("fault", ENGINE_FAULTS)
 def test_an_engine(run, fault):
     run = run()
-    wait(run.engines[1].set_fault.remote(fault), "")
+    wait(run.engines[1].set_fault.remote(fault))
     assert ENGINE_FAULTS[fault] in caught(run, f"engine {fault}")
 
 
@@ -228,7 +209,7 @@ def test_an_engine_that_kept_its_cache_still_scores_anew(run):
     ids = [*text.prompt_ids, *text.completion_ids]
     before = student.score(ids)
     for engine in run.engines:
-        wait(engine.set_fault.remote("keeps its cache"), "")
+        wait(engine.set_fault.remote("keeps its cache"))
     run.workers.sync()
     expected = learner.measure([text], {})["long"]["student_logprob"]
     for old, now in zip(before, student.score(ids), strict=True):
@@ -247,7 +228,7 @@ def test_an_engine_that_kept_its_cache_still_scores_anew(run):
 )
 def test_a_teacher(run, fault, found, scores):
     run = run(scores)
-    wait(run.teacher.set_fault.remote(fault), "")
+    wait(run.teacher.set_fault.remote(fault))
     if fault == "gives zeros" and scores == "hidden":
         found = "log-prob of -ln V = -5.768: its hidden states are zeros"
     assert found in caught(run, f"teacher ({scores}) {fault}")
@@ -259,7 +240,7 @@ def test_a_teacher_that_becomes_another_model(run, tmp_path):
     run = run()
     other = str(write_tiny(tmp_path / "other", layers=4, seed=9))
     config = run.config.teacher.model_copy(update={"model": other})
-    wait(run.teacher.start.remote(config, PROMPT + COMPLETION, 320), "teacher")
+    wait(run.teacher.start.remote(config, PROMPT + COMPLETION, 320))
     message = caught(run, "teacher becomes another model")
     assert "the teacher, actor 0, gives a known text other log-probs than it first did" in message
 
@@ -267,6 +248,6 @@ def test_a_teacher_that_becomes_another_model(run, tmp_path):
 def test_a_learner_that_stays_as_it_is(run):
     run = run()
     run.step()
-    wait(run.learner.ranks[0].set_fault.remote("stays as it is"), "")
+    wait(run.learner.ranks[0].set_fault.remote("stays as it is"))
     run.step()
     assert "its weights do not change" in caught(run, "learner stays as it is")

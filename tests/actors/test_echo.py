@@ -10,17 +10,16 @@ import torch
 from actors.groups import LearnerGroup, RolloutGroup, TeacherGroup
 from actors.learner import LearnerRank
 from actors.placement import ActorPlan
-from actors.pool import Pool, remote, wait
+from actors.pool import Pool, remote
 from actors.rollout import RolloutActor
 from actors.teacher import TeacherActor
-from seqkd.config import Config
 from seqkd.config_roles import Engine, Learner
 from seqkd.echo import check_workers
 from seqkd.errors import ActorError, ModelError
 from seqkd.preflight import check
 from seqkd.workers import Workers
+from tests.actors.ray_calls import COMPLETION, PROMPT, small_config, wait
 
-PROMPT, COMPLETION = 64, 32
 PLAN = ActorPlan("teacher", 0, threads=1, gpus=0, share=1, bundle=0)
 
 
@@ -57,22 +56,8 @@ def _last(rollout, tokens):
 
 @pytest.fixture(scope="module")
 def config(tiny, tmp_path_factory):
-    file = tmp_path_factory.mktemp("data") / "train.jsonl"
-    file.write_text('{"prompt": "one"}\n{"prompt": "two and three"}\n')
-
-    def make(model=tiny["teacher"], scores="hidden"):
-        return Config.model_validate(
-            {
-                "name": "x",
-                "student": {"model": tiny["student"]},
-                "teacher": {"kind": "hf", "model": model, "scores": scores},
-                "data": {"path": str(file), "max_prompt_tokens": PROMPT},
-                "rollout": {"max_tokens": COMPLETION},
-                "objective": {"kind": "sampled_token"},
-                "evaluation": {"prompts": 0},
-                "steps": 1,
-            }
-        )
+    def make(model=None, scores="hidden"):
+        return small_config(tiny, tmp_path_factory.mktemp("data"), model, scores)
 
     return make
 
@@ -95,7 +80,7 @@ def crew(local_ray, tiny):
     teacher = create(FaultyTeacher)
     engine = create(RolloutActor, (0,), "student")
     start = (tiny["student"], Engine(kv_cache_gib=0.1), PROMPT + COMPLETION)
-    wait(engine.start.remote(*start), "start")
+    wait(engine.start.remote(*start))
     yield learner, teacher, engine
     learner.kill()
     for actor in (teacher, engine):
@@ -109,8 +94,8 @@ def examine(crew, tiny):
 
     def examine(config, fault="", serves=None, roles=("teacher",)):
         serving = config.teacher.model_copy(update={"model": serves or config.teacher.model})
-        wait(teacher.start.remote(serving, PROMPT + COMPLETION, 320), "teacher start")
-        wait(teacher.set_fault.remote(fault), "teacher")
+        wait(teacher.start.remote(serving, PROMPT + COMPLETION, 320))
+        wait(teacher.set_fault.remote(fault))
         sampler = RolloutGroup(Pool("rollout", [engine]), COMPLETION, learner)
         workers = Workers(
             student=sampler,
@@ -205,8 +190,8 @@ def test_an_engine_that_has_not_the_students_weights(examine, config, crew, tiny
     with weight_sync.memory_file() as file:  # a little off, published as if they were right
         state = {n: p.detach() + 0.01 for n, p in model.named_parameters()}
         changed = weight_sync.publish(state, 0, file, published.node_id)
-        wait(engine.load.remote(changed, None), "load")
+        wait(engine.load.remote(changed, None))
     (message,) = refused(examine, config(), roles=("rollout",))
     assert message.startswith("rollout: the engine gives the tokens that it draws other log-probs")
-    wait(engine.load.remote(learner.publish(), None), "load")
+    wait(engine.load.remote(learner.publish(), None))
     assert examine(config(), roles=("rollout",)) == []

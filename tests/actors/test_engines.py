@@ -10,12 +10,13 @@ from safetensors.torch import load_file
 
 from actors import weight_sync
 from actors.placement import ActorPlan
-from actors.pool import remote, wait
+from actors.pool import remote
 from actors.rollout import RolloutActor
 from seqkd.config_roles import Engine
 from seqkd.errors import SyncError
 from seqkd.models import load_causal_lm
 from seqkd.types import Prompt
+from tests.actors.ray_calls import wait
 
 PLAN = ActorPlan("rollout", 0, threads=1, gpus=0, share=1, bundle=0)
 
@@ -24,7 +25,7 @@ PLAN = ActorPlan("rollout", 0, threads=1, gpus=0, share=1, bundle=0)
 def engine(local_ray, tiny):
     environment = {"env_vars": PLAN.environment()}
     actor = remote(RolloutActor).options(runtime_env=environment).remote((0,), "student")
-    wait(actor.start.remote(tiny["student"], Engine(kv_cache_gib=0.1), 512), "rollout start")
+    wait(actor.start.remote(tiny["student"], Engine(kv_cache_gib=0.1), 512))
     yield actor
     local_ray.kill(actor)
 
@@ -47,12 +48,12 @@ def sample(engine, prompts, seed=3, n=3, temperature=1.0, max_tokens=12):
     seeds = [seed + i for i in range(len(prompts))]
     numbers = [n] * len(prompts)
     call = engine.sample.remote(prompts, seeds, numbers, max_tokens, temperature, 1.0)
-    return wait(call, "sampling")
+    return wait(call)
 
 
 def sync(engine, model, version):
     with weight_sync.memory_file() as file:
-        wait(engine.load.remote(publish(model, version, file), None), "sync")
+        wait(engine.load.remote(publish(model, version, file), None))
 
 
 def publish(model, version, file):
@@ -125,7 +126,7 @@ def test_weights_that_are_not_the_published_ones_are_refused(engine, model, tiny
         else:
             del version.digests[name]
         with pytest.raises(SyncError, match="weight sync: model"):
-            wait(engine.load.remote(version, None), "sync")
+            wait(engine.load.remote(version, None))
     restore(engine, tiny, 4)
 
 
@@ -136,7 +137,7 @@ def test_an_engine_on_another_node_gets_the_bytes(engine, model, prompts, tiny):
         version = publish(model, 5, file)
         data = weight_sync.read_bytes(version)
     assert not Path(version.path).exists()
-    wait(engine.load.remote(version, data), "sync")
+    wait(engine.load.remote(version, data))
     (r, *_) = sample(engine, prompts)
     assert list(r.rollout_logprobs) == pytest.approx(drawn(model, r), abs=1e-3)
     restore(engine, tiny, 6)
@@ -147,7 +148,7 @@ def test_scoring_a_fixed_sequence(engine, model):
     with torch.no_grad():
         logprobs = torch.log_softmax(model(torch.tensor([ids])).logits[0].double(), -1)
     expected = [logprobs[t, ids[t + 1]].item() for t in range(len(ids) - 1)]
-    assert wait(engine.score.remote(ids), "scoring") == pytest.approx(expected, abs=1e-3)
+    assert wait(engine.score.remote(ids)) == pytest.approx(expected, abs=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -12,11 +12,12 @@ import psutil
 import pytest
 
 from actors import groups
-from actors.pool import Pool, remote, wait
+from actors.pool import Pool, remote
 from seqkd.config_run import Recovery
 from seqkd.control import Control
 from seqkd.errors import ActorError, LearnerLost, ModelError, Stopped
 from seqkd.types import Prompt, Rollout, WeightVersion
+from tests.actors.ray_calls import wait
 
 SOON = Recovery(restarts=3, backoff_s=0.01, heartbeat_s=1, stall_s=60, grace_s=0.5)
 
@@ -209,7 +210,7 @@ def test_a_death_is_named_before_what_the_others_saw_of_it(learner):
 
 
 def test_a_stopped_rank_is_found_by_its_heartbeat(learner):
-    os.kill(wait(learner.ranks[1].pid.remote(), "rank"), signal.SIGSTOP)
+    os.kill(wait(learner.ranks[1].pid.remote()), signal.SIGSTOP)
     with pytest.raises(LearnerLost, match=r"learner step: process 1 has not answered for"):
         ask(learner, "hang", "pid")
     learner.restart()
@@ -223,17 +224,19 @@ def test_a_call_that_never_ends_is_a_hang(learner):
 
 
 def test_a_signal_ends_a_wait_and_a_second_one_the_process(learner):
-    control = learner.control
+    control, before = learner.control, signal.getsignal(signal.SIGTERM)
     with control.signals():
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(Stopped, match="SIGTERM"):
-            ask(learner, "hang", "pid")
-        with pytest.raises(Stopped):  # what is worth finishing has its grace first
-            learner.save("hang")
+            ask(learner, "pid", "pid")
+        learner.save("pid")  # a checkpoint is worth waiting for
+        refs = [rank.hang.remote() for rank in learner.ranks]
+        with pytest.raises(Stopped):  # a step for a while
+            learner._results("step", refs, control.check_after_grace)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-            wait(learner.ranks[0].pid.remote(), "rank")
-    assert signal.getsignal(signal.SIGTERM) is not control
+            threading.Event().wait(10)
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 class Engine:

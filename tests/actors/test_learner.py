@@ -163,8 +163,11 @@ def test_the_update_is_that_of_the_formula(learners, tiny, batch, counts, refere
     assert [r.grad_norm for r in results] == pytest.approx(norms, rel=1e-4)
     assert state.keys() == expected.keys()
     for name, weight in expected.items():
-        # AdamW divides by the gradient's own size: where that is all but 0, rounding shows.
-        assert (state[name] - weight).abs().max() <= 2e-5, name
+        # AdamW divides by the gradient's own size: where that is all but 0, rounding shows, on some
+        # machines beyond 1e-5 (1.055e-5). The two steps are of 1e-3 each.
+        difference = (state[name] - weight).abs()
+        assert difference.max() <= 2e-5, name
+        assert (difference > 1e-5).double().mean() <= 1e-4, name
 
 
 def test_a_partitioned_head_gives_the_same_update(learners, wide, counts):
@@ -402,8 +405,7 @@ def test_other_ranks_stages_and_precisions_restore_the_same(learners, wide, tmp_
             assert result.grad_norm == pytest.approx(after.grad_norm, rel=1e-4)
             now = published(other)
             for name, weight in expected.items():
-                differing = ((now[name] - weight).abs() > 1e-5).double().mean()
-                assert differing <= 1e-4, name  # as with a partitioned head
+                assert (now[name] - weight).abs().max() <= 1e-5, name
 
 
 def test_the_state_of_another_student_is_refused(learners, tiny, wide, tmp_path):

@@ -7,12 +7,13 @@ import torch
 
 from actors.groups import TeacherGroup
 from actors.placement import ActorPlan
-from actors.pool import Pool, remote, wait
+from actors.pool import Pool, remote
 from actors.teacher import TeacherActor
 from seqkd.config_roles import HfTeacher, VllmTeacher
 from seqkd.errors import ActorError
 from seqkd.models import head_of, load_causal_lm
 from seqkd.types import Rollout
+from tests.actors.ray_calls import wait
 
 KINDS = {"vllm": VllmTeacher, "hf": HfTeacher}
 
@@ -49,7 +50,7 @@ def start(local_ray, tiny):
         environment = {"env_vars": plan.environment()}
         actor = remote(TeacherActor).options(runtime_env=environment).remote()
         actors.append(actor)
-        wait(actor.start.remote(config, 64, 300), "teacher start")
+        wait(actor.start.remote(config, 64, 300))
         return Pool("teacher", [actor])
 
     yield start
@@ -103,7 +104,7 @@ def test_the_most_probable_tokens_and_the_rest(start, tiny, rollouts):
 def test_a_failure_shows_its_first_cause(local_ray):
     actor = remote(TeacherActor).remote()
     with pytest.raises(ActorError, match=r"teacher start failed: \w+: .*nowhere"):
-        wait(actor.start.remote(HfTeacher(model="/nowhere"), 64, 320), "teacher start")
+        Pool("teacher", [actor]).each("start", HfTeacher(model="/nowhere"), 64, 320)
     local_ray.kill(actor)
     with pytest.raises(ActorError, match="teacher scoring died"):
         TeacherGroup(Pool("teacher", [actor])).score([])

@@ -15,10 +15,18 @@ import pytest
 import torch
 import xxhash
 
-from seqkd import recovery, run_journal
+from seqkd import loop, recovery, run_journal
+from seqkd.checkpoint import Progress
 from seqkd.config import Config
 from seqkd.control import Control
-from seqkd.errors import ActorError, LearnerLost, LearningFault, Stopped, StorageError
+from seqkd.errors import (
+    ActorError,
+    CheckpointError,
+    LearnerLost,
+    LearningFault,
+    Stopped,
+    StorageError,
+)
 from seqkd.metrics import Recorder
 from seqkd.types import (
     PartResult,
@@ -273,6 +281,62 @@ def test_a_learner_lost_at_any_call_is_restored_within_the_run(quiet, tmp_path):
         assert "learner died Restarting the learner in 0 s" in world.out.getvalue()
         twice = {what for what, n in world.asked.items() if n > 1 and "h" not in str(what[1])}
         assert not twice, (at, call)
+
+
+def test_a_phase_ends_with_a_checkpoint_and_can_be_prolonged(quiet, tmp_path):
+    """Also where its steps are no multiple of updates_per_rollout."""
+    World(tmp_path).finish()
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names[-1] == f"step-{len(quiet.left[0]):08d}"
+    longer = CONFIG.model_copy(update={"steps": CONFIG.steps + 2})
+    second = World(tmp_path, config=longer)
+    second.finish()
+    assert f"going on after step {len(quiet.left[0])}" in second.out.getvalue()
+    assert [row["step"] for row in left(tmp_path)[0]] == list(range(len(quiet.left[0]) + 2))
+    drawn = [what[1] for what in second.asked if what[0] == "student" and what[1] != "h"]
+    first = [what[1] for what in quiet.world.asked if what[0] in ("student", "teacher")]
+    assert drawn and not set(drawn) & set(first), "the data goes on where it was"
+
+
+def test_a_signal_is_noticed_at_the_next_draw_whatever_is_waited_for(quiet, tmp_path):
+    """These fakes never ask whether to stop, as a learner in the middle of a step does not."""
+    world = World(tmp_path)
+    step = world.run.workers.learner.step
+
+    def stopping(parts, lr):
+        world.control.signal = signal.SIGTERM
+        return step(parts, lr)
+
+    world.run.workers.learner.step = stopping
+    with pytest.raises(Stopped, match="SIGTERM"):
+        world.finish()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
+    World(tmp_path).finish()
+    assert left(tmp_path) == quiet.left
+
+
+def test_a_broken_learner_is_not_saved(tmp_path):
+    world = World(tmp_path)
+    world.run.workers.learner.measure = lambda rollouts, scores: {
+        r.sample_id: {n: [math.nan] * len(r.completion_ids) for n in
+                      ("student_logprob", "teacher_logprob")}
+        for r in rollouts
+    }  # fmt: skip
+    world.run.watch.every = 0
+    world.run.workers.learner.policy_version = 3
+    with pytest.raises(LearningFault, match="the learner gives tokens of a known text"):
+        loop.save(world.run, Progress(step=3))
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_run_without_a_whole_checkpoint_does_not_begin_anew(tmp_path):
+    World(tmp_path).finish()
+    rows = (tmp_path / "metrics.jsonl").read_text()
+    for state in tmp_path.glob("checkpoints/*/state.json"):
+        state.write_text("{}")
+    with pytest.raises(CheckpointError, match="no checkpoint is whole"):
+        World(tmp_path).finish()
+    assert (tmp_path / "metrics.jsonl").read_text() == rows
 
 
 def test_told_to_stop_it_saves_what_was_learnt_and_goes_on_from_there(quiet, tmp_path):

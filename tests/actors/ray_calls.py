@@ -1,0 +1,41 @@
+"""What the tests of actors share."""
+
+from __future__ import annotations
+
+import ray
+from ray.exceptions import RayTaskError
+
+from seqkd.config import Config
+from seqkd.errors import SeqkdError
+
+PROMPT, COMPLETION = 64, 32
+
+
+def wait(ref):
+    """The result of a call; what seqkd raised in the actor comes as it is."""
+    try:
+        return ray.get(ref)
+    except RayTaskError as error:
+        if isinstance(error.cause, SeqkdError):
+            raise error.cause from None
+        raise
+
+
+def small_config(models, folder, teacher=None, scores="hidden"):
+    """Two prompts, a teacher of kind hf, nothing held out."""
+    file = folder / "train.jsonl"
+    file.write_text('{"prompt": "one"}\n{"prompt": "two and three"}\n')
+    model = teacher or models["teacher"]
+    return Config.model_validate(
+        {
+            "name": "x",
+            "student": {"model": models["student"]},
+            "teacher": {"kind": "hf", "model": model, "scores": scores},
+            "data": {"path": str(file), "max_prompt_tokens": PROMPT},
+            "rollout": {"max_tokens": COMPLETION},
+            "objective": {"kind": "sampled_token"},
+            "prompts_per_step": 2,
+            "evaluation": {"prompts": 0},
+            "steps": 1,
+        }
+    )
