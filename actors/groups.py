@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from actors.learner import RankPart
-from actors.pool import Calls, Failure, Pool, is_alive
+from actors.pool import Calls, Failure, Pool, is_alive, reap
 from seqkd import batching
 from seqkd.alarms import check_drawn
 from seqkd.control import Control
@@ -300,6 +300,8 @@ class LearnerGroup:
                 failures.append(result)
             results[index] = result
         if failures:
+            if any(failure.hung for failure in failures):
+                reap([f"learner {index}" for index in range(len(self.ranks))])
             first = min(failures, key=lambda failure: (not failure.gone, not failure.for_the_user))
             raise first.cause if first.for_the_user else LearnerLost(first.cause, first.gone)
         return results

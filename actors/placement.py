@@ -11,6 +11,8 @@ from seqkd.config_roles import Actors, ApiTeacher
 from seqkd.errors import ResourceError
 
 Role = Literal["learner", "rollout", "teacher", "teacher_sampler"]
+PROCESS = "SEQKD_PROCESS"
+"""Environment variable in which each process has its name: role, teacher, index."""
 
 KEYS: dict[Role, tuple[str, str]] = {
     "learner": ("learner", "ranks"),
@@ -52,6 +54,7 @@ class ActorPlan:
         """Set before the process imports torch."""
         threads = str(self.threads)
         return {
+            PROCESS: f"{self.role} {self.teacher}".strip() + f" {self.index}",
             "OMP_NUM_THREADS": threads,
             "MKL_NUM_THREADS": threads,
             "TOKENIZERS_PARALLELISM": "false",

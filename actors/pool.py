@@ -9,11 +9,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from actors.placement import PROCESS
 from seqkd.control import TICK_S, Control
 from seqkd.errors import ActorError, SeqkdError
 
 UNUSUAL_S = 60.0
 """So long a process may take to come up before that is said."""
+REAPING_S = 60.0
+"""Longest wait for the nodes of a cluster to end their processes."""
 HEALTH = "health"
 """Concurrency group of the heartbeat: a thread that answers while the actor is at work."""
 
@@ -33,6 +36,8 @@ class Failure:
     cause: SeqkdError
     gone: bool
     """Whether the process is dead or does not answer; else it raised."""
+    hung: bool = False
+    """Whether it does not answer, so that it may be there still."""
 
     @property
     def for_the_user(self) -> bool:
@@ -86,7 +91,7 @@ class Calls:
                 if silence := self._silence(call):
                     del self.under_way[ref]
                     cause = ActorError(f"{self.what}: process {call.index} {silence}.")
-                    return call.index, Failure(cause, gone=True)
+                    return call.index, Failure(cause, gone=True, hung=True)
         return None
 
     def _result(self, ref: Any) -> Any:
@@ -129,6 +134,33 @@ class Calls:
 def is_alive(actor: Any) -> Any:
     """A reference that is there as soon as the actor's process answers, whatever it is doing."""
     return actor.__ray_call__.options(concurrency_group=HEALTH).remote(_nothing)
+
+
+def reap(names: Sequence[str]) -> None:
+    """End the processes of this job that were started under ``names``, on every node. Ray itself
+    does not end one that hangs before it has come up once, and would keep its place for it."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    def there() -> None:
+        import os
+
+        import psutil
+
+        wanted = {"RAY_JOB_ID": os.environ["RAY_JOB_ID"]}
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                environment = process.environ()
+                if environment.get(PROCESS) in names and wanted.items() <= environment.items():
+                    process.kill()
+
+    task: Any = ray.remote(num_cpus=0, max_retries=0)(there)
+    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+    refs = [
+        task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote()
+        for node in nodes
+    ]
+    ray.wait(refs, num_returns=len(refs), timeout=REAPING_S)
 
 
 def _nothing(actor: Any) -> None:
@@ -229,6 +261,8 @@ class Pool:
             self.control.restart(f"{self.name} {index}", cause)
             with suppress(Exception):  # it may be long gone
                 ray.kill(self.actors[index])
+            if failure.hung:
+                reap([f"{self.name} {index}"])
             self.actors[index] = self.create(index)
             calls = Calls(f"{self.name} start", self.control, starting=True)
             self._call(calls, index, "start", self.starting)

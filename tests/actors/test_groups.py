@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from actors import groups
+from actors.placement import ActorPlan
 from actors.pool import Pool, remote
 from seqkd.config_run import Recovery
 from seqkd.control import Control
@@ -20,6 +21,7 @@ from seqkd.types import Prompt, Rollout, WeightVersion
 from tests.actors.ray_calls import wait
 
 SOON = Recovery(restarts=3, backoff_s=0.01, heartbeat_s=1, stall_s=60, grace_s=0.5)
+SOON_STALLED = SOON.model_copy(update={"stall_s": 15})
 
 
 class Worker:
@@ -87,6 +89,36 @@ def test_a_lost_call_is_made_again_by_a_new_process(pool, how):
     for pid in set(before) - set(after):
         psutil.wait_procs([psutil.Process(pid)] if psutil.pid_exists(pid) else [], timeout=30)
         assert not psutil.pid_exists(pid), "the process that hung is left behind"
+
+
+class Late(Worker):
+    """Stopped while it is being made, as often as ``file`` has letters."""
+
+    def __init__(self, file):
+        left = file.read_text()
+        if left:
+            file.write_text(left[1:])
+            self.stop()
+        super().__init__(file)
+
+
+def test_a_process_that_hangs_before_it_came_up_gives_its_place_to_the_next(local_ray, tmp_path):
+    """Ray does not end such a one, and there is room for one only."""
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    place = ActorPlan("teacher", 0, threads=1, gpus=0, share=1, bundle=0)
+    group = placement_group([{"CPU": 1}])
+    file, said = tmp_path / "failures", []
+    file.write_text("x")
+
+    def create(index):
+        return remote(Late).options(**place.options(group)).remote(file)
+
+    made = Pool("teacher", [create(0)], Control(SOON_STALLED, said.append), create)
+    assert made.each("start") == [None]
+    assert len(said) == 1 and "recovery.stall_s = 15 s" in said[0]
+    made.kill()
+    remove_placement_group(group)
 
 
 def test_only_who_is_asked_is_called(pool):

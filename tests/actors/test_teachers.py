@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from ray.exceptions import RayActorError
 
 from actors.groups import TeacherGroup
 from actors.placement import ActorPlan
-from actors.pool import Pool, remote
+from actors.pool import Pool, is_alive, remote
 from actors.teacher import TeacherActor
 from seqkd.config_roles import HfTeacher, VllmTeacher
 from seqkd.errors import ActorError
@@ -106,5 +107,8 @@ def test_a_failure_shows_its_first_cause(local_ray):
     with pytest.raises(ActorError, match=r"teacher start failed: \w+: .*nowhere"):
         Pool("teacher", [actor]).each("start", HfTeacher(model="/nowhere"), 64, 320)
     local_ray.kill(actor)
+    with pytest.raises(RayActorError):  # it ends a moment later
+        while True:
+            local_ray.get(is_alive(actor))
     with pytest.raises(ActorError, match="teacher scoring died"):
         TeacherGroup(Pool("teacher", [actor])).score([])

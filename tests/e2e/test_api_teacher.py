@@ -148,9 +148,14 @@ REWARD_TO_GO = "objective={kind: sequence_reverse_kl, estimator: reward_to_go, n
     ("overrides", "scored", "written"),
     [
         # Held-out prompts: the teacher's answer written once, and scored with the student's two
-        # where that makes a divergence. The checks: three scores, and for chat three prompts.
-        (["sampler=student", "teacher.scores=logprobs", REWARD_TO_GO], 3 + 48, 3 + 8),
-        (["sampler=mixture", "teacher.scores=top_k", "teacher.api=completions"], 3 + 24 + 48, None),
+        # where that makes a divergence. The checks: three scores, and for chat three prompts. The
+        # known text: a score in each of three steps.
+        (["sampler=student", "teacher.scores=logprobs", REWARD_TO_GO], 3 + 48 + 3, 3 + 8),
+        (
+            ["sampler=mixture", "teacher.scores=top_k", "teacher.api=completions"],
+            3 + 24 + 48 + 3,
+            None,
+        ),
         (["sampler=teacher"], 0, 3 + 8 + 48),
     ],
 )
@@ -170,8 +175,8 @@ def test_three_in_ten_requests_fail(failing, tiny, tmp_path, overrides, scored, 
     scores = Counter(asked(body) for body, fault in posts if fault is None and body.get("echo"))
     assert set(map(asked, (body for body, _ in posts))) == set(answered), "nothing is lost"
     assert scores.total() == scored
-    # The checks before the run score one text twice on purpose.
-    assert Counter(scores.values()) == (Counter({2: 1, 1: scored - 2}) if scored else {})
+    # The checks before the run score one text twice on purpose, each step the known text.
+    assert Counter(scores.values()) == (Counter({3: 1, 2: 1, 1: scored - 5}) if scored else {})
     texts = answered - scores
     assert set(texts.values()) == {1}
     rows = [json.loads(r) for r in (tmp_path / "tiny" / "metrics.jsonl").read_text().splitlines()]
