@@ -15,7 +15,7 @@ from seqkd import checkpoint_files
 from seqkd.config import Config
 from seqkd.control import Control
 from seqkd.errors import CheckpointError
-from seqkd.evaluation.divergence import Measurement
+from seqkd.evaluation.divergence import Measurement, Shown
 from seqkd.journal import JournaledSampler
 from seqkd.protocols import Learner, Sampler
 from seqkd.run_journal import RunJournal
@@ -150,14 +150,18 @@ def _running(row: dict[str, Any]) -> RunningCosts:
 def _measurement_row(measurement: Measurement) -> dict[str, Any]:
     return {
         "sums": {name: values.tolist() for name, values in measurement.sums.items()},
-        "student_rollouts": [asdict(r) for r in measurement.student_rollouts],
-        "teacher_rollouts": [asdict(r) for r in measurement.teacher_rollouts],
+        "student": [asdict(shown) for shown in measurement.student],
+        "teacher": [asdict(shown) for shown in measurement.teacher],
     }
+
+
+def _shown(row: dict[str, Any]) -> Shown:
+    return Shown(rollout_from(row["rollout"]), tuple(row["costs"]))
 
 
 def _measurement(row: dict[str, Any]) -> Measurement:
     return Measurement(
         {name: np.array(values) for name, values in row["sums"].items()},
-        tuple(map(rollout_from, row["student_rollouts"])),
-        tuple(map(rollout_from, row["teacher_rollouts"])),
+        tuple(map(_shown, row["student"])),
+        tuple(map(_shown, row["teacher"])),
     )

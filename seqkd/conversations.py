@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeGuard
 
@@ -15,6 +15,8 @@ Message = tuple[str, str]
 """Role and content."""
 ANSWERS = ("reference", "completion", "response", "output", "answer")
 CONTEXTS = ("input", "context")
+INSTANCES = "instances"
+"""SelfInst's column: a list of inputs and outputs for one instruction."""
 
 
 class Format(NamedTuple):
@@ -63,6 +65,23 @@ class Conversation:
 def digest(data: bytes) -> bytes:
     """8 bytes."""
     return hashlib.blake2b(data, digest_size=8).digest()
+
+
+def spread(row: dict[str, Any], data: Data) -> Iterator[dict[str, Any]]:
+    """The row; one that has several instances, or several answers to choose from, as a row for
+    each."""
+    instances = row.get(INSTANCES) if "instruction" in row else None
+    if isinstance(instances, list) and instances and all(isinstance(i, dict) for i in instances):
+        rest = {key: value for key, value in row.items() if key != INSTANCES}
+        for instance in instances:
+            yield from spread({**rest, **instance}, data)
+        return
+    answer = data.reference_key or next((key for key in ANSWERS if key in row), "")
+    answers = row.get(answer)
+    if isinstance(answers, list) and answers and all(map(is_text, answers)):
+        yield from ({**row, answer: one} for one in answers)
+    else:
+        yield row
 
 
 def detect(row: dict[str, Any], data: Data, where: str) -> Format:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -13,7 +13,16 @@ import pyarrow as pa
 from seqkd.config import Config
 from seqkd.config_data import Data
 from seqkd.config_messages import shown
-from seqkd.conversations import Conversation, Format, Message, conversation, detect, digest, is_text
+from seqkd.conversations import (
+    Conversation,
+    Format,
+    Message,
+    conversation,
+    detect,
+    digest,
+    is_text,
+    spread,
+)
 from seqkd.errors import DataError
 from seqkd.prompt_table import CONVERSATION, PromptTable, batch_of, part_of
 from seqkd.rendering import Renderer
@@ -101,6 +110,8 @@ class DataSets:
     train: Sequence[Prompt]
     heldout: Sequence[Prompt]
     corpus: Sequence[Prompt]
+    references: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """The data set's own answers to held-out prompts, by prompt id."""
     summaries: tuple[Summary, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -144,7 +155,7 @@ def read_data(config: Config, tokenizer: Any, stop_ids: tuple[int, ...]) -> Data
         summaries.append(summary)
         warnings += summary.losses(data, longest)
     found = tables[1] if wanted else ()
-    return DataSets(tables[0], found, corpus, tuple(summaries), tuple(warnings))
+    return DataSets(tables[0], found, corpus, heldout.answers, tuple(summaries), tuple(warnings))
 
 
 def _heldout_source(data: Data) -> Source:
@@ -215,6 +226,8 @@ class Reader:
         self.summary = Summary(source)
         self.identities: set[int] = set()
         """Of every conversation that was read."""
+        self.answers: dict[str, list[str]] = {}
+        """Where there is a limit: the data set's own answers to each prompt, by prompt id."""
         self._seen: set[bytes] = set()
         self._pending: list[_Draft] = []
         self._prompts: list[pa.RecordBatch] = []
@@ -223,10 +236,11 @@ class Reader:
     def read(self, side: Callable[[Conversation], Reader] | None = None) -> Reader:
         """Read the source; each conversation goes to the reader that ``side`` names."""
         form, where = None, ""
-        for where, row in self.summary.source.rows(self.data.rows, self.data.streaming):
-            form = form or detect(row, self.data, where)
-            found = conversation(row, form, self.data, where)
-            (side(found) if side else self).add(found, where)
+        for where, whole in self.summary.source.rows(self.data.rows, self.data.streaming):
+            for row in spread(whole, self.data):
+                form = form or detect(row, self.data, where)
+                found = conversation(row, form, self.data, where)
+                (side(found) if side else self).add(found, where)
         if not where:
             name = f"{self.summary.source.field}: {self.summary.source}"
             raise DataError(f"{name}: has no rows. Name a source that has some.")
@@ -300,11 +314,14 @@ class Reader:
             # other answers to the same prompt are other rows
             prompt_id = digest(repr(tuple(ids)).encode())
             row_id = prompt_id + digest(repr(reference).encode())
-            if row_id in self._seen:
+            new = row_id not in self._seen
+            if new and len(self._seen) == self.limit:
+                continue
+            if self.limit is not None and draft.answer is not None:
+                self.answers.setdefault(prompt_id.hex(), []).append(draft.answer)
+            if not new:
                 self.summary.duplicates += 1
                 continue
-            if len(self._seen) == self.limit:
-                break
             self._seen.add(row_id)
             if not conversations or conversations[-1] is not draft.conversation:
                 conversations.append(draft.conversation)

@@ -6,7 +6,7 @@ the run needs, with warnings beside it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -38,6 +38,8 @@ class Checked:
     train: Sequence[Prompt]
     heldout: Sequence[Prompt]
     corpus: Sequence[Prompt]
+    references: Mapping[str, Sequence[str]]
+    """The data set's own answers to held-out prompts, by prompt id."""
     sources: tuple[str, ...]
     """What was read from where, a line each."""
     max_model_len: int
@@ -107,8 +109,8 @@ def check(config: Config, teacher_here: bool = True) -> Checked:
     sources = tuple(map(str, data.summaries))
     warnings = (*found.warnings, *data.warnings)
     return Checked(
-        tokenizer, stop_ids, data.train, data.heldout, data.corpus, sources, max_model_len,
-        vocabulary, student, teachers, warnings,
+        tokenizer, stop_ids, data.train, data.heldout, data.corpus, data.references, sources,
+        max_model_len, vocabulary, student, teachers, warnings,
     )  # fmt: skip
 
 

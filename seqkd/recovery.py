@@ -47,8 +47,10 @@ def prepare(
                 for name, teacher in config.teachers.items()
             }
             attach(keeping, config, checked, kept)
-        samples = config.evaluation.samples_per_prompt
-        evaluation = HeldOut(keeping, checked.heldout, samples, config.seed)
+        of = config.evaluation
+        evaluation = HeldOut(
+            keeping, checked.heldout, of.samples_per_prompt, config.seed, of.examples
+        )
     journal = RunJournal(directory / "journal", config)
     checkpoints = Checkpoints(
         directory / "checkpoints",

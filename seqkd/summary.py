@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from seqkd.evaluation.divergence import Interval, Measurement, paired_change
+from seqkd.evaluation.divergence import Interval, Measurement, Shown, paired_change
 from seqkd.types import Prompt
 
 LABELS = {
@@ -103,18 +103,32 @@ def _example(
 ) -> dict[str, Any]:
     first, last = next(iter(measurements.values())), list(measurements.values())[-1]
     completions = {
-        "teacher": first.teacher_rollouts[i],
-        "student before": first.student_rollouts[i],
-        "student after": last.student_rollouts[i],
+        "teacher": first.teacher[i],
+        "student before": first.student[i],
+        "student after": last.student[i],
     }
     return {
         "prompt": prompts[i].text,
         "completions": {
-            who: tokenizer.decode(r.completion_ids, skip_special_tokens=True)
-            + ("" if r.finish_reason == "stop" else " …")
-            for who, r in completions.items()
+            who: tokenizer.decode(shown.rollout.completion_ids, skip_special_tokens=True)
+            + ("" if shown.rollout.finish_reason == "stop" else " …")
+            for who, shown in completions.items()
         },
+        "tokens": {who: _tokens(shown, tokenizer) for who, shown in completions.items()},
     }
+
+
+def _tokens(shown: Shown, tokenizer: Any) -> list[tuple[str, float | None]]:
+    """Each token's own text, and what it costs. Of a character that several tokens make up, the
+    last of them has it."""
+    ids, found, told = shown.rollout.completion_ids, [], ""
+    costs = shown.costs or (None,) * len(ids)
+    for end, cost in enumerate(costs, 1):
+        text = tokenizer.decode(ids[:end])
+        whole = text if not text.endswith("\N{REPLACEMENT CHARACTER}") or end == len(ids) else told
+        found.append((whole[len(told) :], cost))
+        told = whole
+    return found
 
 
 def _shown(text: str) -> str:

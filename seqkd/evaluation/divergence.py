@@ -48,15 +48,34 @@ up to the teacher's entropy, known for every teacher that writes."""
 
 
 @dataclass(frozen=True)
+class Shown:
+    """A completion for people to read, and what each of its tokens costs."""
+
+    rollout: Rollout
+    costs: tuple[float, ...] = ()
+    """Reverse KL at each token's state, of the teacher's text forward KL; empty where the teacher's
+    distribution is not known."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """All that one model wrote, and what the student thinks of it."""
+
+    rollouts: list[Rollout]
+    measured: Measured
+    """Divergences only where the teacher's distribution is known."""
+
+
+@dataclass(frozen=True)
 class Measurement:
     """Sums over the samples of each prompt, [P] each: P prompts in a fixed order."""
 
     sums: dict[str, Array]
     """By the names that :data:`FIGURES` uses; divergences only where the teacher's distribution is
     known."""
-    student_rollouts: tuple[Rollout, ...]
-    """The first sample of each prompt."""
-    teacher_rollouts: tuple[Rollout, ...]
+    student: tuple[Shown, ...]
+    """The first sample of each of the first prompts."""
+    teacher: tuple[Shown, ...]
 
     def table(self) -> dict[str, Interval]:
         """Every figure that is known, with units in its name (nats, tokens)."""
@@ -99,58 +118,73 @@ class HeldOut:
     """Measures the student on fixed prompts; the teacher writes and scores its own answers once."""
 
     def __init__(
-        self, workers: Workers, prompts: Sequence[Prompt], samples: int, seed: int
+        self, workers: Workers, prompts: Sequence[Prompt], samples: int, seed: int, shown: int = 0
     ) -> None:
+        """``shown``: prompts whose first completions are kept for people to read."""
         self.workers, self.prompts, self.seed = workers, prompts, seed
-        self.samples = [samples] * len(prompts)
+        self.samples, self.shown = [samples] * len(prompts), shown
         self.teacher_rollouts = workers.teacher_sampler.sample(prompts, self.samples, seed)
         self.teacher_scores = self._scores(self.teacher_rollouts)
 
     def measure(self) -> Measurement:
         """The student as it is now; the same random numbers every time."""
+        return self.condense(*self.answers())
+
+    def answers(self) -> tuple[Answers, Answers]:
+        """The student's own and the teacher's."""
         self.workers.sync()
         rollouts = self.workers.student.sample(self.prompts, self.samples, self.seed)
-        learner = self.workers.learner
-        on_teacher = learner.measure(self.teacher_rollouts, self.teacher_scores)
-        sums = {
-            "sequences": np.array(self.samples, dtype=float),
-            "student_tokens": self._sums(rollouts, _lengths(rollouts)),
-            "teacher_tokens": self._sums(self.teacher_rollouts, _lengths(self.teacher_rollouts)),
-            "student_ended": self._sums(rollouts, _ended(rollouts)),
-            "teacher_ended": self._sums(self.teacher_rollouts, _ended(self.teacher_rollouts)),
-            "nll": -self._sums(self.teacher_rollouts, _totals(on_teacher, "student_logprob")),
-        }
-        if self.workers.distribution and self.workers.live_teacher:
-            on_student = learner.measure(rollouts, self._scores(rollouts))
-            sums["reverse_kl"] = self._sums(rollouts, _totals(on_student, "reverse_kl"))
-        if self.workers.distribution:
-            sums["forward_kl"] = self._sums(
-                self.teacher_rollouts, _totals(on_teacher, "forward_kl")
-            )
-        return Measurement(sums, self._first(rollouts), self._first(self.teacher_rollouts))
+        known = self.workers.distribution and self.workers.live_teacher
+        scores = self._scores(rollouts) if known else {}
+        measure = self.workers.learner.measure
+        return (
+            Answers(rollouts, measure(rollouts, scores)),
+            Answers(self.teacher_rollouts, measure(self.teacher_rollouts, self.teacher_scores)),
+        )
+
+    def condense(self, student: Answers, teacher: Answers) -> Measurement:
+        """To sums over the samples of each prompt."""
+        sums = {"sequences": np.array(self.samples, dtype=float)}
+        for who, answers in (("student", student), ("teacher", teacher)):
+            sums[f"{who}_tokens"] = self._sums(answers, _lengths(answers))
+            sums[f"{who}_ended"] = self._sums(answers, _ended(answers))
+        sums["nll"] = -self._sums(teacher, _totals(teacher, "student_logprob"))
+        if costs := _totals(student, "reverse_kl"):
+            sums["reverse_kl"] = self._sums(student, costs)
+        if costs := _totals(teacher, "forward_kl"):
+            sums["forward_kl"] = self._sums(teacher, costs)
+        return Measurement(
+            sums, self._first(student, "reverse_kl"), self._first(teacher, "forward_kl")
+        )
 
     def _scores(self, rollouts: Sequence[Rollout]) -> Scores:
         return self.workers.teacher.score(rollouts) if self.workers.distribution else {}
 
-    def _sums(self, rollouts: Sequence[Rollout], values: dict[str, float]) -> Array:
+    def _sums(self, answers: Answers, values: dict[str, float]) -> Array:
         """[P] sum of ``values`` (by sample id) over each prompt's samples."""
         totals = dict.fromkeys((p.prompt_id for p in self.prompts), 0.0)
-        for rollout in rollouts:
+        for rollout in answers.rollouts:
             totals[rollout.prompt_id] += values[rollout.sample_id]
         return np.array(list(totals.values()))
 
-    def _first(self, rollouts: Sequence[Rollout]) -> tuple[Rollout, ...]:
-        by_prompt = {r.prompt_id: r for r in reversed(rollouts)}
-        return tuple(by_prompt[p.prompt_id] for p in self.prompts)
+    def _first(self, answers: Answers, cost: str) -> tuple[Shown, ...]:
+        by_prompt = {r.prompt_id: r for r in reversed(answers.rollouts)}
+        first = [by_prompt[p.prompt_id] for p in self.prompts[: self.shown]]
+        return tuple(Shown(r, tuple(answers.measured[r.sample_id].get(cost, ()))) for r in first)
 
 
-def _totals(measured: Measured, name: str) -> dict[str, float]:
-    return {sample_id: sum(values[name]) for sample_id, values in measured.items()}
+def _totals(answers: Answers, name: str) -> dict[str, float]:
+    """By sample id; empty where it is not known."""
+    return {
+        sample_id: sum(values[name])
+        for sample_id, values in answers.measured.items()
+        if name in values
+    }
 
 
-def _lengths(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    return {r.sample_id: float(len(r.completion_ids)) for r in rollouts}
+def _lengths(answers: Answers) -> dict[str, float]:
+    return {r.sample_id: float(len(r.completion_ids)) for r in answers.rollouts}
 
 
-def _ended(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    return {r.sample_id: float(r.finish_reason == "stop") for r in rollouts}
+def _ended(answers: Answers) -> dict[str, float]:
+    return {r.sample_id: float(r.finish_reason == "stop") for r in answers.rollouts}

@@ -310,6 +310,32 @@ def test_several_answers_to_one_prompt_are_all_kept(reader, tokenizer):
     assert len({p.prompt_id for p in prompts}) == 1
 
 
+def test_a_row_with_several_instances_or_answers_is_a_row_for_each(reader, shown):
+    """SelfInst's instances; a list of answers; the held-out side keeps all answers by prompt."""
+    both = [{"input": "one", "output": "1"}, {"input": "two", "output": ["2", "II"]}]
+    row = {"instruction": "Write a number.", "instances": both}
+    chat = dict(longest=99, chat=False)
+    assert [(prompt, answer[: -len("<|end|>")]) for prompt, answer in shown([row], **chat)] == [
+        ("Write a number.\n\none", "1"),
+        ("Write a number.\n\ntwo", "2"),
+        ("Write a number.\n\ntwo", "II"),
+    ]
+    several = reader([{"prompt": "b", "answer": ["x", "y"]}], longest=99)
+    assert len(several.table()) == 2
+
+
+def test_held_out_answers_are_kept_as_text_by_prompt(tmp_path, tokenizer):
+    rows = [{"prompt": "a", "answer": "1"}, {"prompt": "b", "answer": ["x", "y"]},
+            {"prompt": "c"}, {"prompt": "a", "answer": "one"}, {"prompt": "d", "answer": "z"}]  # fmt: skip
+    path = jsonl(tmp_path / "rows.jsonl", rows)
+    source = Source("data.heldout_path", path)
+    heldout = Reader(source, Data(path=path), tokenizer, EOS, limit=3).read()
+    assert [(p.text, heldout.answers.get(p.prompt_id)) for p in heldout.table()] == [
+        ("a", ["1", "one"]), ("b", ["x", "y"]), ("c", None)
+    ]  # fmt: skip
+    assert len(heldout.answers) == 2
+
+
 def test_the_table_is_a_sequence_over_batches(reader, monkeypatch):
     whole = list(reader([{"messages": chat(f"q{i}", "a", "b", "c")} for i in range(9)]).table())
     monkeypatch.setattr("seqkd.data.BATCH", 4)
