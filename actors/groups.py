@@ -233,11 +233,13 @@ class LearnerGroup:
             skipped=results[0].skipped,
         )
 
-    def measure(self, rollouts: Sequence[Rollout], scores: Scores) -> Measured:
+    def measure(
+        self, rollouts: Sequence[Rollout], scores: Scores, ends: tuple[int, ...] = ()
+    ) -> Measured:
         """See :class:`seqkd.protocols.Learner`."""
         plan = self._partition(rollouts, scores)
         dealt = self._deal(rollouts, scores)
-        refs = [rank.measure.remote(b) for rank, b in zip(self.ranks, dealt, strict=True)]
+        refs = [rank.measure.remote(b, ends) for rank, b in zip(self.ranks, dealt, strict=True)]
         measured = {}
         for part, values in zip(plan, self._results("measuring", refs), strict=True):
             for micro_batch, of_batch in zip(part, values, strict=True):

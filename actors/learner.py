@@ -32,6 +32,7 @@ from seqkd.token_stats import OutputHead
 from seqkd.types import (
     Counts,
     Divergence,
+    EndLogprob,
     PartResult,
     Stat,
     StepResult,
@@ -145,15 +146,24 @@ class LearnerRank:
         self.policy_version += 1
         return StepResult(total, norm, tuple(results), skipped)
 
-    def measure(self, micro_batches: list[TrainBatch]) -> list[dict[str, Tensor]]:
-        """[B, T] every statistic that the teacher's scores allow, a dict a micro-batch."""
+    def measure(
+        self, micro_batches: list[TrainBatch], ends: tuple[int, ...] = ()
+    ) -> list[dict[str, Tensor]]:
+        """[B, T] every statistic that the teacher's scores allow, a dict a micro-batch; with
+        ``ends`` (see :class:`seqkd.protocols.Learner`) "end_logprob"."""
+        extra = (EndLogprob(ends),) if ends else ()
         self.engine.eval()
         results = []
         with torch.no_grad():
             for batch in micro_batches:
                 batch = self._to_device(batch)
-                stats = self.engine(batch, _names(batch, ()), self._head(batch))
-                results.append({str(name): value.cpu() for name, value in stats.items()})
+                stats = self.engine(batch, (*_names(batch, ()), *extra), self._head(batch))
+                results.append(
+                    {
+                        name if isinstance(name, str) else "end_logprob": value.cpu()
+                        for name, value in stats.items()
+                    }
+                )
         return results
 
     def publish(self) -> WeightVersion | None:

@@ -91,8 +91,11 @@ class Learner(Protocol):
         """One optimizer step on the sum of all parts; results are global. Where loss or gradient is
         not finite the step counts, but changes neither weights nor optimizer."""
 
-    def measure(self, rollouts: Sequence[Rollout], scores: Scores) -> Measured:
-        """What the student thinks of ``rollouts``; no step is taken."""
+    def measure(
+        self, rollouts: Sequence[Rollout], scores: Scores, ends: tuple[int, ...] = ()
+    ) -> Measured:
+        """What the student thinks of ``rollouts``; no step is taken. With ``ends``, token ids that
+        end a completion, also "end_logprob", the log-probability of any of them at each state."""
 
     def publish(self) -> WeightVersion:
         """Make the current weights available to samplers."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from seqkd.objectives import DIVERGENCES
-from seqkd.types import Divergence, Stat
+from seqkd.types import Divergence, EndLogprob, Stat
 
 CHUNK_ELEMENTS = 2**22
 """Elements of one [chunk, V] tensor: 16 MiB in float32. From 32 MiB on, glibc maps fresh pages for
@@ -119,8 +119,9 @@ def token_stats(
 
     Args:
         hidden: [N, H] student states; targets: [N] the tokens drawn there.
-        names: which of :data:`STATS`, or divergences; those outside :data:`STUDENT_ONLY` need the
-            teacher, ``teacher_logprob`` a :class:`FullTeacher`.
+        names: which of :data:`STATS`, divergences or :class:`seqkd.types.EndLogprob`; the first
+            two need the teacher, but for :data:`STUDENT_ONLY`, and ``teacher_logprob`` needs a
+            :class:`FullTeacher`.
 
     Where one vocabulary is padded beyond the other, both are read up to the shorter.
     """
@@ -152,7 +153,7 @@ class _Work:
     def values(self, raw: Tensor, rows: slice, names: tuple[Stat, ...]) -> dict[Stat, Tensor]:
         """[n] a name, of the states ``rows`` with raw logits [n, V]."""
         teacher: Tensor | TopTeacher | None = None
-        if not STUDENT_ONLY.issuperset(names):
+        if not all(name in STUDENT_ONLY or isinstance(name, EndLogprob) for name in names):
             assert self.teacher is not None
             part = self.teacher.rows(rows)
             if isinstance(part, FullTeacher):
@@ -223,16 +224,16 @@ def _reduce(
         values["student_logprob"] = _gather(log_q, targets)
     if "entropy" in names:
         values["entropy"] = -(log_q.exp() * log_q).sum(-1)
+    for name in names:
+        if isinstance(name, EndLogprob):
+            values[name] = log_q[:, list(name.token_ids)].logsumexp(-1)
     if teacher is None:
         return values
     if "teacher_logprob" in names:
         assert isinstance(teacher, Tensor)
         values["teacher_logprob"] = _gather(torch.log_softmax(teacher, -1), targets)
-    wanted = {
-        name: Divergence(MONITORED[name]) if isinstance(name, str) else name
-        for name in names
-        if not isinstance(name, str) or name in MONITORED
-    }
+    wanted: dict[Stat, Divergence] = {n: n for n in names if isinstance(n, Divergence)}
+    wanted |= {n: Divergence(MONITORED[n]) for n in MONITORED if n in names}
     for temperature in dict.fromkeys(d.temperature for d in wanted.values()):
         ours, theirs = _distributions(logits, log_q, teacher, temperature)
         for name, (kind, coefficient, of) in wanted.items():

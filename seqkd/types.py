@@ -27,8 +27,14 @@ class Divergence(NamedTuple):
     """Both distributions are softmax(logits / temperature), the divergence times its square."""
 
 
-Stat = str | Divergence
-"""The name of a per-token quantity: a field of :class:`TokenStats`, or a divergence."""
+class EndLogprob(NamedTuple):
+    """The log-probability that a completion ends at a state: of any of these tokens."""
+
+    token_ids: tuple[int, ...]
+
+
+Stat = str | Divergence | EndLogprob
+"""The name of a per-token quantity: a field of :class:`TokenStats`, a divergence, or the end."""
 
 
 @dataclass(frozen=True, slots=True)

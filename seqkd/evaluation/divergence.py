@@ -38,13 +38,15 @@ FIGURES: dict[str, tuple[str, str]] = {
     "forward_kl_per_token": ("forward_kl", "teacher_tokens"),
     "forward_kl_per_sequence": ("forward_kl", "sequences"),
     "nll_per_token": ("nll", "teacher_tokens"),
+    "teacher_nll_per_token": ("teacher_nll", "student_tokens"),
     "student_length": ("student_tokens", "sequences"),
     "teacher_length": ("teacher_tokens", "sequences"),
     "student_eos_rate": ("student_ended", "sequences"),
     "teacher_eos_rate": ("teacher_ended", "sequences"),
 }
 """What is reported, as a ratio of two sums. ``nll`` is -log q of the teacher's text: the forward KL
-up to the teacher's entropy, known for every teacher that writes."""
+up to the teacher's entropy, known for every teacher that writes. ``teacher_nll`` is -log p of the
+student's: how likely the teacher finds it."""
 
 
 @dataclass(frozen=True)
@@ -121,65 +123,77 @@ class HeldOut:
         self, workers: Workers, prompts: Sequence[Prompt], samples: int, seed: int, shown: int = 0
     ) -> None:
         """``shown``: prompts whose first completions are kept for people to read."""
-        self.workers, self.prompts, self.seed = workers, prompts, seed
-        self.samples, self.shown = [samples] * len(prompts), shown
+        self.workers, self.prompts, self.seed, self.shown = workers, prompts, seed, shown
+        self.samples = [samples] * len(prompts)
         self.teacher_rollouts = workers.teacher_sampler.sample(prompts, self.samples, seed)
         self.teacher_scores = self._scores(self.teacher_rollouts)
 
     def measure(self) -> Measurement:
         """The student as it is now; the same random numbers every time."""
-        return self.condense(*self.answers())
+        return condense(self.prompts, *self.answers(), self.shown)
 
-    def answers(self) -> tuple[Answers, Answers]:
-        """The student's own and the teacher's."""
+    def answers(self, ends: tuple[int, ...] = ()) -> tuple[Answers, Answers]:
+        """The student's own and the teacher's; ``ends`` as in :class:`seqkd.protocols.Learner`."""
         self.workers.sync()
         rollouts = self.workers.student.sample(self.prompts, self.samples, self.seed)
         known = self.workers.distribution and self.workers.live_teacher
         scores = self._scores(rollouts) if known else {}
         measure = self.workers.learner.measure
         return (
-            Answers(rollouts, measure(rollouts, scores)),
-            Answers(self.teacher_rollouts, measure(self.teacher_rollouts, self.teacher_scores)),
-        )
-
-    def condense(self, student: Answers, teacher: Answers) -> Measurement:
-        """To sums over the samples of each prompt."""
-        sums = {"sequences": np.array(self.samples, dtype=float)}
-        for who, answers in (("student", student), ("teacher", teacher)):
-            sums[f"{who}_tokens"] = self._sums(answers, _lengths(answers))
-            sums[f"{who}_ended"] = self._sums(answers, _ended(answers))
-        sums["nll"] = -self._sums(teacher, _totals(teacher, "student_logprob"))
-        if costs := _totals(student, "reverse_kl"):
-            sums["reverse_kl"] = self._sums(student, costs)
-        if costs := _totals(teacher, "forward_kl"):
-            sums["forward_kl"] = self._sums(teacher, costs)
-        return Measurement(
-            sums, self._first(student, "reverse_kl"), self._first(teacher, "forward_kl")
+            Answers(rollouts, measure(rollouts, scores, ends)),
+            Answers(
+                self.teacher_rollouts,
+                measure(self.teacher_rollouts, self.teacher_scores, ends),
+            ),
         )
 
     def _scores(self, rollouts: Sequence[Rollout]) -> Scores:
         return self.workers.teacher.score(rollouts) if self.workers.distribution else {}
 
-    def _sums(self, answers: Answers, values: dict[str, float]) -> Array:
-        """[P] sum of ``values`` (by sample id) over each prompt's samples."""
-        totals = dict.fromkeys((p.prompt_id for p in self.prompts), 0.0)
+
+def condense(
+    prompts: Sequence[Prompt], student: Answers, teacher: Answers, shown: int = 0
+) -> Measurement:
+    """All samples, as many of the one as of the other, to sums over those of each prompt; of the
+    first ``shown`` prompts the first samples are kept."""
+
+    def sums(answers: Answers, values: dict[str, float]) -> Array:
+        """[P] of ``values`` by sample id."""
+        totals = dict.fromkeys((p.prompt_id for p in prompts), 0.0)
         for rollout in answers.rollouts:
             totals[rollout.prompt_id] += values[rollout.sample_id]
         return np.array(list(totals.values()))
 
-    def _first(self, answers: Answers, cost: str) -> tuple[Shown, ...]:
-        by_prompt = {r.prompt_id: r for r in reversed(answers.rollouts)}
-        first = [by_prompt[p.prompt_id] for p in self.prompts[: self.shown]]
-        return tuple(Shown(r, tuple(answers.measured[r.sample_id].get(cost, ()))) for r in first)
+    found = {"sequences": sums(student, {r.sample_id: 1.0 for r in student.rollouts})}
+    for who, answers in (("student", student), ("teacher", teacher)):
+        found[f"{who}_tokens"] = sums(answers, _lengths(answers))
+        found[f"{who}_ended"] = sums(answers, _ended(answers))
+    found["nll"] = -sums(teacher, totals(teacher, "student_logprob"))
+    if known := totals(student, "teacher_logprob"):
+        found["teacher_nll"] = -sums(student, known)
+    if known := totals(student, "reverse_kl"):
+        found["reverse_kl"] = sums(student, known)
+    if known := totals(teacher, "forward_kl"):
+        found["forward_kl"] = sums(teacher, known)
+    first = prompts[:shown]
+    return Measurement(
+        found, _first(first, student, "reverse_kl"), _first(first, teacher, "forward_kl")
+    )
 
 
-def _totals(answers: Answers, name: str) -> dict[str, float]:
-    """By sample id; empty where it is not known."""
+def totals(answers: Answers, name: str) -> dict[str, float]:
+    """Sum over each completion's tokens, by sample id; empty where it is not known."""
     return {
         sample_id: sum(values[name])
         for sample_id, values in answers.measured.items()
         if name in values
     }
+
+
+def _first(prompts: Sequence[Prompt], answers: Answers, cost: str) -> tuple[Shown, ...]:
+    by_prompt = {r.prompt_id: r for r in reversed(answers.rollouts)}
+    first = [by_prompt[p.prompt_id] for p in prompts]
+    return tuple(Shown(r, tuple(answers.measured[r.sample_id].get(cost, ()))) for r in first)
 
 
 def _lengths(answers: Answers) -> dict[str, float]:

@@ -77,7 +77,7 @@ class World:
             for r, answer in zip(rollouts, self.teachers[name], strict=True)
         }
 
-    def measure(self, rollouts, scores):
+    def measure(self, rollouts, scores, ends=()):
         assert scores.keys() == ({r.sample_id for r in rollouts} if scores else set())
         return {
             r.sample_id: {"student_logprob": self.learner}

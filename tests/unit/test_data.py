@@ -314,7 +314,7 @@ def test_a_row_with_several_instances_or_answers_is_a_row_for_each(reader, shown
     """SelfInst's instances; a list of answers; the held-out side keeps all answers by prompt."""
     both = [{"input": "one", "output": "1"}, {"input": "two", "output": ["2", "II"]}]
     row = {"instruction": "Write a number.", "instances": both}
-    chat = dict(longest=99, chat=False)
+    chat = {"longest": 99, "chat": False}
     assert [(prompt, answer[: -len("<|end|>")]) for prompt, answer in shown([row], **chat)] == [
         ("Write a number.\n\none", "1"),
         ("Write a number.\n\ntwo", "2"),
@@ -325,8 +325,13 @@ def test_a_row_with_several_instances_or_answers_is_a_row_for_each(reader, shown
 
 
 def test_held_out_answers_are_kept_as_text_by_prompt(tmp_path, tokenizer):
-    rows = [{"prompt": "a", "answer": "1"}, {"prompt": "b", "answer": ["x", "y"]},
-            {"prompt": "c"}, {"prompt": "a", "answer": "one"}, {"prompt": "d", "answer": "z"}]  # fmt: skip
+    rows = [
+        {"prompt": "a", "answer": "1"},
+        {"prompt": "b", "answer": ["x", "y"]},
+        {"prompt": "c"},
+        {"prompt": "a", "answer": "one"},
+        {"prompt": "d", "answer": "z"},
+    ]
     path = jsonl(tmp_path / "rows.jsonl", rows)
     source = Source("data.heldout_path", path)
     heldout = Reader(source, Data(path=path), tokenizer, EOS, limit=3).read()

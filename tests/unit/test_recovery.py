@@ -88,7 +88,7 @@ class Learner:
         self.policy_version, self.whole = self.policy_version + 1, True
         return StepResult(self.weights, self.weights, tuple(results))
 
-    def measure(self, rollouts, scores):
+    def measure(self, rollouts, scores, ends=()):
         self.lives("measure")
         return {
             r.sample_id: {

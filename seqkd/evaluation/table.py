@@ -1,0 +1,204 @@
+"""Everything that is measured of what a model wrote, side by side.
+
+Definitions, units and what each figure hides: docs/evaluation.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from seqkd.evaluation.bartscore import BartScorer
+from seqkd.evaluation.calibration import end_calibration
+from seqkd.evaluation.curves import Lengths, TokenValues, compare_ends, exposure_bias
+from seqkd.evaluation.divergence import (
+    Answers,
+    Interval,
+    Measurement,
+    condense,
+    paired_change,
+    ratio,
+    totals,
+)
+from seqkd.evaluation.text import PerPrompt, distinct, per_prompt, repeated, rouge, self_bleu, spoken
+from seqkd.types import Prompt, Rollout
+
+LABELS = {
+    "reverse_kl_per_token": "reverse KL, per token (nats)",
+    "reverse_kl_per_sequence": "reverse KL, per sequence (nats)",
+    "forward_kl_per_token": "forward KL, per token (nats)",
+    "forward_kl_per_sequence": "forward KL, per sequence (nats)",
+    "teacher_nll_per_token": "teacher's NLL of the text, per token",
+    "perplexity": "perplexity of the teacher's text",
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rougeL": "ROUGE-L",
+    "bartscore_f": "BARTScore F (nats a token)",
+    "bartscore_precision": "BARTScore, reference -> text",
+    "bartscore_recall": "BARTScore, text -> reference",
+    "length": "length (tokens)",
+    "ended": "ended by itself (share)",
+    "repetition": "repeated 4-grams (share)",
+    "distinct1": "distinct-1 (share)",
+    "distinct2": "distinct-2 (share)",
+    "distinct3": "distinct-3 (share)",
+    "self_bleu": "self-BLEU",
+}
+"""Rows of the table, by the name of each figure in evaluation.json."""
+DIVERGENCES = tuple(LABELS)[:5]
+"""Those of :class:`Measurement` that the table has."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What one model wrote, and all that is known of it."""
+
+    answers: Answers
+    on_teacher: Answers | None = None
+    """The teacher's text, as this student measures it; None for the teacher itself, and where
+    there is no teacher."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Of one model."""
+
+    measurement: Measurement | None
+    text: dict[str, PerPrompt]
+    """With a value a prompt."""
+    whole: dict[str, Interval]
+    """Of all prompts together; without width where an interval is not known."""
+
+    def table(self) -> dict[str, Interval]:
+        """Every figure that is known."""
+        found: dict[str, Interval] = {}
+        if self.measurement is not None:
+            known = self.measurement.table()
+            found |= {name: known[name] for name in DIVERGENCES if name in known}
+            found["perplexity"] = Interval(*map(math.exp, asdict(known["nll_per_token"]).values()))
+        for name, values in self.text.items():
+            if (interval := values.interval()) is not None:
+                found[name] = interval
+        return found | self.whole
+
+
+def figures(
+    written: Written,
+    prompts: Sequence[Prompt],
+    references: Sequence[Sequence[str]],
+    decode: Callable[[Sequence[int]], str],
+    bart: BartScorer | None,
+) -> Figures:
+    """All of one model.
+
+    Args:
+        references: [P] the data set's own answers to each prompt, or none.
+    """
+    groups = by_prompt(written.answers.rollouts, prompts)
+    texts = [[decode(spoken(r)) for r in group] for group in groups]
+    of_reference = rouge(texts, references)
+    text = {name: getattr(of_reference, name) for name in ("rouge1", "rouge2", "rougeL")}
+    if bart is not None:
+        scored = bart.score(texts, references)
+        text |= {f"bartscore_{name}": getattr(scored, name) for name in ("f", "precision", "recall")}
+    text["length"] = _mean_of(groups, lambda r: len(r.completion_ids))
+    text["ended"] = _mean_of(groups, lambda r: r.finish_reason == "stop")
+    text |= {"repetition": repeated(groups), "self_bleu": self_bleu(texts)}
+    said = [spoken(r) for r in written.answers.rollouts]
+    shares = {f"distinct{n}": distinct(said, n) for n in (1, 2, 3)}
+    whole = {name: Interval(v, v, v) for name, v in shares.items() if v is not None}
+    if written.on_teacher is not None:
+        return Figures(condense(prompts, written.answers, written.on_teacher), text, whole)
+    if costs := totals(written.answers, "teacher_logprob"):
+        sums = [[sum(of(r) for r in g) for g in groups] for of in
+                (lambda r: -costs[r.sample_id], lambda r: len(r.completion_ids))]
+        whole["teacher_nll_per_token"] = ratio(*map(np.array, sums))
+    return Figures(None, text, whole)
+
+
+def changes(before: Figures, after: Figures) -> dict[str, Interval]:
+    """after - before, prompts resampled together, of every figure that has a value a prompt."""
+    found = {}
+    if before.measurement is not None and after.measurement is not None:
+        for name in DIVERGENCES:
+            if name in before.measurement.table():
+                found[name] = paired_change(before.measurement, after.measurement, name)
+    for name, values in after.text.items():
+        earlier = dict(zip(before.text[name].prompts, before.text[name].values, strict=True))
+        pairs = zip(values.prompts, values.values, strict=True)
+        differences = np.array([value - earlier[i] for i, value in pairs if i in earlier])
+        if len(differences):
+            found[name] = ratio(differences, np.ones(len(differences)))
+    return found
+
+
+def curves(written: Written, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """Of one student, as plain data: exposure bias, and where its completions end beside the
+    teacher's; what is not known is left out."""
+    assert written.on_teacher is not None
+    ours, theirs = written.answers, written.on_teacher
+    found: dict[str, Any] = {"ends": asdict(compare_ends(_lengths(ours, prompts), _lengths(theirs, prompts)))}
+    costs = [_values(answers, "forward_kl", prompts) for answers in (ours, theirs)]
+    if all(c is not None for c in costs):
+        found["exposure_bias"] = asdict(exposure_bias(*costs))  # type: ignore[arg-type]
+    log_ends = _values(theirs, "end_logprob", prompts)
+    if log_ends is not None:
+        probabilities = TokenValues([np.exp(row) for row in log_ends.values], log_ends.prompts)
+        ended = [r.finish_reason == "stop" for r in theirs.rollouts]
+        found["end_calibration"] = asdict(end_calibration(probabilities, ended))
+    return found
+
+
+def render(table: Mapping[str, Mapping[str, Interval]]) -> str:
+    """Figures of several models as text, a column each."""
+    models = list(table)
+    width = max(25, *(len(name) + 2 for name in models))
+    lines = [" " * 38 + "".join(f"{name:<{width}}" for name in models)]
+    for name, label in LABELS.items():
+        if any(name in table[model] for model in models):
+            cells = [_cell(table[model].get(name)) for model in models]
+            lines.append((f"{label:<38}" + "".join(f"{cell:<{width}}" for cell in cells)).rstrip())
+    return "\n".join(lines)
+
+
+def _cell(value: Interval | None) -> str:
+    if value is None:
+        return "-"
+    return str(value) if value.low < value.high else f"{value.mean:.3g}"
+
+
+def by_prompt(rollouts: Sequence[Rollout], prompts: Sequence[Prompt]) -> list[list[Rollout]]:
+    """[P] the samples of each prompt."""
+    groups: dict[str, list[Rollout]] = {p.prompt_id: [] for p in prompts}
+    for rollout in rollouts:
+        groups[rollout.prompt_id].append(rollout)
+    return list(groups.values())
+
+
+def _mean_of(groups: Sequence[Sequence[Rollout]], of: Callable[[Rollout], float]) -> PerPrompt:
+    return per_prompt([sum(map(of, group)) / len(group) for group in groups])
+
+
+def _places(answers: Answers, prompts: Sequence[Prompt]) -> list[int]:
+    """[N] index of each completion's prompt."""
+    index = {p.prompt_id: i for i, p in enumerate(prompts)}
+    return [index[r.prompt_id] for r in answers.rollouts]
+
+
+def _lengths(answers: Answers, prompts: Sequence[Prompt]) -> Lengths:
+    rollouts = answers.rollouts
+    return Lengths(
+        [len(r.completion_ids) for r in rollouts],
+        [r.finish_reason == "stop" for r in rollouts],
+        _places(answers, prompts),
+    )
+
+
+def _values(answers: Answers, name: str, prompts: Sequence[Prompt]) -> TokenValues | None:
+    rows = [answers.measured[r.sample_id].get(name) for r in answers.rollouts]
+    known = [row for row in rows if row is not None]
+    return TokenValues(known, _places(answers, prompts)) if len(known) == len(rows) else None
