@@ -26,10 +26,9 @@ def dtype_of(precision: str) -> torch.dtype:
     return dtype
 
 
-def load_config(model: str, field: str) -> Any:
-    """transformers config of a causal language model; ModelError names ``field`` otherwise."""
+def read_config(model: str, field: str) -> Any:
+    """transformers config of any model; ModelError names ``field`` where there is none."""
     from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     path = Path(model).expanduser()
     looks_local = path.is_absolute() or model.startswith((".", "~")) or path.exists()
@@ -40,12 +39,21 @@ def load_config(model: str, field: str) -> Any:
             "name."
         )
     try:
-        config = AutoConfig.from_pretrained(str(path) if looks_local else model)
+        name = str(path) if looks_local else model
+        # Without an answer transformers asks at the terminal whether to run the model's own code.
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
-            f"{field}: {model!r} cannot be loaded: {_first_line(error)} Name a directory that "
+            f"{field}: {model!r} cannot be loaded: {first_line(error)} Name a directory that "
             "save_pretrained wrote, or a hub name that this machine can reach."
         ) from None
+
+
+def load_config(model: str, field: str) -> Any:
+    """transformers config of a causal language model; ModelError names ``field`` otherwise."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    config = read_config(model, field)
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ModelError(
             f"{field}: {model!r} is of type {config.model_type!r}, which is no causal language "
@@ -66,10 +74,10 @@ def load_tokenizer(model: str, field: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(expand(model))
+        return AutoTokenizer.from_pretrained(expand(model), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
-            f"{field}: the tokenizer of {model!r} cannot be loaded: {_first_line(error)}"
+            f"{field}: the tokenizer of {model!r} cannot be loaded: {first_line(error)}"
         ) from None
 
 
@@ -387,6 +395,7 @@ def export(
     partial.rename(directory)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line that says something, with a full stop: what a library says of a model."""
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))
     return line if line.endswith(".") else line + "."

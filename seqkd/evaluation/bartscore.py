@@ -1,0 +1,182 @@
+"""BARTScore (Yuan et al. 2021, arXiv 2106.11520): how probable one text is, given another, under an
+encoder-decoder model.
+
+``log p(target | source)`` as the mean over the target's tokens in nats, special tokens included, as
+the authors' code has it. Definitions and what the metric hides: docs/evaluation.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from seqkd.errors import ModelError
+from seqkd.evaluation.text import PerPrompt, per_prompt
+from seqkd.models import expand, first_line, load_tokenizer, read_config
+
+FIELD = "--bart"
+TOKENS = 1024
+"""Padded tokens of one batch, on either side: with BART's vocabulary its logits are 200 MiB."""
+Pair = tuple[tuple[int, ...], tuple[int, ...]]
+"""Token ids of source and target."""
+
+
+@dataclass(frozen=True)
+class BartScore:
+    """Nats per token, at most 0. The nearer to 0, the better."""
+
+    precision: PerPrompt
+    """Reference -> sample."""
+    recall: PerPrompt
+    """Sample -> reference."""
+    f: PerPrompt
+    """The mean of the two."""
+    truncated: int
+    """Different texts, among samples and references, that are longer than the model can read."""
+
+
+class BartScorer:
+    """An encoder-decoder model with its tokenizer, in float32.
+
+    Args:
+        model: a directory in transformers' format (safetensors) or a hub name.
+        device: where torch puts it.
+
+    Raises ModelError, naming ``--bart`` and the value.
+    """
+
+    def __init__(self, model: str, device: str = "cpu") -> None:
+        config = read_config(model, FIELD)
+        if not config.is_encoder_decoder:
+            raise ModelError(
+                f"{FIELD}: {model!r} is of type {config.model_type!r}, which is no encoder-decoder "
+                "model. Name a BART checkpoint, such as facebook/bart-large-cnn."
+            )
+        self.tokenizer = load_tokenizer(model, FIELD)
+        if not self.tokenizer("").input_ids or self.tokenizer.pad_token_id is None:
+            raise ModelError(
+                f"{FIELD}: the tokenizer of {model!r} adds no token that ends a text, or has none "
+                "for padding. Name a BART checkpoint with its own tokenizer."
+            )
+        known = (getattr(config, "max_position_embeddings", None), self.tokenizer.model_max_length)
+        self.max_length: int = min(limit for limit in known if limit)
+        """Tokens of a text that the model reads, special tokens included."""
+        self.model = _load(model).to(device)
+
+    def score(
+        self,
+        predictions: Sequence[Sequence[str]],
+        references: Sequence[Sequence[str]],
+        tokens: int = TOKENS,
+    ) -> BartScore:
+        """BARTScore of samples against references.
+
+        Args:
+            predictions: [P] the samples of each prompt, at least one.
+            references: [P] the reference texts of each prompt, or none.
+            tokens: see :data:`TOKENS`; does not change the result.
+
+        A sample's score is that with the reference of the highest F; a prompt's the mean over its
+        samples. A reference of white space alone is none; a prompt without any is left out.
+        """
+        known = [[text for text in texts if text.strip()] for texts in references]
+        pairs = [
+            (reference, sample)
+            for samples, texts in zip(predictions, known, strict=True)
+            for reference in texts
+            for sample in samples
+        ]
+        encoded = {text: self._encode(text) for pair in dict.fromkeys(pairs) for text in pair}
+        ids = [(encoded[reference][0], encoded[sample][0]) for reference, sample in pairs]
+        precision = self.logprobs(ids, tokens)
+        recall = self.logprobs([(sample, reference) for reference, sample in ids], tokens)
+        given = dict(zip(pairs, zip(precision, recall, strict=True), strict=True))
+
+        def mean(samples: Sequence[str], texts: Sequence[str]) -> list[float]:
+            """Precision and recall, each sample with its best reference."""
+            best = [max((given[text, sample] for text in texts), key=sum) for sample in samples]
+            return [sum(column) / len(best) for column in zip(*best, strict=True)]
+
+        rows = [mean(*both) if both[1] else None for both in zip(predictions, known, strict=True)]
+        return BartScore(
+            precision=per_prompt([row and row[0] for row in rows]),
+            recall=per_prompt([row and row[1] for row in rows]),
+            f=per_prompt([row and sum(row) / 2 for row in rows]),
+            truncated=sum(cut for _, cut in encoded.values()),
+        )
+
+    @torch.no_grad()
+    def logprobs(self, pairs: Sequence[Pair], tokens: int = TOKENS) -> list[float]:
+        """Mean log-probability of the target's tokens, given the source, of each pair."""
+        means: dict[Pair, float] = {}
+        for batch in _batches(sorted(dict.fromkeys(pairs), key=_size), tokens):
+            sources, source_mask = self._padded([source for source, _ in batch])
+            targets, target_mask = self._padded([target for _, target in batch])
+            labels = targets.masked_fill(~target_mask, -100)
+            logits = self.model(
+                input_ids=sources, attention_mask=source_mask.long(), labels=labels
+            ).logits.float()
+            chosen = logits.gather(-1, targets[..., None]).squeeze(-1) - logits.logsumexp(-1)
+            mean = (chosen * target_mask).sum(-1) / target_mask.sum(-1)
+            means.update(zip(batch, mean.tolist(), strict=True))
+        return [means[pair] for pair in pairs]
+
+    def _encode(self, text: str) -> tuple[tuple[int, ...], bool]:
+        """Token ids that the model can read, and whether the text was cut for it."""
+        ids = tuple(self.tokenizer(text, verbose=False).input_ids)
+        if len(ids) <= self.max_length:
+            return ids, False
+        cut = self.tokenizer(text, truncation=True, max_length=self.max_length)
+        return tuple(cut.input_ids), True
+
+    def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """[B][T_i] -> [B, T] ids, and which of them are real."""
+        width = max(map(len, rows))
+        pad = self.tokenizer.pad_token_id
+        ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows])
+        mask = torch.arange(width) < torch.tensor([[len(row)] for row in rows])
+        return ids.to(self.model.device), mask.to(self.model.device)
+
+
+def _load(model: str) -> Any:
+    from transformers import AutoModelForSeq2SeqLM
+
+    load: Any = AutoModelForSeq2SeqLM.from_pretrained
+    try:
+        loaded, info = load(
+            expand(model),
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{FIELD}: {model!r} cannot be loaded: {first_line(error)} Name an encoder-decoder "
+            "checkpoint in safetensors."
+        ) from None
+    if missing := sorted(info["missing_keys"]):
+        raise ModelError(
+            f"{FIELD}: {model!r} has no weights for {missing[0]} and {len(missing) - 1} others; "
+            "they would be random. Name a complete checkpoint."
+        )
+    return loaded.eval()
+
+
+def _size(pair: Pair) -> int:
+    return max(map(len, pair))
+
+
+def _batches(pairs: Sequence[Pair], tokens: int) -> Iterator[list[Pair]]:
+    """``pairs``, sorted by size, in batches of at most ``tokens`` padded tokens a side."""
+    batch: list[Pair] = []
+    for pair in pairs:
+        if batch and (len(batch) + 1) * _size(pair) > tokens:
+            yield batch
+            batch = []
+        batch.append(pair)
+    if batch:
+        yield batch
