@@ -24,7 +24,15 @@ from seqkd.evaluation.divergence import (
     ratio,
     totals,
 )
-from seqkd.evaluation.text import PerPrompt, distinct, per_prompt, repeated, rouge, self_bleu, spoken
+from seqkd.evaluation.text import (
+    PerPrompt,
+    distinct,
+    per_prompt,
+    repeated,
+    rouge,
+    self_bleu,
+    spoken,
+)
 from seqkd.types import Prompt, Rollout
 
 LABELS = {
@@ -104,7 +112,9 @@ def figures(
     text = {name: getattr(of_reference, name) for name in ("rouge1", "rouge2", "rougeL")}
     if bart is not None:
         scored = bart.score(texts, references)
-        text |= {f"bartscore_{name}": getattr(scored, name) for name in ("f", "precision", "recall")}
+        text |= {
+            f"bartscore_{name}": getattr(scored, name) for name in ("f", "precision", "recall")
+        }
     text["length"] = _mean_of(groups, lambda r: len(r.completion_ids))
     text["ended"] = _mean_of(groups, lambda r: r.finish_reason == "stop")
     text |= {"repetition": repeated(groups), "self_bleu": self_bleu(texts)}
@@ -114,8 +124,10 @@ def figures(
     if written.on_teacher is not None:
         return Figures(condense(prompts, written.answers, written.on_teacher), text, whole)
     if costs := totals(written.answers, "teacher_logprob"):
-        sums = [[sum(of(r) for r in g) for g in groups] for of in
-                (lambda r: -costs[r.sample_id], lambda r: len(r.completion_ids))]
+        sums = [
+            [sum(of(r) for r in g) for g in groups]
+            for of in (lambda r: -costs[r.sample_id], lambda r: len(r.completion_ids))
+        ]
         whole["teacher_nll_per_token"] = ratio(*map(np.array, sums))
     return Figures(None, text, whole)
 
@@ -141,7 +153,9 @@ def curves(written: Written, prompts: Sequence[Prompt]) -> dict[str, Any]:
     teacher's; what is not known is left out."""
     assert written.on_teacher is not None
     ours, theirs = written.answers, written.on_teacher
-    found: dict[str, Any] = {"ends": asdict(compare_ends(_lengths(ours, prompts), _lengths(theirs, prompts)))}
+    found: dict[str, Any] = {
+        "ends": asdict(compare_ends(_lengths(ours, prompts), _lengths(theirs, prompts)))
+    }
     costs = [_values(answers, "forward_kl", prompts) for answers in (ours, theirs)]
     if all(c is not None for c in costs):
         found["exposure_bias"] = asdict(exposure_bias(*costs))  # type: ignore[arg-type]

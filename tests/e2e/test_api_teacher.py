@@ -137,7 +137,7 @@ def test_a_student_learns_from_a_black_box(server, tiny, tmp_path):
     figures = json.loads((run / "evaluation.json").read_text())
     assert "reverse_kl_per_token" not in figures["figures"]["main"]
     assert figures["changes"]["nll_per_token"]["initial -> main"]["high"] < 0
-    assert "teacher's text, NLL per token" in done.stdout
+    assert "student's NLL of the teacher's text" in done.stdout
 
 
 SCORING = ("teacher.precision=float32", "teacher.max_retries=12")
