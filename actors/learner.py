@@ -98,6 +98,9 @@ class LearnerRank:
             "LOCAL_RANK": "0",
             "WORLD_SIZE": str(self.config.ranks),
         }
+        # DeepSpeed would compile an operator that only its inference uses. Killed on the way, the
+        # compilation leaves a lock for which every later process waits without end.
+        deepspeed.ops.__compatible_ops__ = {}
         deepspeed.init_distributed("nccl" if self.config.gpus else "gloo", verbose=False)
         student = load_causal_lm(model, self.config.precision, "student.model").to(self.device)
         check_head(student, "student.model")

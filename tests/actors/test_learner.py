@@ -84,11 +84,13 @@ def learners(local_ray):
     """Start a learner group; all of a test's ranks are killed at its end."""
     started: list = []
 
-    def start(models, heads=None, **options):
+    def start(models, heads=None, environment=None, **options):
         one = {"": (models["teacher"], "float32")}
         config = Learner(lr=LR, max_grad_norm=1.0, **options)
         plan = ActorPlan("learner", 0, threads=1, gpus=0, share=1, bundle=0)
-        cls = remote(LearnerRank).options(runtime_env={"env_vars": plan.environment()})
+        cls = remote(LearnerRank).options(
+            runtime_env={"env_vars": plan.environment() | (environment or {})}
+        )
         group = LearnerGroup(
             lambda: [cls.remote(config) for _ in range(config.ranks)],
             (models["student"], heads or one),
@@ -532,6 +534,15 @@ def test_what_was_trained_and_how_far_from_its_sampler(learners, tiny, batch, co
     assert first.sums["ratio"] == pytest.approx(sum(ratios), rel=1e-3)
     assert first.sums["ratio_squared"] == pytest.approx(sum(w**2 for w in ratios), rel=1e-3)
     assert not {"k1", "k3", "ratio", "ratio_tokens"} & second.sums.keys()
+
+
+def test_nothing_is_compiled_so_that_no_lock_is_waited_for(learners, tiny, tmp_path):
+    """torch keeps a lock while it compiles, which stays where its process is killed."""
+    lock = tmp_path / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    learners(tiny, environment={"TORCH_EXTENSIONS_DIR": str(tmp_path)})
+    assert [file for file in tmp_path.rglob("*") if file.is_file()] == [lock]
 
 
 def test_published_weights_end_with_the_learner_that_is_killed(learners, local_ray, tiny):
