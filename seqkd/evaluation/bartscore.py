@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from seqkd.errors import ModelError
-from seqkd.evaluation.text import PerPrompt, per_prompt
+from seqkd.evaluation.text import PerPrompt, column
 from seqkd.models import expand, first_line, load_tokenizer, read_config
 
 FIELD = "--bart"
@@ -102,9 +102,9 @@ class BartScorer:
 
         rows = [mean(*both) if both[1] else None for both in zip(predictions, known, strict=True)]
         return BartScore(
-            precision=per_prompt([row and row[0] for row in rows]),
-            recall=per_prompt([row and row[1] for row in rows]),
-            f=per_prompt([row and sum(row) / 2 for row in rows]),
+            precision=column(rows, 0),
+            recall=column(rows, 1),
+            f=column([row and [sum(row) / 2] for row in rows], 0),
             truncated=sum(cut for _, cut in encoded.values()),
         )
 
