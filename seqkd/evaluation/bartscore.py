@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
 
 from seqkd.errors import ModelError
-from seqkd.evaluation.text import PerPrompt, per_prompt
+from seqkd.evaluation.text import PerPrompt, column
 from seqkd.models import expand, first_line, load_tokenizer, read_config
 
 FIELD = "--bart"
@@ -86,8 +87,7 @@ class BartScorer:
         pairs = [
             (reference, sample)
             for samples, texts in zip(predictions, known, strict=True)
-            for reference in texts
-            for sample in samples
+            for reference, sample in product(texts, samples)
         ]
         encoded = {text: self._encode(text) for pair in dict.fromkeys(pairs) for text in pair}
         ids = [(encoded[reference][0], encoded[sample][0]) for reference, sample in pairs]
@@ -95,16 +95,16 @@ class BartScorer:
         recall = self.logprobs([(sample, reference) for reference, sample in ids], tokens)
         given = dict(zip(pairs, zip(precision, recall, strict=True), strict=True))
 
-        def mean(samples: Sequence[str], texts: Sequence[str]) -> list[float]:
-            """Precision and recall, each sample with its best reference."""
+        def mean_of_best(samples: Sequence[str], texts: Sequence[str]) -> list[float]:
             best = [max((given[text, sample] for text in texts), key=sum) for sample in samples]
             return [sum(column) / len(best) for column in zip(*best, strict=True)]
 
-        rows = [mean(*both) if both[1] else None for both in zip(predictions, known, strict=True)]
+        both = zip(predictions, known, strict=True)
+        rows = [mean_of_best(samples, texts) if texts else None for samples, texts in both]
         return BartScore(
-            precision=per_prompt([row and row[0] for row in rows]),
-            recall=per_prompt([row and row[1] for row in rows]),
-            f=per_prompt([row and sum(row) / 2 for row in rows]),
+            precision=column(rows, 0),
+            recall=column(rows, 1),
+            f=column([row and [sum(row) / 2] for row in rows], 0),
             truncated=sum(cut for _, cut in encoded.values()),
         )
 

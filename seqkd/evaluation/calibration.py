@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -87,7 +88,10 @@ def end_calibration(probabilities: TokenValues, ended: Sequence[bool]) -> EndCal
 
 
 def _mark(states: int, end: bool) -> Array:
-    return np.arange(states) == (states - 1 if end else states)
+    """[T] bool, True where the completion ended."""
+    mark = np.zeros(states, bool)
+    mark[-1] = end
+    return mark
 
 
 def _log_loss(p: Array, y: Array) -> Array:
@@ -99,9 +103,7 @@ def _log_loss(p: Array, y: Array) -> Array:
 def _reliability(p: Array, y: Array) -> tuple[ReliabilityBin, ...]:
     place = np.digitize(p, EDGES[1:-1])
     return tuple(
-        ReliabilityBin(
-            *EDGES[i : i + 2], int(here.sum()), float(p[here].mean()), float(y[here].mean())
-        )
-        for i in range(len(EDGES) - 1)
+        ReliabilityBin(low, high, int(here.sum()), float(p[here].mean()), float(y[here].mean()))
+        for i, (low, high) in enumerate(pairwise(EDGES))
         if (here := place == i).any()
     )

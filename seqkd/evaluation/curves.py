@@ -242,7 +242,9 @@ def _survival(hazard: Array) -> Array:
 
 def _quotient(above: Array, below: Array) -> Array:
     """NaN where ``below`` is 0."""
-    return np.divide(above, below, out=np.full(above.shape, np.nan), where=below != 0)
+    quotient = np.full(above.shape, np.nan)
+    np.divide(above, below, out=quotient, where=below != 0)
+    return quotient
 
 
 # --- bootstrap

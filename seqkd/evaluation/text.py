@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import DefaultTokenizer
-from sacrebleu.metrics import BLEU
+from sacrebleu.metrics.bleu import BLEU
 
 from seqkd.evaluation.divergence import Interval, ratio
 from seqkd.metrics import repetition
@@ -46,6 +46,11 @@ def per_prompt(values: Sequence[float | None]) -> PerPrompt:
     )
 
 
+def column(rows: Sequence[Sequence[float] | None], i: int) -> PerPrompt:
+    """The ``i``-th of several values of each of [P] prompts, None where not defined."""
+    return per_prompt([None if row is None else row[i] for row in rows])
+
+
 @dataclass(frozen=True)
 class Rouge:
     """ROUGE F-measures, 0 to 100."""
@@ -76,7 +81,7 @@ def rouge(predictions: Sequence[Sequence[str]], references: Sequence[Sequence[st
         rows.append(
             [100 * _mean([s[kind].fmeasure for s in scores]) for kind in ROUGE] if known else None
         )
-    return Rouge(*(per_prompt([row and row[i] for row in rows]) for i in range(len(ROUGE))))
+    return Rouge(*(column(rows, i) for i in range(len(ROUGE))))
 
 
 def self_bleu(samples: Sequence[Sequence[str]]) -> PerPrompt:

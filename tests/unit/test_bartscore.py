@@ -120,6 +120,19 @@ def test_best_reference_by_f_and_the_mean_over_samples(scorer, by_hand):
         assert found.f.values[place] == pytest.approx((precision + recall) / 2, abs=1e-5)
 
 
+def test_the_best_reference_is_neither_that_of_precision_nor_of_recall(scorer, by_hand):
+    samples, references = ["I cannot say", "yes"], [["no", "It is"], ["zebra crossing", "no"]]
+    found = scorer.score([[sample] for sample in samples], references)
+    others = []
+    for i, sample in enumerate(samples):
+        both = [(by_hand(text, sample), by_hand(sample, text)) for text in references[i]]
+        best = max(both, key=sum)
+        values = found.precision.values[i], found.recall.values[i]
+        assert values == pytest.approx(best, abs=1e-5)
+        others += [max(both, key=lambda b, side=side: b[side]) != best for side in (0, 1)]
+    assert others == [True, False, False, True], "the examples must tell the three apart"
+
+
 @pytest.mark.parametrize("tokens", [1, 60, 100_000])
 def test_batches_and_padding_change_nothing(scorer, tokens):
     whole = scorer.score(SAMPLES, REFERENCES)
