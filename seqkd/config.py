@@ -20,7 +20,7 @@ from seqkd.config_messages import explain, shown
 from seqkd.config_objectives import NATURAL_OBJECTIVE, Objective, SequenceReverseKL
 from seqkd.config_roles import Learner, OneTeacher, Rollout, SeveralTeachers, Student, Teacher
 from seqkd.config_run import Checkpoints, Recovery
-from seqkd.config_schema import SamplerName, Schema
+from seqkd.config_schema import SamplerName, Schema, TrackerName
 from seqkd.errors import ConfigError
 
 
@@ -133,6 +133,9 @@ class Config(Phase):
     checkpoints: Checkpoints = Checkpoints()
     recovery: Recovery = Recovery()
     alarms: Alarms = Alarms()
+    trackers: tuple[TrackerName, ...] = Field(
+        (), description="Where metrics are sent beside TensorBoard; see docs/metrics.md."
+    )
     placement: Literal["colocated", "split"] = Field(
         "colocated",
         description="colocated: roles take turns on the same cores; split: each has its own.",
