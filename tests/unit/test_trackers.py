@@ -253,7 +253,8 @@ def test_a_missing_package_is_said_before_anything_starts(monkeypatch, capsys, t
     with pytest.raises(ConfigError, match=r"trackers: 'comet_ml' needs .* \(pip install comet-ml"):
         trackers.check(("comet_ml",))
     trackers.check(())
-    arguments = [str(ROOT / "configs/tiny.yaml"), "trackers=[wandb]", f"runs_dir={tmp_path}/runs"]
+    of = [str(ROOT / "configs/tiny.yaml"), "student.model=./nowhere", f"runs_dir={tmp_path}/runs"]
+    arguments = [*of, "trackers=[wandb]"]
     assert train.main(arguments) == 2
     assert "error: trackers: 'wandb' needs a package" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
