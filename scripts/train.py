@@ -9,7 +9,7 @@ from contextlib import closing
 from typing import TYPE_CHECKING
 
 from seqkd import config as configuration
-from seqkd import run_directory
+from seqkd import run_directory, trackers
 from seqkd.config import Config
 from seqkd.errors import LearnerLost, SeqkdError, reported, say
 
@@ -92,6 +92,9 @@ def dry_run(config: Config, resume: bool) -> int:
         print("".join(f"    {line}\n" for line in found.sources), end="")
         warnings.extend(memory(config, found, show=True))
 
+    def packages() -> None:
+        trackers.check(config.trackers)
+
     def resources() -> None:
         if on_this_machine(config):
             the_plan.check(os.cpu_count() or 1, visible_gpus(), "this machine")
@@ -100,7 +103,7 @@ def dry_run(config: Config, resume: bool) -> int:
         changes = run_directory.resumption(directory, config, resume).changes
         print("".join(f"  changed: {line}\n" for line in changes), end="")
 
-    for step in (place, checked, resources):
+    for step in (place, packages, checked, resources):
         try:
             step()
         except SeqkdError as error:
@@ -166,6 +169,7 @@ def train(config: Config, verbose: bool, resume: bool) -> int:
 
     start = time.perf_counter()
     asked = config
+    trackers.check(config.trackers)
     config, journals, checked = check(config)
     for warning in (*checked.warnings, *memory(config, checked)):
         say("warning", warning)

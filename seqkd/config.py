@@ -20,7 +20,7 @@ from seqkd.config_messages import explain, shown
 from seqkd.config_objectives import NATURAL_OBJECTIVE, Objective, SequenceReverseKL
 from seqkd.config_roles import Learner, OneTeacher, Rollout, SeveralTeachers, Student, Teacher
 from seqkd.config_run import Checkpoints, Recovery
-from seqkd.config_schema import SamplerName, Schema
+from seqkd.config_schema import SamplerName, Schema, TrackerName
 from seqkd.errors import ConfigError
 
 
@@ -38,16 +38,21 @@ class Evaluation(Schema):
     """Measured on held-out prompts before, between and after the phases."""
 
     prompts: int = Field(64, ge=0, description="Held-out prompts; 0 turns evaluation off.")
-    samples_per_prompt: int = Field(1, ge=1)
+    samples_per_prompt: int = Field(1, ge=1, description="Completions of each, by each model.")
     examples: int = Field(3, ge=0, description="Completions shown side by side at the end.")
 
 
 class Term(Schema):
     """One summand of a loss: whose completions, which objective."""
 
-    sampler: SamplerName = "student"
+    sampler: SamplerName = Field(
+        "student",
+        description="Whose completions are learnt from. mixture: each from the teacher with "
+        "probability rollout.teacher_fraction; dataset: the rows' answers; corpus: plain text; "
+        "journal: what scripts/precompute.py recorded.",
+    )
     objective: Objective = Field(description="Left out: the natural one of the sampler.")
-    weight: float = Field(1.0, gt=0)
+    weight: float = Field(1.0, gt=0, description="Factor of the term in the loss.")
 
     @model_validator(mode="before")
     @classmethod
@@ -76,7 +81,7 @@ class Phase(Term):
     """One stretch of training: a term, and more terms that are added to it."""
 
     plus: tuple[Term, ...] = Field((), description="Terms added to the loss, each with a weight.")
-    steps: int = Field(ge=1)
+    steps: int = Field(ge=1, description="Optimizer steps.")
     prompts_per_step: int = Field(
         4, ge=1, description="Prompts (answers, texts) a step from each sampler."
     )
@@ -112,16 +117,23 @@ class Phase(Term):
 class Warmup(Phase):
     """A phase before the main one, with its own samples and learning rate."""
 
-    samples_per_prompt: int = Field(1, ge=1)
+    samples_per_prompt: int = Field(1, ge=1, description="As rollout.samples_per_prompt.")
     lr: float | None = Field(None, gt=0, description="learner.lr if left out.")
 
 
 class Config(Phase):
     """Everything a run needs."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    runs_dir: str = "runs"
-    seed: int = Field(0, ge=0)
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="Of the run, and of its directory within runs_dir.",
+    )
+    runs_dir: str = Field(
+        "runs",
+        description="Where run directories are. A relative one is below ~/seqkd where Ray runs the "
+        "job in a copy of the working directory.",
+    )
+    seed: int = Field(0, ge=0, description="Of sampling and of the order of the data.")
     student: Student
     teacher: Teacher
     data: Data
@@ -133,6 +145,9 @@ class Config(Phase):
     checkpoints: Checkpoints = Checkpoints()
     recovery: Recovery = Recovery()
     alarms: Alarms = Alarms()
+    trackers: tuple[TrackerName, ...] = Field(
+        (), description="Where metrics are sent beside TensorBoard; see docs/metrics.md."
+    )
     placement: Literal["colocated", "split"] = Field(
         "colocated",
         description="colocated: roles take turns on the same cores; split: each has its own.",

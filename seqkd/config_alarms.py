@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from pydantic import Field, model_validator
 
 from seqkd.config_schema import Schema
+
+Warned = Annotated[float | None, Field(description="From here on the run is warned of it.")]
+Stopped = Annotated[float | None, Field(description="From here on the run ends.")]
 
 
 class Level(Schema):
@@ -14,8 +17,8 @@ class Level(Schema):
     is the mean over the last five steps."""
 
     low_is_bad: ClassVar[bool] = False
-    warn: float | None
-    stop: float | None = Field(None, ge=0)
+    warn: Warned
+    stop: Stopped = Field(None, ge=0)
 
     def reached(self, level: float | None, value: float) -> bool:
         """Whether ``value`` is as bad as ``level`` or worse."""
@@ -39,27 +42,27 @@ class Level(Schema):
 class TruncationRate(Level):
     """Share of the student's completions that rollout.max_tokens cut."""
 
-    warn: float | None = Field(0.98, ge=0)
+    warn: Warned = Field(0.98, ge=0)
 
 
 class LengthGrowth(Level):
     """Mean length of the student's completions, over that in the first five steps of the phase."""
 
-    warn: float | None = Field(4.0, ge=0)
+    warn: Warned = Field(4.0, ge=0)
 
 
 class Repetition(Level):
     """Share of 4-grams of the student's completions that occurred before in the same one."""
 
-    warn: float | None = Field(0.5, ge=0)
-    stop: float | None = Field(0.95, ge=0)
+    warn: Warned = Field(0.5, ge=0)
+    stop: Stopped = Field(0.95, ge=0)
 
 
 class EntropyFraction(Level):
     """The student's entropy a token, over that in the first five steps of the phase: low is bad."""
 
     low_is_bad: ClassVar[bool] = True
-    warn: float | None = Field(0.1, ge=0)
+    warn: Warned = Field(0.1, ge=0)
 
 
 class Alarms(Schema):

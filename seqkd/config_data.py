@@ -34,8 +34,8 @@ class Data(Schema):
         description="messages: a list of {role, content}; instruction: with input or context, as "
         "Alpaca and Dolly; prompt: one column. auto: by the columns.",
     )
-    messages_key: str = "messages"
-    prompt_key: str = "prompt"
+    messages_key: str = Field("messages", description="The column of format messages.")
+    prompt_key: str = Field("prompt", description="The column of format prompt.")
     reference_key: str | None = Field(
         None,
         description="Answers, for sampler=dataset; left out: reference, completion, response, "

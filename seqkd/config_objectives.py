@@ -73,11 +73,22 @@ class SequenceReverseKL(_PolicyGradient):
     """KL(q || p) of whole sequences, by policy gradient."""
 
     kind: Literal["sequence_reverse_kl"] = "sequence_reverse_kl"
-    estimator: Literal["reinforce", "reward_to_go", "single_step", "rao_blackwell"] = (
-        "rao_blackwell"
+    estimator: Literal["reinforce", "reward_to_go", "single_step", "rao_blackwell"] = Field(
+        "rao_blackwell",
+        description="What stands for a cost. reinforce: log-ratios of the whole sequence; "
+        "reward_to_go: of the tokens from here on; single_step: here the exact divergence, then "
+        "log-ratios; rao_blackwell: exact divergences throughout. All have the same mean.",
     )
-    baseline: Literal["none", "leave_one_out", "position_mean"] = "leave_one_out"
-    normalization: Literal["rate", "total", "minillm"] = "minillm"
+    baseline: Literal["none", "leave_one_out", "position_mean"] = Field(
+        "leave_one_out",
+        description="Subtracted from the cost to come. leave_one_out: that of the prompt's other "
+        "samples at this position; position_mean: that of past batches.",
+    )
+    normalization: Literal["rate", "total", "minillm"] = Field(
+        "minillm",
+        description="total: nats a sequence, which silence lowers; rate: nats a token, exactly; "
+        "minillm: the cost to come over the tokens that remain, biased.",
+    )
     future_weight: float = Field(
         1.0, ge=0, le=1, description="0: token level; 1: the whole sequence."
     )

@@ -20,7 +20,9 @@ class Prune(Schema):
     """Start from the model without layers [first, last): depth pruning."""
 
     kind: Literal["prune"] = "prune"
-    drop_layers: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=1)]]
+    drop_layers: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=1)]] = Field(
+        description="[first, last): the layers that are left out, counted from 0; last stays."
+    )
 
     @field_validator("drop_layers")
     @classmethod
@@ -34,13 +36,15 @@ class Student(Schema):
     """The model that learns."""
 
     model: str = Field(description="A local directory or a hub name, in transformers' format.")
-    init: Annotated[Checkpoint | Prune, Field(discriminator="kind")] = Checkpoint()
+    init: Annotated[Checkpoint | Prune, Field(discriminator="kind")] = Field(
+        Checkpoint(), description="What it begins as."
+    )
 
 
 class Actors(Schema):
     """How many processes a role has and what each of them gets."""
 
-    actors: int = Field(1, ge=1)
+    actors: int = Field(1, ge=1, description="Processes of the role.")
     cpus: int = Field(1, ge=1, description="Threads of each actor.")
     gpus: float = Field(0.0, ge=0, description="GPUs of each actor; a fraction shares one.")
 
@@ -55,12 +59,12 @@ class Actors(Schema):
 class Engine(Actors):
     """Actors that each hold a vLLM engine."""
 
-    precision: Precision = "float32"
+    precision: Precision = Field("float32", description="Of the engine's weights.")
     tensor_parallel_size: int = Field(1, ge=1, description="GPUs that share one engine's model.")
     kv_cache_gib: float = Field(1.0, gt=0, description="KV cache of an engine on a CPU.")
     gpu_memory_utilization: float = Field(0.45, gt=0, le=1, description="Share of each GPU.")
     max_num_seqs: int = Field(64, ge=1, description="Sequences an engine runs at once.")
-    enforce_eager: bool = True
+    enforce_eager: bool = Field(True, description="Without CUDA graphs; vLLM's option.")
 
     @model_validator(mode="after")
     def _gpus_cover_tensor_parallel(self) -> Engine:
@@ -115,7 +119,7 @@ class HfTeacher(_Teacher):
     """A teacher that scores by a transformers forward pass."""
 
     kind: Literal["hf"] = "hf"
-    precision: Precision = "float32"
+    precision: Precision = Field("float32", description="Of the model's weights.")
     batch_tokens: int = Field(4096, ge=1, description="Padded tokens of one forward pass.")
 
 
@@ -195,7 +199,9 @@ OneTeacher = VllmTeacher | HfTeacher | ApiTeacher
 class Member(Schema):
     """One of several teachers."""
 
-    teacher: Annotated[OneTeacher, Field(discriminator="kind")]
+    teacher: Annotated[OneTeacher, Field(discriminator="kind")] = Field(
+        description="Of kind vllm, hf or openai."
+    )
     weight: float = Field(1.0, gt=0, description="Its share of the prompts that it may have.")
     tags: tuple[str, ...] = Field((), description="Rows that it may have (data.tag_key); all.")
 
@@ -208,7 +214,9 @@ class SeveralTeachers(Schema):
     """
 
     kind: Literal["several"] = "several"
-    members: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")], Member] = Field(min_length=1)
+    members: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")], Member] = Field(
+        min_length=1, description="By a name of your choice."
+    )
 
     @model_validator(mode="after")
     def _same_scores(self) -> SeveralTeachers:
@@ -248,22 +256,27 @@ class SeveralTeachers(Schema):
 
 
 Teacher = Annotated[
-    VllmTeacher | HfTeacher | ApiTeacher | SeveralTeachers, Field(discriminator="kind")
+    VllmTeacher | HfTeacher | ApiTeacher | SeveralTeachers,
+    Field(discriminator="kind", description="What is learnt from."),
 ]
 
 
 class Rollout(Engine):
     """Sampling, by the student or by the teacher."""
 
-    samples_per_prompt: int = Field(4, ge=1)
+    samples_per_prompt: int = Field(4, ge=1, description="Completions of a prompt in one step.")
     max_tokens: int = Field(64, ge=1, description="Longest completion, data set answers too.")
     mask_truncated: bool = Field(
         False,
         description="Leave sampled completions that max_tokens cut out of the loss (a bias against "
         "long ones); a step of which all are cut learns from all.",
     )
-    temperature: float = Field(1.0, gt=0)
-    top_p: float = Field(1.0, gt=0, le=1)
+    temperature: float = Field(
+        1.0, gt=0, description="Of sampling. Objectives that are expectations under q want 1."
+    )
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="Probability mass that is sampled from; likewise."
+    )
     teacher_fraction: float = Field(
         0.2, gt=0, lt=1, description="Share of teacher samples under sampler=mixture."
     )
@@ -272,22 +285,33 @@ class Rollout(Engine):
 class Learner(Schema):
     """The DeepSpeed ranks and the optimizer."""
 
-    ranks: int = Field(1, ge=1)
+    ranks: int = Field(1, ge=1, description="DeepSpeed ranks, a process each.")
     cpus: int = Field(1, ge=1, description="Threads of each rank.")
     gpus: float = Field(0.0, ge=0, le=1, description="GPUs of each rank.")
-    zero_stage: Literal[0, 1, 2, 3] = 2
-    precision: Precision = "float32"
-    gradient_checkpointing: bool = False
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        2,
+        description="What ZeRO splits over the ranks. 1: optimizer state; 2: gradients too; 3: "
+        "weights too.",
+    )
+    precision: Precision = Field("float32", description="Of the forward and backward pass.")
+    gradient_checkpointing: bool = Field(
+        False, description="Compute activations twice in place of keeping them."
+    )
     micro_batch_prompts: int = Field(
         1, ge=1, description="Prompts, with all their samples, in one forward and backward."
     )
-    lr: float = Field(1e-5, gt=0)
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    lr_warmup_steps: int = Field(0, ge=0)
-    min_lr_ratio: float = Field(0.1, ge=0, le=1)
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
-        0.9,
-        0.95,
+    lr: float = Field(1e-5, gt=0, description="Learning rate at its peak.")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "cosine", description="How it falls from there to the end of the phase."
     )
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
+    lr_warmup_steps: int = Field(0, ge=0, description="Steps of each phase over which it rises.")
+    min_lr_ratio: float = Field(
+        0.1, ge=0, le=1, description="What is left of it at the end, as a share of the peak."
+    )
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        (0.9, 0.95), description="Of AdamW."
+    )
+    weight_decay: float = Field(0.0, ge=0, description="Of AdamW.")
+    max_grad_norm: float = Field(
+        1.0, gt=0, description="L2 norm to which a larger gradient is scaled down."
+    )

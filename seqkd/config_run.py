@@ -14,7 +14,7 @@ class Checkpoints(Schema):
         100, ge=1, description="At the first draw of prompts after so many optimizer steps."
     )
     every_minutes: float = Field(30.0, gt=0, description="Or after so much time, if it is sooner.")
-    keep_last: int = Field(2, ge=1)
+    keep_last: int = Field(2, ge=1, description="Checkpoints that are kept.")
     journal_gib: float = Field(
         8.0,
         ge=0,

@@ -8,6 +8,9 @@ from pydantic import BaseModel, ConfigDict
 
 SamplerName = Literal["student", "teacher", "mixture", "dataset", "corpus", "journal"]
 TeacherNeed = Literal["nothing", "logprobs", "distribution"]
+TrackerName = Literal[
+    "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "trackio", "wandb"
+]
 Precision = Literal["float32", "bfloat16"]
 
 

@@ -107,3 +107,4 @@ def measure(run: Run, progress: Progress, stage: str, note: str) -> None:
     if run.evaluation and stage not in progress.measured:
         run.recorder.note(note)
         progress.measured[stage] = run.evaluation.measure()
+        run.recorder.held_out(progress.step, progress.measured[stage])

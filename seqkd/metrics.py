@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, TensorBoard, and one line a step for the person watching."""
+"""What a run tells: metrics.jsonl, its trackers, and one line a step for the person watching."""
 
 from __future__ import annotations
 
@@ -7,17 +7,21 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import xxhash
 
 from seqkd.config import Config, Phase
 from seqkd.errors import writing
 from seqkd.protocols import Part
+from seqkd.trackers import Trackers
 from seqkd.types import PartResult, Rollout, StepResult
+
+if TYPE_CHECKING:
+    from seqkd.evaluation.divergence import Measurement
 
 STAGES = ("sync", "sample", "score", "watch", "learn")
 
@@ -40,39 +44,6 @@ class Clock:
         return time.perf_counter() - self.start
 
 
-class Board:
-    """TensorBoard's files. The metrics are whole without: where they cannot be written, the run
-    goes on."""
-
-    def __init__(self, directory: Path, step: int, say: Callable[[str], None]) -> None:
-        """What TensorBoard has of ``step`` and later is hidden."""
-        self.directory, self.say = directory, say
-        self.writer: Any = None
-        self._attempt(lambda: self._open(step))
-
-    def add(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Values of one step."""
-        if self.writer is not None:
-            self._attempt(lambda: [self.writer.add_scalar(k, v, step) for k, v in scalars.items()])
-
-    def close(self) -> None:
-        """Write what is left."""
-        if self.writer is not None:
-            self._attempt(self.writer.close)
-
-    def _open(self, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.writer = SummaryWriter(str(self.directory), purge_step=step or None)
-
-    def _attempt(self, action: Callable[[], Any]) -> None:
-        try:
-            action()
-        except Exception as error:  # whatever its writer thread met; nothing of the run is lost
-            self.writer = None
-            self.say(f"warning: {self.directory}: {error}. The run goes on without TensorBoard.")
-
-
 class Recorder:
     """Writes a run's metrics as they come; closed by the caller. Each row of metrics.jsonl is on
     disk before the next step begins."""
@@ -82,14 +53,14 @@ class Recorder:
         self.steps = sum(phase.steps for _, phase in config.phases)
         self.done = 0
         self.stage_seconds = dict.fromkeys((*STAGES, "other"), 0.0)
-        self.path, self.board_path = directory / "metrics.jsonl", directory / "tensorboard"
+        self.path = directory / "metrics.jsonl"
         self.file: TextIO | None = None
-        self.board: Board | None = None
+        self.trackers = Trackers(directory, config, self.note)
 
     def rewind(self, step: int) -> list[dict[str, Any]]:
         """Go on with ``step``: later rows, and one that was not written to its end, are cut off.
         Returns the rows that are left."""
-        self.close()
+        self._close_file()
         with writing(self.path):
             rows = _whole_rows(self.path, step)
             partial = self.path.with_suffix(".partial")
@@ -97,7 +68,7 @@ class Recorder:
             partial.rename(self.path)
             self.file = self.path.open("a", encoding="utf-8")
         self.done = step
-        self.board = Board(self.board_path, step, self.note)
+        self.trackers.begin(step)
         return rows
 
     def note(self, text: str) -> None:
@@ -128,19 +99,25 @@ class Recorder:
             self.file.flush()
             os.fsync(self.file.fileno())
         scalars = {key: value for key, value in row.items() if isinstance(value, (int, float))}
-        assert self.board is not None
-        self.board.add(step, scalars)
+        self.trackers.log(step, scalars)
         self.done += 1
         self.recent = [*self.recent[-9:], total]
         self._line(self._progress(row), keep=self.done == self.steps)
 
+    def held_out(self, step: int, measured: Measurement) -> None:
+        """Show what was measured on held-out prompts after ``step`` steps."""
+        figures = {f"heldout/{name}": of.mean for name, of in measured.table().items()}
+        self.trackers.log(step, figures)
+
     def close(self) -> None:
-        """Flush and close every file."""
+        """Flush and close every file and tracker."""
+        self._close_file()
+        self.trackers.close()
+
+    def _close_file(self) -> None:
         if self.file is not None:
             with suppress(OSError):  # a row that could not be written was said when it was
                 self.file.close()
-        if self.board is not None:
-            self.board.close()
 
     def _progress(self, row: dict[str, Any]) -> str:
         filled = round(16 * self.done / self.steps)

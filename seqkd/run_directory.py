@@ -19,12 +19,12 @@ PACKAGED = "working_dir_files"
 """A folder in the path of every working directory that Ray unpacks for a job."""
 FIRST = (
     "config.yaml", "data.json", "lock", "student_initial", "student_initial.partial", "tensorboard",
-    "journal",
+    "trackers", "journal",
 )  # fmt: skip
 """What a run writes before its first step: a start that failed there may be tried again."""
 OPERATION = {
-    "name", "runs_dir", "cluster", "placement", "examples", "actors", "cpus", "gpus", "ranks",
-    "zero_stage", "gradient_checkpointing", "micro_batch_prompts", "tensor_parallel_size",
+    "name", "runs_dir", "trackers", "cluster", "placement", "examples", "actors", "cpus", "gpus",
+    "ranks", "zero_stage", "gradient_checkpointing", "micro_batch_prompts", "tensor_parallel_size",
     "kv_cache_gib", "gpu_memory_utilization", "max_num_seqs", "enforce_eager", "batch_tokens",
     "base_url", "key_env", "concurrency", "timeout_s", "max_retries",
 }  # fmt: skip
@@ -113,7 +113,7 @@ def resumption(directory: Path, config: Config, resume: bool) -> Resumption:
     if not resume or not file.exists():
         refuse_used(directory)
         return Resumption(found=False)
-    before, now = _flat(load(file)), _flat(config)
+    before, now = flat(load(file)), flat(config)
     changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     lines = {key: f"{key}: {_shown(before, key)} -> {_shown(now, key)}" for key in changed}
     course = [key for key in changed if key in COURSE]
@@ -158,7 +158,7 @@ def _fingerprint(data: Mapping[str, Sequence[Any]]) -> dict[str, dict[str, Any]]
     }
 
 
-def _flat(config: Config) -> dict[str, Any]:
+def flat(config: Config) -> dict[str, Any]:
     """Every value by its dotted path."""
 
     def walk(value: Any, path: str) -> Iterator[tuple[str, Any]]:

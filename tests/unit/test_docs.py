@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import io
+import json
 import re
 import subprocess
 import sys
@@ -10,7 +13,12 @@ import pytest
 import yaml
 
 from seqkd.config import Config
+from seqkd.evaluation.divergence import FIGURES
+from seqkd.metrics import Clock, Recorder, describe
 from seqkd.objectives import OBJECTIVES
+from seqkd.protocols import Part
+from seqkd.run_directory import flat
+from seqkd.types import Counts, PartResult, Rollout, StepResult
 from tests.conftest import ROOT
 from tests.unit.test_config import MINIMAL
 
@@ -45,3 +53,147 @@ def test_configurations_of_the_readme_are_read(text):
 
 def test_every_objective_is_in_the_table():
     assert set(re.findall(r"^\| `(\w+)`", OBJECTIVES_PAGE, re.MULTILINE)) == set(OBJECTIVES)
+
+
+DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def anchors(page):
+    """Of each heading, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+
+
+@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if not target.startswith(("http://", "https://")):
+            path, _, fragment = target.partition("#")
+            file = (page.parent / path).resolve() if path else page
+            assert file.exists(), target
+            assert not fragment or fragment in anchors(file), target
+
+
+def first_cells(text):
+    """The code in the first column of each table."""
+    cells = re.findall(r"^\| ((?:[^|\n]|\\\|)*) \|", text, re.MULTILINE)
+    return [code for cell in cells for code in re.findall(r"`([^`]+)`", cell)]
+
+
+def test_the_reference_of_the_configuration_is_written_from_the_schema():
+    import config_reference
+
+    assert config_reference.PAGE.read_text() == config_reference.render(), (
+        "run python scripts/config_reference.py"
+    )
+
+
+@pytest.mark.parametrize("kind", ["vllm", "hf", "openai", "several"])
+def test_every_key_of_a_resolved_configuration_is_in_the_reference_once_a_kind(kind):
+    """From what a run writes, not from the schema's fields."""
+    one = {"kind": "hf", "model": "b"}
+    teachers = {
+        "vllm": {"kind": "vllm", "model": "b"},
+        "hf": one,
+        "openai": {"kind": "openai", "model": "b", "base_url": "http://x"},
+        "several": {"kind": "several", "members": {"NAME": {"teacher": one}}},
+    }
+    changes = {
+        "teacher": teachers[kind],
+        "sampler": "teacher",
+        "warmup": {"sampler": "dataset", "steps": 1},
+        "journal": {"path": "j"},
+        "student": {"model": "a", "init": {"kind": "prune", "drop_layers": [0, 1]}},
+    }
+    known = set(first_cells((ROOT / "docs" / "configuration.md").read_text()))
+    keys = flat(Config.model_validate({**MINIMAL, **changes}))
+    assert len(keys) > 80
+    for key in keys:
+        if key.startswith("teacher.members.NAME.teacher."):
+            key = key.replace("members.NAME.teacher.", "")
+        key = re.sub(r"^warmup\.objective\.", "objective.", key)
+        assert key in known or f"{key}[]" in known, key
+
+
+def test_every_key_has_a_meaning():
+    page = (ROOT / "docs" / "configuration.md").read_text()
+    rows = [line for line in page.splitlines() if line.startswith("| `")]
+    assert len(rows) > 150
+    for row in rows:
+        meaning = re.split(r"(?<!\\)\|", row)[4].strip()
+        assert meaning and meaning != "None", row
+
+
+def usage_counters():
+    text = (ROOT / "seqkd" / "api_client.py").read_text()
+    return set(re.findall(r'self\.used\["(\w+)"\]', text))
+
+
+def recorded(directory, sampler, objective, plus=(), **options):
+    """The keys of a row of metrics.jsonl, all statistics of completions being known."""
+    directory.mkdir()
+    changes = {"sampler": sampler, "objective": objective, "plus": plus}
+    config = Config.model_validate({**MINIMAL, **changes})
+    rollout = Rollout("p", "p/0", (1,), (2, 3), (-1.0, -1.0), "student", 0, "stop")
+    part = Part([rollout], {}, Counts(1, 2), config.terms[:1], **options)
+    names = ("reverse_kl", "forward_kl", "entropy", "student_logprob", "teacher_logprob")
+    names += ("logprob_gap", "tokens", "sequences", "weight", "weight_squared")
+    names += ("ratio_tokens", "k1", "k3", "ratio_sequences", "ratio", "ratio_squared")
+    seen = PartResult(dict.fromkeys(names, 1.0))
+    parts = [part] * len(config.by_sampler)
+    result = StepResult(1.0, 1.0, (seen,) * len(parts))
+    recorder = Recorder(directory, config, io.StringIO())
+    recorder.rewind(0)
+    recorder.begin("main", config)
+    recorder.step(0, describe(config, "main", config, 0, 0.1, parts, result), Clock())
+    recorder.close()
+    return set(json.loads((directory / "metrics.jsonl").read_text()))
+
+
+def test_the_table_of_metrics_has_what_is_recorded_and_nothing_else(tmp_path):
+    text = (ROOT / "docs" / "metrics.md").read_text()
+    table = first_cells(text.partition("## Trackers")[0])
+    assert len(table) == len(set(table))
+    usage = dict.fromkeys(usage_counters(), 1)
+    assert len(usage) == 4
+    rate = {"kind": "sequence_reverse_kl", "normalization": "rate"}
+    keys = recorded(tmp_path / "a", "mixture", rate, teacher_fraction=0.2, usage=usage)
+    keys |= recorded(tmp_path / "b", "teacher", {"kind": "sequence_forward_kl"})
+    held_out = {f"heldout/{figure}" for figure in FIGURES}
+    assert set(table) == keys | held_out
+    added = recorded(
+        tmp_path / "c", "teacher", {"kind": "token_forward_kl"},
+        [{"sampler": "dataset", "objective": {"kind": "sft"}}],
+    )  # fmt: skip
+    prefixed = {key.removeprefix("dataset/") for key in added if key.startswith("dataset/")}
+    assert "length" in prefixed and prefixed <= set(table)
+
+
+def messages():
+    """Every text in the source, with "…" for what is put in."""
+
+    def text(node):
+        if isinstance(node, ast.JoinedStr):
+            return "".join(map(text, node.values))
+        return node.value if isinstance(node, ast.Constant) else "…"
+
+    for folder in ("seqkd", "actors", "scripts"):
+        for file in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text())):
+                if isinstance(node, ast.JoinedStr) or (
+                    isinstance(node, ast.Constant) and isinstance(node.value, str)
+                ):
+                    yield text(node)
+
+
+def quoted():
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    tables = re.findall(r"\| message \|.*?\n\n", page, re.DOTALL)
+    return [fragment for table in tables for fragment in first_cells(table)]
+
+
+def test_every_message_that_is_quoted_can_be_met():
+    fragments, said = quoted(), list(messages())
+    assert len(fragments) > 60
+    for fragment in fragments:
+        assert any(fragment in text for text in said), fragment

@@ -1,0 +1,167 @@
+"""Write docs/configuration.md, every key of the schema: python scripts/config_reference.py"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from seqkd.config import Config
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
+HEAD = """\
+# Configuration
+
+<!-- Written by scripts/config_reference.py from the schema; a test holds the two together. -->
+
+A run is one YAML file; any key can be overridden on the command line by its dotted path:
+`python scripts/train.py mine.yaml learner.lr=2e-6`. Unknown keys, values out of range and pairs
+that cannot work are refused, each with the field, the value and the mend. `--dry-run` prints the
+whole configuration with its defaults; `config.yaml` of each run holds it. What a resumed run may
+change is in [recovery.md](recovery.md).
+
+A section that has a `kind` takes the keys of that kind and no others.
+"""
+PLAIN = {str: "text", int: "integer", float: "number", bool: "`true`, `false`", NoneType: "`null`"}
+BOUNDS = (("gt", "above"), ("ge", "at least"), ("lt", "below"), ("le", "at most"))
+FILLED = {"objective": "by `sampler`"}
+"""Defaults that a validator fills in."""
+
+
+def models(annotation: Any) -> list[type[BaseModel]]:
+    """Every schema that a value of this type may have."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in models(part)]
+
+
+def shown_type(annotation: Any, metadata: tuple[Any, ...] | list[Any] = ()) -> str:
+    """A type and its bounds in words."""
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        (inner, *more) = parts
+        given = [m for field in more for m in (getattr(field, "metadata", None) or [field])]
+        return shown_type(inner, [*metadata, *given])
+    if origin is Literal:
+        return ", ".join(f"`{value}`" for value in parts)
+    if origin in (Union, UnionType):
+        return " or ".join(shown_type(p, () if p is NoneType else metadata) for p in parts)
+    if origin is tuple:
+        many = parts[-1] is Ellipsis
+        return (
+            f"list of {shown_type(parts[0])}" if many else f"[{', '.join(map(shown_type, parts))}]"
+        )
+    limits = [
+        f"{word} {value:g}"
+        for name, word in BOUNDS
+        for bound in metadata
+        if (value := getattr(bound, name, None)) is not None
+    ]
+    return " ".join([PLAIN[annotation], *([", ".join(limits)] if limits else [])])
+
+
+def shown_default(name: str, field: FieldInfo) -> str:
+    """A default as YAML, or that there is none; nothing for a section, whose keys have theirs."""
+    if name in FILLED:
+        return FILLED[name]
+    if field.is_required():
+        return "**required**"
+    if isinstance(field.default, BaseModel):
+        return ""
+    value = list(field.default) if isinstance(field.default, tuple) else field.default
+    text = yaml.safe_dump(value, default_flow_style=True)
+    return f"`{text.strip().removesuffix('...').strip()}`"
+
+
+def anchor(heading: str) -> str:
+    """The fragment under which a heading is found."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def said(model: type[BaseModel]) -> str:
+    """A schema's docstring as one paragraph."""
+    return " ".join((model.__doc__ or "").replace("|", "\\|").split())
+
+
+class Reference:
+    """Collects sections in the order in which keys refer to them, each schema once."""
+
+    def __init__(self) -> None:
+        self.sections: list[tuple[int, str, str, list[str]]] = []
+        """Level, heading, introduction, rows."""
+        self.place: dict[type[BaseModel], str] = {}
+        """The heading under which a schema is described."""
+
+    def section(self, level: int, heading: str, path: str, model: type[BaseModel]) -> None:
+        """Describe ``model``, whose keys begin with ``path``; then what its keys hold."""
+        self.place[model] = heading
+        later: list[tuple[str, type[BaseModel]]] = []
+        rows = list(self._rows(path, model, later))
+        self.sections.append((level, heading, said(model), rows))
+        for below, of in later:
+            if of not in self.place:
+                self.section(level + 1, self._heading(below, of), below, of)
+
+    def _rows(
+        self, path: str, model: type[BaseModel], later: list[tuple[str, type[BaseModel]]]
+    ) -> Iterator[str]:
+        """A row for each key, ``kind`` and what must be set first; ``later`` gets what has a
+        section of its own."""
+        fields = sorted(
+            model.model_fields.items(),
+            key=lambda item: (item[0] != "kind", item[0] in FILLED or not item[1].is_required()),
+        )
+        for name, field in fields:
+            key = f"{path}.{name}" if path else name
+            options = models(field.annotation)
+            default, about = shown_default(name, field), field.description or ""
+            if name == "kind":
+                about, default = "Says which keys there are.", ""
+            if not options:
+                value = shown_type(field.annotation, field.metadata)
+            elif len(options) == 1 and isinstance(field.default, BaseModel) and small(options[0]):
+                yield f"| `{key}` | | | {said(options[0])} |"
+                yield from self._rows(key, options[0], later)
+                continue
+            else:
+                outer: Any = get_origin(field.annotation)
+                key += {dict: ".NAME", tuple: "[]"}.get(outer, "")
+                value = ", ".join(self._link(self._heading(key, of)) for of in options)
+                about = about or said(*options)
+                later += [(key, of) for of in options]
+            yield f"| `{key}` | {value} | {default} | {about} |"
+
+    def _heading(self, path: str, model: type[BaseModel]) -> str:
+        kind = model.model_fields.get("kind")
+        return self.place.get(model) or (f"{path}, kind {kind.default}" if kind else path)
+
+    def _link(self, heading: str) -> str:
+        return f"[{heading.rpartition('kind ')[2]}](#{anchor(heading)})"
+
+
+def small(model: type[BaseModel]) -> bool:
+    """Whether its keys stand in the table of what holds it."""
+    return len(model.model_fields) <= 2
+
+
+def render() -> str:
+    """The page."""
+    reference = Reference()
+    reference.section(2, "The run", "", Config)
+    parts = [HEAD]
+    for level, heading, about, rows in reference.sections:
+        parts += [f"{'#' * level} {heading}\n", f"{about}\n"]
+        parts += ["| key | value | default | meaning |\n|---|---|---|---|", *rows, ""]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(render(), encoding="utf-8")
+    print(f"wrote {PAGE}", file=sys.stderr)
