@@ -309,9 +309,34 @@ def show(evaluation: dict[str, Any], asked: Request) -> None:
         for key, change in changes.items():
             verdict = "excludes 0" if change["low"] > 0 or change["high"] < 0 else "includes 0"
             print(f"  {LABELS[key]:<38}{Interval(**change)!s:<28}{verdict}")
+    for name, curves in evaluation["curves"].items():
+        print("\n" + "\n".join(f"{name}: {line}" for line in about(curves)))
     print(f"\n{asked.out / 'evaluation.json'}\n{asked.out / 'generations.jsonl'}")
     for problem in asked.problems:
         say("error", problem)
+
+
+def about(curves: dict[str, Any]) -> Iterator[str]:
+    """What the curves say, in a line each."""
+    from seqkd.evaluation.divergence import Interval
+
+    ends = curves["ends"]
+    yield (
+        f"longer than the teacher's by {Interval(**ends['mean_difference'])} tokens "
+        f"(up to {ends['horizon']}; share still going on {ends['largest_gap']:+.3g} at "
+        f"{ends['largest_gap_at']} tokens)"
+    )
+    if "end_calibration" in curves:
+        found = curves["end_calibration"]
+        yield (
+            f"on the teacher's text it expects {found['expected_ends']:.3g} ends where there are "
+            f"{found['observed_ends']} (calibration error {found['calibration_error']:.3g})"
+        )
+    if "exposure_bias" in curves and (last := curves["exposure_bias"]["at"][-1])["percent"]:
+        yield (
+            f"excess accumulated error on its own text {Interval(**last['percent'])} % at "
+            f"{last['length']} tokens"
+        )
 
 
 if __name__ == "__main__":

@@ -42,9 +42,9 @@ LABELS = {
     "forward_kl_per_sequence": "forward KL, per sequence (nats)",
     "teacher_nll_per_token": "teacher's NLL of the text, per token",
     "perplexity": "perplexity of the teacher's text",
-    "rouge1": "ROUGE-1",
-    "rouge2": "ROUGE-2",
-    "rougeL": "ROUGE-L",
+    "rouge1": "ROUGE-1 (0 to 100)",
+    "rouge2": "ROUGE-2 (0 to 100)",
+    "rougeL": "ROUGE-L (0 to 100)",
     "bartscore_f": "BARTScore F (nats a token)",
     "bartscore_precision": "BARTScore, reference -> text",
     "bartscore_recall": "BARTScore, text -> reference",
@@ -54,7 +54,7 @@ LABELS = {
     "distinct1": "distinct-1 (share)",
     "distinct2": "distinct-2 (share)",
     "distinct3": "distinct-3 (share)",
-    "self_bleu": "self-BLEU",
+    "self_bleu": "self-BLEU (0 to 100)",
 }
 """Rows of the table, by the name of each figure in evaluation.json."""
 DIVERGENCES = tuple(LABELS)[:5]
@@ -169,14 +169,14 @@ def curves(written: Written, prompts: Sequence[Prompt]) -> dict[str, Any]:
 
 def render(table: Mapping[str, Mapping[str, Interval]]) -> str:
     """Figures of several models as text, a column each."""
-    models = list(table)
-    width = max(25, *(len(name) + 2 for name in models))
-    lines = [" " * 38 + "".join(f"{name:<{width}}" for name in models)]
-    for name, label in LABELS.items():
-        if any(name in table[model] for model in models):
-            cells = [_cell(table[model].get(name)) for model in models]
-            lines.append((f"{label:<38}" + "".join(f"{cell:<{width}}" for cell in cells)).rstrip())
-    return "\n".join(lines)
+    known = [name for name in LABELS if any(name in figures for figures in table.values())]
+    columns = [["", *(LABELS[name] for name in known)]]
+    columns += [[model, *(_cell(of.get(name)) for name in known)] for model, of in table.items()]
+    widths = [max(map(len, column)) for column in columns]
+    return "\n".join(
+        "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in zip(*columns, strict=True)
+    )
 
 
 def _cell(value: Interval | None) -> str:
