@@ -84,7 +84,7 @@ def test_without_answers_or_with_another_tokenizer_the_rest_is_done(tiny, tiny_c
     ("arguments", "message"),
     [
         (["nowhere"], "nowhere: is no run directory (it has no config.yaml)."),
-        (["x", "--config", "CONFIG"], "student.model: 'x' does not exist"),
+        (["x", "--config", "CONFIG"], "student.model: 'x' cannot be loaded"),
     ],
 )
 def test_what_cannot_be_evaluated(tiny_config, arguments, message):
