@@ -184,18 +184,16 @@ class LengthRates:
     """[P] tokens, the one that ends it included."""
     ended: tuple[float, ...]
     """[P] share that ended by themselves."""
-    truncated: tuple[float, ...]
-    """[P] share that was cut."""
 
 
 def length_rates(lengths: Lengths) -> LengthRates:
-    """Length, end rate and truncation rate of each prompt, which must all have a completion."""
+    """Length and end rate of each prompt, which must all have a completion."""
     counts = np.bincount(lengths.prompts)
     if not counts.all():
         raise ValueError(f"prompt {int(counts.argmin())} of {len(counts)} has no completion")
     tokens = np.bincount(lengths.prompts, np.asarray(lengths.tokens, float)) / counts
     ended = np.bincount(lengths.prompts, np.asarray(lengths.ended, float)) / counts
-    return LengthRates(_floats(tokens), _floats(ended), _floats(1 - ended))
+    return LengthRates(_floats(tokens), _floats(ended))
 
 
 # --- tables of prompts and steps

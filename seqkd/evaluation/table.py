@@ -14,7 +14,7 @@ import numpy as np
 
 from seqkd.evaluation.bartscore import BartScorer
 from seqkd.evaluation.calibration import end_calibration
-from seqkd.evaluation.curves import Lengths, TokenValues, compare_ends, exposure_bias
+from seqkd.evaluation.curves import Lengths, TokenValues, compare_ends, exposure_bias, length_rates
 from seqkd.evaluation.divergence import (
     Answers,
     Interval,
@@ -115,8 +115,8 @@ def figures(
         text |= {
             f"bartscore_{name}": getattr(scored, name) for name in ("f", "precision", "recall")
         }
-    text["length"] = _mean_of(groups, lambda r: len(r.completion_ids))
-    text["ended"] = _mean_of(groups, lambda r: r.finish_reason == "stop")
+    rates = length_rates(_lengths(written.answers, prompts))
+    text |= {"length": per_prompt(rates.length), "ended": per_prompt(rates.ended)}
     text |= {"repetition": repeated(groups), "self_bleu": self_bleu(texts)}
     said = [spoken(r) for r in written.answers.rollouts]
     shares = {f"distinct{n}": distinct(said, n) for n in (1, 2, 3)}
@@ -191,10 +191,6 @@ def by_prompt(rollouts: Sequence[Rollout], prompts: Sequence[Prompt]) -> list[li
     for rollout in rollouts:
         groups[rollout.prompt_id].append(rollout)
     return list(groups.values())
-
-
-def _mean_of(groups: Sequence[Sequence[Rollout]], of: Callable[[Rollout], float]) -> PerPrompt:
-    return per_prompt([sum(map(of, group)) / len(group) for group in groups])
 
 
 def _places(answers: Answers, prompts: Sequence[Prompt]) -> list[int]:
