@@ -98,10 +98,12 @@ def license_of(model: str) -> dict[str, str]:
 
 
 def learnt_tokens(metrics: Path) -> Counter[str]:
-    """Completion tokens that the loss was taken over, by sampler, of every step of a run."""
+    """Completion tokens that the loss was taken over, by sampler, of every step that was taken."""
     tokens: Counter[str] = Counter()
     for line in metrics.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
+        if row.get("skipped"):
+            continue
         for key, value in row.items():
             sampler, _, last = key.rpartition("/")
             if last == "tokens":
@@ -114,7 +116,7 @@ def _head(config: Config, license_: Mapping[str, str]) -> str:
     pruned = ""
     if isinstance(init, Prune):
         first, last = init.drop_layers
-        pruned = f" without decoder layers {first} to {last - 1}"
+        pruned = f" without decoder layers [{first}, {last})"
     teachers = " and ".join(_teacher(teacher) for teacher in config.teachers.values())
     terms = (
         f"License: {license_['license']}, as the student's own card states; the teacher's terms "
