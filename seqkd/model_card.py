@@ -145,14 +145,14 @@ def _teacher(teacher: OneTeacher) -> str:
 
 def _how(config: Config, tokens: Mapping[str, int]) -> str:
     data, rollout, learner = config.data, config.rollout, config.learner
-    source = hub_name(data.path) or Path(data.path).name
+    hub = hub_name(data.path)
+    source = f"`{hub}`, split `{data.split}`" if hub else f"`{Path(data.path).name}`"
     rows = f", at most {data.rows:,} rows" if data.rows else ""
     lines = [f"- {name}: {_phase(config, phase)}" for name, phase in config.phases]
     counts = "; ".join(f"{count:,} of {SAMPLES[sampler]}" for sampler, count in tokens.items())
     lines += [
         f"- tokens learnt from: {counts}",
-        f"- data: `{source}`, split `{data.split}`{rows}; prompts of at most "
-        f"{data.max_prompt_tokens} tokens",
+        f"- data: {source}{rows}; prompts of at most {data.max_prompt_tokens} tokens",
         f"- completions: at most {rollout.max_tokens} tokens; sampled at temperature "
         f"{rollout.temperature:g}, top-p {rollout.top_p:g}",
         f"- optimizer: AdamW, {learner.schedule} schedule, gradient norm at most "

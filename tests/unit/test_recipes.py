@@ -12,7 +12,9 @@ import pytest
 import yaml
 from transformers import Qwen2Config, Qwen3Config
 
+from seqkd.config import Config, load
 from seqkd.memory import size_of
+from seqkd.preflight import check
 from tests import stand_ins
 from tests.conftest import ROOT
 from tests.hub import serving
@@ -127,3 +129,18 @@ def test_the_page_has_the_planner_s_figures(dry_runs):
 
 def test_every_recipe_is_on_the_page():
     assert set(re.findall(r"\(\.\./configs/recipes/(\w+)\.yaml\)", PAGE)) == set(RECIPES)
+
+
+def test_the_tutorial_s_files_are_read_as_it_shows(tiny, tmp_path):
+    page = (ROOT / "docs" / "tutorial.md").read_text()
+    files = dict(re.findall(r"^cat > (\S+) <<'END'\n(.*?)^END$", page, re.MULTILINE | re.DOTALL))
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    overrides = [f"{role}.model={tiny[role]}" for role in ("student", "teacher")]
+    overrides.append(f"data.path={tmp_path}/flowers.jsonl")
+    found = check(load(tmp_path / "flowers.yaml", overrides))
+    assert not found.warnings
+    shown = f"  {len(found.train)} training prompts, {len(found.heldout)} held-out prompts\n"
+    assert shown in page
+    (real,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    assert Config.model_validate(yaml.safe_load(real)).steps == 300
