@@ -182,7 +182,7 @@ def train(config: Config, verbose: bool, resume: bool) -> int:
         print(f"--resume: {directory} holds no run yet; it begins now")
 
     from actors import build
-    from seqkd import summary
+    from seqkd import model_card, summary
     from seqkd.metrics import Recorder
 
     with build.connect(config, verbose):
@@ -191,12 +191,14 @@ def train(config: Config, verbose: bool, resume: bool) -> int:
             run_directory.begin(directory, asked, data, resumption)
             print(f"run directory: {directory}\nstarting the actors", flush=True)
             measured = learn(directory, config, checked, journals, recorder)
+    evaluation = None
     if measured:
         evaluation = summary.evaluation_json(
             measured, checked.heldout, checked.tokenizer, config.evaluation.examples
         )
         summary.write(directory, evaluation)
         print("\n" + summary.render(evaluation))
+    model_card.write(directory, asked, evaluation)
     print("\n" + summary.closing(directory, recorder.stage_seconds, time.perf_counter() - start))
     return 0
 

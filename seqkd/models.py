@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -123,12 +122,8 @@ def without_dropout(model: nn.Module) -> None:
 
 def end_of_sequence_ids(model: str, tokenizer: Any, field: str) -> tuple[int, ...]:
     """Token ids that end a completion: generation_config's, then the tokenizer's."""
-    from transformers import GenerationConfig
-
-    try:
-        eos = GenerationConfig.from_pretrained(expand(model)).eos_token_id
-    except OSError:
-        eos = None
+    found = generation_config(model)
+    eos = found and found.eos_token_id
     ids = eos if isinstance(eos, list) else [eos]
     known = dict.fromkeys(i for i in (*ids, tokenizer.eos_token_id) if i is not None)
     if not known:
@@ -137,6 +132,22 @@ def end_of_sequence_ids(model: str, tokenizer: Any, field: str) -> tuple[int, ..
             "generation_config.json."
         )
     return tuple(known)
+
+
+def generation_config(model: str) -> Any:
+    """The model's generation_config.json; None where it has none."""
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(expand(model))
+    except OSError:
+        return None
+
+
+def save_generation_config(config: Any, directory: Path) -> None:
+    """Write generation_config.json as it is: transformers' own ``save_pretrained`` refuses what
+    some published models have (a temperature without do_sample)."""
+    config.to_json_file(directory / "generation_config.json", keys_to_pop=["compile_config"])
 
 
 # --- output heads
@@ -176,12 +187,12 @@ def export_head(model: str, precision: str, directory: Path) -> None:
     """Write a model directory with configuration, tokenizer and the output head alone: what the
     learner and the checks read of a teacher."""
     from safetensors.torch import save_file
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import AutoConfig
 
     AutoConfig.from_pretrained(expand(model)).save_pretrained(directory)
     load_tokenizer(model, "teacher.model").save_pretrained(directory)
-    with suppress(OSError):  # a model need not have one
-        GenerationConfig.from_pretrained(expand(model)).save_pretrained(directory)
+    if (generation := generation_config(model)) is not None:
+        save_generation_config(generation, directory)
     head = load_head(model, precision)
     tensors = {"lm_head.weight": head.weight}
     if head.bias is not None:
@@ -386,11 +397,23 @@ def export(
     model: nn.Module, state: dict[str, Tensor] | None, directory: Path, tokenizer_from: str
 ) -> None:
     """Write a directory that transformers and vLLM load as it is: weights (safetensors), config,
-    generation config, tokenizer and chat template."""
+    tokenizer and chat template, and the generation config of ``tokenizer_from`` with what ends a
+    completion here."""
+    from transformers import GenerationConfig
+
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
+    tokenizer = load_tokenizer(tokenizer_from, "student.model")
+    model.generation_config = GenerationConfig()  # the source's, if any, is written below
     model.save_pretrained(partial, **({"state_dict": state} if state is not None else {}))  # type: ignore[operator]
-    load_tokenizer(tokenizer_from, "student.model").save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    generation = generation_config(tokenizer_from) or GenerationConfig()
+    stop_ids = end_of_sequence_ids(tokenizer_from, tokenizer, "student.model")
+    generation.eos_token_id = list(stop_ids)
+    if generation.pad_token_id is None:
+        pad = tokenizer.pad_token_id
+        generation.pad_token_id = stop_ids[0] if pad is None else pad
+    save_generation_config(generation, partial)
     shutil.rmtree(directory, ignore_errors=True)
     partial.rename(directory)
 

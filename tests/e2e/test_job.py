@@ -87,6 +87,7 @@ def test_student_sampled(head, environment, tiny_config, home):
     assert "student after" in done.stdout
     for name in ("config.yaml", "evaluation.json", "tensorboard", "student/model.safetensors"):
         assert (run / name).exists(), name
+    assert "## Evaluation\n\nOn 8 held-out" in (run / "student" / "README.md").read_text()
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -29,7 +29,7 @@ from tests.conftest import ROOT
 from tests.unit.test_config import MINIMAL
 
 TINY = ROOT / "configs" / "tiny.yaml"
-DOCUMENTS = [yaml.safe_load(f.read_text()) for f in (TINY, ROOT / "configs/recipes/minillm.yaml")]
+DOCUMENTS = [yaml.safe_load(f.read_text()) for f in (TINY, ROOT / "configs/recipes/dolly.yaml")]
 LONGEST_LINE = 1000
 """Characters of one message: it is read in a terminal."""
 

@@ -1,0 +1,92 @@
+"""The files of docs/cluster.md: what can be checked without a cluster."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from tests.conftest import ROOT
+
+PAGE = (ROOT / "docs" / "cluster.md").read_text()
+STUBS = {
+    "srun": 'while [[ $1 == --* ]]; do shift; done; "$@"',
+    "hostname": "echo 127.0.0.1",
+    "scontrol": '[[ $1 == show ]] && echo one || echo "$*" > "$FOLDER/scontrol"',
+    "ray": 'case $1 in start) sleep 600;; status) exit 0;; list) echo "[{}]";; esac',
+    "python": 'if [[ $1 == -c ]]; then "$PYTHON" "$@"; else\n'
+    'echo "$RAY_AUTH_MODE $*" > "$FOLDER/run"\n'
+    'cp "$RAY_AUTH_TOKEN_PATH" "$FOLDER/token"\n'
+    'trap "sleep 1; exit 143" TERM; echo started; sleep 600 & wait; exit 1; fi',
+}  # fmt: skip
+
+
+@pytest.fixture
+def job(tmp_path):
+    """The Slurm script with stand-ins of all that it calls, up to where the run has started."""
+    script = next(b for b in re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL) if "#SBATCH" in b)
+    activate = tmp_path / "seqkd" / ".venv" / "bin" / "activate"
+    activate.parent.mkdir(parents=True)
+    activate.write_text("")
+    for name, body in STUBS.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "script").write_text(script.replace("/shared", str(tmp_path)))
+    environment = os.environ | {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "FOLDER": str(tmp_path),
+        "PYTHON": sys.executable,
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "one",
+        "SLURM_CPUS_PER_TASK": "4",
+    }
+    process = subprocess.Popen(
+        ["bash", str(tmp_path / "script"), "mine.yaml"], env=environment, text=True,
+        stdout=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+    for line in process.stdout:
+        if line == "started\n":
+            break
+    yield process, tmp_path
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_a_slurm_job_whose_time_is_up_saves_and_is_queued_again(job):
+    process, folder = job
+    assert (folder / "run").read_text().split() == [
+        "token", "scripts/train.py", "mine.yaml", "cluster=127.0.0.1:6379",
+        f"runs_dir={folder}/runs", "--resume",
+    ]  # fmt: skip
+    assert re.fullmatch(r"[0-9a-f]{64}\n", (folder / "token").read_text())
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 143, "after the run has saved itself"
+    assert (folder / "scontrol").read_text() == "requeue 7\n"
+    assert not (folder / "tokens" / "7").exists()
+
+
+def test_ray_up_takes_its_file():
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    files = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)]
+    (found,) = [file for file in files if "cluster_name" in file]
+    validate_config(prepare_config(found))
+
+
+def test_the_ray_job_asks_for_tokens_and_the_installed_ray():
+    import ray
+
+    files = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)]
+    (found,) = [file for file in files if file.get("kind") == "RayJob"]
+    cluster = found["spec"]["rayClusterSpec"]
+    assert cluster["authOptions"] == {"mode": "token"}
+    assert cluster["rayVersion"] == ray.__version__
+    pods = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    for pod in (pod["template"]["spec"] for pod in pods):
+        mounted = {mount["name"] for mount in pod["containers"][0]["volumeMounts"]}
+        assert mounted == {volume["name"] for volume in pod["volumes"]}

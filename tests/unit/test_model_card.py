@@ -1,0 +1,241 @@
+"""The exported student: what transformers does with the directory, and what its card says."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+import seqkd
+from seqkd import model_card
+from seqkd.config import Config
+from seqkd.evaluation.divergence import Measurement
+from seqkd.models import export, load_causal_lm
+from seqkd.summary import LABELS, evaluation_json
+from tests.unit.test_config import MINIMAL
+
+TEXT = "What is rain for?"
+
+
+@pytest.fixture
+def exported(tiny, tmp_path):
+    """Exports the tiny student with another generation config; None for none at all."""
+
+    def export_with(generation):
+        source = tmp_path / "source"
+        shutil.copytree(tiny["student"], source)
+        (source / "generation_config.json").unlink()
+        if generation is not None:
+            (source / "generation_config.json").write_text(json.dumps(generation))
+        model = load_causal_lm(str(source), "float32", "student.model")
+        export(model, None, tmp_path / "student", str(source))
+        return tmp_path / "student"
+
+    return export_with
+
+
+def greedy(directory, **options):
+    """Tokens that the model writes by its own generation config, but for sampling."""
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    inputs = AutoTokenizer.from_pretrained(directory)(TEXT, return_tensors="pt")
+    written = model.generate(**inputs, do_sample=False, max_new_tokens=12, **options)
+    return written[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+def test_it_ends_where_completions_of_the_run_ended(exported, tiny):
+    """At an id of generation_config.json as well as at the tokenizer's end of sequence."""
+    words = greedy(tiny["student"], eos_token_id=320)
+    assert 0 not in words, "the tokenizer's own"
+    last = words[5]
+    student = exported({"eos_token_id": [last], "pad_token_id": 1})
+    assert GenerationConfig.from_pretrained(student).eos_token_id == [last, 0]
+    assert greedy(student) == words[: words.index(last) + 1]
+
+
+@pytest.mark.parametrize(
+    ("generation", "kept"),
+    [
+        ({"do_sample": True, "temperature": 0.7, "top_k": 20, "pad_token_id": 7}, {}),
+        # transformers refuses to save this one, and published models have it
+        ({"temperature": 0.6, "top_p": 0.9}, {"pad_token_id": 1}),
+        (None, {"pad_token_id": 1}),
+    ],
+)  # fmt: skip
+def test_defaults_of_sampling_are_kept(exported, generation, kept):
+    student = exported(generation)
+    written = json.loads((student / "generation_config.json").read_text())
+    written.pop("transformers_version")
+    assert written == {"eos_token_id": [0], **(generation or {}), **kept}
+
+
+def test_the_padding_is_the_end_where_there_is_none(tiny, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(tiny["student"], source)
+    (source / "generation_config.json").write_text('{"eos_token_id": 5}')
+    told = json.loads((source / "tokenizer_config.json").read_text())
+    told["pad_token"] = None
+    (source / "tokenizer_config.json").write_text(json.dumps(told))
+    model = load_causal_lm(str(source), "float32", "student.model")
+    export(model, None, tmp_path / "student", str(source))
+    assert GenerationConfig.from_pretrained(tmp_path / "student").pad_token_id == 5
+
+
+# --- the card
+
+
+def config(**changes):
+    data = {
+        **MINIMAL,
+        "name": "mine",
+        "teacher": {"kind": "vllm", "model": "Qwen/Qwen2.5-7B-Instruct"},
+        "data": {"path": "HuggingFaceH4/ultrachat_200k", "split": "train_sft",
+                 "heldout_split": "test_sft", "rows": 500},
+        "warmup": {"sampler": "teacher", "steps": 3, "prompts_per_step": 8},
+        "sampler": "student",
+        "objective": {"kind": "sequence_reverse_kl", "normalization": "rate"},
+        "plus": [{"sampler": "dataset", "weight": 0.5}],
+        "steps": 2,
+        "learner": {"lr": 2e-6},
+    }  # fmt: skip
+    return Config.model_validate(data | changes)
+
+
+def measurement(seed):
+    """Sums of 6 prompts."""
+    generator = np.random.default_rng(seed)
+    names = ("reverse_kl", "forward_kl", "nll", "student_tokens", "teacher_tokens")
+    sums = {name: generator.uniform(1, 9, 6) for name in names}
+    ended = {"sequences": np.ones(6), "student_ended": np.eye(6)[0], "teacher_ended": np.ones(6)}
+    return Measurement(sums | ended, (), ())
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run directory at its end: metrics of two phases, and a student."""
+    (tmp_path / "student").mkdir()
+    rows = [
+        {"step": 0, "sampler": "teacher", "tokens": 100, "teacher_prompt_tokens": 7},
+        {"step": 1, "sampler": "student", "tokens": 1000, "dataset/tokens": 10},
+        {"step": 2, "sampler": "student", "tokens": 500, "dataset/tokens": 20},
+        {"step": 3, "sampler": "student", "tokens": 9999, "skipped": True},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def written(run, config, evaluation=None):
+    model_card.write(run, config, evaluation)
+    return ModelCard.load(run / "student" / "README.md")
+
+
+def test_the_hub_reads_its_front_matter(run):
+    known = written(run, config(student={"model": "Qwen/Qwen2.5-1.5B-Instruct"})).data.to_dict()
+    assert known == {
+        "base_model": "Qwen/Qwen2.5-1.5B-Instruct",
+        "base_model_relation": "finetune",
+        "datasets": ["HuggingFaceH4/ultrachat_200k"],
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["distillation", "seqkd"],
+    }
+
+
+def test_a_path_of_this_machine_is_no_name_on_the_hub(run, tiny, tmp_path):
+    (tmp_path / "rows.jsonl").write_text("")
+    local = config(
+        student={"model": tiny["student"], "init": {"kind": "prune", "drop_layers": [0, 1]}},
+        data={"path": str(tmp_path / "rows.jsonl"), "heldout_path": "other.jsonl"},
+    )
+    card = written(run, local)
+    known = card.data.to_dict()
+    assert known.keys() == {"library_name", "pipeline_tag", "tags"}
+    assert known["tags"] == ["distillation", "pruned", "seqkd"]
+    assert "`student` (a local directory) without decoder layers [0, 1)" in card.text
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [
+        ("---\nlicense: apache-2.0\n---\n# x\n", {"license": "apache-2.0"}),
+        (
+            "---\nlicense: other\nlicense_name: qwen\nlicense_link: LICENSE\ntags: [a]\n---\n",
+            {"license": "other", "license_name": "qwen", "license_link": "LICENSE"},
+        ),
+        ("---\ntags: [a]\n---\n", {}),
+        ("no front matter", {}),
+        ("---\nlicense: [\n---\n", {}),
+        (None, {}),
+    ],
+)
+def test_the_license_is_what_the_student_s_own_card_says(run, tiny, tmp_path, own, expected):
+    source = tmp_path / "source"
+    shutil.copytree(tiny["student"], source)
+    if own is not None:
+        (source / "README.md").write_text(own)
+    card = written(run, config(student={"model": str(source)}))
+    known = card.data.to_dict()
+    assert {k: v for k, v in known.items() if k.startswith("license")} == expected
+    assert ("not stated" in card.text) == (not expected)
+
+
+def test_its_table_has_the_figures_of_the_evaluation(run, tokenizer):
+    stages = {"initial": measurement(0), "warmup": measurement(1), "main": measurement(2)}
+    evaluation = evaluation_json(stages, ["prompt"] * 6, tokenizer, 0)
+    card = written(run, config(), json.loads(json.dumps(evaluation)))
+    lines = [line.split(" | ") for line in card.text.splitlines() if line.startswith("| ")]
+    heads, rows = lines[0], {line[0].removeprefix("| "): line[1:] for line in lines[1:]}
+    assert [head.strip("| ") for head in heads] == ["", "before", "after warmup", "after main"]
+    assert rows.keys() == {LABELS[figure] for figure in evaluation["figures"]["main"]}
+    for stage, column in (("initial", 0), ("warmup", 1), ("main", 2)):
+        for figure, known in evaluation["figures"][stage].items():
+            numbers = re.findall(r"[\d.]+", rows[LABELS[figure]][column])
+            assert [float(n) for n in numbers] == pytest.approx(
+                [known["mean"], known["low"], known["high"]], rel=5e-3
+            )
+    assert "On 6 held-out prompts" in card.text
+
+
+def test_it_says_how_the_student_was_made(run):
+    text = written(run, config()).text
+    for words in (
+        f"seqkd {seqkd.__version__}",
+        "[Qwen/Qwen2.5-7B-Instruct](https://huggingface.co/Qwen/Qwen2.5-7B-Instruct)",
+        "warmup: 3 steps of `sequence_forward_kl` on the teacher's samples; 8 prompts a step",
+        "main: 2 steps of `sequence_reverse_kl` (estimator rao_blackwell, baseline leave_one_out, "
+        "normalization rate, future_weight 1.0, discount 1.0) on its own samples + 0.5 `sft` on "
+        "the data set's answers; 4 prompts a step, 4 samples each, learning rate 2e-06",
+        "100 of the teacher's samples; 1,500 of its own samples; 30 of the data set's answers",
+        "split `train_sft`, at most 500 rows",
+        "None was made.",
+    ):
+        assert words in text, words
+
+
+def test_its_configuration_shapes_the_student_and_tells_no_address(run):
+    teacher = {"kind": "openai", "model": "big", "base_url": "https://inner.example/v1"}
+    card = written(run, config(teacher=teacher, sampler="teacher", objective=None, plus=[]))
+    block = re.search(r"```yaml\n(.*?)```", card.text, re.DOTALL)
+    given = yaml.safe_load(block[1])
+    assert given["learner"]["lr"] == 2e-6 and given["warmup"]["steps"] == 3
+    assert given["objective"] == {"kind": "sequence_forward_kl"}
+    assert "inner.example" not in card.text and "runs_dir" not in given
+
+
+def test_its_example_runs(run, tiny, monkeypatch, capsys):
+    """The Python of the card, in the directory that the card is in."""
+    shutil.copytree(tiny["student"], run / "student", dirs_exist_ok=True)
+    text = written(run, config(rollout={"max_tokens": 5})).text
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    monkeypatch.chdir(run / "student")
+    torch.manual_seed(0)
+    known = {}
+    exec(code, known)
+    assert known["output"].shape[1] <= known["inputs"]["input_ids"].shape[1] + 5
+    assert capsys.readouterr().out.strip()
