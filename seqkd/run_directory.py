@@ -18,8 +18,8 @@ from seqkd.errors import ConfigError
 PACKAGED = "working_dir_files"
 """A folder in the path of every working directory that Ray unpacks for a job."""
 FIRST = (
-    "config.yaml", "data.json", "lock", "student_initial", "student_initial.partial", "tensorboard",
-    "journal",
+    "config.yaml", "data.json", "environment.json", "lock", "report.html", "student_initial",
+    "student_initial.partial", "tensorboard", "journal",
 )  # fmt: skip
 """What a run writes before its first step: a start that failed there may be tried again."""
 OPERATION = {
@@ -89,12 +89,24 @@ def hold(directory: Path) -> Iterator[None]:
         yield
 
 
+def under_way(directory: Path) -> bool | None:
+    """Whether a process holds the directory; None where its file system does not tell."""
+    try:
+        with (directory / "lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except (BlockingIOError, FileNotFoundError) as error:
+        return isinstance(error, BlockingIOError)
+    except OSError:
+        return None
+    return False
+
+
 def begin(
     directory: Path, config: Config, data: Mapping[str, Sequence[Any]], resumption: Resumption
 ) -> None:
-    """Write the resolved configuration, and what makes the data sets others, into the directory,
-    after what this run must not learn from is removed."""
-    from seqkd import run_journal  # here, as it imports torch
+    """Write the resolved configuration, what makes the data sets others, and what the run starts
+    on, into the directory, after what this run must not learn from is removed."""
+    from seqkd import environment, run_journal  # here, as they import torch
 
     journal = directory / "journal"
     with _written(directory):
@@ -103,6 +115,7 @@ def begin(
         if not resumption.same_student:
             run_journal.remove(journal)
         _replace(directory / "data.json", json.dumps(_fingerprint(data), indent=2))
+        _replace(directory / "environment.json", json.dumps(environment.describe(), indent=2))
         _replace(directory / "config.yaml", dump(config))
 
 
@@ -113,7 +126,7 @@ def resumption(directory: Path, config: Config, resume: bool) -> Resumption:
     if not resume or not file.exists():
         refuse_used(directory)
         return Resumption(found=False)
-    before, now = _flat(load(file)), _flat(config)
+    before, now = flat(load(file)), flat(config)
     changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     lines = {key: f"{key}: {_shown(before, key)} -> {_shown(now, key)}" for key in changed}
     course = [key for key in changed if key in COURSE]
@@ -158,8 +171,8 @@ def _fingerprint(data: Mapping[str, Sequence[Any]]) -> dict[str, dict[str, Any]]
     }
 
 
-def _flat(config: Config) -> dict[str, Any]:
-    """Every value by its dotted path."""
+def flat(config: Config) -> dict[str, Any]:
+    """Every value of a configuration by its dotted path."""
 
     def walk(value: Any, path: str) -> Iterator[tuple[str, Any]]:
         if not isinstance(value, dict) or not value:
