@@ -141,8 +141,10 @@ def _bands(made: Plot, run: Run, on: str) -> None:
 def _curve(made: Plot, curve: Curve, colour: str) -> None:
     if (curve.low < curve.high).any():  # each point stands for several steps
         made.axes.fill_between(curve.x, curve.low, curve.high, color=colour, alpha=0.2, linewidth=0)
-    elif curve.window > 1 or len(curve.x) == 1:
+    elif curve.window > 1:
         _dots(made, curve.x, curve.low, colour)
+    elif len(curve.x) == 1:  # no line
+        made.axes.plot(curve.x, curve.y, "o", color=colour, markersize=4)
     made.axes.plot(curve.x, curve.y, color=colour, linewidth=1.8, solid_joinstyle="round")
 
 

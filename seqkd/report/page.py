@@ -44,8 +44,9 @@ def render(runs: Sequence[Run], refresh: float | None) -> str:
         samples=samples.side_by_side(runs),
         coloured=samples.coloured(runs),
         legend=samples.legend(),
+        section_notes=panels.NOTES,
         sections=list(panels.sections(runs)) if drawn else [],
-        bands=not several and len(runs[0].spans) > 1,
+        marks=_marks(runs),
         others=other,
         constant=constant,
         stages=[] if several else timing.table(runs[0]),
@@ -59,9 +60,9 @@ def header(run: Run, index: int) -> dict[str, Any]:
     tokens = total_over_samplers(run.rows, "tokens").sum()
     known: dict[str, Any] = {"State": run.state}
     if run.environment and isinstance(run.environment.get("started"), str):
-        known["Started"] = run.environment["started"][:16].replace("T", " ") + " UTC"
+        known["Started (UTC)"] = run.environment["started"][:16].replace("T", " ")
     if run.written:
-        known["Last step"] = f"{run.written:%Y-%m-%d %H:%M} UTC"
+        known["Last step (UTC)"] = f"{run.written:%Y-%m-%d %H:%M}"
     known["Steps"] = f"{run.done} of {run.total}" if run.total else str(run.done)
     if run.rows:
         known["Time in steps"] = words.duration(run.seconds)
@@ -79,6 +80,17 @@ def header(run: Run, index: int) -> dict[str, Any]:
         "done": run.done,
         "total": run.total,
         "over": run.over,
+    }
+
+
+def _marks(runs: Sequence[Run]) -> dict[str, bool]:
+    """Which of the marks that are explained occur in the curves."""
+    figures = [of for run in runs for _, of in run.figures.values()]
+    return {
+        "held": bool(figures),
+        "teacher": any("teacher_length" in of for of in figures),
+        "skipped": any(row.get("skipped") for run in runs for row in run.rows),
+        "bands": len(runs[0].spans) > 1 and len({tuple(run.spans) for run in runs}) == 1,
     }
 
 

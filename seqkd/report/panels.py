@@ -51,8 +51,8 @@ SECTIONS: dict[str, tuple[Figure, ...]] = {
     "Sampler against learner": (
         Figure("logprob_gap_mean", "Log-prob gap, mean", "nats per token"),
         Figure("logprob_gap_max", "Log-prob gap, greatest", "nats"),
-        Figure("k1_per_token", "k1", "nats per token"),
-        Figure("k3_per_token", "k3", "nats per token"),
+        Figure("k1_per_token", "Divergence by k1", "nats per token"),
+        Figure("k3_per_token", "Divergence by k3", "nats per token"),
         Figure("ratio_mean", "Importance ratio, mean", "1 in expectation"),
         Figure("ratio_effective_sample_size", "Effective sample size", "share"),
     ),
@@ -61,6 +61,13 @@ SECTIONS: dict[str, tuple[Figure, ...]] = {
         Figure("mean_weight", "Mean weight", "1 in expectation"),
         Figure("effective_sample_size", "Effective sample size", "sequences"),
     ),
+}
+NOTES = {
+    "Sampler against learner": "The student that drew the samples against the one that learns from "
+    "them: gaps between their log-probs of the same tokens where they should be none, two "
+    "estimates of the divergence between them, and the importance ratios of whole sequences.",
+    "Samples of the teacher mixed in": "Each completion of a mixture is weighted by the student's "
+    "probability of it over that of the mixture.",
 }
 OPTIONAL = ("Samples of the teacher mixed in",)
 """Sections of which nothing is said where they are empty."""

@@ -42,7 +42,7 @@ class Spent:
 
     def before(self, step: float | Array) -> Array:
         """Before such a step, which need not be one of the rows."""
-        return np.interp(step, self.steps, self.amount)
+        return np.asarray(np.interp(step, self.steps, self.amount))
 
 
 def spent(run: Run, on: str) -> Spent:

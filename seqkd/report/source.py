@@ -124,12 +124,10 @@ class Run:
         """In a few words."""
         if self.over:
             return "finished"
-        of = f" of {self.total}" if self.total else ""
         if self.held is None:
-            return f"not finished: {self.done}{of} steps"
+            return "not finished"
         if not self.held:
-            all_taken = ", before the last measurement" if self.done == self.total else ""
-            return f"stopped after {self.done}{of} steps{all_taken}"
+            return "stopped" + (" before the last measurement" if self.done == self.total else "")
         if not self.rows:
             return "starting"
         return "measuring on held-out prompts" if self.done == self.total else "under way"

@@ -49,7 +49,7 @@ def plot(name: str, title: str, height: int = HEIGHT) -> Iterator[Plot]:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    style = {
+    style: dict[Any, Any] = {
         "svg.fonttype": "none",
         "svg.hashsalt": name,
         "svg.id": None,

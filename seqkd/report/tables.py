@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -133,24 +134,32 @@ def last(runs: Sequence[Run]) -> tuple[list[str], list[tuple[Run, str, list[Inte
     keys = sorted(_keys(runs), key=lambda key: first.index(key) if key in first else len(first))
     rows = []
     for run in runs:
-        measured = run.evaluation.figures if run.evaluation else {}
-        stage, found = list(measured.items())[-1] if measured else ("", {})
+        stage, (_, found) = [("", (0, {})), *run.figures.items()][-1]
         rows.append((run, stage, [found.get(key) for key in keys]))
     return [LABELS.get(key, key) for key in keys], rows
 
 
 def differing(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     """Keys of the configurations that are not the same in all runs, with each run's value. Without
-    where a run is, what it is called, and the options that one kind has and another has not."""
+    where a run is, what it is called, what is inside of a part that another run has not, and the
+    options that one kind has and another has not."""
     settings = [flat(run.config) if run.config else {} for run in runs]
     keys = dict.fromkeys(key for of in settings for key in of if key not in ("name", "runs_dir"))
-    values = {key: [str(of.get(key, "–")) for of in settings] for key in keys}
+
+    def value(of: Mapping[str, Any], key: str) -> str:
+        inside = any(other.startswith(f"{key}.") for other in of)
+        return "set" if inside else str(of.get(key, "–"))
+
+    values = {key: [value(of, key) for of in settings] for key in keys}
     rows = {key: of for key, of in values.items() if len(set(of)) > 1}
 
-    def of_one_kind(key: str) -> bool:
-        return f"{key.rpartition('.')[0]}.kind" in rows and any(key not in of for of in settings)
+    def told(key: str) -> bool:
+        *parts, _ = key.split(".")
+        above = {".".join(parts[: i + 1]) for i in range(len(parts))}
+        of_one_kind = f"{'.'.join(parts)}.kind" in rows and any(key not in of for of in settings)
+        return bool(above & rows.keys()) or of_one_kind
 
-    return [(key, of) for key, of in rows.items() if not of_one_kind(key)]
+    return [(key, of) for key, of in rows.items() if not told(key)]
 
 
 def _keys(runs: Sequence[Run]) -> list[str]:

@@ -113,9 +113,9 @@ def test_a_run_is_over_when_nothing_more_is_to_come(directory):
         assert not read(directory).over
     assert read(directory).over
     keep(directory, lines)
-    assert read(directory).state == "stopped after 60 of 60 steps, before the last measurement"
+    assert read(directory).state == "stopped before the last measurement"
     keep(directory, lines[:30])
-    assert read(directory).state == "stopped after 30 of 60 steps"
+    assert read(directory).state == "stopped"
     replace_yaml(directory, evaluation={"prompts": 0})
     assert not read(directory).over
     keep(directory, lines)
@@ -126,6 +126,7 @@ def test_figures_of_an_earlier_end_are_said_to_be(few):
     replace_yaml(few, steps=MAIN + 10)
     run = read(few)
     assert list(run.figures) == ["initial", "warmup"] and not run.over
+    assert tables.last([run])[1][0][1] == "warmup"
     assert "earlier end of this run" in page.render([run], None)
 
 
@@ -354,6 +355,11 @@ def test_several_runs_and_what_differs(tmp_path):
         ("objective.kind", ["sequence_reverse_kl", "sequence_reverse_kl", "token_reverse_kl"]),
         ("seed", ["0", "1", "0"]),
     ]
+    without = read(write_run(tmp_path, "no-warmup", warmup=None, steps=60))
+    assert tables.differing([runs[0], without]) == [
+        ("steps", ["40", "60"]),
+        ("warmup", ["set", "None"]),
+    ]
     labels, rows = tables.last(runs)
     assert labels[:4] == [
         "reverse KL per token (nats)", "forward KL per token (nats)",
@@ -502,7 +508,9 @@ def test_missing_figures_are_named(directory):
         for key in ("k1_per_token", "logprob_gap_mean"):
             del row[key]
     keep(directory, [json.dumps(row) + "\n" for row in rows])
-    assert "Not recorded: Log-prob gap, mean; k1." in page.render([read(directory)], None)
+    assert "Not recorded: Log-prob gap, mean; Divergence by k1." in page.render(
+        [read(directory)], None
+    )
 
 
 def test_numbers_of_any_size_are_drawn(directory):
