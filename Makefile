@@ -1,21 +1,30 @@
-# make quickstart | test | lint | setup | clean
+# make quickstart | test | lint | setup | browser | clean
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: quickstart test lint setup clean
+.PHONY: quickstart test lint setup browser clean
 
 quickstart: setup
 	$(BIN)/python scripts/prepare_quickstart.py
 	$(BIN)/python scripts/quickstart.py
 
-test: lint
+test: lint browser
 	$(BIN)/python -m pytest
 
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# A Chromium for the test of the report's page.
+browser:
+	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit 0; done; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		echo "installing chromium"; apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium >/dev/null; \
+	else \
+		echo "make test needs a browser: install chromium or google-chrome (Debian, Ubuntu: sudo apt-get install chromium)" >&2; exit 1; \
+	fi
 
 setup: .venv/.installed
 	@$(BIN)/python scripts/tiny_models.py

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from seqkd import config as configuration
 from seqkd import run_directory, trackers
 from seqkd.config import Config
-from seqkd.errors import LearnerLost, SeqkdError, reported, say
+from seqkd.errors import LearnerLost, SeqkdError, StorageError, reported, say
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -182,7 +182,7 @@ def train(config: Config, verbose: bool, resume: bool) -> int:
         print(f"--resume: {directory} holds no run yet; it begins now")
 
     from actors import build
-    from seqkd import model_card, summary
+    from seqkd import model_card, report, summary
     from seqkd.metrics import Recorder
 
     with build.connect(config, verbose):
@@ -199,6 +199,10 @@ def train(config: Config, verbose: bool, resume: bool) -> int:
         summary.write(directory, evaluation)
         print("\n" + summary.render(evaluation))
     model_card.write(directory, asked, evaluation)
+    try:
+        report.write([directory], directory / "report.html")
+    except StorageError as error:  # the run itself is whole
+        say("warning", str(error))
     print("\n" + summary.closing(directory, recorder.stage_seconds, time.perf_counter() - start))
     return 0
 

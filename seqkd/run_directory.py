@@ -18,8 +18,8 @@ from seqkd.errors import ConfigError
 PACKAGED = "working_dir_files"
 """A folder in the path of every working directory that Ray unpacks for a job."""
 FIRST = (
-    "config.yaml", "data.json", "lock", "student_initial", "student_initial.partial", "tensorboard",
-    "trackers", "journal",
+    "config.yaml", "data.json", "environment.json", "lock", "report.html", "student_initial",
+    "student_initial.partial", "tensorboard", "trackers", "journal",
 )  # fmt: skip
 """What a run writes before its first step: a start that failed there may be tried again."""
 OPERATION = {
@@ -89,12 +89,24 @@ def hold(directory: Path) -> Iterator[None]:
         yield
 
 
+def under_way(directory: Path) -> bool | None:
+    """Whether a process holds the directory; None where its file system does not tell."""
+    try:
+        with (directory / "lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except (BlockingIOError, FileNotFoundError) as error:
+        return isinstance(error, BlockingIOError)
+    except OSError:
+        return None
+    return False
+
+
 def begin(
     directory: Path, config: Config, data: Mapping[str, Sequence[Any]], resumption: Resumption
 ) -> None:
-    """Write the resolved configuration, and what makes the data sets others, into the directory,
-    after what this run must not learn from is removed."""
-    from seqkd import run_journal  # here, as it imports torch
+    """Write the resolved configuration, what makes the data sets others, and what the run starts
+    on, into the directory, after what this run must not learn from is removed."""
+    from seqkd import environment, run_journal  # here, as they import torch
 
     journal = directory / "journal"
     with _written(directory):
@@ -103,6 +115,7 @@ def begin(
         if not resumption.same_student:
             run_journal.remove(journal)
         _replace(directory / "data.json", json.dumps(_fingerprint(data), indent=2))
+        _replace(directory / "environment.json", json.dumps(environment.describe(), indent=2))
         _replace(directory / "config.yaml", dump(config))
 
 
@@ -159,7 +172,7 @@ def _fingerprint(data: Mapping[str, Sequence[Any]]) -> dict[str, dict[str, Any]]
 
 
 def flat(config: Config) -> dict[str, Any]:
-    """Every value by its dotted path."""
+    """Every value of a configuration by its dotted path."""
 
     def walk(value: Any, path: str) -> Iterator[tuple[str, Any]]:
         if not isinstance(value, dict) or not value:

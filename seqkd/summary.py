@@ -147,6 +147,7 @@ def closing(directory: Path, stage_seconds: Mapping[str, float], seconds: float)
     stages = ", ".join(f"{stage} {spent:.0f} s" for stage, spent in stage_seconds.items())
     return (
         f"Finished in {int(seconds // 60)} min {int(seconds % 60)} s (training steps: {stages}).\n"
+        f"report:      {directory / 'report.html'}\n"
         f"student:     {directory / 'student'}\n"
         f"metrics:     {directory / 'metrics.jsonl'}\n"
         f"TensorBoard: tensorboard --logdir {directory / 'tensorboard'}"

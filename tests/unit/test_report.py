@@ -1,0 +1,606 @@
+"""The page of a run: what it reads, what it computes, what it says, and that nothing in it runs."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from importlib.metadata import version
+from itertools import pairwise
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import report as script
+
+from seqkd import report, run_directory
+from seqkd.errors import DataError, StorageError
+from seqkd.evaluation.divergence import Interval
+from seqkd.report import page, samples, series, tables, timing, words
+from seqkd.report.source import read
+from seqkd.summary import closing
+from tests.conftest import ROOT
+from tests.report_runs import HOSTILE, MAIN, SKIPPED, WARMUP, configuration, replace_yaml, write_run
+
+
+@pytest.fixture
+def directory(tmp_path):
+    return write_run(tmp_path)
+
+
+@pytest.fixture
+def few(directory):
+    """The run with few columns: a page of it is made sooner."""
+    names = ("step", "phase", "loss", "length", "tokens", "time_step_s")
+    rows = [json.loads(line) for line in lines_of(directory)]
+    keep(directory, [json.dumps({n: row[n] for n in names}) + "\n" for row in rows], True)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """The page of the finished run."""
+    made = write_run(tmp_path_factory.mktemp("finished"))
+    assert report.write([made], made / "report.html")
+    return (made / "report.html").read_text()
+
+
+def lines_of(directory):
+    return (directory / "metrics.jsonl").read_text().splitlines(keepends=True)
+
+
+def keep(directory, lines, evaluation=False):
+    """A run that has come so far."""
+    (directory / "metrics.jsonl").write_text("".join(lines))
+    if not evaluation:
+        (directory / "evaluation.json").unlink(missing_ok=True)
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the text of each heading."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.headings, self.open = [], [], None
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if re.fullmatch("h[1-6]", tag):
+            self.open = int(tag[1])
+            self.headings.append((self.open, ""))
+
+    def handle_endtag(self, tag):
+        if re.fullmatch("h[1-6]", tag):
+            self.open = None
+
+    def handle_data(self, data):
+        if self.open:
+            level, text = self.headings[-1]
+            self.headings[-1] = (level, text + data)
+
+    def ids(self):
+        return [attributes["id"] for _, attributes in self.tags if "id" in attributes]
+
+
+# What a run directory tells.
+
+
+def test_a_finished_run(directory):
+    run = read(directory)
+    assert run.state == "finished" and run.over and not run.problems
+    assert [(s.name, s.begin, s.end) for s in run.spans] == [("warmup", 0, 20), ("main", 20, 60)]
+    assert {stage: step for stage, (step, _) in run.figures.items()} == {
+        "initial": 0, "warmup": 20, "main": 60,
+    }  # fmt: skip
+
+
+def test_a_run_is_over_when_nothing_more_is_to_come(directory):
+    lines, all_there = lines_of(directory), (directory / "evaluation.json").read_text()
+    with run_directory.hold(directory):
+        keep(directory, [])
+        assert read(directory).state == "starting"
+        keep(directory, lines[:30])
+        assert read(directory).state == "under way"
+        keep(directory, lines)
+        assert read(directory).state == "measuring on held-out prompts"
+        (directory / "evaluation.json").write_text(all_there)  # of an earlier end
+        assert not read(directory).over
+    assert read(directory).over
+    keep(directory, lines)
+    assert read(directory).state == "stopped before the last measurement"
+    keep(directory, lines[:30])
+    assert read(directory).state == "stopped"
+    replace_yaml(directory, evaluation={"prompts": 0})
+    assert not read(directory).over
+    keep(directory, lines)
+    assert read(directory).over
+
+
+def test_figures_of_an_earlier_end_are_said_to_be(few):
+    replace_yaml(few, steps=MAIN + 10)
+    run = read(few)
+    assert list(run.figures) == ["initial", "warmup"] and not run.over
+    assert tables.last([run])[1][0][1] == "warmup"
+    assert "earlier end of this run" in page.render([run], None)
+
+
+def test_damaged_rows_are_counted_and_left_out(few):
+    lines = lines_of(few)
+    damaged = [lines[0], "{broken\n", "[1]\n", '{"step": "x"}\n', lines[0], *lines[1:5]]
+    keep(few, [*damaged, lines[5][:40]])  # the last line is still being written
+    run = read(few)
+    assert [row["step"] for row in run.rows] == [0, 1, 2, 3, 4]
+    assert run.problems == ["metrics.jsonl: 4 damaged rows are left out."]
+    assert "4 damaged rows" in page.render([run], None)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("evaluation.json", '{"prompts": 3', "evaluation.json: is damaged and left out"),
+        ("evaluation.json", "[]", "evaluation.json: is damaged and left out"),
+        ("evaluation.json", '{"prompts": 3, "figures": []}', "evaluation.json: is damaged"),
+        ("environment.json", "3", "environment.json: is damaged and left out"),
+        ("config.yaml", "steps: [", "config.yaml"),
+        ("config.yaml", "steps: 3\nstudnet: x\n", "config.yaml"),
+        ("metrics.jsonl", "", "no step is recorded yet"),
+        ("metrics.jsonl", None, "metrics.jsonl: is not there."),
+        ("evaluation.json", None, "no held-out figures"),
+        ("environment.json", None, "no environment.json"),
+        ("config.yaml", None, "config.yaml: is not there."),
+    ],
+)
+def test_the_rest_of_the_page_is_made(few, name, content, said):
+    (few / name).unlink()
+    if content is not None:
+        (few / name).write_text(content)
+    text = page.render([read(few)], None)
+    assert said in text
+    shown = {
+        "config.yaml": "Configuration, resolved",
+        "metrics.jsonl": "Completion length",
+        "evaluation.json": "Held-out figures",
+        "environment.json": "Linux 6.1 x86_64",
+    }
+    for other, mark in shown.items():
+        if other != name:
+            assert mark in text, other
+    assert ("<h2>Curves</h2>" in text) == (name != "metrics.jsonl")
+
+
+def test_without_a_readable_configuration_the_rows_tell_the_phases(directory):
+    (directory / "config.yaml").write_text("unknown: 1\n")
+    run = read(directory)
+    assert [(s.name, s.begin, s.end) for s in run.spans] == [("warmup", 0, 20), ("main", 20, 60)]
+    assert run.config is None and run.total is None and run.over and run.name == "mixed"
+
+
+@pytest.mark.parametrize("arguments", [["{}/nothing"], ["{}"], ["{}", "{}/mixed"]])
+def test_what_is_no_run_directory_is_refused(directory, arguments, capsys):
+    names = [name.format(directory.parent) for name in arguments]
+    assert script.main([*names, "--out", str(directory / "page.html")]) == 2
+    message = capsys.readouterr().err
+    assert re.match(r"error: .*is not a run directory: .*Name one that scripts/train\.py", message)
+    assert not (directory / "page.html").exists()
+
+
+def test_a_page_that_cannot_be_written(few):
+    with pytest.raises(StorageError, match=r"no/page\.html: cannot be written"):
+        report.write([few], few / "no" / "page.html")
+    with pytest.raises(DataError):
+        report.write([few / "no"], few / "page.html")
+
+
+# What it computes.
+
+
+def test_a_moving_mean_by_hand():
+    smooth = series.moving_mean(np.array([1.0, 2.0, 6.0, 4.0]), 1)
+    assert smooth.tolist() == [1.5, 3.0, 4.0, 5.0]
+    assert series.moving_mean(np.array([1.0, 5.0]), 0).tolist() == [1.0, 5.0]
+
+
+def test_curves_stop_where_a_phase_does_and_leave_out_what_is_not_known(directory):
+    run = read(directory)
+    warmup, main = series.curves(run, "reverse_kl_per_token", np.arange(60.0))
+    assert warmup.x.tolist() == list(range(WARMUP)) and warmup.window == 3
+    assert main.x.tolist() == [s for s in range(WARMUP, 60) if s != SKIPPED]
+    assert main.window == 3  # 39 // 20 on either side
+    values = [row["reverse_kl_per_token"] for row in run.rows]
+    assert warmup.y[-1] == pytest.approx((values[18] + values[19]) / 2)
+    assert main.y[0] == pytest.approx((values[20] + values[21]) / 2)
+    assert next(series.curves(run, "mean_weight", np.arange(60.0))).x[0] == WARMUP
+
+
+def test_of_many_steps_no_peak_is_lost(directory):
+    replace_yaml(directory, steps=4000, warmup=None)
+    values = np.sin(np.arange(4000)).tolist()
+    values[1234] = 50.0
+    rows = [{"step": i, "phase": "main", "loss": v} for i, v in enumerate(values)]
+    keep(directory, [json.dumps(row) + "\n" for row in rows])
+    (curve,) = series.curves(read(directory), "loss", np.arange(4000.0))
+    assert len(curve.x) <= series.POINTS and curve.window == 14
+    peak = int(np.argmax(curve.high))
+    assert curve.high[peak] == 50 and abs(curve.x[peak] - 1234) < 14
+    assert curve.low.min() == min(values)
+    assert curve.y[0] == pytest.approx(np.mean(values[: len(values) // len(curve.x) + 1]), abs=0.2)
+
+
+def test_what_a_step_had_cost_is_what_was_spent_before_it(directory):
+    rows = [
+        {"step": 0, "tokens": 10, "time_step_s": 60.0},
+        {"step": 1, "tokens": 20, "dataset/tokens": 5, "time_step_s": 120.0},
+        {"step": 3, "tokens": 40, "time_step_s": None},
+    ]
+    keep(directory, [json.dumps(row) + "\n" for row in rows])
+    run = read(directory)
+    assert series.spent(run, "tokens").amount.tolist() == [0, 10, 35, 75]
+    assert series.spent(run, "minutes").amount.tolist() == [0, 1, 3, 3]
+    assert series.spent(run, "steps").amount.tolist() == [0, 1, 3, 4]
+    assert series.spent(run, "tokens").before(4) == 75
+    assert series.spent(run, "tokens").before(2) == 22.5  # the row of step 2 is lost
+
+
+def test_the_stages_by_hand(directory):
+    rows = [
+        {"step": 0, "time_sample_s": 3.0, "time_learn_s": 5.0, "time_step_s": 10.0},
+        {"step": 1, "time_sample_s": 1.0, "time_learn_s": 1.0, "time_step_s": 2.0},
+        {"step": 2, "loss": 1.0},
+    ]
+    keep(directory, [json.dumps(row) + "\n" for row in rows])
+    found = {stage.name: stage for stage in timing.table(read(directory))}
+    assert list(found) == ["sync", "sample", "score", "watch", "learn", "other"]
+    assert (found["sample"].seconds, found["learn"].seconds, found["other"].seconds) == (4, 6, 2)
+    assert found["learn"].share == 0.5 and found["learn"].median == 3
+    chart = timing.gantt(read(directory))
+    assert chart is not None and chart.title == "The last 2 steps"
+    assert "step 0: sync 0 s, sample 3 s" in chart.svg
+
+
+def test_time_left_is_that_of_the_steps_to_come(directory):
+    keep(directory, lines_of(directory)[:50])
+    assert tables.time_left(read(directory)) is None  # nobody is at work
+    with run_directory.hold(directory):
+        run = read(directory)
+        each = [row["time_step_s"] for row in run.rows[40:]]
+        assert tables.time_left(run) == pytest.approx(sum(each))  # ten done, ten to come
+
+
+# What it says.
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ((-0.5, -0.9, -0.1), "−0.5 [−0.9, −0.1], excludes 0: lower"),
+        ((0.5, 0.1, 0.9), "+0.5 [+0.1, +0.9], excludes 0: higher"),
+        ((0.5, -0.1, 0.9), "+0.5 [−0.1, +0.9], includes 0: no difference shown"),
+        ((0.0, 0.0, 0.0), "+0 [+0, +0], includes 0: no difference shown"),
+    ],
+)
+def test_a_change_is_said_with_what_its_interval_shows(change, said):
+    assert words.change(Interval(*change)) == said
+
+
+def test_objectives_in_words():
+    warmup, main = words.phases(configuration("x"))
+    assert warmup == "warmup, 20 steps: token-level forward KL on the teacher's samples"
+    assert main == (
+        "main, 40 steps: sequence-level reverse KL (estimator rao_blackwell, baseline "
+        "leave_one_out, normalization minillm) on a mixture of the student's and the teacher's "
+        "samples + 0.1 × supervised fine-tuning on the data set's answers"
+    )
+    (gjsd,) = words.phases(
+        configuration("x", warmup=None, plus=[], objective={"kind": "gjsd", "beta": 0.25})
+    )
+    assert "generalised Jensen-Shannon divergence (beta 0.25)" in gjsd
+
+
+def test_every_objective_and_sampler_has_words():
+    from seqkd.config_schema import SamplerName
+    from seqkd.objectives import OBJECTIVES
+
+    assert set(words.OBJECTIVE) == set(OBJECTIVES)
+    assert set(words.SAMPLES) == set(SamplerName.__args__)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(3.14159, "3.14 s"), (184, "3 min 4 s"), (7500, "2 h 5 min")]
+)
+def test_durations(seconds, said):
+    assert words.duration(seconds) == said
+
+
+def test_length_and_ends_stand_beside_the_divergence(directory):
+    found = {h.title: h for h in tables.headlines(read(directory))}
+    assert list(found) == [
+        "Reverse KL per token", "Forward KL per token", "Completion length", "Ended by itself",
+    ]  # fmt: skip
+    kl = found["Reverse KL per token"]
+    assert (kl.before, kl.after) == ("2.22", "0.822")
+    assert kl.details == [
+        "before 2.22 [2.16, 2.29]",
+        "after 0.822 [0.762, 0.888]",
+        "change −1.4 [−1.49, −1.3], excludes 0: lower",
+    ]
+    assert found["Completion length"].details[-1] == "teacher 32.7 [30.6, 35]"
+
+
+def test_until_they_are_measured_the_figures_are_those_of_the_steps(directory):
+    keep(directory, lines_of(directory)[:40])
+    run = read(directory)
+    found = {h.title: h for h in tables.headlines(run)}
+    lengths = [row["length"] for row in run.rows[20:]]
+    assert found["Completion length"].before == f"{np.mean(lengths[:5]):.3g}"
+    assert found["Completion length"].after == f"{np.mean(lengths[-5:]):.3g}"
+    assert found["Completion length"].details == [
+        "in training, phase main: mean of the first and last 5 steps"
+    ]
+
+
+def test_several_runs_and_what_differs(tmp_path):
+    paths = [
+        write_run(tmp_path),
+        write_run(tmp_path, "other-seed", draw=1, offset=0.1, seed=1),
+        write_run(tmp_path, "token-level", draw=2, objective={"kind": "token_reverse_kl"}),
+    ]
+    runs = [read(path) for path in paths]
+    assert tables.differing(runs) == [
+        ("objective.kind", ["sequence_reverse_kl", "sequence_reverse_kl", "token_reverse_kl"]),
+        ("seed", ["0", "1", "0"]),
+    ]
+    without = read(write_run(tmp_path, "no-warmup", warmup=None, steps=60))
+    assert tables.differing([runs[0], without]) == [
+        ("steps", ["40", "60"]),
+        ("warmup", ["set", "None"]),
+    ]
+    labels, rows = tables.last(runs)
+    assert labels[:4] == [
+        "reverse KL per token (nats)", "forward KL per token (nats)",
+        "completion length, student (tokens)", "completion length, teacher (tokens)",
+    ]  # fmt: skip
+    assert [(run.name, stage, values[0].mean) for run, stage, values in rows] == [
+        ("mixed", "main", 0.822), ("other-seed", "main", pytest.approx(0.922)),
+        ("token-level", "main", 0.822),
+    ]  # fmt: skip
+    text = page.render(runs, None)
+    (plot,) = re.findall(r'<svg[^>]*aria-labelledby="loss-steps-title.*?</svg>', text, re.DOTALL)
+    for number in (1, 2, 3):
+        assert f"var(--series-{number})" in plot and f">{number}</text>" in plot
+    assert "var(--series-4)" not in plot
+    compared = samples.side_by_side(runs)[0]
+    assert [shown.who for shown in compared.completions] == [
+        "teacher", "student of mixed", "student of other-seed", "student of token-level",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kl", "level"), [(0, 0), (0.099, 0), (0.1, 1), (0.5, 2), (1, 3), (2, 4), (3.99, 4), (4, 5)]
+)
+def test_a_token_is_the_deeper_the_further_apart_the_models_are(kl, level):
+    (token,) = samples.completion("student", "a", [("a", float(kl))]).tokens
+    assert token == ("a", f"kl-{level}", f"{kl:.3f} nats")
+
+
+def test_tokens_that_cannot_be_seen_are_shown():
+    tokens = [("", 0.2), ("\n", None), ("\x00a", 3.0), (" b", 1.5), ("c", 0.1)]
+    shown = samples.completion("student", "…", tokens)
+    assert [t for t, *_ in shown.tokens] == ["∅", "↵\n", "\\x00a", " b", "c"]
+    assert shown.tokens[1][1:] == ("", "not known")
+    assert shown.highest == "“\\x00a” 3.00, “b” 1.50, “∅” 0.20"
+
+
+def test_without_tokens_the_completions_are_plain(few):
+    found = json.loads((few / "evaluation.json").read_text())
+    for example in found["examples"]:
+        del example["tokens"]
+    (few / "evaluation.json").write_text(json.dumps(found))
+    text = page.render([read(few)], None)
+    assert "The capital of France is Paris, a city on the river Seine." in text
+    assert 'class="token' not in text and "are shown as plain text" in text
+
+
+# What the page is made of.
+
+
+def test_nothing_in_it_runs_or_is_fetched(text):
+    found = Page(text)
+    assert HOSTILE not in text and "&lt;script&gt;document.title" in text
+    tags = {tag for tag, _ in found.tags}
+    assert not tags & {"script", "img", "iframe", "object", "embed", "form", "base", "video"}
+    for tag, attributes in found.tags:
+        assert not any(name.startswith("on") for name in attributes), tag
+        for name in ("src", "href", "xlink:href"):
+            if name in attributes:
+                assert attributes[name].startswith("#") or attributes[name] == "data:,", attributes
+    style = re.search(r"<style>(.*?)</style>", text, re.DOTALL)[1]
+    assert "url(" not in style and "@import" not in style
+    policy = [a for tag, a in found.tags if a.get("http-equiv") == "Content-Security-Policy"]
+    assert policy[0]["content"].startswith("default-src 'none'")
+
+
+def test_every_plot_is_well_formed_and_named_and_its_own(text):
+    plots = re.findall(r'<svg class="plot".*?</svg>', text, re.DOTALL)
+    assert len(plots) > 25
+    for plot in plots:
+        root = ElementTree.fromstring(plot.replace("<svg ", '<svg xmlns:xlink="x" ', 1))
+        title, description = root[0], root[1]
+        assert title.tag == "title" and title.text
+        assert description.tag == "desc" and re.search(r"\d", description.text)
+        assert root.get("aria-labelledby") == f"{title.get('id')} {description.get('id')}"
+        assert not re.search(r"#[0-9a-f]{6}\b", plot), "a colour that knows neither light nor dark"
+        inner = [element.get("id") for element in root.iter() if element.get("id")]
+        used = re.findall(r'(?:url\(#|href="#)([^)"]+)', plot)
+        assert set(used) <= set(inner)
+    ids = Page(text).ids()
+    assert len(ids) == len(set(ids))
+
+
+def test_colours_are_known_to_the_style_sheet_in_light_and_dark(text):
+    style = re.search(r"<style>(.*?)</style>", text, re.DOTALL)[1]
+    light, dark = re.findall(r":root \{(.*?)\}", style, re.DOTALL)
+    used = set(re.findall(r"var\(--([\w-]+)\)", text)) - {"of"}
+    for variables in (light, dark):
+        assert used <= set(re.findall(r"--([\w-]+):", variables))
+
+
+def luminance(colour):
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one, other):
+    """Of WCAG 2: 4.5 for text, 3 for what a plot is drawn with."""
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
+def test_text_and_curves_stand_out(scheme):
+    style = (ROOT / "seqkd" / "report" / "templates" / "style.css").read_text()
+    block = re.findall(r":root \{(.*?)\}", style, re.DOTALL)[scheme]
+    colour = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6});", block))
+    for level in range(1, 6):
+        assert contrast(colour["ink"], colour[f"kl-{level}"]) >= 4.5, level
+    for back in ("paper", "band", "soft"):
+        assert contrast(colour["ink"], colour[back]) >= 7
+        assert contrast(colour["muted"], colour[back]) >= 4.5
+        for number in range(1, 7):
+            assert contrast(colour[f"series-{number}"], colour[back]) >= 4.5, (number, back)
+
+
+def test_headings_go_down_one_level_at_a_time(text):
+    levels = [level for level, _ in Page(text).headings]
+    assert levels[0] == 1 and levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in pairwise(levels))
+    assert [name for level, name in Page(text).headings if level == 2][4:] == [
+        "Held-out figures", "Samples side by side", "Curves",
+        "Where the time of the steps went", "Configuration and environment",
+    ]  # fmt: skip
+
+
+def test_what_is_recorded_is_drawn_and_what_is_not_is_said(text):
+    """Every numeric column of the rows has a plot, or its constant value a mention."""
+    for name in (
+        "loss", "reverse-kl-per-token", "forward-kl-per-token", "length", "eos-rate", "lr",
+        "truncation-rate", "entropy-per-token", "repetition", "grad-norm", "logprob-gap-mean",
+        "logprob-gap-max", "k1-per-token", "k3-per-token", "ratio-mean", "mean-weight",
+        "ratio-effective-sample-size", "effective-sample-size", "teacher-samples", "tokens",
+        "tokens-per-s", "student-logprob-per-token", "teacher-logprob-per-token",
+    ):  # fmt: skip
+        assert f'id="{name}-steps-title"' in text, name
+    assert "The same in every step: sequences 16; rate 0.9." in text
+    for on in ("tokens", "minutes"):
+        assert f'id="reverse-kl-per-token-{on}-title"' in text
+    assert "dataset samples" in text
+
+
+def test_missing_figures_are_named(directory):
+    rows = [json.loads(line) for line in lines_of(directory)]
+    for row in rows:
+        for key in ("k1_per_token", "logprob_gap_mean"):
+            del row[key]
+    keep(directory, [json.dumps(row) + "\n" for row in rows])
+    assert "Not recorded: Log-prob gap, mean; Divergence by k1." in page.render(
+        [read(directory)], None
+    )
+
+
+def test_numbers_of_any_size_are_drawn(directory):
+    values = [1e-300, 1e300, -1e300, 0.0, None, 5e-324]
+    rows = [{"step": i, "phase": "warmup", "loss": v, "lr": 0.0} for i, v in enumerate(values)]
+    keep(directory, [json.dumps(row) + "\n" for row in rows])
+    assert 'id="loss-steps-title"' in page.render([read(directory)], None)
+    keep(directory, [json.dumps({"step": 0, "phase": "warmup", "loss": 2.5}) + "\n"])
+    assert "from 2.5 to 2.5" in page.render([read(directory)], None)
+    assert math.isfinite(read(directory).seconds)
+
+
+# While the run goes on.
+
+
+def test_the_page_follows_a_run_to_its_end(few, monkeypatch, capsys):
+    lines, whole = lines_of(few), (few / "evaluation.json").read_text()
+    out, pages = few / "report.html", []
+    keep(few, lines[:30])
+
+    def meanwhile(seconds):
+        assert seconds == 7
+        pages.append(out.read_text())
+        if len(pages) == 1:
+            keep(few, lines)
+        else:
+            (few / "evaluation.json").write_text(whole)
+
+    monkeypatch.setattr(script.time, "sleep", meanwhile)
+    assert script.main([str(few), "--watch", "7"]) == 0
+    assert capsys.readouterr().out == f"report: {out}\n"
+    assert len(pages) == 2
+    for shown in pages:
+        assert '<meta http-equiv="refresh" content="7">' in shown
+    assert "30 of 60" in pages[0] and '<progress value="30" max="60"' in pages[0]
+    last = out.read_text()
+    assert "refresh" not in Page(last).tags and 'http-equiv="refresh"' not in last
+    assert "finished" in last and "<progress" not in last
+
+
+def test_a_watch_that_is_ended_leaves_a_page_that_waits_for_nothing(few, monkeypatch):
+    keep(few, lines_of(few)[:30])
+
+    def interrupted(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script.time, "sleep", interrupted)
+    assert script.main([str(few), "--watch", "7"]) == 0
+    assert 'http-equiv="refresh"' not in (few / "report.html").read_text()
+
+
+@pytest.mark.parametrize("value", ["0", "-3", "0.5", "nan", "inf", "soon"])
+def test_an_impossible_interval_is_refused(directory, value, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        script.main([str(directory), "--watch", value])
+    assert stopped.value.code == 2
+    assert "--watch" in capsys.readouterr().err
+
+
+def test_several_runs_go_into_one_page_here(few, tmp_path, monkeypatch):
+    paths = [few, shutil.copytree(few, tmp_path / "b")]
+    monkeypatch.chdir(tmp_path)
+    assert script.main([str(path) for path in paths]) == 0
+    assert "2 runs compared" in Path("report.html").read_text()
+    assert not list(tmp_path.rglob(".report.html*"))
+
+
+def test_help_says_how():
+    done = subprocess.run(
+        [sys.executable, "scripts/report.py", "--help"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "--watch SECONDS" in done.stdout
+
+
+# What a run leaves for it.
+
+
+def test_a_run_leaves_what_it_started_on(tmp_path):
+    config = configuration("x", runs_dir=str(tmp_path))
+    directory = run_directory.locate(config)
+    with run_directory.hold(directory):
+        run_directory.begin(directory, config, {}, run_directory.Resumption(found=False))
+    found = json.loads((directory / "environment.json").read_text())
+    assert found["packages"]["torch"] == version("torch")
+    assert found["packages"]["ray"] == version("ray")
+    assert found["started"].endswith("+00:00") and found["cpus"] >= 1 and found["gpus"] == []
+    # A page of it before its first step does not make the directory another run's.
+    report.write([directory], directory / "report.html")
+    assert not run_directory.resumption(directory, config, resume=False).found
+
+
+def test_the_last_lines_of_a_run_name_the_page(tmp_path):
+    assert f"report:      {tmp_path / 'report.html'}\n" in closing(tmp_path, {}, 1.0)
