@@ -60,14 +60,15 @@ def metadata(config: Config, license_: Mapping[str, str]) -> ModelCardData:
     paths = (data.path, data.heldout_path, data.corpus_path)
     datasets = dict.fromkeys(filter(None, (hub_name(path) for path in paths if path)))
     pruned = ["pruned"] if isinstance(config.student.init, Prune) else []
+    more: dict[str, Any] = {"base_model_relation": "finetune"} if base else {}
+    more |= license_
     return ModelCardData(
         base_model=base,
         datasets=list(datasets) or None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["distillation", *pruned, "seqkd"],
-        **({"base_model_relation": "finetune"} if base else {}),
-        **license_,
+        **more,
     )
 
 

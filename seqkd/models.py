@@ -404,7 +404,8 @@ def export(
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     tokenizer = load_tokenizer(tokenizer_from, "student.model")
-    model.generation_config = GenerationConfig()  # the source's, if any, is written below
+    # The source's, if any, is written below.
+    model.generation_config = GenerationConfig()  # type: ignore[assignment]
     model.save_pretrained(partial, **({"state_dict": state} if state is not None else {}))  # type: ignore[operator]
     tokenizer.save_pretrained(partial)
     generation = generation_config(tokenizer_from) or GenerationConfig()
