@@ -142,16 +142,15 @@ def reap(names: Sequence[str]) -> None:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    def there() -> None:
-        import os
+    job = ray.get_runtime_context().get_job_id()
 
+    def there() -> None:
         import psutil
 
-        wanted = {"RAY_JOB_ID": os.environ["RAY_JOB_ID"]}
         for process in psutil.process_iter():
             with suppress(psutil.Error):
                 environment = process.environ()
-                if environment.get(PROCESS) in names and wanted.items() <= environment.items():
+                if environment.get(PROCESS) in names and environment.get("RAY_JOB_ID") == job:
                     process.kill()
 
     task: Any = ray.remote(num_cpus=0, max_retries=0)(there)
