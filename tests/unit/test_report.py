@@ -393,9 +393,9 @@ def test_a_token_is_the_deeper_the_further_apart_the_models_are(kl, level):
 def test_tokens_that_cannot_be_seen_are_shown():
     tokens = [("", 0.2), ("\n", None), ("\x00a", 3.0), (" b", 1.5), ("c", 0.1)]
     shown = samples.completion("student", "…", tokens)
-    assert [t for t, *_ in shown.tokens] == ["∅", "↵\n", "\\x00a", " b", "c"]
+    assert [t for t, *_ in shown.tokens] == ["·", "↵\n", "\\x00a", " b", "c"]
     assert shown.tokens[1][1:] == ("", "not known")
-    assert shown.highest == "“\\x00a” 3.00, “b” 1.50, “∅” 0.20"
+    assert shown.highest == "“\\x00a” 3.00, “b” 1.50, “·” 0.20"
 
 
 def test_without_tokens_the_completions_are_plain(few):
