@@ -100,5 +100,6 @@ def _said(kl: float | None) -> str:
 
 
 def _visible(text: str) -> str:
-    """A token that ends a line or has no text of its own can be seen too."""
-    return printable(text).replace("\n", "↵\n") or "∅"
+    """A token that ends a line, or is part of a character that a later one completes, can be seen
+    too."""
+    return printable(text).replace("\n", "↵\n") or "·"

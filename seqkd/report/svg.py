@@ -51,7 +51,7 @@ def plot(name: str, title: str, height: int = HEIGHT) -> Iterator[Plot]:
 
     style: dict[Any, Any] = {
         "svg.fonttype": "none",
-        "svg.hashsalt": name,
+        "svg.hashsalt": name,  # so that no two plots of a page have the same ids
         "svg.id": None,
         "font.size": 11,
         "axes.spines.top": False,
@@ -98,7 +98,6 @@ def _for_page(text: str, name: str, title: str, description: str) -> Markup:
     body = re.sub(r' (d|x|y|transform)="[^"]*"', lambda m: _short(m[0]), body)
     used = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', body))
     body = re.sub(r' id="([^"]*)"', lambda m: m[0] if m[1] in used else "", body)
-    body = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{name}-", body)
     for code, variable in _STANDS_FOR.items():
         body = body.replace(code, f"var(--{variable})")
     head = (

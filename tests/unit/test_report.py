@@ -8,10 +8,12 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from html.parser import HTMLParser
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import numpy as np
@@ -391,9 +393,9 @@ def test_a_token_is_the_deeper_the_further_apart_the_models_are(kl, level):
 def test_tokens_that_cannot_be_seen_are_shown():
     tokens = [("", 0.2), ("\n", None), ("\x00a", 3.0), (" b", 1.5), ("c", 0.1)]
     shown = samples.completion("student", "…", tokens)
-    assert [t for t, *_ in shown.tokens] == ["∅", "↵\n", "\\x00a", " b", "c"]
+    assert [t for t, *_ in shown.tokens] == ["·", "↵\n", "\\x00a", " b", "c"]
     assert shown.tokens[1][1:] == ("", "not known")
-    assert shown.highest == "“\\x00a” 3.00, “b” 1.50, “∅” 0.20"
+    assert shown.highest == "“\\x00a” 3.00, “b” 1.50, “·” 0.20"
 
 
 def test_without_tokens_the_completions_are_plain(few):
@@ -604,3 +606,32 @@ def test_a_run_leaves_what_it_started_on(tmp_path):
 
 def test_the_last_lines_of_a_run_name_the_page(tmp_path):
     assert f"report:      {tmp_path / 'report.html'}\n" in closing(tmp_path, {}, 1.0)
+
+
+@pytest.mark.parametrize("in_its_way", [False, True])
+def test_a_run_ends_with_its_page_and_not_by_it(tmp_path, monkeypatch, capsys, in_its_way):
+    """Everything but the steps themselves is that of scripts/train.py."""
+    import train
+
+    from actors import build
+
+    config = configuration("x", runs_dir=str(tmp_path), evaluation={"prompts": 0})
+    checked = SimpleNamespace(warnings=(), train=(), heldout=(), corpus=())
+
+    def learn(directory, config, checked, journals, recorder):
+        rows = [{"step": i, "phase": "main", "loss": 1.5} for i in range(WARMUP + MAIN)]
+        (directory / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+        if in_its_way:
+            (directory / "report.html").mkdir()
+        return {}
+
+    monkeypatch.setattr(train, "check", lambda config: (config, {}, checked))
+    monkeypatch.setattr(train, "memory", lambda config, found: [])
+    monkeypatch.setattr(train, "learn", learn)
+    monkeypatch.setattr(build, "connect", lambda config, verbose: nullcontext())
+    monkeypatch.setattr(build, "check_resources", lambda config: None)
+    assert train.train(config, verbose=True, resume=False) == 0
+    out, page = capsys.readouterr().out, tmp_path / "x" / "report.html"
+    assert f"report:      {page}" in out
+    assert page.is_dir() if in_its_way else "finished" in page.read_text()
+    assert ("report.html: cannot be written" in out) == in_its_way
