@@ -104,9 +104,9 @@ class TrainingState:
 
     def _check_identity(self, file: Path, saved: Mapping[str, str]) -> None:
         """ModelError where the saved state is of another student than this one."""
-        for key in dict.fromkeys((*self.identity, *saved)):
+        for key in sorted({*self.identity, *saved} - {STEPS}):
             then, now = saved.get(key, "(none)"), self.identity.get(key, "(none)")
-            if key != STEPS and then != now:
+            if then != now:
                 raise ModelError(
                     f"{file}: was saved with {key}: {then}, where the student has {now}. Resume "
                     "with the student and the checkpoint of the same run."

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from actors.groups import LearnerGroup
@@ -27,6 +28,10 @@ from tests.actors.test_learner import LR, STEPS, TERMS, scored
 LORA = Lora(rank=4, alpha=12, targets=("q_proj", "v_proj", "down_proj"))
 SEED = 5
 PLAN = ActorPlan("learner", 0, threads=1, gpus=0, share=1, bundle=0)
+OPTIONS: dict[int, dict[str, Any]] = {
+    1: {"ranks": 1, "zero_stage": 0, "micro_batch_prompts": 4},
+    2: {"ranks": 2, "zero_stage": 3, "micro_batch_prompts": 1, "gradient_checkpointing": True},
+}
 IDS = torch.arange(5, 45)[None]
 
 
@@ -56,7 +61,7 @@ def counts():
 
 @pytest.fixture(scope="module")
 def start(local_ray):
-    """Start a learner; :func:`kept` ones live as long as the module's tests."""
+    """Start a learner; all are killed at the end of the module's tests."""
     started: list = []
 
     def start(models, lora=LORA, seed=SEED, **options):
@@ -80,16 +85,13 @@ def start(local_ray):
 @pytest.fixture(scope="module")
 def one(start, tiny, tmp_path_factory):
     """One rank of ZeRO 0, and where its state before the first step is."""
-    return saved_at_first(
-        start(tiny, ranks=1, zero_stage=0, micro_batch_prompts=4), tmp_path_factory
-    )
+    return saved_at_first(start(tiny, **OPTIONS[1]), tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
 def two(start, wide, tmp_path_factory):
     """Two ranks of ZeRO 3."""
-    options = {"micro_batch_prompts": 1, "gradient_checkpointing": True}
-    return saved_at_first(start(wide, ranks=2, zero_stage=3, **options), tmp_path_factory)
+    return saved_at_first(start(wide, **OPTIONS[2]), tmp_path_factory)
 
 
 def saved_at_first(learner, tmp_path_factory):
@@ -112,11 +114,8 @@ def steps(learner, models, counts, number=STEPS):
 
 
 def weights(learner):
-    return wait_for([rank.weights.remote() for rank in learner.ranks])
-
-
-def wait_for(refs):
-    first, *_ = [wait(ref) for ref in refs]
+    """Every parameter, by name, as the first rank has gathered it."""
+    first, *_ = [wait(ref) for ref in [rank.weights.remote() for rank in learner.ranks]]
     return first
 
 
@@ -257,19 +256,13 @@ def test_a_state_holds_the_adapters_alone_and_leads_to_the_same_next_step(
     }
     (after,) = steps(learner, models, counts, 1)
     expected = published(learner)
-    options = learner_options(learner)
+    options = OPTIONS[len(learner.ranks)]
     for other in (learner, start(models, seed=SEED + 1, **options)):
         other.restore(str(tmp_path), STEPS)
         (again,) = steps(other, models, counts, 1)
         assert (again.loss, again.grad_norm) == (after.loss, after.grad_norm)
         same(published(other), expected)
         assert other.policy_version == STEPS + 1
-
-
-def learner_options(learner):
-    if len(learner.ranks) == 1:
-        return {"ranks": 1, "zero_stage": 0, "micro_batch_prompts": 4}
-    return {"ranks": 2, "zero_stage": 3, "micro_batch_prompts": 1, "gradient_checkpointing": True}
 
 
 @pytest.fixture(scope="module")
@@ -296,8 +289,7 @@ def test_another_precision_and_stage_restore_the_same(one, low, tiny, counts, tm
     same(masters, load_file(file))
 
 
-def test_bfloat16_learns_and_publishes_what_it_merged_in_float32(low, tiny, counts, tmp_path):
-    (tmp_path / "first").mkdir()
+def test_bfloat16_learns_and_publishes_what_it_merged_in_float32(low, tiny, counts):
     before = weights(low)
     results = steps(low, tiny, counts)
     assert all(math.isfinite(r.loss) and r.grad_norm > 0 and not r.skipped for r in results)
@@ -313,30 +305,43 @@ def test_bfloat16_learns_and_publishes_what_it_merged_in_float32(low, tiny, coun
 
 
 @pytest.mark.parametrize(
-    ("lora", "message"),
+    ("field", "then", "now"),
     [
-        ({"rank": 8}, "student.lora.rank: 4, where the student has 8"),
-        ({"alpha": 4}, "student.lora.alpha: 12, where the student has 4"),
-        (
-            {"targets": ("q_proj",)},
-            "student.lora.targets: down_proj, q_proj, v_proj, where the student has q_proj",
-        ),
-        (None, "student.lora.rank: 4, where the student has (none)"),
+        ("rank", "8", "4"),
+        ("alpha", "4", "12"),
+        ("targets", "q_proj", "down_proj, q_proj, v_proj"),
     ],
-    ids=str,
 )
-def test_the_state_of_other_adapters_is_refused(one, start, tiny, lora, message):
-    _, directory = one
-    other = start(tiny, lora=lora and LORA.model_copy(update=lora), ranks=1, zero_stage=0)
-    before = published(other)
+def test_the_state_of_other_adapters_is_refused(one, tiny, tmp_path, field, then, now):
+    learner, directory = one
+    learner.restore(str(directory), 0)
+    before = published(learner)
+    (file,) = directory.iterdir()
+    with safe_open(file, framework="pt") as reader:
+        saved = reader.metadata()
+    changed = tmp_path / file.name
+    save_file(load_file(file), changed, saved | {f"student.lora.{field}": then})
     with pytest.raises(ModelError) as caught:
-        other.restore(str(directory), 1)
-    print(caught.value)
-    assert str(caught.value).startswith(f"{directory}/learner-00000.safetensors: was saved with ")
-    assert message in str(caught.value)
-    same(published(other), before)
-    assert other.policy_version == 0
-    other.kill()
+        learner.restore(str(tmp_path), 1)
+    assert str(caught.value) == (
+        f"{changed}: was saved with student.lora.{field}: {then}, where the student has {now}. "
+        "Resume with the student and the checkpoint of the same run."
+    )
+    same(published(learner), before)
+    assert learner.policy_version == 0
+
+
+def test_neither_has_a_student_without_adapters_that_of_one_with(one, start, tiny, tmp_path):
+    learner, directory = one
+    whole = start(tiny, lora=None, ranks=1, zero_stage=0)
+    whole.save(str(tmp_path))
+    for restored, state, message in (
+        (whole, directory, r"student\.lora\.alpha: 12, where the student has \(none\)"),
+        (learner, tmp_path, r"student\.lora\.alpha: \(none\), where the student has 12"),
+    ):
+        with pytest.raises(ModelError, match=message):
+            restored.restore(str(state), 1)
+    whole.kill()
 
 
 def test_adapters_of_another_model_are_refused(one, two, tiny, wide):
@@ -384,15 +389,39 @@ def defined_now(models, state):
 
 
 @pytest.fixture(scope="module")
-def engine(local_ray, tiny):
+def exported(one, tiny, counts, tmp_path_factory):
+    """The student after three steps."""
+    learner, first = one
+    learner.restore(str(first), 0)
+    steps(learner, tiny, counts, 3)
+    directory = tmp_path_factory.mktemp("run") / "student"
+    learner.export(str(directory))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def engine(local_ray, exported):
+    """Of the exported student."""
     environment = {"env_vars": PLAN.environment()}
     actor = remote(RolloutActor).options(runtime_env=environment).remote((0,), "student")
-    wait(actor.start.remote(tiny["student"], Engine(kv_cache_gib=0.1), 512))
+    wait(actor.start.remote(str(exported), Engine(kv_cache_gib=0.1), 512))
     yield actor
     local_ray.kill(actor)
 
 
-def test_the_engine_gives_what_the_learner_does(one, engine, tiny, counts, prompts):
+def scores(engine):
+    return torch.tensor(wait(engine.score.remote(IDS[0].tolist())))
+
+
+def test_an_engine_loads_the_exported_student(engine, exported):
+    model = load_causal_lm(str(exported), "float32", "model")
+    with torch.no_grad():
+        logprobs = torch.log_softmax(model(IDS).logits[0, :-1], -1)
+    expected = logprobs.gather(-1, IDS[0, 1:, None]).squeeze(-1)
+    assert (scores(engine) - expected).abs().max() <= 1e-3
+
+
+def test_an_engine_gives_what_the_learner_does(one, engine, tiny, counts, prompts):
     """Merged there, unmerged here: before the first step and after ten."""
     learner, first = one
     learner.restore(str(first), 0)
@@ -401,10 +430,10 @@ def test_the_engine_gives_what_the_learner_does(one, engine, tiny, counts, promp
         steps(learner, tiny, counts, number)
         wait(engine.load.remote(learner.publish(), None))
         rollouts = wait(engine.sample.remote(prompts, [1, 2, 3, 4], [2] * 4, 24, 1.0, 1.0))
+        assert rollouts[0].policy_version == number
         measured = learner.measure(rollouts, {})
         for r in rollouts:
             ours = measured[r.sample_id]["student_logprob"]
             assert list(r.rollout_logprobs) == pytest.approx(ours, abs=1e-3)
-        known[number] = torch.tensor(wait(engine.score.remote(IDS[0].tolist())))
-        assert rollouts[0].policy_version == number
+        known[number] = scores(engine)
     assert (known[0] - known[10]).abs().mean() > 0.05, "ten steps of the adapters change it"

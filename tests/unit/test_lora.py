@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
+import yaml
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from seqkd import token_stats as stats_module
@@ -15,6 +18,7 @@ from seqkd.memory import GIB, estimate, size_of
 from seqkd.models import load_causal_lm
 from seqkd.preflight import check
 from seqkd.token_stats import OutputHead, token_stats
+from tests.conftest import ROOT
 from tests.unit.test_config import MINIMAL
 
 NAMES = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
@@ -55,6 +59,12 @@ def test_it_is_off_by_default_and_reads_back(tmp_path):
         file = tmp_path / "again.yaml"
         file.write_text(dump(config))
         assert load(file) == config
+
+
+def test_the_configuration_on_the_page_is_read():
+    (text,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "lora.md").read_text(), re.DOTALL)
+    config = Config.model_validate({**MINIMAL, **yaml.safe_load(text)})
+    assert config.student.lora == Lora()
 
 
 @pytest.mark.parametrize(
