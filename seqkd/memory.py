@@ -94,7 +94,7 @@ class Size:
 def size_of(model: Any, student: Student | None = None) -> Size:
     """From a transformers config, of a teacher or of the student that is made from it; the weights
     are not read."""
-    built = skeleton(model)
+    built: Any = skeleton(model)
     if student is not None and isinstance(student.init, Prune):
         prune(built, student.init)
     lora = student.lora if student is not None else None

@@ -263,6 +263,7 @@ def test_a_state_holds_the_adapters_alone_and_leads_to_the_same_next_step(
         assert (again.loss, again.grad_norm) == (after.loss, after.grad_norm)
         same(published(other), expected)
         assert other.policy_version == STEPS + 1
+    other.kill()
 
 
 @pytest.fixture(scope="module")
