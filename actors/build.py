@@ -180,8 +180,10 @@ def _learner(
         if teacher.scores == "hidden"
     }
 
+    made_of = (config.learner, config.student.lora, config.seed)
+
     def create() -> list[Any]:
-        return [cls.options(**place.options(group)).remote(config.learner) for place in places]
+        return [cls.options(**place.options(group)).remote(*made_of) for place in places]
 
     micro_batch, tokenizer_from = config.learner.micro_batch_prompts, expand(config.student.model)
     starting = (student_path, heads)

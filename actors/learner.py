@@ -16,8 +16,9 @@ from torch import Tensor
 from actors import weight_sync
 from actors.learner_state import TrainingState
 from seqkd.config import Term
-from seqkd.config_roles import Learner
+from seqkd.config_roles import Learner, Lora
 from seqkd.errors import writing
+from seqkd.lora import Adapters
 from seqkd.models import (
     StudentModel,
     as_token_stats,
@@ -64,8 +65,9 @@ class RankPart:
 class LearnerRank:
     """One rank of the data-parallel learner."""
 
-    def __init__(self, config: Learner) -> None:
-        self.config = config
+    def __init__(self, config: Learner, lora: Lora | None = None, seed: int = 0) -> None:
+        """With ``lora`` adapters learn, which begin as ``seed`` says, and all else stays."""
+        self.config, self.lora, self.seed = config, lora, seed
         self.device = "cuda" if config.gpus else "cpu"
         self.teacher_heads: dict[str, OutputHead] = {}
         self.policy_version = 0
@@ -102,7 +104,9 @@ class LearnerRank:
         # compilation leaves a lock for which every later process waits without end.
         deepspeed.ops.__compatible_ops__ = {}
         deepspeed.init_distributed("nccl" if self.config.gpus else "gloo", verbose=False)
-        student = load_causal_lm(model, self.config.precision, "student.model").to(self.device)
+        student = load_causal_lm(model, self.config.precision, "student.model")
+        self.adapters = Adapters(student, self.lora, self.seed) if self.lora else None
+        student.to(self.device)
         check_head(student, "student.model")
         without_dropout(student)
         if self.config.gradient_checkpointing:
@@ -118,7 +122,8 @@ class LearnerRank:
             layer = student.get_output_embeddings()  # type: ignore[operator]
             for parameter in layer.parameters():
                 deepspeed.zero.register_external_parameter(module, parameter)
-        self.state = TrainingState(self.engine, self.config.zero_stage)
+        identity = self.adapters.identity if self.adapters else {}
+        self.state = TrainingState(self.engine, self.config.zero_stage, identity)
         for name, teacher in teachers.items():
             head = load_head(*teacher)
             bias = None if head.bias is None else head.bias.to(self.device)
@@ -180,6 +185,8 @@ class LearnerRank:
         node = ray.get_runtime_context().get_node_id()
         if self.published:
             self.published.close()
+        if self.adapters:
+            state = self.adapters.merged(state)
         self.published = weight_sync.memory_file()
         return weight_sync.publish(state, self.policy_version, self.published, node)
 
@@ -188,10 +195,14 @@ class LearnerRank:
         return weight_sync.read_bytes(version)
 
     def export(self, directory: str, tokenizer_from: str) -> None:
-        """Write a model directory that transformers and vLLM load as it is."""
+        """Write a model directory that transformers and vLLM load as it is, with adapters merged;
+        and the adapters alone to ``<directory>_adapter``."""
         state = self._gathered()
         if self.rank == 0:
             with writing(Path(directory)):
+                if self.adapters:
+                    self.adapters.export(state, Path(f"{directory}_adapter"))
+                    state = self.adapters.merged(state)
                 export(self.engine.module.model, state, Path(directory), tokenizer_from)
 
     def save(self, directory: str) -> None:
@@ -230,7 +241,7 @@ class LearnerRank:
         return norm, skipped
 
     def _gathered(self) -> dict[str, Tensor]:
-        """Whole weights by checkpoint name, on the CPU of rank 0; empty elsewhere."""
+        """Whole weights by parameter name, on the CPU of rank 0; empty elsewhere."""
         import deepspeed
 
         state = {}

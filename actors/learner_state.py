@@ -2,12 +2,14 @@
 
 What was saved by any number of ranks, ZeRO stage and precision is restored into any other. Rank i
 of n writes the parameters i, i + n, i + 2n, ... to a file of its own: for each its fp32 master
-weight and both moments of AdamW.
+weight and both moments of AdamW. What is frozen is not in it; of adapters, the identity of what
+they belong to is.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,10 @@ STEPS = "optimizer_steps"
 class TrainingState:
     """Master weights and AdamW's state behind whatever DeepSpeed made of the optimizer."""
 
-    def __init__(self, engine: Any, zero_stage: int) -> None:
+    def __init__(self, engine: Any, zero_stage: int, identity: Mapping[str, str]) -> None:
+        """``identity`` has, by field of the configuration, what a saved state must have been of;
+        nothing where the state itself is the whole student."""
+        self.identity = dict(identity)
         self.optimizer, self.zero_stage = engine.optimizer, zero_stage
         self.adamw = getattr(engine.optimizer, "optimizer", engine.optimizer)
         self.parameters: dict[str, Parameter] = {
@@ -60,7 +65,7 @@ class TrainingState:
                 if index % ranks == rank:
                     tensors[f"{key}/{name}"] = value.detach().cpu().contiguous()
         file = directory / f"learner-{rank:05d}.safetensors"
-        save_file(tensors, file, {STEPS: str(int(self._steps()[0]))})
+        save_file(tensors, file, {STEPS: str(int(self._steps()[0])), **self.identity})
         with open(file, "rb") as written:
             os.fsync(written.fileno())
 
@@ -84,6 +89,7 @@ class TrainingState:
         files = {}
         for file in sorted(directory.glob("learner-*.safetensors")):
             with safe_open(file, framework="pt") as reader:
+                self._check_identity(file, reader.metadata() or {})
                 for tensor in reader.keys():  # noqa: SIM118 (a reader is no mapping)
                     files[tensor] = file
                     self._check(file, tensor, reader.get_slice(tensor).get_shape())
@@ -95,6 +101,16 @@ class TrainingState:
                         "has. Resume with the student and the checkpoint of the same run."
                     )
         return files
+
+    def _check_identity(self, file: Path, saved: Mapping[str, str]) -> None:
+        """ModelError where the saved state is of another student than this one."""
+        for key in sorted({*self.identity, *saved} - {STEPS}):
+            then, now = saved.get(key, "(none)"), self.identity.get(key, "(none)")
+            if then != now:
+                raise ModelError(
+                    f"{file}: was saved with {key}: {then}, where the student has {now}. Resume "
+                    "with the student and the checkpoint of the same run."
+                )
 
     def _check(self, file: Path, tensor: str, shape: list[int]) -> None:
         _, name = tensor.split("/", 1)

@@ -32,6 +32,29 @@ class Prune(Schema):
         return value
 
 
+class Lora(Schema):
+    """Low-rank adapters, which learn in place of the model's own weights (docs/lora.md)."""
+
+    rank: int = Field(16, ge=1)
+    alpha: int = Field(32, ge=1, description="What the adapters add is scaled by alpha / rank.")
+    targets: Literal["all-linear"] | tuple[str, ...] = Field(
+        "all-linear",
+        description="Linear layers by the last part of their name, such as q_proj; all-linear: "
+        "every one but the output head.",
+    )
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        named = isinstance(value, list | tuple) and value and all(isinstance(n, str) for n in value)
+        if value != "all-linear" and not named:
+            raise ValueError(
+                f"{value!r:.80} is neither all-linear nor a list of names. Set it to all-linear, "
+                "or name linear layers of the student, as in [q_proj, v_proj]."
+            )
+        return value
+
+
 class Student(Schema):
     """The model that learns."""
 
@@ -39,6 +62,7 @@ class Student(Schema):
     init: Annotated[Checkpoint | Prune, Field(discriminator="kind")] = Field(
         Checkpoint(), description="What it begins as."
     )
+    lora: Lora | None = Field(None, description="Left out: every weight of the model learns.")
 
 
 class Actors(Schema):

@@ -14,7 +14,6 @@ the teacher 1.7 and 1.6, its sampler 1.5 and 1.6; everything at once, Ray includ
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,9 +22,10 @@ import psutil
 import torch
 
 from seqkd.config import Config
-from seqkd.config_roles import ApiTeacher, Engine, HfTeacher, Prune, VllmTeacher
+from seqkd.config_roles import ApiTeacher, Engine, HfTeacher, Prune, Student, VllmTeacher
 from seqkd.errors import ResourceError
-from seqkd.models import prune
+from seqkd.lora import adapted_layers
+from seqkd.models import prune, skeleton
 
 GIB = 2**30
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -85,16 +85,21 @@ class Size:
     saved: int
     """Elements that the backward pass of one token needs, without checkpointing."""
     layers: int
+    adapters: int = 0
+    """Parameters of adapters, which learn in place of all others; 0 where the model itself does."""
+    adapted: int = 0
+    """Parameters of the weights that have one."""
 
 
-def size_of(model: Any, pruned: Prune | None = None) -> Size:
-    """From a transformers config; the weights are not read."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        built = AutoModelForCausalLM.from_config(copy.deepcopy(model))
-    if pruned is not None:
-        prune(built, pruned)
+def size_of(model: Any, student: Student | None = None) -> Size:
+    """From a transformers config, of a teacher or of the student that is made from it; the weights
+    are not read."""
+    built: Any = skeleton(model)
+    if student is not None and isinstance(student.init, Prune):
+        prune(built, student.init)
+    lora = student.lora if student is not None else None
+    adapted = list(adapted_layers(built, lora).values()) if lora else []
+    rank = lora.rank if lora else 0
     hidden, layers = model.hidden_size, built.config.num_hidden_layers
     inner = getattr(model, "intermediate_size", None) or 4 * hidden
     # A layer keeps the inputs of its norms, matrices and products: about six times the residual
@@ -103,8 +108,11 @@ def size_of(model: Any, pruned: Prune | None = None) -> Size:
         parameters=sum(p.numel() for p in built.parameters()),
         head=model.vocab_size * hidden,
         hidden=hidden,
-        saved=layers * (7 * hidden + 4 * inner),
+        # An adapter keeps A x beside its input.
+        saved=layers * (7 * hidden + 4 * inner) + rank * len(adapted),
         layers=layers,
+        adapters=sum(rank * (layer.in_features + layer.out_features) for layer in adapted),
+        adapted=sum(layer.weight.numel() for layer in adapted),
     )
 
 
@@ -113,8 +121,7 @@ def estimate(
 ) -> list[Need]:
     """Needs of every role in ``roles`` and of the driver; ``student`` and ``teachers`` (by name,
     without those behind an endpoint) are transformers configs."""
-    init = config.student.init
-    ours = size_of(student, init if isinstance(init, Prune) else None)
+    ours = size_of(student, config.student)
     theirs = {name: size_of(teacher) for name, teacher in teachers.items()}
     needs = [_learner(config, ours, theirs)]
     if "rollout" in roles:
@@ -143,10 +150,13 @@ def _learner(config: Config, student: Size, teachers: Mapping[str, Size]) -> Nee
     saved = student.saved
     if learner.gradient_checkpointing:
         saved = student.layers * student.hidden + saved // student.layers
+    trained = student.adapters or student.parameters
     parts = {
-        "weights": student.parameters * of_weights,
-        "gradients": student.parameters * of_gradients,
-        "optimizer": student.parameters * of_states,
+        "weights": (student.parameters + student.adapters) * of_weights,
+        "gradients": trained * of_gradients,
+        "optimizer": trained * of_states,
+        # Made on the host when weights are published.
+        "merged weights": 0 if learner.gpus else student.adapted * width,
         "activations": tokens * saved * width,
         "teachers' heads": sum(
             size.head * BYTES[config.teachers[name].precision]

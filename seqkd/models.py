@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Mapping
@@ -107,6 +108,16 @@ def load_causal_lm(
         )
     assert isinstance(loaded, nn.Module)
     return loaded.eval()
+
+
+def skeleton(config: Any) -> nn.Module:
+    """The architecture of a causal language model with this transformers config, without weights:
+    its tensors are on the meta device."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        built: nn.Module = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    return built
 
 
 def without_dropout(model: nn.Module) -> None:

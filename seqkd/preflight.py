@@ -15,6 +15,7 @@ from seqkd.config import Config
 from seqkd.config_roles import ApiTeacher, HfTeacher, Prune, SeveralTeachers, VllmTeacher
 from seqkd.data import DataSets, read_data
 from seqkd.errors import ConfigError, DataError, ModelError, SeqkdError
+from seqkd.lora import check_targets
 from seqkd.models import check_prune, end_of_sequence_ids, load_config, load_tokenizer
 from seqkd.prompt_table import PromptTable
 from seqkd.tokenizers import (
@@ -89,6 +90,7 @@ def check(config: Config, teacher_here: bool = True) -> Checked:
     found.attempt(fits_context, student, "student.model", config)
     if isinstance(config.student.init, Prune):
         found.attempt(check_prune, student, config.student.init)
+    found.attempt(check_targets, student, config.student.lora)
     stop_ids = _stop_ids(students, tokenizer, student, "student.model", found)
     if config.data.chat:
         found.attempt(check_turn_end, tokenizer, stop_ids)

@@ -185,24 +185,27 @@ class _ChunkedStats(torch.autograd.Function):
         given = {n: g for n, g in zip(work.names, grads, strict=True) if g is not None}
         given.pop("teacher_logprob", None)
         names = tuple(given)
-        d_hidden = torch.zeros_like(hidden)
+        # What is frozen costs nothing. The head of a student with adapters is.
+        of_hidden, of_weight, of_bias, _ = ctx.needs_input_grad
+        d_hidden = torch.zeros_like(hidden) if of_hidden else None
         # float32 accumulators: many chunks are added, and bfloat16 would lose the small ones.
-        d_weight = torch.zeros_like(weight, dtype=torch.float32)
-        d_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if of_weight else None
+        d_bias = torch.zeros_like(bias, dtype=torch.float32) if of_bias else None
         for rows in _rows(len(hidden), weight) if names else ():
             with torch.enable_grad():
                 raw = work.head.raw(hidden[rows].detach()).detach().requires_grad_()
                 values = work.values(raw, rows, names)
                 total = sum((values[name] * given[name][rows]).sum() for name in names)
                 (d_raw,) = torch.autograd.grad(total, raw)
-            low = d_raw.to(weight.dtype)
-            d_hidden[rows] = (low @ weight).to(hidden.dtype)
-            d_weight.addmm_(d_raw.T, hidden[rows].float())
+            if d_hidden is not None:
+                d_hidden[rows] = (d_raw.to(weight.dtype) @ weight).to(hidden.dtype)
+            if d_weight is not None:
+                d_weight.addmm_(d_raw.T, hidden[rows].float())
             if d_bias is not None:
                 d_bias += d_raw.sum(0)
         return (
             d_hidden,
-            d_weight.to(weight.dtype),
+            None if d_weight is None else d_weight.to(weight.dtype),
             None if d_bias is None else d_bias.to(bias.dtype),
             None,
         )

@@ -1,0 +1,300 @@
+"""Adapters against their definition; what cannot be adapted; a head that does not learn."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+import yaml
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from seqkd import token_stats as stats_module
+from seqkd.config import Config, dump, load
+from seqkd.config_roles import Lora, Prune, Student
+from seqkd.errors import ConfigError, ModelError
+from seqkd.lora import Adapters, adapted_layers, check_targets
+from seqkd.memory import GIB, estimate, size_of
+from seqkd.models import load_causal_lm
+from seqkd.preflight import check
+from seqkd.token_stats import OutputHead, token_stats
+from tests.conftest import ROOT
+from tests.unit.test_config import MINIMAL
+
+NAMES = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+IDS = torch.arange(5, 25)[None]
+
+
+def student(tiny, precision="float32"):
+    return load_causal_lm(tiny["student"], precision, "model")
+
+
+def values(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def of(state, kind):
+    return {name: t for name, t in state.items() if f".lora_{kind}." in name}
+
+
+def fill(model, seed=7):
+    """Random values in place of the zeros of every B."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        if ".lora_B." in name:
+            p.data.copy_(0.1 * torch.randn(p.shape, generator=generator))
+
+
+# --- the configuration
+
+
+def test_it_is_off_by_default_and_reads_back(tmp_path):
+    assert Config.model_validate(MINIMAL).student.lora is None
+    given = ({}, {"rank": 4, "targets": ["q_proj", "v_proj"]})
+    for lora, expected in zip(
+        given, (Lora(rank=16, alpha=32, targets="all-linear"), Lora(**given[1])), strict=True
+    ):
+        config = Config.model_validate({**MINIMAL, "student": {"model": "a", "lora": lora}})
+        assert config.student.lora == expected
+        file = tmp_path / "again.yaml"
+        file.write_text(dump(config))
+        assert load(file) == config
+
+
+def test_the_configuration_on_the_page_is_read():
+    (text,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "lora.md").read_text(), re.DOTALL)
+    config = Config.model_validate({**MINIMAL, **yaml.safe_load(text)})
+    assert config.student.lora == Lora()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rank=0", "student.lora.rank: 0: input should be greater than or equal to 1"),
+        ("alpha=0", "student.lora.alpha: 0: input should be greater than or equal to 1"),
+        ("dropout=0.1", "student.lora.dropout: unknown key"),
+        ("targets=q_proj", "student.lora.targets: 'q_proj' is neither all-linear nor a list"),
+        ("targets=[]", "student.lora.targets: [] is neither all-linear nor a list of names"),
+        ("targets=[1]", "student.lora.targets: [1] is neither all-linear nor a list of names"),
+    ],
+)
+def test_what_is_refused_when_it_is_read(tiny_config, override, message):
+    with pytest.raises(ConfigError) as caught:
+        load(tiny_config, [f"student.lora.{override}"])
+    (line,) = str(caught.value).splitlines()
+    assert message in line
+
+
+@pytest.mark.parametrize("name", ["q_prj", "mlp", "lm_head", "embed_tokens", "self_attn.q_proj"])
+def test_a_target_that_the_model_does_not_have(tiny_config, name):
+    config = load(tiny_config, [f"student.lora.targets=[v_proj, {name}]"])
+    with pytest.raises(ConfigError) as caught:
+        check(config)
+    assert str(caught.value) == (
+        f"student.lora.targets: {name!r} is no linear layer of student.model. It has "
+        f"{', '.join(NAMES)}. Name some of these, or set student.lora.targets to all-linear."
+    )
+    check(load(tiny_config, ["student.lora.targets=[v_proj, up_proj]"]))
+
+
+def test_a_model_without_linear_layers():
+    """GPT-2's own layer holds its matrix transposed."""
+    from transformers import GPT2Config
+
+    config = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=32)
+    with pytest.raises(ModelError, match=r"student\.lora\.targets: 'all-linear' finds no linear"):
+        check_targets(config, Lora())
+
+
+# --- the adapters
+
+
+def test_all_linear_is_every_layer_but_the_head_and_alone_requires_a_gradient(tiny):
+    model = student(tiny)
+    layers = adapted_layers(model, Lora())
+    blocks = {
+        n: "mlp" if n in ("down_proj", "gate_proj", "up_proj") else "self_attn" for n in NAMES
+    }
+    every = [f"model.layers.{i}.{block}.{n}" for i in range(2) for n, block in blocks.items()]
+    assert sorted(layers) == sorted(every)
+    assert list(adapted_layers(model, Lora(targets=("q_proj",)))) == [
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.1.self_attn.q_proj",
+    ]
+    Adapters(model, Lora(rank=3), seed=0)
+    learning = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert learning == {f"{n}.lora_{k}.default.weight" for n in layers for k in "AB"}
+
+
+def test_the_student_begins_as_the_model(tiny):
+    model = student(tiny)
+    before, logits = values(model), model(IDS).logits
+    adapters = Adapters(model, Lora(rank=4), seed=0)
+    assert torch.equal(model(IDS).logits, logits)
+    merged = adapters.merged(values(model))
+    assert merged.keys() == before.keys()
+    assert all(torch.equal(merged[name], weight) for name, weight in before.items())
+
+
+def test_the_first_values_follow_from_the_seed_alone(tiny):
+    def begun(seed, precision="float32", **options):
+        model = student(tiny, precision)
+        Adapters(model, Lora(rank=4, **options), seed)
+        return values(model)
+
+    torch.manual_seed(1)
+    one = begun(3)
+    torch.manual_seed(2)
+    again, other, low = begun(3), begun(4), begun(3, "bfloat16")
+    some = begun(3, targets=("v_proj",))
+    assert len(of(one, "A")) == 14
+    for name, a in of(one, "A").items():
+        assert torch.equal(again[name], a), name
+        assert torch.equal(low[name], a.bfloat16()), name
+        assert not torch.equal(other[name], a), name
+        bound = a.shape[1] ** -0.5
+        assert 0.9 * bound < a.abs().max() <= bound
+        assert a.std() == pytest.approx(bound / 3**0.5, rel=0.15)  # of a uniform distribution
+    assert len({a.flatten()[0].item() for a in of(one, "A").values()}) == 14
+    assert all(torch.equal(one[name], a) for name, a in of(some, "A").items())
+    assert not any(b.any() for b in of(one, "B").values())
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_merged_weights_are_those_of_the_definition(tiny, precision):
+    """W + (alpha / rank) B A; in bfloat16 too, where they round once."""
+    model = student(tiny, precision)
+    base = values(model)
+    adapters = Adapters(model, Lora(rank=4, alpha=12, targets=("q_proj", "down_proj")), seed=0)
+    fill(model)
+    state = values(model)
+    merged = adapters.merged(state)
+    assert merged.keys() == base.keys()
+    for name, weight in base.items():
+        layer = name.removesuffix(".weight")
+        if not layer.endswith(("q_proj", "down_proj")):
+            assert torch.equal(merged[name], weight)
+            continue
+        a, b = (state[f"{layer}.lora_{k}.default.weight"].double() for k in "AB")
+        expected = weight.double() + 3 * torch.einsum("or,ri->oi", b, a)
+        assert merged[name].dtype == weight.dtype
+        rounding = {"float32": 1e-6, "bfloat16": 2**-8}[precision]
+        assert torch.allclose(merged[name].double(), expected, rtol=rounding, atol=1e-6), name
+        assert (expected - weight.double()).abs().max() > 0.1
+
+
+def test_what_is_exported_is_read_by_peft(tiny, tmp_path):
+    from peft import PeftModel
+
+    model = student(tiny)
+    adapters = Adapters(model, Lora(rank=4, targets=("v_proj", "up_proj")), seed=0)
+    fill(model)
+    adapters.export(values(model), tmp_path / "adapter")
+    assert {p.name for p in tmp_path.rglob("*") if p.is_file()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    plain = student(tiny)
+    before = plain(IDS).logits
+    loaded = PeftModel.from_pretrained(plain, tmp_path / "adapter")
+    assert torch.allclose(loaded(IDS).logits, model(IDS).logits, atol=1e-5)
+    assert not torch.allclose(loaded(IDS).logits, before, atol=0.1)
+    assert loaded.peft_config["default"].base_model_name_or_path == tiny["student"]
+
+
+def test_the_identity_of_what_the_adapters_belong_to(tiny):
+    def identity(which="student", precision="float32", **options):
+        model = load_causal_lm(tiny[which], precision, "model")
+        return Adapters(model, Lora(**options), seed=0).identity
+
+    one = identity()
+    assert one == identity(precision="bfloat16") == identity(targets=tuple(NAMES))
+    assert one["student.lora.targets"] == ", ".join(NAMES)
+    for key, other in (
+        ("student.model", identity("teacher")),
+        ("student.lora.rank", identity(rank=8)),
+        ("student.lora.alpha", identity(alpha=16)),
+        ("student.lora.targets", identity(targets=("q_proj",))),
+    ):
+        assert [k for k in one if one[k] != other[k]] == [key]
+
+
+# --- memory
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_the_memory_of_a_learner_with_adapters(tiny, stage):
+    """The tiny student by hand: hidden 64, inner 128, queries 64, keys and values 32 wide, two
+    layers. Gradients and moments of the adapters alone."""
+    from transformers import AutoConfig
+
+    shapes = [(64, 64), (64, 32), (64, 32), (64, 64), (64, 128), (64, 128), (128, 64)]
+    adapters = 2 * sum(4 * (i + o) for i, o in shapes)
+    whole = 320 * 64 + 2 * (sum(i * o for i, o in shapes) + 2 * 64) + 64
+    config = {
+        **MINIMAL,
+        "student": {"model": "s", "lora": {"rank": 4}},
+        "learner": {"zero_stage": stage, "ranks": 2},
+        "evaluation": {"prompts": 0},
+    }
+    model = AutoConfig.from_pretrained(tiny["student"])
+    needs = estimate(Config.model_validate(config), model, {"": model}, ("learner",))
+    parts = {need.role: need for need in needs}["learner"].parts
+    per = {0: (4, 4, 8), 3: (2, 2, 8)}[stage]  # bytes: weights, gradients, optimizer
+    assert parts["weights"] == pytest.approx((whole + adapters) * per[0] / GIB)
+    assert parts["gradients"] == pytest.approx(adapters * per[1] / GIB)
+    assert parts["optimizer"] == pytest.approx(adapters * per[2] / GIB)
+    assert parts["merged weights"] == pytest.approx(2 * sum(i * o for i, o in shapes) * 4 / GIB)
+    built = student(tiny)
+    Adapters(built, Lora(rank=4), seed=0)
+    counted = sum(p.numel() for p in built.parameters() if p.requires_grad)
+    assert counted == adapters
+
+
+def test_adapters_are_of_the_layers_that_pruning_leaves(tiny):
+    from transformers import AutoConfig
+
+    model = AutoConfig.from_pretrained(tiny["teacher"])
+    lora = Lora(rank=2, targets=("q_proj",))
+    whole = size_of(model, Student(model="s", lora=lora))
+    pruned = size_of(model, Student(model="s", lora=lora, init=Prune(drop_layers=(1, 2))))
+    assert (whole.adapters, pruned.adapters) == (4 * 2 * 128, 3 * 2 * 128)
+
+
+# --- a head that does not learn
+
+
+class Shapes(TorchDispatchMode):
+    """The shapes of what every operation makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.seen.add((func.__name__.split(".")[0], tuple(out.shape)))
+        return out
+
+
+def test_a_frozen_head_costs_no_gradient(monkeypatch):
+    """The gradient of the states is the same, and nothing as large as the head is made for it."""
+    monkeypatch.setattr(stats_module, "CHUNK_ELEMENTS", 4 * 17)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(11, 6, requires_grad=True), torch.randn(17, 6)
+    bias, targets = torch.randn(17), torch.randint(17, (11,))
+    found, made = {}, {}
+    for learns in (True, False):
+        w, b = (t.clone().requires_grad_(learns) for t in (weight, bias))
+        given = token_stats(hidden, OutputHead(w, b), targets, ("student_logprob", "entropy"))
+        loss = (given["student_logprob"] * torch.arange(11.0)).sum() + given["entropy"].sum()
+        with Shapes() as shapes:
+            (found[learns],) = torch.autograd.grad(loss, hidden, retain_graph=learns)
+            if learns:
+                (of_head,) = torch.autograd.grad(loss, w)
+                assert of_head.abs().sum() > 0
+        made[learns] = {name for name, shape in shapes.seen if shape in ((17, 6), (17,))}
+    assert torch.equal(found[True], found[False])
+    assert {"zeros_like", "addmm_"} <= made[True]
+    assert not made[False], made[False]
