@@ -10,7 +10,7 @@ quickstart: setup
 	$(BIN)/python scripts/quickstart.py
 
 test: lint browser
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --durations=20
 
 lint: setup
 	$(BIN)/ruff check .
