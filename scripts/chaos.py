@@ -279,9 +279,9 @@ def disturb(run: Trial, faults: list[Fault], ray: Cluster, generator: random.Ran
 
 def strike(run: Trial, fault: Fault, generator: random.Random) -> int:
     """1 where there was someone to strike."""
-    until = time.monotonic() + 60
+    until = time.monotonic() + 180
     while not (there := run.processes(fault.role)):  # it may be starting again
-        if time.monotonic() > until or run.driver.poll() is not None:
+        if time.monotonic() > until or (run.driver.poll() is not None and not run.go_on()):
             return 0
         time.sleep(0.1)
     victim = generator.choice(sorted(there, key=lambda p: p.pid))
