@@ -13,7 +13,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -288,10 +288,11 @@ def strike(run: Trial, fault: Fault, generator: random.Random) -> int:
     if fault.what == "cut":
         return cut(victim)
     number = {"kill": signal.SIGKILL, "stop": signal.SIGTERM}.get(fault.what, signal.SIGSTOP)
-    victim.send_signal(number)
-    if fault.what == "slow":
-        time.sleep(2)
-        victim.send_signal(signal.SIGCONT)
+    with suppress(psutil.NoSuchProcess):  # it ended just now, or was replaced while it was slow
+        victim.send_signal(number)
+        if fault.what == "slow":
+            time.sleep(2)
+            victim.send_signal(signal.SIGCONT)
     return 1
 
 
