@@ -35,7 +35,7 @@ class Prune(Schema):
 class Lora(Schema):
     """Low-rank adapters, which learn in place of the model's own weights (docs/lora.md)."""
 
-    rank: int = Field(16, ge=1)
+    rank: int = Field(16, ge=1, description="Rows of A and columns of B, which the adapters learn.")
     alpha: int = Field(32, ge=1, description="What the adapters add is scaled by alpha / rank.")
     targets: Literal["all-linear"] | tuple[str, ...] = Field(
         "all-linear",
