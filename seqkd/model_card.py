@@ -82,13 +82,16 @@ def license_of(model: str) -> dict[str, str]:
     """The license that the model's own card states; empty where there is no card, or none in it."""
     from transformers.utils.hub import cached_file
 
-    file = cached_file(
-        expand(model),
-        "README.md",
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        _raise_exceptions_for_gated_repo=False,
-    )
+    try:
+        file = cached_file(
+            expand(model),
+            "README.md",
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            _raise_exceptions_for_gated_repo=False,
+        )
+    except OSError:  # a directory that was moved while the run went on
+        return {}
     if file is None:
         return {}
     try:

@@ -614,6 +614,7 @@ def test_a_run_ends_with_its_page_and_not_by_it(tmp_path, monkeypatch, capsys, i
     import train
 
     from actors import build
+    from seqkd import model_card
 
     config = configuration("x", runs_dir=str(tmp_path), evaluation={"prompts": 0})
     checked = SimpleNamespace(warnings=(), train=(), heldout=(), corpus=())
@@ -630,6 +631,7 @@ def test_a_run_ends_with_its_page_and_not_by_it(tmp_path, monkeypatch, capsys, i
     monkeypatch.setattr(train, "learn", learn)
     monkeypatch.setattr(build, "connect", lambda config, verbose: nullcontext())
     monkeypatch.setattr(build, "check_resources", lambda config: None)
+    monkeypatch.setattr(model_card, "write", lambda *arguments: None)  # there is no student
     assert train.train(config, verbose=True, resume=False) == 0
     out, page = capsys.readouterr().out, tmp_path / "x" / "report.html"
     assert f"report:      {page}" in out
