@@ -239,3 +239,7 @@ def test_its_example_runs(run, tiny, monkeypatch, capsys):
     exec(code, known)
     assert known["output"].shape[1] <= known["inputs"]["input_ids"].shape[1] + 5
     assert capsys.readouterr().out.strip()
+
+
+def test_a_student_whose_directory_was_moved_has_no_license_to_state(tmp_path):
+    assert model_card.license_of(str(tmp_path / "moved")) == {}
