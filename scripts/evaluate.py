@@ -128,7 +128,7 @@ def evaluate(asked: Request, verbose: bool) -> int:
     written: dict[str, Written] = {}
     with build.connect(config, verbose):
         for name, path in asked.models.items():
-            with started(config, path, checked, with_teacher, asked.out) as workers:
+            with started(config, path, checked, with_teacher) as workers:
                 written |= answers(config, name, workers, checked, with_teacher, asked.out)
     evaluation = measured(written, checked, asked, bart)
     write(asked.out, evaluation, written, checked)
@@ -174,9 +174,7 @@ def checks(asked: Request) -> tuple[Config, Checked, bool]:
 
 
 @contextmanager
-def started(
-    config: Config, path: str, checked: Checked, with_teacher: bool, out: Path
-) -> Iterator[Workers]:
+def started(config: Config, path: str, checked: Checked, with_teacher: bool) -> Iterator[Workers]:
     """All actors of one student."""
     from actors import build
     from seqkd.control import Control
@@ -307,8 +305,8 @@ def show(evaluation: dict[str, Any], asked: Request) -> None:
     for pair, changes in evaluation["changes"].items():
         print(f"\n{pair}, paired over prompts:")
         for key, change in changes.items():
-            verdict = "excludes 0" if change["low"] > 0 or change["high"] < 0 else "includes 0"
-            print(f"  {LABELS[key]:<38}{Interval(**change)!s:<28}{verdict}")
+            interval = Interval(**change)
+            print(f"  {LABELS[key]:<38}{interval!s:<28}{interval.verdict}")
     for name, curves in evaluation["curves"].items():
         print("\n" + "\n".join(f"{name}: {line}" for line in about(curves)))
     print(f"\n{asked.out / 'evaluation.json'}\n{asked.out / 'generations.jsonl'}")

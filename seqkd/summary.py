@@ -78,10 +78,10 @@ def render(evaluation: dict[str, Any]) -> str:
     lines.append("")
     for figure, changes in evaluation["changes"].items():
         for pair, change in changes.items():
-            verdict = "excludes 0" if change["low"] > 0 or change["high"] < 0 else "includes 0"
+            interval = Interval(**change)
             lines.append(
-                f"{LABELS[figure].removesuffix(' (nats)')}, {pair}: {Interval(**change)} "
-                f"(paired over prompts; {verdict})"
+                f"{LABELS[figure].removesuffix(' (nats)')}, {pair}: {interval} "
+                f"(paired over prompts; {interval.verdict})"
             )
     for example in evaluation["examples"]:
         lines += ["", f"Prompt: {_shown(example['prompt'])}"]

@@ -31,6 +31,11 @@ class Interval:
     def __str__(self) -> str:
         return f"{self.mean:.3g} [{self.low:.3g}, {self.high:.3g}]"
 
+    @property
+    def verdict(self) -> str:
+        """Of a difference: whether it can be told from none."""
+        return "excludes 0" if self.low > 0 or self.high < 0 else "includes 0"
+
 
 FIGURES: dict[str, tuple[str, str]] = {
     "reverse_kl_per_token": ("reverse_kl", "student_tokens"),

@@ -15,7 +15,7 @@ from seqkd.token_stats import (
     token_stats,
     top_teacher,
 )
-from seqkd.types import Divergence
+from seqkd.types import Divergence, EndLogprob
 
 N, H, V = 11, 6, 17
 
@@ -91,6 +91,16 @@ def test_equal_models_have_no_divergence(setup):
     assert found["reverse_kl"].abs().max() < 1e-6
     assert found["forward_kl"].abs().max() < 1e-6
     assert torch.allclose(found["student_logprob"], found["teacher_logprob"])
+
+
+def test_the_probability_of_an_end_is_that_of_any_of_its_tokens(setup):
+    """Without a teacher, and beside other statistics."""
+    end = EndLogprob((0, 3))
+    head = OutputHead(setup["weight"], setup["bias"])
+    found = token_stats(setup["hidden"], head, setup["targets"], ("entropy", end))
+    q = torch.softmax(setup["hidden"] @ setup["weight"].T + setup["bias"], -1)
+    assert torch.allclose(found[end], (q[:, 0] + q[:, 3]).log(), atol=1e-5)
+    assert found.keys() == {"entropy", end}
 
 
 def test_no_tokens(setup):

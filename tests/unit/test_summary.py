@@ -1,0 +1,35 @@
+"""What a person reads at the end of a run."""
+
+from __future__ import annotations
+
+import pytest
+
+from seqkd.evaluation.divergence import Interval, Measurement, Shown
+from seqkd.summary import evaluation_json
+from seqkd.types import Prompt, Rollout
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"), [(0.1, 2, "ex"), (-2, -0.1, "ex"), (0, 1, "in")]
+)
+def test_a_difference_that_can_be_told_from_none(low, high, verdict):
+    assert Interval(0.5, low, high).verdict == f"{verdict}cludes 0"
+
+
+def test_tokens_of_an_example_make_up_its_text(tokenizer):
+    """A character of several tokens is shown at the last of them; each token keeps its cost."""
+    import numpy as np
+
+    ids = tuple(tokenizer("né €", add_special_tokens=False).input_ids)
+    costs = tuple(float(i) for i in range(len(ids)))
+    rollout = Rollout("a", "a/0", (1,), ids, None, "student", 0, "length")
+    ones = {"sequences": np.ones(1), "student_tokens": np.ones(1), "teacher_tokens": np.ones(1)}
+    ones |= {name: np.ones(1) for name in ("student_ended", "teacher_ended", "nll")}
+    known = Measurement(ones, (Shown(rollout, costs),), (Shown(rollout),))
+    found = evaluation_json({"initial": known}, [Prompt("a", (1,), "a")], tokenizer, 1)
+    tokens = found["examples"][0]["tokens"]
+    assert len(ids) > len("né €"), "some character is several tokens"
+    assert "".join(text for text, _ in tokens["student after"]) == tokenizer.decode(ids)
+    assert [cost for _, cost in tokens["student after"]] == list(costs)
+    assert [text for text, _ in tokens["student after"]].count("€") == 1
+    assert {cost for _, cost in tokens["teacher"]} == {None}
