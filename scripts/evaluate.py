@@ -257,6 +257,7 @@ def measured(
         "interval": "95 % percentile bootstrap over prompts",
         "figures": {n: {k: asdict(v) for k, v in f.table().items()} for n, f in figures.items()},
         "changes": {n: {k: asdict(v) for k, v in c.items()} for n, c in changed.items()},
+        "per_prompt": {n: {k: v.plain() for k, v in f.ratios.items()} for n, f in figures.items()},
         "curves": {n: table.curves(w, prompts) for n, w in written.items() if w.on_teacher},
         "problems": asked.problems,
     }

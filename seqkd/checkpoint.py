@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from seqkd import checkpoint_files
+from seqkd.budget import Spent
 from seqkd.config import Config
 from seqkd.control import Control
 from seqkd.errors import CheckpointError
@@ -37,6 +38,7 @@ class Progress:
     running: Running = field(default_factory=dict)
     """Of the phase under way, by sampler."""
     measured: dict[str, Measurement] = field(default_factory=dict)
+    spent: Spent = field(default_factory=dict)
     known_text: dict[str, list[float]] = field(default_factory=dict)
     """What each teacher first said of it; see :mod:`seqkd.canary`."""
 
@@ -84,6 +86,7 @@ class Checkpoints:
             state["step"],
             running={name: _running(row) for name, row in state["running"].items()},
             measured={name: _measurement(row) for name, row in state["measured"].items()},
+            spent=state["spent"],
             known_text=state["known_text"],
         ), skipped
 
@@ -109,6 +112,7 @@ class Checkpoints:
             "policy_version": self.learner.policy_version,
             "running": {name: _running_row(r) for name, r in progress.running.items()},
             "measured": {name: _measurement_row(m) for name, m in progress.measured.items()},
+            "spent": progress.spent,
             "known_text": progress.known_text,
             "taken": self._taken(),
             "journal": self.journal.position(),

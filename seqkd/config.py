@@ -19,7 +19,7 @@ from seqkd.config_data import Data
 from seqkd.config_messages import explain, shown
 from seqkd.config_objectives import NATURAL_OBJECTIVE, Objective, SequenceReverseKL
 from seqkd.config_roles import Learner, OneTeacher, Rollout, SeveralTeachers, Student, Teacher
-from seqkd.config_run import Checkpoints, Recovery
+from seqkd.config_run import Budget, Checkpoints, Recovery
 from seqkd.config_schema import SamplerName, Schema, TrackerName
 from seqkd.errors import ConfigError
 
@@ -39,6 +39,9 @@ class Evaluation(Schema):
 
     prompts: int = Field(64, ge=0, description="Held-out prompts; 0 turns evaluation off.")
     samples_per_prompt: int = Field(1, ge=1, description="Completions of each, by each model.")
+    every_steps: int | None = Field(
+        None, ge=1, description="Measured within a phase too, after so many optimizer steps each."
+    )
     examples: int = Field(3, ge=0, description="Completions shown side by side at the end.")
 
 
@@ -81,7 +84,7 @@ class Phase(Term):
     """One stretch of training: a term, and more terms that are added to it."""
 
     plus: tuple[Term, ...] = Field((), description="Terms added to the loss, each with a weight.")
-    steps: int = Field(ge=1, description="Optimizer steps.")
+    steps: int = Field(ge=1, description="Optimizer steps; with a budget at most so many.")
     prompts_per_step: int = Field(
         4, ge=1, description="Prompts (answers, texts) a step from each sampler."
     )
@@ -141,6 +144,7 @@ class Config(Phase):
     rollout: Rollout = Rollout()
     learner: Learner = Learner()
     warmup: Warmup | None = None
+    budget: Budget | None = None
     evaluation: Evaluation = Evaluation()
     checkpoints: Checkpoints = Checkpoints()
     recovery: Recovery = Recovery()
@@ -161,6 +165,14 @@ class Config(Phase):
         """Names and phases in the order in which they run."""
         warmup = (("warmup", self.warmup),) if self.warmup else ()
         return (*warmup, ("main", self))
+
+    def extent(self, phase: Phase) -> str:
+        """How long a phase is, in words."""
+        steps = f"{phase.steps} step{'s' * (phase.steps > 1)}"
+        if self.budget is None or phase is not self:
+            return steps
+        spent = self.budget.kind.replace("_", " ")
+        return f"up to {self.budget.amount:g} {spent} in all, at most {steps}"
 
     @property
     def samplers(self) -> frozenset[SamplerName]:
@@ -235,6 +247,7 @@ class Config(Phase):
                 field = f"{where}plus.{index - 1}." if index else where
                 self._teacher_provides(term.objective, field)
                 self._samples_fit(term, self.samples_per_prompt(phase), field)
+        self._budget_ends_the_run()
         tagged = isinstance(self.teacher, SeveralTeachers) and any(
             member.tags for member in self.teacher.members.values()
         )
@@ -250,6 +263,29 @@ class Config(Phase):
                 "evaluation.prompts to 0."
             )
         return self
+
+    def _budget_ends_the_run(self) -> None:
+        if self.budget is None:
+            return
+        kind, samplers = self.budget.kind, self.by_sampler
+        sampled = {self.source(s) for s in samplers} - {"dataset", "corpus"}
+        asked = {"teacher", "mixture"} & sampled or any(
+            term.objective.teacher_need != "nothing" for term in self.terms
+        )
+        if (kind == "sampled_tokens" and not sampled) or (kind == "teacher_tokens" and not asked):
+            raise ValueError(
+                f"budget.kind {kind!r} is not spent by objective {self.objective.kind!r} on "
+                f"samples of the {self.sampler}, so it would never end the run. Choose another "
+                "kind, such as learner_tokens."
+            )
+        if self.warmup and kind == "prompts":
+            of = self.warmup
+            drawn = of.steps * of.prompts_per_step * len(of.by_sampler)
+            if drawn >= self.budget.amount:
+                raise ValueError(
+                    f"budget.amount {self.budget.amount:g} prompts is spent by the warm-up, which "
+                    f"draws {drawn}. Set it higher, or warmup.steps lower."
+                )
 
     def _teacher_provides(self, objective: Objective, where: str) -> None:
         scores, need = self.teacher.scores, objective.teacher_need

@@ -1,10 +1,22 @@
-"""The configuration of what keeps a run going: checkpoints, and actors that are lost."""
+"""The configuration of what keeps a run going: budget, checkpoints, actors that are lost."""
 
 from __future__ import annotations
 
 from pydantic import Field
 
-from seqkd.config_schema import Schema
+from seqkd.config_schema import BudgetKind, Schema
+
+
+class Budget(Schema):
+    """What training may cost. The main phase ends with the step that spends it."""
+
+    kind: BudgetKind = Field(
+        description="Counted over all steps, the warm-up's too. prompts: drawn; sampled_tokens: of "
+        "completions, by student or teacher; learner_tokens: of completions that were learnt from; "
+        "teacher_tokens: of completions that the teacher wrote, and of those that it scored; "
+        "seconds: of steps.",
+    )
+    amount: float = Field(gt=0, description="So much of it.")
 
 
 class Checkpoints(Schema):

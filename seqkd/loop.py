@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from seqkd.budget import cost, expected_steps, spend
 from seqkd.checkpoint import Checkpoints, Progress
 from seqkd.config import Config, Phase
 from seqkd.control import Control
@@ -45,7 +47,7 @@ def go_on(run: Run, progress: Progress) -> dict[str, Measurement]:
     for name, phase in run.config.phases:
         train(run, progress, name, phase, begun, stream, texts)
         begun += phase.steps
-        if progress.step == begun:
+        if progress.step <= begun:
             save(run, progress)
             run.workers.learner.export(run.export_to)
             measure(run, progress, name, f"measuring the student after {name} on held-out prompts")
@@ -70,9 +72,15 @@ def train(
     ]
     progress.running = {source.sampler: source.running for source in sources}
     for index in range(done, phase.steps):
+        steps = expected_steps(config, phase, index, progress.spent)
+        if progress.between_draws:
+            if index >= steps:
+                break
+            if index and progress.step % (config.evaluation.every_steps or math.inf) == 0:
+                measure(run, progress, f"step {progress.step}", "measuring on held-out prompts")
         clock = Clock()
         version = learner.policy_version
-        if not sources[0].steps:
+        if progress.between_draws:
             run.control.check()
             if run.checkpoints.due(progress):
                 save(run, progress)
@@ -82,7 +90,7 @@ def train(
             with clock("watch"):
                 run.watch.drawn(progress.step)
         parts = [source.part(clock) for source in sources]
-        lr = learning_rate(config.learner, config.lr(phase), index, phase.steps)
+        lr = learning_rate(config.learner, config.lr(phase), index, max(steps, index + 1))
         with clock("learn"):
             result = learner.step(parts, lr)
         run.watch.learnt(progress.step, parts, result, lr)
@@ -90,7 +98,9 @@ def train(
             if not result.skipped:
                 source.running.update(learnt.costs, learnt.alive)
         row = describe(config, name, phase, version, lr, parts, result)
-        run.recorder.step(progress.step, row, clock)
+        costs = cost(phase, parts, clock.total())
+        spend(progress.spent, name, costs)
+        run.recorder.step(progress.step, row, costs, clock, begun + max(steps, index + 1))
         run.watch.described(row)
         progress.step += 1
         progress.between_draws = not sources[0].steps

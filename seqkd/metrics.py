@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import xxhash
 
+from seqkd.budget import Cost
 from seqkd.config import Config, Phase
 from seqkd.errors import writing
 from seqkd.protocols import Part
@@ -50,8 +51,7 @@ class Recorder:
 
     def __init__(self, directory: Path, config: Config, out: TextIO = sys.stdout) -> None:
         self.out, self.live = out, out.isatty()
-        self.steps = sum(phase.steps for _, phase in config.phases)
-        self.done = 0
+        self.config, self.steps, self.done = config, 0, 0
         self.stage_seconds = dict.fromkeys((*STAGES, "other"), 0.0)
         self.path = directory / "metrics.jsonl"
         self.file: TextIO | None = None
@@ -83,15 +83,17 @@ class Recorder:
             f"({term.sampler} samples)"
             for term in phase.terms
         )
-        self.note(f"{name}: {phase.steps} steps, {terms}")
+        self.note(f"{name}: {self.config.extent(phase)}, {terms}")
 
-    def step(self, step: int, row: dict[str, Any], clock: Clock) -> None:
-        """Record one optimizer step, ``row`` from :func:`describe`."""
-        total = clock.total()
+    def step(self, step: int, row: dict[str, Any], costs: Cost, clock: Clock, steps: int) -> None:
+        """Record one optimizer step of about ``steps``: ``row`` from :func:`describe`, ``costs``
+        from :func:`seqkd.budget.cost`."""
+        self.steps, total = steps, costs["seconds"]
         self.stage_seconds["other"] += total - sum(clock.seconds.values())
         for stage, seconds in clock.seconds.items():
             self.stage_seconds[stage] += seconds
         row = row | {f"time_{stage}_s": seconds for stage, seconds in clock.seconds.items()}
+        row |= {name: count for name, count in costs.items() if name != "seconds"}
         row |= {"time_step_s": total, "tokens_per_s": row["tokens"] / total}
         assert self.file is not None, "rewind first"
         with writing(self.path):
@@ -206,7 +208,7 @@ def _digest(rollouts: Sequence[Rollout]) -> str:
 
 def _describe_part(config: Config, part: Part, result: PartResult) -> dict[str, Any]:
     counts, rollouts = part.counts, part.rollouts
-    cut = part.masked + sum(r.finish_reason == "length" for r in rollouts)
+    cut = len(part.masked) + sum(r.finish_reason == "length" for r in rollouts)
     row: dict[str, Any] = {
         "samples": _digest(rollouts),
         "rollout_policy_version": max(r.policy_version for r in rollouts),
@@ -214,7 +216,7 @@ def _describe_part(config: Config, part: Part, result: PartResult) -> dict[str, 
         "tokens": counts.tokens,
         "length": counts.tokens / counts.sequences,
         "eos_rate": sum(r.finish_reason == "stop" for r in rollouts) / len(rollouts),
-        "truncation_rate": cut / (len(rollouts) + part.masked),
+        "truncation_rate": cut / (len(rollouts) + len(part.masked)),
         "repetition": repetition(rollouts),
     }
     if any(term.objective.running for term in part.terms):

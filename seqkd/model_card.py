@@ -170,7 +170,7 @@ def _phase(config: Config, phase: Phase) -> str:
     samples = config.samples_per_prompt(phase)
     many = f", {samples} samples each" if samples > 1 and phase.sampler != "dataset" else ""
     return (
-        f"{phase.steps} steps of {terms}; {phase.prompts_per_step} prompts a step{many}, "
+        f"{config.extent(phase)} of {terms}; {phase.prompts_per_step} prompts a step{many}, "
         f"learning rate {config.lr(phase):g}"
     )
 

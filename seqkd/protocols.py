@@ -71,7 +71,7 @@ class Part:
     """The share of teacher samples in a mixture, whose sequences are weighted; else None."""
     usage: Mapping[str, int] = field(default_factory=dict)
     """What the teacher's endpoint was asked for so far."""
-    masked: int = 0
+    masked: Sequence[Rollout] = ()
     """Completions that were drawn with these and left out, because they are cut."""
 
 

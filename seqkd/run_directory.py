@@ -23,16 +23,18 @@ FIRST = (
 )  # fmt: skip
 """What a run writes before its first step: a start that failed there may be tried again."""
 OPERATION = {
-    "name", "runs_dir", "trackers", "cluster", "placement", "examples", "actors", "cpus", "gpus",
-    "ranks", "zero_stage", "gradient_checkpointing", "micro_batch_prompts", "tensor_parallel_size",
+    "name", "runs_dir", "trackers", "cluster", "placement", "examples", "every_steps", "actors",
+    "cpus", "gpus", "ranks", "zero_stage", "gradient_checkpointing", "micro_batch_prompts",
+    "tensor_parallel_size",
     "kv_cache_gib", "gpu_memory_utilization", "max_num_seqs", "enforce_eager", "batch_tokens",
     "base_url", "key_env", "concurrency", "timeout_s", "max_retries",
 }  # fmt: skip
 """Keys that say how a run is carried out, in whatever section; and every key of SECTIONS."""
 SECTIONS = ("checkpoints", "recovery", "alarms")
 COURSE = {
-    "steps", "learner.lr", "learner.schedule", "learner.lr_warmup_steps", "learner.min_lr_ratio",
-    "learner.betas", "learner.weight_decay", "learner.max_grad_norm", "learner.precision",
+    "steps", "budget", "budget.kind", "budget.amount", "learner.lr", "learner.schedule",
+    "learner.lr_warmup_steps", "learner.min_lr_ratio", "learner.betas",
+    "learner.weight_decay", "learner.max_grad_norm", "learner.precision",
     "rollout.precision",
 }  # fmt: skip
 """Fields that change what the next steps do, which a user may want under way."""

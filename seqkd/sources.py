@@ -72,14 +72,14 @@ class StepSource:
         """What the next step learns from."""
         drawn = self.steps.pop(0)
         mask = self.config.rollout.mask_truncated and self.source not in ("dataset", "corpus")
-        ended = [r for r in drawn if r.finish_reason == "stop"] if mask else drawn
-        rollouts = ended or drawn
+        cut = [r for r in drawn if mask and r.finish_reason == "length"]
+        masked = cut if len(cut) < len(drawn) else []
+        rollouts = [r for r in drawn if r.finish_reason == "stop"] if masked else drawn
         scores = {r.sample_id: self.scores[r.sample_id] for r in rollouts} if self.scores else {}
         if any(term.objective.running for term in self.terms) and not self.running.known:
             with clock("learn"):
                 self._first_estimate(rollouts, scores)
         counts = self.running.counts(rollouts)
-        masked = len(drawn) - len(rollouts)
         return Part(rollouts, scores, counts, self.terms, self.fraction, self.usage, masked)
 
     def _rollouts(self, prompts: list[Prompt], step: int, clock: Clock) -> list[list[Rollout]]:

@@ -34,13 +34,15 @@ def evaluation_json(
     examples: int,
 ) -> dict[str, Any]:
     """Everything measured, as plain data: figures by stage, paired changes, completions."""
+    ratios = {stage: m.ratios() for stage, m in measurements.items()}
     tables = {stage: m.table() for stage, m in measurements.items()}
+    phases = [stage for stage in ratios if not stage.startswith("step ")]
     known = next(iter(tables.values()))
     divergences: list[str] = ["reverse_kl_per_token", "forward_kl_per_token"]
     changes = {
         figure: {
-            f"{a} -> {b}": asdict(paired_change(measurements[a], measurements[b], figure))
-            for a, b in _pairs(list(measurements))
+            f"{a} -> {b}": asdict(paired_change(ratios[a][figure], ratios[b][figure]))
+            for a, b in _pairs(phases)
         }
         for figure in ([f for f in divergences if f in known] or ["nll_per_token"])
     }
@@ -49,6 +51,7 @@ def evaluation_json(
         "interval": "95 % percentile bootstrap over prompts",
         "figures": {s: {k: asdict(v) for k, v in t.items()} for s, t in tables.items()},
         "changes": changes,
+        "per_prompt": {s: {k: v.plain() for k, v in of.items()} for s, of in ratios.items()},
         "examples": [
             _example(i, measurements, prompts, tokenizer)
             for i in range(min(examples, len(prompts)))
@@ -64,7 +67,7 @@ def write(directory: Path, evaluation: dict[str, Any]) -> None:
 
 def render(evaluation: dict[str, Any]) -> str:
     """The figures, the paired changes and the completions side by side, as text."""
-    stages = list(evaluation["figures"])
+    stages = [stage for stage in evaluation["figures"] if not stage.startswith("step ")]
     lines = [
         f"Held-out prompts: {evaluation['prompts']}; mean [95 % interval over prompts]",
         "",

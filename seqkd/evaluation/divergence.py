@@ -37,6 +37,25 @@ class Interval:
         return "excludes 0" if self.low > 0 or self.high < 0 else "includes 0"
 
 
+@dataclass(frozen=True)
+class Ratio:
+    """A figure as the quotient of two sums over prompts."""
+
+    above: Array
+    """[P]"""
+    below: Array
+    """[P] 0 at prompts where the figure is not defined, which are left out."""
+
+    def interval(self) -> Interval:
+        """With a percentile bootstrap over prompts."""
+        known = self.below > 0
+        return ratio(self.above[known], self.below[known])
+
+    def plain(self) -> dict[str, list[float]]:
+        """As JSON has it."""
+        return {"above": self.above.tolist(), "below": self.below.tolist()}
+
+
 FIGURES: dict[str, tuple[str, str]] = {
     "reverse_kl_per_token": ("reverse_kl", "student_tokens"),
     "reverse_kl_per_sequence": ("reverse_kl", "sequences"),
@@ -84,13 +103,17 @@ class Measurement:
     """The first sample of each of the first prompts."""
     teacher: tuple[Shown, ...]
 
-    def table(self) -> dict[str, Interval]:
-        """Every figure that is known, with units in its name (nats, tokens)."""
+    def ratios(self) -> dict[str, Ratio]:
+        """Every figure that is known (nats, tokens, shares), prompt by prompt."""
         return {
-            figure: ratio(self.sums[above], self.sums[below])
+            figure: Ratio(self.sums[above], self.sums[below])
             for figure, (above, below) in FIGURES.items()
             if above in self.sums
         }
+
+    def table(self) -> dict[str, Interval]:
+        """The same over all prompts."""
+        return {figure: of.interval() for figure, of in self.ratios().items()}
 
 
 def ratio(numerator: Array, denominator: Array) -> Interval:
@@ -101,18 +124,16 @@ def ratio(numerator: Array, denominator: Array) -> Interval:
     return Interval(float(numerator.sum() / denominator.sum()), float(low), float(high))
 
 
-def paired_change(before: Measurement, after: Measurement, figure: str) -> Interval:
-    """Change of a figure, prompts resampled together in both measurements."""
-    above, below = FIGURES[figure]
-    picks = _picks(len(before.sums[above]))
+def paired_change(before: Ratio, after: Ratio) -> Interval:
+    """Change of a figure, prompts resampled together in both, of those where both define it."""
+    known = (before.below > 0) & (after.below > 0)
+    everything = np.arange(known.sum())
 
-    def value(m: Measurement, rows: Array | slice) -> Array:
-        result: Array = m.sums[above][rows].sum(-1) / m.sums[below][rows].sum(-1)
-        return result
+    def value(of: Ratio, rows: Array) -> Array:
+        return np.asarray(of.above[known][rows].sum(-1) / of.below[known][rows].sum(-1))
 
-    changes = value(after, picks) - value(before, picks)
-    low, high = np.percentile(changes, (2.5, 97.5))
-    everything = slice(None)
+    picks = _picks(len(everything))
+    low, high = np.percentile(value(after, picks) - value(before, picks), (2.5, 97.5))
     change = value(after, everything) - value(before, everything)
     return Interval(float(change), float(low), float(high))
 

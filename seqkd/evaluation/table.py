@@ -18,14 +18,12 @@ from seqkd.evaluation.curves import Lengths, TokenValues, compare_ends, exposure
 from seqkd.evaluation.divergence import (
     Answers,
     Interval,
-    Measurement,
+    Ratio,
     condense,
     paired_change,
-    ratio,
     totals,
 )
 from seqkd.evaluation.text import (
-    PerPrompt,
     distinct,
     per_prompt,
     repeated,
@@ -57,8 +55,8 @@ LABELS = {
     "self_bleu": "self-BLEU (0 to 100)",
 }
 """Rows of the table, by the name of each figure in evaluation.json."""
-DIVERGENCES = tuple(LABELS)[:5]
-"""Those of :class:`Measurement` that the table has."""
+MEASURED = (*tuple(LABELS)[:5], "nll_per_token")
+"""Those of :class:`Measurement` that the table has, or makes something of."""
 
 
 @dataclass(frozen=True)
@@ -75,23 +73,17 @@ class Written:
 class Figures:
     """Of one model."""
 
-    measurement: Measurement | None
-    text: dict[str, PerPrompt]
-    """With a value a prompt."""
-    whole: dict[str, Interval]
-    """Of all prompts together; without width where an interval is not known."""
+    ratios: dict[str, Ratio]
+    """Prompt by prompt."""
+    whole: dict[str, float]
+    """Of all prompts together; an interval is not known."""
 
     def table(self) -> dict[str, Interval]:
         """Every figure that is known."""
-        found: dict[str, Interval] = {}
-        if self.measurement is not None:
-            known = self.measurement.table()
-            found |= {name: known[name] for name in DIVERGENCES if name in known}
-            found["perplexity"] = Interval(*map(math.exp, asdict(known["nll_per_token"]).values()))
-        for name, values in self.text.items():
-            if (interval := values.interval()) is not None:
-                found[name] = interval
-        return found | self.whole
+        found = {name: of.interval() for name, of in self.ratios.items()}
+        if (nll := found.pop("nll_per_token", None)) is not None:
+            found["perplexity"] = Interval(*map(math.exp, asdict(nll).values()))
+        return found | {name: Interval(v, v, v) for name, v in self.whole.items()}
 
 
 def figures(
@@ -120,32 +112,27 @@ def figures(
     text |= {"repetition": repeated(groups), "self_bleu": self_bleu(texts)}
     said = [spoken(r) for r in written.answers.rollouts]
     shares = {f"distinct{n}": distinct(said, n) for n in (1, 2, 3)}
-    whole = {name: Interval(v, v, v) for name, v in shares.items() if v is not None}
+    whole = {name: share for name, share in shares.items() if share is not None}
+    ratios = {}
     if written.on_teacher is not None:
-        return Figures(condense(prompts, written.answers, written.on_teacher), text, whole)
-    if costs := totals(written.answers, "teacher_logprob"):
+        known = condense(prompts, written.answers, written.on_teacher).ratios()
+        ratios = {name: known[name] for name in MEASURED if name in known}
+    elif costs := totals(written.answers, "teacher_logprob"):
         sums = [
-            [sum(of(r) for r in g) for g in groups]
+            [float(sum(of(r) for r in g)) for g in groups]
             for of in (lambda r: -costs[r.sample_id], lambda r: len(r.completion_ids))
         ]
-        whole["teacher_nll_per_token"] = ratio(*map(np.array, sums))
-    return Figures(None, text, whole)
+        ratios["teacher_nll_per_token"] = Ratio(*map(np.array, sums))
+    return Figures(ratios | {n: v.ratio() for n, v in text.items() if v.values}, whole)
 
 
 def changes(before: Figures, after: Figures) -> dict[str, Interval]:
     """after - before, prompts resampled together, of every figure that has a value a prompt."""
-    found = {}
-    if before.measurement is not None and after.measurement is not None:
-        for name in DIVERGENCES:
-            if name in before.measurement.table():
-                found[name] = paired_change(before.measurement, after.measurement, name)
-    for name, values in after.text.items():
-        earlier = dict(zip(before.text[name].prompts, before.text[name].values, strict=True))
-        pairs = zip(values.prompts, values.values, strict=True)
-        differences = np.array([value - earlier[i] for i, value in pairs if i in earlier])
-        if len(differences):
-            found[name] = ratio(differences, np.ones(len(differences)))
-    return found
+    both = [name for name in LABELS if name in before.ratios.keys() & after.ratios.keys()]
+    pairs = {name: (before.ratios[name], after.ratios[name]) for name in both}
+    return {
+        name: paired_change(a, b) for name, (a, b) in pairs.items() if (a.below * b.below).any()
+    }
 
 
 def curves(written: Written, prompts: Sequence[Prompt]) -> dict[str, Any]:

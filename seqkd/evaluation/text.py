@@ -13,7 +13,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import DefaultTokenizer
 from sacrebleu.metrics.bleu import BLEU
 
-from seqkd.evaluation.divergence import Interval, ratio
+from seqkd.evaluation.divergence import Interval, Ratio
 from seqkd.metrics import repetition
 from seqkd.types import Rollout
 
@@ -33,7 +33,13 @@ class PerPrompt:
 
     def interval(self) -> Interval | None:
         """Mean over prompts with its bootstrap interval; None where no prompt is left."""
-        return ratio(np.array(self.values), np.ones(len(self.values))) if self.values else None
+        return self.ratio().interval() if self.values else None
+
+    def ratio(self) -> Ratio:
+        """The same over all prompts."""
+        above, below = np.zeros((2, len(self.values) + self.left_out))
+        above[list(self.prompts)], below[list(self.prompts)] = self.values, 1.0
+        return Ratio(above, below)
 
 
 def per_prompt(values: Sequence[float | None]) -> PerPrompt:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -14,6 +15,7 @@ from typing import Any
 
 from seqkd import run_directory
 from seqkd.config import Config, load
+from seqkd.config_schema import BudgetKind
 from seqkd.errors import DataError, SeqkdError
 from seqkd.evaluation.divergence import Interval
 
@@ -80,8 +82,8 @@ class Run:
 
     @property
     def spans(self) -> list[Span]:
-        """The phases: as configured, or as far as the rows tell."""
-        if self.config is None:
+        """The phases: as configured, or as far as the rows tell where a budget ends them."""
+        if self.config is None or self.config.budget:
             named = groupby(self.rows, lambda row: str(row.get("phase", "")))
             steps = [(name, [row["step"] for row in rows]) for name, rows in named]
             return [Span(name, of[0], of[-1] + 1) for name, of in steps]
@@ -94,7 +96,7 @@ class Run:
     @property
     def total(self) -> int | None:
         """Steps of all phases, where the configuration says so."""
-        return self.spans[-1].end if self.config else None
+        return self.spans[-1].end if self.config and not self.config.budget else None
 
     @property
     def figures(self) -> dict[str, tuple[int, dict[str, Interval]]]:
@@ -102,6 +104,7 @@ class Run:
         of an earlier end of a run that now goes on beyond it."""
         taken = {"initial": 0} | {span.name: span.end for span in self.spans}
         found = self.evaluation.figures if self.evaluation else {}
+        taken |= {stage: int(stage[5:]) for stage in found if re.fullmatch(r"step \d+", stage)}
         return {
             stage: (taken[stage], figures)
             for stage, figures in found.items()
@@ -117,7 +120,20 @@ class Run:
         if self.config is None:
             return self.evaluation is not None
         measured = self.spans[-1].name in self.figures or not self.config.evaluation.prompts
-        return self.done == self.total and measured
+        return self.trained and measured
+
+    @property
+    def trained(self) -> bool:
+        """Whether every step is taken, as far as the configuration tells."""
+        steps = sum(phase.steps for _, phase in self.config.phases) if self.config else None
+        budget = self.config.budget if self.config else None
+        spent = budget is not None and self.spent(budget.kind) >= budget.amount
+        return spent or self.done == steps
+
+    def spent(self, kind: BudgetKind) -> float:
+        """By the steps so far; see :class:`seqkd.config_run.Budget`."""
+        key = "time_step_s" if kind == "seconds" else kind
+        return sum(number(row, key) or 0.0 for row in self.rows)
 
     @property
     def state(self) -> str:
@@ -127,15 +143,15 @@ class Run:
         if self.held is None:
             return "not finished"
         if not self.held:
-            return "stopped" + (" before the last measurement" if self.done == self.total else "")
+            return "stopped" + (" before the last measurement" if self.trained else "")
         if not self.rows:
             return "starting"
-        return "measuring on held-out prompts" if self.done == self.total else "under way"
+        return "measuring on held-out prompts" if self.trained else "under way"
 
     @property
     def seconds(self) -> float:
         """Spent in optimizer steps."""
-        return sum(number(row, "time_step_s") or 0.0 for row in self.rows)
+        return self.spent("seconds")
 
 
 def number(row: Mapping[str, Any], key: str) -> float | None:

@@ -49,7 +49,7 @@ def objective(term: Term) -> str:
 def phases(config: Config) -> list[str]:
     """A line each: its steps and what it minimises."""
     return [
-        f"{name}, {phase.steps} steps: " + " + ".join(objective(term) for term in phase.terms)
+        f"{name}, {config.extent(phase)}: " + " + ".join(objective(term) for term in phase.terms)
         for name, phase in config.phases
     ]
 

@@ -12,6 +12,7 @@ import sys
 import pytest
 import yaml
 
+from seqkd.budget import cost
 from seqkd.config import Config
 from seqkd.evaluation.divergence import FIGURES
 from seqkd.metrics import Clock, Recorder, describe
@@ -145,7 +146,8 @@ def recorded(directory, sampler, objective, plus=(), **options):
     recorder = Recorder(directory, config, io.StringIO())
     recorder.rewind(0)
     recorder.begin("main", config)
-    recorder.step(0, describe(config, "main", config, 0, 0.1, parts, result), Clock())
+    row = describe(config, "main", config, 0, 0.1, parts, result)
+    recorder.step(0, row, cost(config, parts, 1.0), Clock(), 1)
     recorder.close()
     return set(json.loads((directory / "metrics.jsonl").read_text()))
 

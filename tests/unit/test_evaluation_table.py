@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 
-from seqkd.evaluation.divergence import Answers
-from seqkd.evaluation.table import Written, changes, curves, figures, render
+from seqkd.evaluation.divergence import Answers, Interval, Ratio
+from seqkd.evaluation.table import Figures, Written, changes, curves, figures, render
 from seqkd.types import Prompt, Rollout
 
 PROMPTS = [Prompt("a", (1,), "a"), Prompt("b", (2,), "b")]
@@ -56,7 +57,7 @@ def test_every_figure_by_hand():
     # Prompt b has no reference; both samples of a have one that says the same.
     assert table["rouge1"] == table["rougeL"] == 100
     assert table["rouge2"] == 50  # one word has no pair of words
-    assert found.text["rouge1"].left_out == 1
+    assert found.ratios["rouge1"].below.tolist() == [1, 0]
     assert table["length"] == ((3 + 2) / 2 + (4 + 2) / 2) / 2
     assert table["ended"] == (1 + 0.5) / 2
     assert table["distinct1"] == 3 / 8  # red green blue, green four times, green
@@ -80,6 +81,15 @@ def test_changes_are_paired():
     assert found["reverse_kl_per_token"].mean == found["reverse_kl_per_token"].high == -2.0
     assert (found["rouge1"].mean, found["rouge1"].low, found["rouge1"].high) == (0, 0, 0)
     assert "perplexity" not in found
+
+
+def test_changes_are_of_the_prompts_that_both_have():
+    before = Ratio(np.array([4.0, 0.0, 9.0]), np.array([2.0, 0.0, 1.0]))
+    after = Ratio(np.array([3.0, 5.0, 0.0]), np.array([3.0, 1.0, 0.0]))
+    found = changes(Figures({"rouge1": before}, {}), Figures({"rouge1": after}, {}))
+    assert found == {"rouge1": Interval(-1.0, -1.0, -1.0)}
+    nowhere = Ratio(np.array([0.0, 5.0, 0.0]), np.array([0.0, 1.0, 0.0]))
+    assert changes(Figures({"rouge1": before}, {}), Figures({"rouge1": nowhere}, {})) == {}
 
 
 def test_curves_know_what_they_are_given():

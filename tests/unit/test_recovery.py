@@ -437,10 +437,10 @@ def test_a_disk_that_is_full_loses_nothing(quiet, tmp_path, monkeypatch):
     world = World(tmp_path)
     write = world.recorder.step
 
-    def full(step, row, clock):
+    def full(step, row, *rest):
         if step == 5:
             raise StorageError("metrics.jsonl: cannot be written: No space left on device.")
-        write(step, row, clock)
+        write(step, row, *rest)
 
     monkeypatch.setattr(world.recorder, "step", full)
     with pytest.raises(StorageError, match="No space left"):

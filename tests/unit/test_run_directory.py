@@ -192,7 +192,7 @@ ROW = {"phase": "main", "tokens": 4, "loss": 1.0, "length": 2.0}
 
 def rows(recorder, first, last):
     for step in range(first, last):
-        recorder.step(step, ROW | {"loss": float(step)}, Clock())
+        recorder.step(step, ROW | {"loss": float(step)}, {"seconds": 1.0}, Clock(), last)
 
 
 @pytest.fixture
@@ -229,7 +229,8 @@ def test_of_damaged_rows_the_whole_ones_are_left(recorder, tmp_path):
 def test_what_is_no_number_is_written_as_null(recorder, tmp_path):
     recorder.rewind(0)
     recorder.begin("main", config())
-    recorder.step(0, ROW | {"grad_norm": float("nan"), "loss": float("inf")}, Clock())
+    row = ROW | {"grad_norm": float("nan"), "loss": float("inf")}
+    recorder.step(0, row, {"seconds": 1.0}, Clock(), 1)
     row = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert row["grad_norm"] is None and row["loss"] is None
 

@@ -126,8 +126,8 @@ def test_what_was_cut_can_be_left_out_of_the_loss():
     workers.student.hopeless = ("2", "3")
     made.draw([PROMPTS[:2], PROMPTS[2:4]], 0, Clock())
     part = made.part(Clock())
-    assert len(part.rollouts) == part.masked == part.counts.sequences == 4
+    assert len(part.rollouts) == len(part.masked) == part.counts.sequences == 4
     assert {r.finish_reason for r in part.rollouts} == {"stop"}
     assert part.scores.keys() == {r.sample_id for r in part.rollouts}
     none_left = made.part(Clock())
-    assert len(none_left.rollouts) == 8 and none_left.masked == 0
+    assert len(none_left.rollouts) == 8 and not none_left.masked

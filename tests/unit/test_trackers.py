@@ -27,6 +27,7 @@ from tests.unit.test_config import MINIMAL
 from tests.unit.test_recovery import CONFIG, World
 
 ROW = {"phase": "main", "tokens": 4, "loss": 1.0, "length": 2.0}
+COSTS = {"seconds": 1.0}
 
 
 class Recording(GeneralTracker):
@@ -129,7 +130,7 @@ def test_numbers_of_each_step_and_nothing_else_are_sent(registered, tmp_path):
     recorder = begun(tmp_path, config("wandb"))
     extra = {"skipped": True, "grad_norm": float("nan"), "rate": float("inf"), "sequences": 3}
     for step in range(2):
-        recorder.step(step, ROW | extra | {"loss": step + 0.5}, Clock())
+        recorder.step(step, ROW | extra | {"loss": step + 0.5}, COSTS, Clock(), 1)
     recorder.close()
     (made,) = Recording.made
     assert made.of("loss") == [(0, 0.5), (1, 1.5)]
@@ -189,7 +190,7 @@ def test_a_resumed_run_goes_on_in_the_tracker(registered, tmp_path):
     registered(wandb=Recording, mlflow=Recording, clearml=Recording)
     names = config("wandb", "mlflow", "clearml")
     recorder = begun(tmp_path, names)
-    recorder.step(0, ROW, Clock())
+    recorder.step(0, ROW, COSTS, Clock(), 1)
     recorder.rewind(0)  # as after a lost learner
     assert len(Recording.made) == 3
     recorder.close()
@@ -220,10 +221,10 @@ def test_tensorboard_hides_what_is_taken_again(tmp_path, monkeypatch):
     monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     recorder = begun(tmp_path, config())
     for step in range(4):
-        recorder.step(step, ROW | {"loss": 1.0}, Clock())
+        recorder.step(step, ROW | {"loss": 1.0}, COSTS, Clock(), 1)
     recorder.rewind(2)
     for step in range(2, 5):
-        recorder.step(step, ROW | {"loss": 2.0}, Clock())
+        recorder.step(step, ROW | {"loss": 2.0}, COSTS, Clock(), 1)
     recorder.close()
     assert board(tmp_path)["loss"] == [(0, 1.0), (1, 1.0), (2, 2.0), (3, 2.0), (4, 2.0)]
 
@@ -237,7 +238,7 @@ def test_without_a_tracker_that_fails_the_run_goes_on(registered, tmp_path, of, 
     registered(wandb=of, trackio=Recording)
     recorder = begun(tmp_path, config("wandb", "trackio"))
     for step in range(3):
-        recorder.step(step, ROW, Clock())
+        recorder.step(step, ROW, COSTS, Clock(), 1)
     recorder.close()
     said = recorder.out.getvalue()
     assert said.count(f"warning: wandb failed: {reason}. The run goes on without wandb.") == 1

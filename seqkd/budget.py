@@ -1,0 +1,54 @@
+"""What training has cost, and how many steps a budget allows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from seqkd.config import Config, Phase
+from seqkd.config_schema import BudgetKind
+from seqkd.protocols import Part
+from seqkd.types import Rollout
+
+Cost = dict[BudgetKind, float]
+Spent = dict[str, Cost]
+"""By phase."""
+
+
+def cost(phase: Phase, parts: Sequence[Part], seconds: float) -> Cost:
+    """Of one step of ``phase`` that took ``seconds``. What a journal gave counts as if it had been
+    asked for now, and a completion that was drawn and left out of the loss counts as drawn."""
+    drawn = [(part, r) for part in parts for r in (*part.rollouts, *part.masked)]
+    return {
+        "prompts": phase.prompts_per_step * len(parts),
+        "sampled_tokens": _tokens(r for _, r in drawn if r.source in ("student", "teacher")),
+        "learner_tokens": _tokens(r for part in parts for r in part.rollouts),
+        "teacher_tokens": _tokens(r for _, r in drawn if r.source == "teacher")
+        + _tokens(r for part, r in drawn if part.scores),
+        "seconds": seconds,
+    }
+
+
+def spend(spent: Spent, name: str, costs: Cost) -> None:
+    """Add the costs of a step of the phase ``name``."""
+    before = spent.get(name, {})
+    spent[name] = {kind: before.get(kind, 0.0) + costs[kind] for kind in costs}
+
+
+def expected_steps(config: Config, phase: Phase, taken: int, spent: Spent) -> int:
+    """How many steps ``phase`` will have had at its end, by what the ``taken`` ones cost; ``taken``
+    where it ends now. Only the main phase has a budget, of which the warm-up leaves a part."""
+    budget = config.budget
+    if budget is None or phase is not config:
+        return phase.steps
+    here = spent.get("main", {}).get(budget.kind, 0.0)
+    before = sum(of.get(budget.kind, 0.0) for of in spent.values()) - here
+    left = budget.amount - before - here
+    if left <= 0:
+        return taken
+    if here == 0:
+        return phase.steps
+    return min(phase.steps, max(taken + 1, round(taken * (here + left) / here)))
+
+
+def _tokens(rollouts: Iterable[Rollout]) -> int:
+    return sum(len(r.completion_ids) for r in rollouts)

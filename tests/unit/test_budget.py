@@ -1,0 +1,169 @@
+"""A budget: what steps cost, where a run ends, and that it ends there whatever is lost."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from seqkd.budget import cost, expected_steps
+from seqkd.config import Config
+from seqkd.errors import ActorError, LearnerLost
+from seqkd.protocols import Part
+from seqkd.types import Counts, Rollout
+from tests.unit.test_config import MINIMAL
+from tests.unit.test_recovery import CONFIG, Crash, World, left
+
+
+def budgeted(kind, amount, **changes):
+    data = CONFIG.model_dump(mode="json") | {"budget": {"kind": kind, "amount": amount}}
+    return Config.model_validate(data | {"steps": 1000} | changes)
+
+
+def rollout(source, tokens, cut=False):
+    ids = tuple(range(tokens))
+    return Rollout("p", f"p/{source}/{tokens}", (1,), ids, None, source, 0,
+                   "length" if cut else "stop")  # fmt: skip
+
+
+def part(*rollouts, scored=False, masked=()):
+    return Part(rollouts, {"some": None} if scored else {}, Counts(1, 1), (), masked=masked)
+
+
+def test_what_a_step_costs():
+    phase = CONFIG.model_copy(update={"prompts_per_step": 3})
+    parts = [
+        part(rollout("student", 5), rollout("teacher", 7), scored=True,
+             masked=[rollout("student", 11, cut=True)]),
+        part(rollout("teacher", 13)),
+        part(rollout("dataset", 17), scored=True),
+        part(rollout("corpus", 19)),
+    ]  # fmt: skip
+    assert cost(phase, parts, 2.5) == {
+        "prompts": 12,
+        "sampled_tokens": 5 + 7 + 11 + 13,
+        "learner_tokens": 5 + 7 + 13 + 17 + 19,
+        "teacher_tokens": (7 + 13) + (5 + 7 + 11 + 17),
+        "seconds": 2.5,
+    }
+
+
+# A step of the warm-up draws 2 prompts with a completion of 2 tokens each of the teacher's; one of
+# the main phase 3 prompts with 2 of the student's, which are scored, and 3 with 2 of the teacher's.
+WARMUP, MAIN = {"prompts": 2, "sampled_tokens": 4}, {"prompts": 6, "sampled_tokens": 24}
+
+
+@pytest.mark.parametrize("kind", WARMUP)
+@pytest.mark.parametrize("draws", [1, 2, 3])
+def test_a_run_ends_with_the_draw_that_spends_the_budget(tmp_path, kind, draws):
+    """Of two steps each; the amount is spent within the last."""
+    world = World(tmp_path, config=budgeted(kind, 3 * WARMUP[kind] + (2 * draws - 1) * MAIN[kind]))
+    world.finish()
+    rows, _ = left(tmp_path)
+    assert [row["phase"] for row in rows] == ["warmup"] * 3 + ["main"] * 2 * draws
+    assert [row[kind] for row in rows] == [WARMUP[kind]] * 3 + [MAIN[kind]] * 2 * draws
+    assert "in all, at most 1000 steps" in world.out.getvalue()
+
+
+def test_steps_end_a_run_before_its_budget(tmp_path):
+    World(tmp_path, config=budgeted("prompts", 1e6, steps=3)).finish()
+    assert len(left(tmp_path)[0]) == 3 + 3
+
+
+def test_the_learning_rate_comes_down_as_the_budget_is_spent(tmp_path):
+    schedule = {"schedule": "linear", "min_lr_ratio": 0.0, "lr_warmup_steps": 0, "lr": 1.0}
+    amount = 3 * WARMUP["sampled_tokens"] + 10 * MAIN["sampled_tokens"]
+    World(tmp_path, config=budgeted("sampled_tokens", amount, learner=schedule)).finish()
+    rates = [row["lr"] for row in left(tmp_path)[0][3:]]
+    assert rates == pytest.approx([1 - i / 9 for i in range(10)])
+
+
+def test_the_steps_that_a_budget_allows():
+    config = budgeted("sampled_tokens", 100.0)
+    assert expected_steps(config, config.warmup, 2, {}) == config.warmup.steps
+    assert expected_steps(config, config, 0, {"warmup": {"sampled_tokens": 20.0}}) == 1000
+    spent = {"warmup": {"sampled_tokens": 20.0}, "main": {"sampled_tokens": 30.0}}
+    assert expected_steps(config, config, 4, spent) == round(4 * 80 / 30)
+    spent["main"] = {"sampled_tokens": 79.0}
+    assert expected_steps(config, config, 4, spent) == 5, "what is left is a step"
+    spent["main"] = {"sampled_tokens": 80.0}
+    assert expected_steps(config, config, 4, spent) == 4
+    assert expected_steps(config, config, 0, {"warmup": {"sampled_tokens": 100.0}}) == 0
+
+
+@pytest.fixture(scope="module")
+def measuring():
+    return budgeted("sampled_tokens", 100.0, evaluation={"prompts": 1, "every_steps": 2})
+
+
+@pytest.fixture(scope="module")
+def quiet(tmp_path_factory, measuring):
+    directory = tmp_path_factory.mktemp("quiet")
+    world = World(directory, config=measuring)
+    measured = world.finish()
+    rows, student = left(directory)
+    # 12 tokens of the warm-up, 24 of each step after it: 108 with the fourth. Only between two
+    # draws a student is measured, and not again where a phase begins.
+    assert len(rows) == 3 + 4
+    assert list(measured) == ["initial", "step 2", "warmup", "main"]
+    return (rows, student), measured, world.lives.calls
+
+
+def same(measured, expected):
+    assert measured.keys() == expected.keys()
+    for stage, of in expected.items():
+        for name, values in of.sums.items():
+            assert (measured[stage].sums[name] == values).all(), (stage, name)
+
+
+def test_a_run_that_is_killed_at_any_call_ends_where_its_budget_does(quiet, measuring, tmp_path):
+    files, expected, calls = quiet
+    for at, call in enumerate(calls):
+        directory = tmp_path / str(at)
+        directory.mkdir()
+        with pytest.raises(Crash):
+            World(directory, at, Crash(), config=measuring).finish()
+        measured = World(directory, config=measuring).finish()
+        assert left(directory) == files, (at, call)
+        same(measured, expected)
+
+
+def test_so_does_one_that_loses_its_learner(quiet, measuring, tmp_path):
+    files, expected, calls = quiet
+    for at, call in enumerate(calls):
+        if call == "step":
+            directory = tmp_path / str(at)
+            directory.mkdir()
+            lost = LearnerLost(ActorError("learner died"), gone=True)
+            same(World(directory, at, lost, config=measuring).finish(), expected)
+            assert left(directory) == files, at
+
+
+@pytest.mark.parametrize(
+    "changes, told",
+    [
+        ({"sampler": "dataset", "budget": {"kind": "sampled_tokens", "amount": 5}},
+         "budget.kind 'sampled_tokens' is not spent by objective 'sft'"),
+        ({"sampler": "dataset", "budget": {"kind": "teacher_tokens", "amount": 5}},
+         "budget.kind 'teacher_tokens' is not spent by objective 'sft'"),
+        ({"warmup": {"sampler": "teacher", "steps": 5, "prompts_per_step": 4},
+          "budget": {"kind": "prompts", "amount": 20}},
+         "budget.amount 20 prompts is spent by the warm-up, which draws 20"),
+        ({"budget": {"kind": "prompts", "amount": 0}}, "greater than 0"),
+        ({"budget": {"kind": "words", "amount": 5}}, "'prompts', 'sampled_tokens'"),
+    ],
+)  # fmt: skip
+def test_a_budget_that_ends_nothing_is_refused(changes, told):
+    with pytest.raises(ValueError, match=told):
+        Config.model_validate({**MINIMAL, **changes})
+
+
+def test_what_scores_alone_cost_is_the_teachers(tmp_path):
+    data = {"sampler": "dataset", "objective": {"kind": "token_forward_kl"},
+            "budget": {"kind": "teacher_tokens", "amount": 5}}  # fmt: skip
+    assert Config.model_validate({**MINIMAL, **data}).budget.amount == 5
+
+
+def test_a_budget_is_a_number():
+    with pytest.raises(ValueError):
+        Config.model_validate({**MINIMAL, "budget": {"kind": "prompts", "amount": math.inf}})
