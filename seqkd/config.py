@@ -7,9 +7,9 @@ cannot work are refused here, each with the field, the value and the mend.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, overload
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -22,6 +22,8 @@ from seqkd.config_roles import Learner, OneTeacher, Rollout, SeveralTeachers, St
 from seqkd.config_run import Budget, Checkpoints, Recovery
 from seqkd.config_schema import SamplerName, Schema, TrackerName
 from seqkd.errors import ConfigError
+
+Read = TypeVar("Read", bound=Schema)
 
 
 class Journal(Schema):
@@ -374,7 +376,11 @@ class Config(Phase):
             )
 
 
-def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+@overload
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config: ...
+@overload
+def load(path: str | Path, overrides: Sequence[str] = (), *, schema: type[Read]) -> Read: ...
+def load(path: str | Path, overrides: Sequence[str] = (), *, schema: type[Any] = Config) -> Any:
     """Read a YAML file, apply ``key=value`` overrides (dotted paths, YAML values), validate.
 
     Raises ConfigError with one line a problem: field, value, mend.
@@ -392,9 +398,9 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
     for override in overrides:
         _apply(data, override)
     try:
-        return Config.model_validate(data)
+        return schema.model_validate(data)
     except ValidationError as error:
-        lines = [explain(item, data, Config) for item in error.errors()]
+        lines = [explain(item, data, schema) for item in error.errors()]
         raise ConfigError("\n".join(f"{path}: {line}" for line in dict.fromkeys(lines))) from None
 
 

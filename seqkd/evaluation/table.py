@@ -159,10 +159,15 @@ def render(table: Mapping[str, Mapping[str, Interval]]) -> str:
     known = [name for name in LABELS if any(name in figures for figures in table.values())]
     columns = [["", *(LABELS[name] for name in known)]]
     columns += [[model, *(_cell(of.get(name)) for name in known)] for model, of in table.items()]
-    widths = [max(map(len, column)) for column in columns]
+    return aligned(list(zip(*columns, strict=True)))
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Cells as text, each column as wide as its widest."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in zip(*columns, strict=True)
+        for row in rows
     )
 
 

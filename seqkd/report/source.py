@@ -13,11 +13,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from seqkd import run_directory
 from seqkd.config import Config, load
 from seqkd.config_schema import BudgetKind
 from seqkd.errors import DataError, SeqkdError
-from seqkd.evaluation.divergence import Interval
+from seqkd.evaluation.divergence import Interval, Ratio
 
 Row = dict[str, Any]
 Token = tuple[str, float | None]
@@ -53,6 +55,8 @@ class Evaluation:
     """By what preceded the measurement ("initial" first), by figure."""
     changes: dict[str, dict[str, Interval]]
     """By figure, by "before -> after"; paired over prompts."""
+    per_prompt: dict[str, dict[str, Ratio]]
+    """As ``figures``."""
     examples: list[Example]
 
 
@@ -236,8 +240,17 @@ def _evaluation(file: Path) -> Evaluation:
         interval=str(found.get("interval", "")),
         figures={stage: _intervals(of) for stage, of in found["figures"].items()},
         changes={figure: _intervals(of) for figure, of in found.get("changes", {}).items()},
+        per_prompt={stage: ratios(of) for stage, of in found.get("per_prompt", {}).items()},
         examples=[_example(example) for example in found.get("examples", [])],
     )
+
+
+def ratios(found: Mapping[str, Any]) -> dict[str, Ratio]:
+    """As :meth:`seqkd.evaluation.divergence.Ratio.plain` wrote them, by figure."""
+    return {
+        name: Ratio(np.array(of["above"], dtype=float), np.array(of["below"], dtype=float))
+        for name, of in found.items()
+    }
 
 
 def _intervals(found: Mapping[str, Any]) -> dict[str, Interval]:

@@ -1,0 +1,137 @@
+"""Methods at equal budget, with several seeds: python scripts/compare.py COMPARISON"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from train import check, quiet
+
+from seqkd.errors import ConfigError, reported, say
+
+if TYPE_CHECKING:
+    from seqkd.comparison.plan import Comparison, Entry
+    from seqkd.comparison.results import Result
+
+SCRIPTS = Path(__file__).parent
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code: 0 all runs are over; 2 a message says which is not, or what to mend."""
+    parser = argparse.ArgumentParser(
+        description="Run several methods with several seeds until each has spent the same, and "
+        "tell which differences are real. Interrupted, the same command goes on.",
+        epilog="Example: python scripts/compare.py configs/comparisons/study.yaml",
+    )
+    parser.add_argument("comparison", type=Path, help="YAML file (see docs/comparing.md)")
+    parser.add_argument("--dry-run", action="store_true", help="check every method; run nothing")
+    parser.add_argument("--tables", action="store_true", help="show what there is; run nothing")
+    args = parser.parse_args(argv)
+
+    def run() -> int:
+        from seqkd.comparison import plan
+
+        comparison = plan.load(args.comparison)
+        entries = plan.entries(comparison, args.comparison)
+        quiet()
+        if args.tables:
+            return show(comparison, entries)
+        checked(entries[: len(comparison.methods)])
+        if args.dry_run:
+            for entry in entries:
+                print(f"{entry.directory}: {' '.join(entry.arguments[1:])}")
+            return 0
+        return compare(comparison, entries)
+
+    return reported(run)
+
+
+def checked(entries: Sequence[Entry]) -> None:
+    """Every method's models and data, before the first of them runs for hours."""
+    for entry in entries:
+        try:
+            _, _, found = check(entry.config)
+        except ConfigError as error:
+            lines = str(error).splitlines()
+            raise ConfigError(
+                "\n".join(f"methods.{entry.method}: {line}" for line in lines)
+            ) from None
+        for warning in found.warnings:
+            say("warning", f"methods.{entry.method}: {warning}")
+
+
+def compare(comparison: Comparison, entries: Sequence[Entry]) -> int:
+    """Every run that is not over, then the student's evaluation if one is asked for."""
+    for number, entry in enumerate(entries, 1):
+        print(f"[{number}/{len(entries)}] {entry.method}, seed {entry.seed}: {entry.directory}")
+        if not over(entry) and not ran(entry, "train.py", *entry.arguments, "--resume"):
+            continue
+        if comparison.evaluate is not None and not evaluated(entry):
+            ran(entry, "evaluate.py", str(entry.directory), *comparison.evaluate)
+        update(comparison, entries)
+    return show(comparison, entries)
+
+
+def over(entry: Entry) -> bool:
+    """Whether a run has come to its end."""
+    from seqkd.report import source
+
+    return (entry.directory / "metrics.jsonl").exists() and source.read(entry.directory).over
+
+
+def evaluated(entry: Entry) -> bool:
+    """Whether there is an evaluation of its student."""
+    return any(entry.directory.glob("evaluation/*/evaluation.json"))
+
+
+def ran(entry: Entry, script: str, *arguments: str) -> bool:
+    """Run one of the other scripts to its end; whether it succeeded. What it prints is kept beside
+    the run's directory."""
+    log = entry.directory.with_name(f"{entry.directory.name}.log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a", encoding="utf-8") as out:
+        begin = out.tell()
+        # In a session of its own: Ctrl-C is for this process, which then tells the other.
+        child = subprocess.Popen(
+            [sys.executable, str(SCRIPTS / script), *arguments],
+            stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        try:
+            code = child.wait()
+        except BaseException:
+            child.terminate()
+            child.wait()
+            raise
+    if code:
+        said = log.read_bytes()[begin:].decode(errors="replace").splitlines()
+        first = next((i for i, line in enumerate(said) if line.startswith("error: ")), -3)
+        cause = "\n".join(f"  {line}" for line in said[first:][:8])
+        say("error", f"{script} ended with exit code {code}; all of it is in {log}\n{cause}")
+    return code == 0
+
+
+def update(comparison: Comparison, entries: Sequence[Entry]) -> Result:
+    """Write comparison.json and the page anew."""
+    from seqkd.comparison import plan, results
+
+    result = results.read(comparison, list(entries))
+    results.write(result, plan.directory(comparison, list(entries)))
+    return result
+
+
+def show(comparison: Comparison, entries: Sequence[Entry]) -> int:
+    """The tables, and what is missing."""
+    from seqkd.comparison import plan, results
+
+    result = update(comparison, entries)
+    where = plan.directory(comparison, list(entries))
+    print(f"\n{results.render(result)}\n\n{where / 'comparison.json'}\n{where / 'report.html'}")
+    return 0 if all(len(result.of(m)) == len(comparison.seeds) for m in comparison.methods) else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Methods at equal budget: what is run, what comes of it, and which differences are real."""
