@@ -1,0 +1,169 @@
+"""What a comparison runs, and what it concludes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import yaml
+from scipy import stats
+
+from seqkd.comparison import plan
+from seqkd.comparison.statistics import difference, estimate, holm
+from seqkd.errors import ConfigError
+from seqkd.evaluation.divergence import Ratio
+from tests.unit.test_config import MINIMAL
+
+FILE = {
+    "name": "some",
+    "config": "base.yaml",
+    "budget": {"kind": "prompts", "amount": 12},
+    "seeds": [0, 7],
+    "overrides": ["learner.lr=1e-3", "evaluation.every_steps=2"],
+    "methods": {
+        "sequence": [],
+        "token": ["sampler=teacher", "learner.lr=1e-4"],
+        "other": ["other.yaml", "steps=3"],
+    },
+}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(**changes):
+        other = {**MINIMAL, "teacher": {"kind": "hf", "model": "another"}}
+        (tmp_path / "base.yaml").write_text(yaml.safe_dump(MINIMAL))
+        (tmp_path / "other.yaml").write_text(yaml.safe_dump(other))
+        file = tmp_path / "comparison.yaml"
+        file.write_text(yaml.safe_dump({**FILE, **changes}, sort_keys=False))
+        return file
+
+    return write
+
+
+def test_every_method_is_run_with_every_seed_until_the_budget_is_spent(write):
+    file = write()
+    comparison = plan.load(file)
+    found = plan.entries(comparison, file)
+    assert [(e.method, e.seed) for e in found] == [
+        ("sequence", 0), ("token", 0), ("other", 0), ("sequence", 7), ("token", 7), ("other", 7)
+    ]  # fmt: skip
+    by = {(e.method, e.seed): e.config for e in found}
+    assert {c.budget.amount for c in by.values()} == {12}
+    assert {c.seed for (_, seed), c in by.items() if seed == 7} == {7}
+    assert by["sequence", 0].learner.lr == 1e-3 and by["token", 7].learner.lr == 1e-4
+    assert by["token", 0].objective.kind == "sequence_forward_kl"
+    assert by["other", 0].teacher.model == "another" and by["other", 0].steps == 3
+    assert by["sequence", 0].steps * by["sequence", 0].prompts_per_step > 1e6
+    assert len({e.directory for e in found}) == 6
+    assert found[4].directory == plan.directory(comparison, found) / "token-7"
+    assert comparison.against == "sequence"
+
+
+@pytest.mark.parametrize(
+    "changes, told",
+    [
+        ({"baseline": "none"}, "baseline 'none' is none of the methods. Name one of sequence,"),
+        ({"seeds": [1, 1]}, r"seeds \[1, 1\]: one is there twice"),
+        ({"seeds": []}, "seeds"),
+        ({"methods": {}}, "methods"),
+        ({"methods": {"a/b": []}}, "methods"),
+        ({"methods": {"a": ["sampler=nobody"]}}, "methods.a: .*sampler.*'nobody'"),
+        ({"methods": {"a": ["learner.lt=1"]}}, "methods.a: .*unknown key"),
+        ({"methods": {"a": ["missing.yaml"]}}, "methods.a: .*missing.yaml: no such file"),
+        ({"overrides": ["steps"]}, "is not of the form key=value"),
+        ({"budget": {"kind": "sampled_tokens", "amount": 5}, "methods": {"a": ["sampler=dataset"]}},
+         "methods.a: .*budget.kind 'sampled_tokens' is not spent"),
+        ({"budgets": 3}, "budgets: unknown key. Did you mean 'budget'"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_compared_is_refused(write, changes, told):
+    file = write(**changes)
+    with pytest.raises(ConfigError, match=told):
+        plan.entries(plan.load(file), file)
+
+
+def test_an_estimate_by_hand():
+    """Two seeds, four prompts with one sample each."""
+    a, b = np.array([1.0, 2.0, 3.0, 6.0]), np.array([3.0, 2.0, 5.0, 6.0])
+    found = estimate([Ratio(a, np.ones(4)), Ratio(b, np.ones(4))])
+    assert found.of_seeds == (3.0, 4.0) and found.mean == 3.5
+    of_prompts = np.var((a + b) / 2, ddof=1) / 4
+    of_seeds = np.var([3.0, 4.0], ddof=1) / 2
+    freedom = (of_prompts + of_seeds) ** 2 / (of_prompts**2 / 3 + of_seeds**2 / 1)
+    width = stats.t.ppf(0.975, freedom) * np.sqrt(of_prompts + of_seeds)
+    assert (found.low, found.high) == pytest.approx((3.5 - width, 3.5 + width))
+
+
+def test_the_p_of_a_bound_of_the_interval():
+    """By definition: of a mean that lies as far from 0 as the interval is wide it is 0.05."""
+    rng = np.random.default_rng(0)
+    rows = rng.normal(0, 1, (3, 20))
+    found = estimate([Ratio(row, np.ones(20)) for row in rows])
+    at_bound = rows - rows.mean() + (found.high - found.mean)
+    assert estimate([Ratio(row, np.ones(20)) for row in at_bound]).p == pytest.approx(0.05)
+
+
+def test_one_seed_is_the_t_interval_over_prompts():
+    values = np.random.default_rng(1).exponential(2.0, 30)
+    found = estimate([Ratio(values, np.ones(30))])
+    expected = stats.ttest_1samp(values, 0).confidence_interval()
+    assert (found.low, found.high) == pytest.approx(tuple(expected))
+    assert found.p == pytest.approx(stats.ttest_1samp(values, 0).pvalue)
+
+
+def drawn(rng, seeds, prompts, below, effect=0.0):
+    """Ratios whose mean is 2 + effect in expectation: seeds and prompts have effects of their
+    own, and each prompt of each seed one more."""
+    of_seed, of_prompt = rng.normal(0, 0.3, (seeds, 1)), rng.normal(0, 1.0, (1, prompts))
+    values = 2.0 + effect + of_seed + of_prompt + rng.normal(0, 1.0, (seeds, prompts))
+    return [Ratio(row * weights, weights) for row, weights in zip(values, below, strict=True)]
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say():
+    """Errs towards wider intervals, by what is told in the module: at most some percent."""
+    rng = np.random.default_rng(2)
+    held, prompts_alone = 0, 0
+    for _ in range(1000):
+        below = rng.uniform(5, 15, (4, 40))
+        runs = drawn(rng, 4, 40, below)
+        found = estimate(runs)
+        held += found.low <= 2.0 <= found.high
+        alone = estimate(runs[:1])
+        prompts_alone += alone.low <= 2.0 <= alone.high
+    assert 0.94 <= held / 1000 <= 0.985
+    assert prompts_alone / 1000 < 0.93, "what one seed cannot know"
+
+
+def test_a_difference_is_found_as_often_as_it_should_be():
+    rng = np.random.default_rng(3)
+    found = {0.0: 0, 0.8: 0}
+    for effect in found:
+        for _ in range(500):
+            below = rng.uniform(5, 15, (4, 40))
+            prompts = rng.normal(0, 3.0, (1, 40))  # the same for both, so it does not matter
+            a, b = (
+                [
+                    Ratio(r.above + prompts[0] * r.below, r.below)
+                    for r in drawn(rng, 4, 40, below, e)
+                ]
+                for e in (effect, 0.0)
+            )
+            found[effect] += difference(a, b).p < 0.05
+    assert found[0.0] / 500 < 0.06 and found[0.8] / 500 > 0.5
+
+
+def test_a_difference_is_of_the_prompts_that_both_have():
+    ours = Ratio(np.array([4.0, 0.0, 9.0]), np.array([2.0, 0.0, 1.0]))
+    theirs = Ratio(np.array([3.0, 5.0, 0.0]), np.array([3.0, 1.0, 0.0]))
+    assert difference([ours], [theirs]).mean == 4 / 2 - 3 / 3
+
+
+def test_the_same_has_no_difference():
+    runs = [Ratio(np.array([1.0, 2.0]), np.ones(2)), Ratio(np.array([3.0, 5.0]), np.ones(2))]
+    found = difference(runs, runs)
+    assert (found.mean, found.low, found.high, found.p) == (0, 0, 0, 1)
+
+
+def test_holms_adjustment_by_hand():
+    assert holm({"a": 0.01, "b": 0.04, "c": 0.03}) == {"a": 0.03, "b": 0.06, "c": 0.06}
+    assert holm({"a": 0.6, "b": 0.5}) == {"a": 1.0, "b": 1.0}
