@@ -71,7 +71,8 @@ def compare(comparison: Comparison, entries: Sequence[Entry]) -> int:
         if not over(entry) and not ran(entry, "train.py", *entry.arguments, "--resume"):
             continue
         if comparison.evaluate is not None and not evaluated(entry):
-            ran(entry, "evaluate.py", str(entry.directory), *comparison.evaluate)
+            again = ["--no-initial"] if entry.method != comparison.against else []
+            ran(entry, "evaluate.py", str(entry.directory), *again, *comparison.evaluate)
         update(comparison, entries)
     return show(comparison, entries)
 

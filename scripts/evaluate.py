@@ -43,6 +43,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--prompts", help="other prompts, with or without answers; as data.path")
     parser.add_argument("--limit", type=int, help="at most so many prompts")
     parser.add_argument("--samples", type=int, default=1, help="completions of each prompt")
+    parser.add_argument(
+        "--no-initial", action="store_true", help="leave out what the student began with"
+    )
     parser.add_argument("--bart", help="checkpoint for BARTScore")
     parser.add_argument("--out", type=Path, help="where to; RUN/evaluation/<name of the prompts>")
     parser.add_argument("--verbose", action="store_true", help="show the libraries' own logs")
@@ -97,7 +100,8 @@ def request(args: argparse.Namespace) -> Request:
         found.models["student"] = args.what
         return found
     initial = run / "student_initial"
-    found.models["initial"] = str(initial) if initial.is_dir() else config.student.model
+    if not args.no_initial:
+        found.models["initial"] = str(initial) if initial.is_dir() else config.student.model
     if (run / "student").is_dir():
         found.models["student"] = str(run / "student")
     else:

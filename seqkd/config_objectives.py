@@ -151,7 +151,7 @@ class SFT(_Objective):
     """Mean over tokens of -log q(y_t) on given text."""
 
     kind: Literal["sft"] = "sft"
-    samplers: ClassVar = ("dataset", "corpus", "journal")
+    samplers: ClassVar = ("dataset", "corpus", "teacher", "journal")
 
     def stats(self) -> tuple[str, ...]:
         return ("student_logprob",)
