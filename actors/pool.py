@@ -3,6 +3,7 @@ actor replaced. The only place that waits for Ray."""
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -138,7 +139,8 @@ def is_alive(actor: Any) -> Any:
 
 def reap(names: Sequence[str]) -> None:
     """End the processes of this job that were started under ``names``, on every node. Ray itself
-    does not end one that hangs before it has come up once, and would keep its place for it."""
+    does not end one that hangs before it has come up once, and would keep its place for it. Those
+    of another Ray on the same machine, whose jobs have the same numbers, have another raylet."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -147,10 +149,11 @@ def reap(names: Sequence[str]) -> None:
     def there() -> None:
         import psutil
 
+        ours = {"RAY_JOB_ID": job, "RAY_RAYLET_PID": os.environ["RAY_RAYLET_PID"]}
         for process in psutil.process_iter():
             with suppress(psutil.Error):
                 environment = process.environ()
-                if environment.get(PROCESS) in names and environment.get("RAY_JOB_ID") == job:
+                if environment.get(PROCESS) in names and ours.items() <= environment.items():
                     process.kill()
 
     task: Any = ray.remote(num_cpus=0, max_retries=0)(there)

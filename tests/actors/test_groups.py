@@ -6,14 +6,16 @@ import os
 import signal
 import threading
 from dataclasses import replace
+from subprocess import Popen
 from types import SimpleNamespace
 
 import psutil
 import pytest
+import ray
 
 from actors import groups
-from actors.placement import ActorPlan
-from actors.pool import Pool, remote
+from actors.placement import PROCESS, ActorPlan
+from actors.pool import Pool, reap, remote
 from seqkd.config_run import Recovery
 from seqkd.control import Control
 from seqkd.errors import ActorError, LearnerLost, ModelError, Stopped
@@ -102,8 +104,10 @@ class Late(Worker):
         super().__init__(file)
 
 
-def test_a_process_that_hangs_before_it_came_up_gives_its_place_to_the_next(local_ray, tmp_path):
-    """Ray does not end such a one, and there is room for one only."""
+def test_a_process_that_hangs_before_it_came_up_gives_its_place_to_the_next(
+    local_ray, tmp_path, monkeypatch
+):
+    """Ray may not end such a one, here it never does, and there is room for one only."""
     from ray.util.placement_group import placement_group, remove_placement_group
 
     place = ActorPlan("teacher", 0, threads=1, gpus=0, share=1, bundle=0)
@@ -115,10 +119,35 @@ def test_a_process_that_hangs_before_it_came_up_gives_its_place_to_the_next(loca
         return remote(Late).options(**place.options(group)).remote(file)
 
     made = Pool("teacher", [create(0)], Control(SOON_STALLED, said.append), create)
-    assert made.each("start") == [None]
+    with monkeypatch.context() as patch:
+        patch.setattr(ray, "kill", lambda actor: None)
+        assert made.each("start") == [None]
     assert len(said) == 1 and "recovery.stall_s = 15 s" in said[0]
     made.kill()
     remove_placement_group(group)
+
+
+def test_only_processes_of_this_job_of_this_ray_are_ended(local_ray):
+    """The jobs of two Rays on one machine have the same numbers."""
+
+    def raylet():
+        return os.environ["RAY_RAYLET_PID"]
+
+    ours = {
+        PROCESS: "teacher 0",
+        "RAY_JOB_ID": ray.get_runtime_context().get_job_id(),
+        "RAY_RAYLET_PID": ray.get(ray.remote(num_cpus=0)(raylet).remote()),
+    }
+    others = [{PROCESS: "teacher 1"}, {"RAY_JOB_ID": "02000000"}, {"RAY_RAYLET_PID": "1"}]
+    made = [Popen(["sleep", "600"], env=ours | other) for other in ({}, *others)]
+    try:
+        reap(["teacher 0", "learner 3"])
+        assert made[0].wait(30) == -signal.SIGKILL
+        assert [process.poll() for process in made[1:]] == [None] * 3
+    finally:
+        for process in made:
+            process.kill()
+            process.wait()
 
 
 def test_only_who_is_asked_is_called(pool):
