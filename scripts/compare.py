@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         return compare(comparison, entries)
 
-    return reported(run)
+    return reported(run, "the same command goes on")
 
 
 def checked(entries: Sequence[Entry]) -> None:

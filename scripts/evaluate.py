@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
             quiet()
         return evaluate(request(args), args.verbose)
 
-    return reported(run)
+    return reported(run, "the same command goes on")
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--verbose", action="store_true", help="show the libraries' own logs")
     args = parser.parse_intermixed_args(argv)
     return reported(
-        lambda: precompute(configuration.load(args.config, args.overrides), args.verbose)
+        lambda: precompute(configuration.load(args.config, args.overrides), args.verbose),
+        "the same command goes on",
     )
 
 

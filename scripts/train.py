@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
             return dry_run(config, args.resume)
         return train(config, args.verbose, args.resume)
 
-    return reported(run)
+    return reported(run, "go on with --resume")
 
 
 def check(config: Config) -> tuple[Config, dict[str, Journal], Checked]:

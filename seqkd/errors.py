@@ -128,9 +128,9 @@ def writing(path: Path) -> Iterator[None]:
         ) from None
 
 
-def reported(action: Callable[[], int]) -> int:
+def reported(action: Callable[[], int], again: str = "") -> int:
     """The exit code of ``action``; 2, with the message on stderr, where a user has to act; that of
-    a shell where a signal ended it."""
+    a shell where a signal ended it, with ``again`` to say how to go on."""
 
     def stop(number: int, frame: object) -> None:
         raise Stopped(Signals(number))
@@ -139,10 +139,10 @@ def reported(action: Callable[[], int]) -> int:
     try:
         return action()
     except Stopped as stopped:
-        say("stopped", f"{stopped}; go on with --resume", file=sys.stderr)
+        say("stopped", "; ".join(filter(None, (str(stopped), again))), file=sys.stderr)
         return 128 + stopped.signal
     except KeyboardInterrupt:
-        say("stopped", "interrupted", file=sys.stderr)
+        say("stopped", "; ".join(filter(None, ("interrupted", again))), file=sys.stderr)
         return 128 + SIGINT
     except SeqkdError as error:
         print(getattr(error, "details", ""), end="", file=sys.stderr)

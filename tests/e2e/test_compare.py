@@ -1,0 +1,76 @@
+"""A comparison by real runs: stopped in the middle, gone on with, and shown."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import yaml
+
+from tests.conftest import ROOT
+
+AMOUNT = 1100
+
+
+def command(file):
+    return [sys.executable, "scripts/compare.py", str(file)]
+
+
+def rows(directory):
+    file = directory / "metrics.jsonl"
+    return file.read_text().splitlines() if file.exists() else []
+
+
+def test_a_comparison_that_is_stopped_goes_on_to_its_tables(tiny_config, tmp_path):
+    runs = tmp_path / "runs" / "some"
+    file = tmp_path / "some.yaml"
+    of = {
+        "name": "some",
+        "config": str(tiny_config),
+        "budget": {"kind": "sampled_tokens", "amount": AMOUNT},
+        "seeds": [3],
+        "methods": {"sequence": [], "teacher": ["sampler=teacher"]},
+        "runs_dir": str(tmp_path / "runs"),
+    }
+    file.write_text(yaml.safe_dump(of, sort_keys=False))
+    first = subprocess.Popen(
+        command(file), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    until = time.monotonic() + 300
+    while not rows(runs / "sequence-3"):
+        assert first.poll() is None and time.monotonic() < until
+        time.sleep(0.1)
+    children = psutil.Process(first.pid).children(recursive=True)
+    first.send_signal(signal.SIGTERM)
+    said, _ = first.communicate(timeout=120)
+    assert first.returncode == 128 + signal.SIGTERM, said
+    assert "stopped: by SIGTERM; the same command goes on" in said
+    assert not [child for child in children if child.is_running()], "a run went on alone"
+    before = rows(runs / "sequence-3")
+    assert (runs / "sequence-3" / "checkpoints").is_dir()
+
+    done = subprocess.run(command(file), cwd=ROOT, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert rows(runs / "sequence-3")[: len(before)] == before
+    assert "going on after step" in (runs / "sequence-3.log").read_text()
+    found = json.loads((runs / "comparison.json").read_text())
+    for method in ("sequence", "teacher"):
+        (run,) = found["runs"][method].values()
+        costs = [json.loads(row)["sampled_tokens"] for row in rows(runs / f"{method}-3")]
+        assert run["state"] == "finished" and run["steps"] == len(costs)
+        assert sum(costs[:-1]) < AMOUNT <= sum(costs) == run["sampled_tokens"]
+    (held_out,) = found["tables"].values()
+    for method, at in (("(before)", "initial"), ("teacher", "main")):
+        directory = runs / f"{'teacher' if method == 'teacher' else 'sequence'}-3"
+        figures = json.loads((directory / "evaluation.json").read_text())["figures"][at]
+        for figure, of_run in figures.items():
+            assert held_out["figures"][method][figure]["mean"] == of_run["mean"]
+    assert "one seed: not tested" in done.stdout
+    assert "methods" not in done.stderr
+
+    again = subprocess.run(command(file), cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert again.returncode == 0 and again.stdout == done.stdout, "nothing is run twice"
