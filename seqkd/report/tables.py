@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from seqkd.config import Config
 from seqkd.evaluation.divergence import Interval
 from seqkd.report.series import column
 from seqkd.report.source import Run
@@ -139,11 +140,11 @@ def last(runs: Sequence[Run]) -> tuple[list[str], list[tuple[Run, str, list[Inte
     return [LABELS.get(key, key) for key in keys], rows
 
 
-def differing(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """Keys of the configurations that are not the same in all runs, with each run's value. Without
+def differing(configs: Sequence[Config | None]) -> list[tuple[str, list[str]]]:
+    """Keys of the configurations that are not the same in all of them, with the value of each. Without
     where a run is, what it is called, what is inside of a part that another run has not, and the
     options that one kind has and another has not."""
-    settings = [flat(run.config) if run.config else {} for run in runs]
+    settings = [flat(config) if config else {} for config in configs]
     keys = dict.fromkeys(key for of in settings for key in of if key not in ("name", "runs_dir"))
 
     def value(of: Mapping[str, Any], key: str) -> str:

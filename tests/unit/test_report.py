@@ -236,17 +236,18 @@ def test_of_many_steps_no_peak_is_lost(directory):
 
 def test_what_a_step_had_cost_is_what_was_spent_before_it(directory):
     rows = [
-        {"step": 0, "tokens": 10, "time_step_s": 60.0},
-        {"step": 1, "tokens": 20, "dataset/tokens": 5, "time_step_s": 120.0},
-        {"step": 3, "tokens": 40, "time_step_s": None},
+        {"step": 0, "learner_tokens": 10, "teacher_tokens": 7, "time_step_s": 60.0},
+        {"step": 1, "learner_tokens": 25, "teacher_tokens": 9, "time_step_s": 120.0},
+        {"step": 3, "learner_tokens": 40, "time_step_s": None},
     ]
     keep(directory, [json.dumps(row) + "\n" for row in rows])
     run = read(directory)
-    assert series.spent(run, "tokens").amount.tolist() == [0, 10, 35, 75]
-    assert series.spent(run, "minutes").amount.tolist() == [0, 1, 3, 3]
+    assert series.spent(run, "learner_tokens").amount.tolist() == [0, 10, 35, 75]
+    assert series.spent(run, "teacher_tokens").amount.tolist() == [0, 7, 16, 16]
+    assert series.spent(run, "seconds").amount.tolist() == [0, 1, 3, 3]  # in minutes
     assert series.spent(run, "steps").amount.tolist() == [0, 1, 3, 4]
-    assert series.spent(run, "tokens").before(4) == 75
-    assert series.spent(run, "tokens").before(2) == 22.5  # the row of step 2 is lost
+    assert series.spent(run, "learner_tokens").before(4) == 75
+    assert series.spent(run, "learner_tokens").before(2) == 22.5  # the row of step 2 is lost
 
 
 def test_the_stages_by_hand(directory):
@@ -353,12 +354,12 @@ def test_several_runs_and_what_differs(tmp_path):
         write_run(tmp_path, "token-level", draw=2, objective={"kind": "token_reverse_kl"}),
     ]
     runs = [read(path) for path in paths]
-    assert tables.differing(runs) == [
+    assert tables.differing([run.config for run in runs]) == [
         ("objective.kind", ["sequence_reverse_kl", "sequence_reverse_kl", "token_reverse_kl"]),
         ("seed", ["0", "1", "0"]),
     ]
     without = read(write_run(tmp_path, "no-warmup", warmup=None, steps=60))
-    assert tables.differing([runs[0], without]) == [
+    assert tables.differing([runs[0].config, without.config]) == [
         ("steps", ["40", "60"]),
         ("warmup", ["set", "None"]),
     ]
@@ -498,8 +499,8 @@ def test_what_is_recorded_is_drawn_and_what_is_not_is_said(text):
         "tokens-per-s", "student-logprob-per-token", "teacher-logprob-per-token",
     ):  # fmt: skip
         assert f'id="{name}-steps-title"' in text, name
-    assert "The same in every step: sequences 16; rate 0.9." in text
-    for on in ("tokens", "minutes"):
+    assert "The same in every step: sequences 16; prompts 4; rate 0.9." in text
+    for on in ("learner-tokens", "seconds"):
         assert f'id="reverse-kl-per-token-{on}-title"' in text
     assert "dataset samples" in text
 
