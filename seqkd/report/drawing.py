@@ -54,7 +54,9 @@ def tracks(made: Plot, found: Sequence[Track], on: Axis, smooth: bool) -> None:
         )
 
 
-def held_out(made: Plot, run: Run, index: int, of: int, figure: str, teacher: str, on: Axis) -> None:
+def held_out(
+    made: Plot, run: Run, index: int, of: int, figure: str, teacher: str, on: Axis
+) -> None:
     """What was measured on held-out prompts, with intervals; the teacher's as a dashed line. Of
     several runs each stands a little beside the next."""
     at = spent(run, on)

@@ -72,7 +72,6 @@ def save(text: str, out: Path) -> None:
 
 def header(run: Run, index: int) -> dict[str, Any]:
     """What a run is, how far it has come, and what it is called in the plots."""
-    tokens = run.spent("learner_tokens")
     known: dict[str, Any] = {"State": run.state}
     if run.environment and isinstance(run.environment.get("started"), str):
         known["Started (UTC)"] = run.environment["started"][:16].replace("T", " ")
@@ -81,7 +80,7 @@ def header(run: Run, index: int) -> dict[str, Any]:
     known["Steps"] = f"{run.done} of {run.total}" if run.total else str(run.done)
     if run.rows:
         known["Time in steps"] = words.duration(run.seconds)
-        known["Tokens learnt from"] = f"{tokens:,.0f}".replace(",", "\N{NARROW NO-BREAK SPACE}")
+        known["Tokens learnt from"] = words.count(run.spent("learner_tokens"))
     if left := tables.time_left(run):
         known["Time left"] = f"about {words.duration(left)}"
     return {

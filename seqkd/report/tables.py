@@ -141,9 +141,9 @@ def last(runs: Sequence[Run]) -> tuple[list[str], list[tuple[Run, str, list[Inte
 
 
 def differing(configs: Sequence[Config | None]) -> list[tuple[str, list[str]]]:
-    """Keys of the configurations that are not the same in all of them, with the value of each. Without
-    where a run is, what it is called, what is inside of a part that another run has not, and the
-    options that one kind has and another has not."""
+    """Keys of the configurations that are not the same in all of them, with the value of each.
+    Without where a run is, what it is called, what is inside of a part that another run has not,
+    and the options that one kind has and another has not."""
     settings = [flat(config) if config else {} for config in configs]
     keys = dict.fromkeys(key for of in settings for key in of if key not in ("name", "runs_dir"))
 
