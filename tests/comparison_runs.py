@@ -15,6 +15,8 @@ from tests.report_runs import ENVIRONMENT, MAIN, TEXTS, WARMUP, configuration, e
 PROMPTS = 64
 STEPS = WARMUP + MAIN
 EVERY = 15
+AMOUNT = 25000
+"""Learner tokens, which some run spends in fewer steps than another."""
 METHODS = {
     "sft": ["sampler=dataset", "objective={kind: sft}"],
     "token_forward_kl": ["sampler=teacher", "objective={kind: token_forward_kl}"],
@@ -35,7 +37,7 @@ def write_comparison(parent, methods=METHODS, seeds=(0, 1, 2), missing=(), **cha
     given = {
         "name": "study",
         "config": "base.yaml",
-        "budget": {"kind": "learner_tokens", "amount": 20000},
+        "budget": {"kind": "learner_tokens", "amount": AMOUNT},
         "seeds": list(seeds),
         "methods": methods,
         "runs_dir": str(parent / "runs"),
@@ -55,10 +57,10 @@ def write_entry(entry, index):
     random = np.random.default_rng([index, entry.seed])
     directory = entry.directory
     directory.mkdir(parents=True)
-    steps = STEPS - entry.seed
-    rows = [row(random, step, OFFSETS[index]) for step in range(steps)]
-    left = entry.config.budget.amount - sum(of["learner_tokens"] for of in rows[:-1])
-    rows[-1]["learner_tokens"] = max(left, 1)
+    rows = [row(random, step, OFFSETS[index]) for step in range(STEPS)]
+    spent = np.cumsum([of[entry.config.budget.kind] for of in rows])
+    steps = 1 + int(np.argmax(spent >= entry.config.budget.amount))
+    rows = rows[:steps]
     files = {
         "config.yaml": dump(entry.config),
         "metrics.jsonl": "".join(json.dumps(of) + "\n" for of in rows),

@@ -174,8 +174,7 @@ def _figure(
     of: Tables, key: str, number: int, result: Result, methods: dict[str, Method]
 ) -> Figure:
     title, unit = _titled(of.labels[key])
-    rows = [_row(of, key, name, methods) for name in (*set_apart(of), *methods)]
-    rows = [row for row in rows if row.of or row.method]
+    rows = [_row(of, key, name, methods) for name in (*methods, *set_apart(of))]
     marks = [
         Mark(row.method.index, row.name, row.of, bool(row.arrow))
         for row in rows

@@ -16,6 +16,8 @@ from seqkd.report.svg import COLOUR, SERIES, Plot, plot, series_colour
 
 LINES = ("solid", (0, (4.5, 2)), (0, (1.2, 1.5)))
 """Of the first methods, of the next when the colours begin again, and of those after."""
+ROW = 53
+"""Height of each in it, about that of a row of the table beside it."""
 LONGEST = 20
 """Characters of a name beside a plot."""
 
@@ -45,7 +47,7 @@ def forest(
         return None
     labels = [f"{mark.index + 1} {_short(mark.name)}" for mark in marks]
     left = 16 + round(6.1 * max(map(len, labels)))
-    with plot(name, f"{title}: every method", 56 + 31 * len(marks), left) as made:
+    with plot(name, f"{title}: every method", 56 + ROW * len(marks), left) as made:
         for mark in marks:
             if mark.name == baseline:
                 made.axes.axvline(
@@ -61,7 +63,7 @@ def forest(
         made.axes.set_yticks(range(len(marks)), labels)
         for tick, mark in zip(made.axes.get_yticklabels(), marks, strict=True):
             tick.set_color(series_colour(mark.index))
-        made.axes.set_ylim(len(marks) - 0.4, -0.6)
+        made.axes.set_ylim(len(marks) - 0.5, -0.5)
         made.axes.margins(x=0.06)
         made.axes.grid(False, axis="y")
         made.axes.grid(True, axis="x")
@@ -80,7 +82,7 @@ def _interval(made: Plot, row: int, mark: Mark, marker: str) -> None:
     )  # fmt: skip
     if len(of.of_seeds) > 1:
         made.axes.plot(
-            of.of_seeds, [row + 0.27] * len(of.of_seeds), "o", color=colour, markersize=3.2,
+            of.of_seeds, [row + 0.24] * len(of.of_seeds), "o", color=colour, markersize=3.2,
             alpha=0.75, markeredgewidth=0, clip_on=False,
         )  # fmt: skip
     made.description += f"{mark.name}: {of.mean:.3g}, from {of.low:.3g} to {of.high:.3g}. "
@@ -134,11 +136,15 @@ def against_cost(
             made.description += (
                 f"{who}: from {of.y[0]:.3g} at {of.x[0]:.4g} to {of.y[-1]:.3g} at {of.x[-1]:.4g}. "
             )
+        lowest, highest = zip(*((of.y.min(), of.y.max()) for _, of in paths.values()), strict=True)
         every = [run for _, of in runs.values() for run in of]
         known = [of[teacher].mean for run in every for _, of in run.figures.values() if teacher in of]
         if known:
             made.axes.axhline(known[-1], color=COLOUR["muted"], linewidth=1.2, dashes=(4, 3))
             made.description += f"The teacher: {known[-1]:.3g}."
+        if "_kl_" in figure and min(lowest) > 0 and max(highest) > 2 * min(lowest):
+            made.axes.set_yscale("log")
+            unit += ", log scale"
         drawing.frame(made, every, on)
         drawing.numbers(made, [(float(of.y[-1]), index) for index, (_, of) in paths.items()])
     return Panel(title, unit, made.svg)
@@ -151,4 +157,6 @@ def _ticks(made: Plot) -> None:
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…"
+    """What tells two methods apart is as often at the end as at the beginning."""
+    half = LONGEST // 2
+    return name if len(name) <= LONGEST else f"{name[: half - 1]}…{name[-half:]}"

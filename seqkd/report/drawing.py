@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -97,13 +96,26 @@ def ends(found: Sequence[Track], on: Axis, smooth: bool) -> list[tuple[float, in
 def numbers(made: Plot, ends: Sequence[tuple[float, int]]) -> None:
     """At the right edge the number of each line, as high as it ends, or as near to that as the
     others leave room; drawn when the limits of the axes are final."""
+    made.axes.autoscale_view()
     to_page, to_data = made.axes.transData, made.axes.transData.inverted()
-    right = made.axes.transAxes.transform((1, 0))[0] + 4
-    lowest = -math.inf
-    for end, colour in sorted(ends):
-        lowest = max(to_page.transform((0, end))[1] - 4, lowest + 11)
-        where = to_data.transform((right, lowest))
+    right, top = made.axes.transAxes.transform((1, 1))
+    ordered = sorted(ends)
+    heights = apart([to_page.transform((0, end))[1] - 5 for end, _ in ordered], 15, top)
+    for height, (_, colour) in zip(heights, ordered, strict=True):
+        where = to_data.transform((right + 4, height))
         made.axes.text(*where, str(colour + 1), color=series_colour(colour), fontweight="bold")
+
+
+def apart(heights: Sequence[float], gap: float, top: float) -> list[float]:
+    """Ascending heights so moved that ``gap`` is between them, none above ``top``: up where the one
+    below is in the way, then down from the top."""
+    placed: list[float] = []
+    for height in heights:
+        placed.append(max(height, placed[-1] + gap) if placed else height)
+    for index in reversed(range(len(placed))):
+        placed[index] = min(placed[index], top)
+        top = placed[index] - gap
+    return placed
 
 
 def frame(made: Plot, runs: Sequence[Run], on: Axis) -> None:
@@ -117,7 +129,9 @@ def frame(made: Plot, runs: Sequence[Run], on: Axis) -> None:
     axes.set_xlabel(AXES[on], fontsize=10.5, labelpad=5)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=on == "steps"))
     if axes.get_yscale() == "log":
-        axes.yaxis.set_major_locator(LogLocator(numticks=5))
+        low, high = axes.get_ylim()
+        wide = high > 100 * low
+        axes.yaxis.set_major_locator(LogLocator(numticks=5) if wide else MaxNLocator(5))
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.yaxis.set_major_formatter(FuncFormatter(_plain))
     else:
