@@ -104,11 +104,11 @@ def write(result: Result, out: Path) -> None:
 def render(result: Result, place: Path) -> str:
     """HTML; links are relative to the directory ``place``."""
     comparison = result.comparison
-    methods = list(_methods(result))
-    by_name = {method.name: method for method in methods}
+    known = list(methods(result))
+    by_name = {method.name: method for method in known}
     examples = {
         f"{method.number}. {method.name}, seed {seed}": run
-        for method in methods
+        for method in known
         for seed, run in list(result.of(method.name).items())[:1]
     }
     shown = samples.across(examples)
@@ -117,32 +117,32 @@ def render(result: Result, place: Path) -> str:
         refresh=None,
         written=datetime.now(UTC),
         comparison=comparison,
-        facts=facts(result, methods),
+        facts=facts(result, known),
         models=_shared([words.models(entry.config) for entry in result.entries]),
-        methods=methods,
+        methods=known,
         notes=list(_notes(result)),
         sections=[section(of, number, result, by_name) for number, of in enumerate(result.tables)],
-        spent=[(method, costs(result, method.name)) for method in methods],
+        spent=[(method, costs(result, method.name)) for method in known],
         kinds=KINDS,
-        quality=list(quality(result, methods)),
+        quality=list(quality(result, known)),
         samples=shown,
         legend=samples.legend() if samples.coloured(list(examples.values())) else [],
         differing=tables.differing([entry.config for entry in _first_seed(result)]),
-        reports=[(m, [_link(result, m.name, s, place) for s in comparison.seeds]) for m in methods],
+        reports=[(m, [_link(result, m.name, s, place) for s in comparison.seeds]) for m in known],
         environment=next((of.environment for of in result.runs.values() if of.environment), None),
     )
 
 
-def facts(result: Result, methods: Sequence[Method]) -> dict[str, str]:
+def facts(result: Result, known: Sequence[Method]) -> dict[str, str]:
     """Of the whole comparison."""
     comparison = result.comparison
-    baseline = next(m for m in methods if m.name == comparison.against)
+    baseline = next(m for m in known if m.name == comparison.against)
     return {
         "Budget of each run": budget(comparison.budget),
-        "Methods": str(len(methods)),
+        "Methods": str(len(known)),
         "Seeds": ", ".join(map(str, comparison.seeds)),
         "Baseline": f"{baseline.number}. {baseline.name}",
-        "Runs that are over": f"{sum(m.over for m in methods)} of {len(result.entries)}",
+        "Runs that are over": f"{sum(m.over for m in known)} of {len(result.entries)}",
         "Base configuration": comparison.config,
     }
 
@@ -160,30 +160,26 @@ def costs(result: Result, method: str) -> list[str]:
     return [words.duration(v) if k == "seconds" else words.count(v) for k, v in of.items()]
 
 
-def section(of: Tables, number: int, result: Result, methods: dict[str, Method]) -> Section:
+def section(of: Tables, number: int, result: Result, known: dict[str, Method]) -> Section:
     """``number`` tells its plots from those of others."""
     first = [f for f in (OF_EVALUATION if number else FIRST) if f in of.labels]
 
     def made(figures: Sequence[str]) -> list[Figure]:
-        return [_figure(of, figure, number, result, methods) for figure in figures]
+        return [_figure(of, figure, number, result, known) for figure in figures]
 
     return Section(of.name, of.prompts, made(first), made([f for f in of.labels if f not in first]))
 
 
-def _figure(
-    of: Tables, key: str, number: int, result: Result, methods: dict[str, Method]
-) -> Figure:
+def _figure(of: Tables, key: str, number: int, result: Result, known: dict[str, Method]) -> Figure:
     title, unit = _titled(of.labels[key])
-    rows = [_row(of, key, name, methods) for name in (*methods, *set_apart(of))]
+    rows = [_row(of, key, name, known) for name in (*known, *set_apart(of))]
     marks = [
-        Mark(row.method.index, row.name, row.of, bool(row.arrow))
-        for row in rows
-        if row.method and row.of
+        Mark(row.method.index, row.name, row.of, bool(row.arrow)) for row in rows if row.method
     ]
     against = result.comparison.against
     name = f"forest-{number}-{key}".replace("_", "-")
     plotted = comparison_plots.forest(name, title, unit, marks, against, _teacher(of, key, against))
-    return Figure(title, unit, rows, plotted, list(_said(rows, methods[against])))
+    return Figure(title, unit, rows, plotted, list(_said(rows, known[against])))
 
 
 def set_apart(of: Tables) -> list[str]:
@@ -191,13 +187,13 @@ def set_apart(of: Tables) -> list[str]:
     return [name for name in ("teacher", INITIAL) if name in of.figures]
 
 
-def _row(of: Tables, key: str, name: str, methods: dict[str, Method]) -> Row:
+def _row(of: Tables, key: str, name: str, known: dict[str, Method]) -> Row:
     found = of.figures.get(name, {}).get(key)
     difference = of.differences.get(name, {}).get(key)
     verdict = of.verdict(name, key) if difference else ""
     return Row(
         {"teacher": "the teacher", INITIAL: "before training"}.get(name, name),
-        methods.get(name),
+        known.get(name),
         found,
         words.signed(Interval(difference.mean, difference.low, difference.high))
         if difference
@@ -226,11 +222,11 @@ def _said(rows: Sequence[Row], baseline: Method) -> Iterator[str]:
             yield f"{head} {baseline.number}. {baseline.name}: {', '.join(found)}."
 
 
-def quality(result: Result, methods: Sequence[Method]) -> Iterator[tuple[str, list[Panel]]]:
+def quality(result: Result, known: Sequence[Method]) -> Iterator[tuple[str, list[Panel]]]:
     """The first figures against everything that they cost, the budget first: what, and plots."""
     kind = result.comparison.budget.kind
     axes: list[Axis] = [kind, *(a for a in AXES if a not in (kind, "prompts"))]
-    runs = {m.index: (m.name, list(result.of(m.name).values())) for m in methods}
+    runs = {m.index: (m.name, list(result.of(m.name).values())) for m in known}
     every = [run for _, of in runs.values() for run in of]
     labels = result.tables[0].labels if result.tables else {}
     for on in axes:
@@ -247,7 +243,8 @@ def quality(result: Result, methods: Sequence[Method]) -> Iterator[tuple[str, li
             yield AXES[on], panels
 
 
-def _methods(result: Result) -> Iterator[Method]:
+def methods(result: Result) -> Iterator[Method]:
+    """In the order of their numbers."""
     for index, entry in enumerate(_first_seed(result)):
         yield Method(
             index,
@@ -264,6 +261,9 @@ def _first_seed(result: Result) -> list[Entry]:
 
 
 def _notes(result: Result) -> Iterator[str]:
+    over = sum(run.over for run in result.runs.values())
+    if over < len(result.entries):
+        yield f"{over} of {len(result.entries)} runs are over: all figures here are of those."
     yield from result.problems
     if not result.of(result.comparison.against):
         yield (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +28,8 @@ class Mark:
 
     index: int
     name: str
-    of: Estimate
+    of: Estimate | None
+    """None before it has a run that is over: its row stays empty."""
     real: bool
     """Whether it is told apart from the baseline."""
 
@@ -43,13 +44,13 @@ def forest(
 ) -> Panel | None:
     """Mean, interval and seeds of each method below each other; the baseline's mean as a dashed
     line, the teacher's as a dotted one."""
-    if not marks:
+    if not any(mark.of for mark in marks):
         return None
     labels = [f"{mark.index + 1} {_short(mark.name)}" for mark in marks]
     left = 16 + round(6.1 * max(map(len, labels)))
     with plot(name, f"{title}: every method", 56 + ROW * len(marks), left) as made:
         for mark in marks:
-            if mark.name == baseline:
+            if mark.of and mark.name == baseline:
                 made.axes.axvline(
                     mark.of.mean, color=COLOUR["muted"], linewidth=1.2, dashes=(4, 3), zorder=1
                 )
@@ -59,7 +60,8 @@ def forest(
             )
             made.description += f"The teacher: {teacher:.3g}. "
         for row, mark in enumerate(marks):
-            _interval(made, row, mark, "D" if mark.name == baseline else "o")
+            if mark.of:
+                _interval(made, row, mark, mark.of, mark.name == baseline)
         made.axes.set_yticks(range(len(marks)), labels)
         for tick, mark in zip(made.axes.get_yticklabels(), marks, strict=True):
             tick.set_color(series_colour(mark.index))
@@ -72,13 +74,12 @@ def forest(
     return Panel(title, "", made.svg)
 
 
-def _interval(made: Plot, row: int, mark: Mark, marker: str) -> None:
-    colour, of = series_colour(mark.index), mark.of
+def _interval(made: Plot, row: int, mark: Mark, of: Estimate, baseline: bool) -> None:
+    colour = series_colour(mark.index)
     made.axes.plot([of.low, of.high], [row, row], color=colour, linewidth=2.2)
-    filled = mark.real or marker == "D"
     made.axes.plot(
-        [of.mean], [row], marker, color=colour, markersize=7, markeredgewidth=1.8,
-        markerfacecolor=colour if filled else COLOUR["paper"], zorder=4,
+        [of.mean], [row], "D" if baseline else "o", color=colour, markersize=7, markeredgewidth=1.8,
+        markerfacecolor=colour if mark.real or baseline else COLOUR["paper"], zorder=4,
     )  # fmt: skip
     if len(of.of_seeds) > 1:
         made.axes.plot(
@@ -95,8 +96,8 @@ class Path:
     x: Array
     y: Array
     """[M] means over the seeds at the measurements that all of them have."""
-    seeds: list[tuple[Array, Array]]
-    """The same of each seed, at every measurement of it."""
+    seeds: list[Array]
+    """[2, N] cost and figure of each seed, at every measurement of it."""
 
 
 def path(runs: Sequence[Run], figure: str, on: Axis) -> Path | None:
@@ -107,7 +108,7 @@ def path(runs: Sequence[Run], figure: str, on: Axis) -> Path | None:
         return None
     shared = [stage for stage in of_runs[0] if all(stage in found for found in of_runs)]
     x, y = np.array([[found[s] for s in shared] for found in of_runs]).mean(0).T
-    return Path(x, y, [tuple(np.array([*of.values()]).T) for of in of_runs])  # type: ignore[misc]
+    return Path(x, y, [np.array([*of.values()]).T for of in of_runs])
 
 
 def _measured(run: Run, figure: str, on: Axis) -> dict[str, tuple[float, float]]:
@@ -126,28 +127,37 @@ def against_cost(
     paths = {i: (who, p) for i, (who, of) in runs.items() if (p := path(of, figure, on))}
     if not paths:
         return None
+    every = [run for _, of in runs.values() for run in of]
+    figures = [of for run in every for _, of in run.figures.values()]
     with plot(name, f"{title} against {drawing.AXES[on]}") as made:
         for index, (who, of) in paths.items():
-            style = {"color": series_colour(index), "linestyle": LINES[line(index)]}
-            for x, y in of.seeds if len(of.seeds) > 1 else ():
-                made.axes.plot(x, y, linewidth=0.8, alpha=0.45, **style)
-            made.axes.plot(of.x, of.y, linewidth=2, **style)
-            made.axes.plot(of.x, of.y, "o", color=style["color"], markersize=3.6)
+            _path(made, index, of)
             made.description += (
                 f"{who}: from {of.y[0]:.3g} at {of.x[0]:.4g} to {of.y[-1]:.3g} at {of.x[-1]:.4g}. "
             )
-        lowest, highest = zip(*((of.y.min(), of.y.max()) for _, of in paths.values()), strict=True)
-        every = [run for _, of in runs.values() for run in of]
-        known = [of[teacher].mean for run in every for _, of in run.figures.values() if teacher in of]
-        if known:
+        if known := [of[teacher].mean for of in figures if teacher in of]:
             made.axes.axhline(known[-1], color=COLOUR["muted"], linewidth=1.2, dashes=(4, 3))
             made.description += f"The teacher: {known[-1]:.3g}."
-        if "_kl_" in figure and min(lowest) > 0 and max(highest) > 2 * min(lowest):
+        if _logarithmic(figure, paths.values()):
             made.axes.set_yscale("log")
             unit += ", log scale"
         drawing.frame(made, every, on)
-        drawing.numbers(made, [(float(of.y[-1]), index) for index, (_, of) in paths.items()])
+        drawing.numbers(made, [(float(p.y[-1]), index) for index, (_, p) in paths.items()])
     return Panel(title, unit, made.svg)
+
+
+def _path(made: Plot, index: int, of: Path) -> None:
+    colour, style = series_colour(index), LINES[line(index)]
+    for x, y in of.seeds if len(of.seeds) > 1 else ():
+        made.axes.plot(x, y, color=colour, linestyle=style, linewidth=0.8, alpha=0.45)
+    made.axes.plot(of.x, of.y, color=colour, linestyle=style, linewidth=2)
+    made.axes.plot(of.x, of.y, "o", color=colour, markersize=3.6)
+
+
+def _logarithmic(figure: str, paths: Iterable[tuple[str, Path]]) -> bool:
+    """Of divergences that fall so far that methods cannot be told apart at their ends."""
+    values = np.concatenate([of.y for _, of in paths])
+    return "_kl_" in figure and bool(0 < 2 * values.min() < values.max())
 
 
 def _ticks(made: Plot) -> None:

@@ -73,7 +73,8 @@ def plot(name: str, title: str, height: int = HEIGHT, left: int = 52) -> Iterato
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(WIDTH / 72, height / 72))
         FigureCanvasSVG(figure)
-        axes = figure.add_axes((left / WIDTH, 36 / height, 1 - (left + 20) / WIDTH, 1 - 52 / height))
+        size = (1 - (left + 20) / WIDTH, 1 - 52 / height)
+        axes = figure.add_axes((left / WIDTH, 36 / height, *size))
         figure.patch.set_visible(False)
         axes.patch.set_visible(False)
         axes.grid(True, axis="y")
