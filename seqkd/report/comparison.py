@@ -214,7 +214,7 @@ def _said(rows: Sequence[Row], baseline: Method) -> Iterator[str]:
     heads = {"lower": "Lower than", "higher": "Higher than", "not": "Not told apart from"}
     for word, head in heads.items():
         found = [
-            f"{row.method.number}. {row.name}"
+            f"{row.method.number}.\N{NO-BREAK SPACE}{row.name}"
             for row in rows
             if row.method and row.verdict.split(" ")[0] == word
         ]
