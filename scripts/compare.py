@@ -118,9 +118,12 @@ def ran(entry: Entry, script: str, *arguments: str) -> bool:
 def update(comparison: Comparison, entries: Sequence[Entry]) -> Result:
     """Write comparison.json and the page anew."""
     from seqkd.comparison import plan, results
+    from seqkd.report import comparison as page
 
     result = results.read(comparison, list(entries))
-    results.write(result, plan.directory(comparison, list(entries)))
+    where = plan.directory(comparison, list(entries))
+    results.write(result, where)
+    page.write(result, where / "report.html")
     return result
 
 

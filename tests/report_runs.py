@@ -62,6 +62,7 @@ def row(random, step, offset):
         "samples": "4d4ca27c7e1b34d0",
         "rollout_policy_version": step,
         "sequences": 16,
+        "prompts": 4,
         "tokens": int(random.integers(420, 560)),
         "length": 30 + 12 * progress + random.normal(0, 2),
         "eos_rate": min(1, max(0, 0.7 - 0.6 * progress + random.normal(0, 0.06))),
@@ -92,6 +93,11 @@ def row(random, step, offset):
             "dataset/length": 20 + random.normal(0, 1),
             "dataset/student_logprob_per_token": -2.4 + random.normal(0, 0.05),
         }
+    found |= {
+        "sampled_tokens": found["tokens"],
+        "learner_tokens": found["tokens"] + found.get("dataset/tokens", 0),
+        "teacher_tokens": found["tokens"] * (1 if main else 2),
+    }
     if found["skipped"]:
         found |= {"loss": None, "grad_norm": None, "reverse_kl_per_token": None}
     return found | {"tokens_per_s": found["tokens"] / found["time_step_s"]}

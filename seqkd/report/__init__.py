@@ -6,23 +6,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from seqkd.errors import writing
-from seqkd.report.page import render
+from seqkd.report.page import render, save
 from seqkd.report.source import read
 
 
 def write(directories: Sequence[Path], out: Path, refresh: float | None = None) -> bool:
     """Write the page of these run directories; whether all of them are over.
 
-    Until then a page with ``refresh`` loads itself anew after so many seconds. Readers find the
-    page before or after, never a part of it. DataError where a directory is no run's, StorageError
-    where the page cannot be written.
+    Until then a page with ``refresh`` loads itself anew after so many seconds. DataError where a
+    directory is no run's, StorageError where the page cannot be written.
     """
     runs = [read(directory) for directory in directories]
     over = all(run.over for run in runs)
-    page = render(runs, None if over else refresh)
-    partial = out.with_name(f".{out.name}.partial")
-    with writing(out):
-        partial.write_text(page, encoding="utf-8")
-        partial.replace(out)
+    save(render(runs, None if over else refresh), out)
     return over

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,14 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from seqkd.report.series import Array, Curve, curves, spent
+from seqkd.report.series import Array, Axis, Curve, curves, spent
 from seqkd.report.source import Run
 from seqkd.report.svg import COLOUR, Plot, series_colour
 
-AXES = {
+AXES: dict[Axis, str] = {
     "steps": "optimizer steps taken",
-    "tokens": "completion tokens learnt from",
-    "minutes": "minutes of training steps",
+    "learner_tokens": "completion tokens learnt from",
+    "sampled_tokens": "completion tokens sampled",
+    "teacher_tokens": "tokens that the teacher wrote or scored",
+    "seconds": "minutes of training steps",
+    "prompts": "prompts drawn",
 }
 
 
@@ -31,7 +33,7 @@ class Track:
     colour: int
 
 
-def tracks(made: Plot, found: Sequence[Track], on: str, smooth: bool) -> None:
+def tracks(made: Plot, found: Sequence[Track], on: Axis, smooth: bool) -> None:
     """Every step faintly, and a smooth line over it; steps that were skipped as crosses."""
     for track in found:
         at = spent(track.run, on)
@@ -51,7 +53,9 @@ def tracks(made: Plot, found: Sequence[Track], on: str, smooth: bool) -> None:
         )
 
 
-def held_out(made: Plot, run: Run, index: int, of: int, figure: str, teacher: str, on: str) -> None:
+def held_out(
+    made: Plot, run: Run, index: int, of: int, figure: str, teacher: str, on: Axis
+) -> None:
     """What was measured on held-out prompts, with intervals; the teacher's as a dashed line. Of
     several runs each stands a little beside the next."""
     at = spent(run, on)
@@ -83,22 +87,38 @@ def held_out(made: Plot, run: Run, index: int, of: int, figure: str, teacher: st
         made.description += f" The teacher: {known[-1]}."
 
 
-def numbers(made: Plot, found: Sequence[Track], on: str, smooth: bool) -> None:
-    """At the right edge the number of each run, as high as its line ends, or as near to it as the
-    others leave room; drawn when the limits of the axes are final."""
-    to_page, to_data = made.axes.transData, made.axes.transData.inverted()
-    right = made.axes.transAxes.transform((1, 0))[0] + 4
+def ends(found: Sequence[Track], on: Axis, smooth: bool) -> list[tuple[float, int]]:
+    """Where each line ends, and its colour."""
     last = [[*curves(t.run, t.key, spent(t.run, on).amount[:-1], smooth)][-1] for t in found]
-    ends = [to_page.transform((0, curve.y[-1]))[1] - 4 for curve in last]
-    lowest = -math.inf
-    for height, track in sorted(zip(ends, found, strict=True), key=lambda end: end[0]):
-        lowest = max(height, lowest + 11)
-        where = to_data.transform((right, lowest))
-        colour = series_colour(track.colour)
-        made.axes.text(*where, str(track.colour + 1), color=colour, fontweight="bold")
+    return [(float(curve.y[-1]), t.colour) for curve, t in zip(last, found, strict=True)]
 
 
-def frame(made: Plot, runs: Sequence[Run], on: str) -> None:
+def numbers(made: Plot, ends: Sequence[tuple[float, int]]) -> None:
+    """At the right edge the number of each line, as high as it ends, or as near to that as the
+    others leave room; drawn when the limits of the axes are final."""
+    made.axes.autoscale_view()
+    to_page, to_data = made.axes.transData, made.axes.transData.inverted()
+    right, top = made.axes.transAxes.transform((1, 1))
+    ordered = sorted(ends)
+    heights = apart([to_page.transform((0, end))[1] - 5 for end, _ in ordered], 15, top)
+    for height, (_, colour) in zip(heights, ordered, strict=True):
+        where = to_data.transform((right + 4, height))
+        made.axes.text(*where, str(colour + 1), color=series_colour(colour), fontweight="bold")
+
+
+def apart(heights: Sequence[float], gap: float, top: float) -> list[float]:
+    """Ascending heights so moved that ``gap`` is between them, none above ``top``: up where the one
+    below is in the way, then down from the top."""
+    placed: list[float] = []
+    for height in heights:
+        placed.append(max(height, placed[-1] + gap) if placed else height)
+    for index in reversed(range(len(placed))):
+        placed[index] = min(placed[index], top)
+        top = placed[index] - gap
+    return placed
+
+
+def frame(made: Plot, runs: Sequence[Run], on: Axis) -> None:
     """Limits, label and ticks of the axes; the phases as bands, where all runs have the same."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
@@ -109,7 +129,9 @@ def frame(made: Plot, runs: Sequence[Run], on: str) -> None:
     axes.set_xlabel(AXES[on], fontsize=10.5, labelpad=5)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=on == "steps"))
     if axes.get_yscale() == "log":
-        axes.yaxis.set_major_locator(LogLocator(numticks=5))
+        low, high = axes.get_ylim()
+        wide = high > 100 * low
+        axes.yaxis.set_major_locator(LogLocator(numticks=5) if wide else MaxNLocator(5))
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.yaxis.set_major_formatter(FuncFormatter(_plain))
     else:
@@ -125,7 +147,7 @@ def _plain(value: float, _: int) -> str:
     return re.sub(r"e([+-])0?", lambda m: "e" + m[1].strip("+"), f"{value:g}")
 
 
-def _bands(made: Plot, run: Run, on: str) -> None:
+def _bands(made: Plot, run: Run, on: Axis) -> None:
     at, spans = spent(run, on), [span for span in run.spans if span.begin < run.done]
     if len(spans) < 2:
         return

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
+from seqkd.errors import writing
 from seqkd.report import panels, samples, tables, timing, words
-from seqkd.report.series import total_over_samplers
 from seqkd.report.source import Run
 from seqkd.report.svg import SERIES
 
@@ -17,19 +18,11 @@ from seqkd.report.svg import SERIES
 def render(runs: Sequence[Run], refresh: float | None) -> str:
     """HTML of one run, or of several beside each other; it loads itself anew after ``refresh``
     seconds."""
-    environment = Environment(
-        loader=PackageLoader("seqkd.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"stage": words.stage, "between": words.between}
     several = len(runs) > 1
     headers = [header(run, index) for index, run in enumerate(runs)]
     drawn = any(run.rows for run in runs)
     other, constant = panels.others(runs[0]) if drawn and not several else ([], [])
-    return environment.get_template("page.html").render(
+    return template("page.html").render(
         title=f"{len(runs)} runs compared" if several else runs[0].name,
         several=several,
         refresh=refresh,
@@ -39,7 +32,7 @@ def render(runs: Sequence[Run], refresh: float | None) -> str:
         headlines=[] if several else tables.headlines(runs[0]),
         heldout=None if several else tables.heldout(runs[0]),
         last=tables.last(runs) if several else None,
-        differing=tables.differing(runs) if several else [],
+        differing=tables.differing([run.config for run in runs]) if several else [],
         notes=list(_notes(runs)),
         samples=samples.side_by_side(runs),
         coloured=samples.coloured(runs),
@@ -55,9 +48,30 @@ def render(runs: Sequence[Run], refresh: float | None) -> str:
     )
 
 
+def template(name: str) -> Template:
+    """One of those beside this file, with what all of them use."""
+    environment = Environment(
+        loader=PackageLoader("seqkd.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"stage": words.stage, "between": words.between}
+    return environment.get_template(name)
+
+
+def save(text: str, out: Path) -> None:
+    """Readers find the page before or after, never a part of it. StorageError where it cannot be
+    written."""
+    partial = out.with_name(f".{out.name}.partial")
+    with writing(out):
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(out)
+
+
 def header(run: Run, index: int) -> dict[str, Any]:
     """What a run is, how far it has come, and what it is called in the plots."""
-    tokens = total_over_samplers(run.rows, "tokens").sum()
     known: dict[str, Any] = {"State": run.state}
     if run.environment and isinstance(run.environment.get("started"), str):
         known["Started (UTC)"] = run.environment["started"][:16].replace("T", " ")
@@ -66,7 +80,7 @@ def header(run: Run, index: int) -> dict[str, Any]:
     known["Steps"] = f"{run.done} of {run.total}" if run.total else str(run.done)
     if run.rows:
         known["Time in steps"] = words.duration(run.seconds)
-        known["Tokens learnt from"] = f"{tokens:,.0f}".replace(",", "\N{NARROW NO-BREAK SPACE}")
+        known["Tokens learnt from"] = words.count(run.spent("learner_tokens"))
     if left := tables.time_left(run):
         known["Time left"] = f"about {words.duration(left)}"
     return {

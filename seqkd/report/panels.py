@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from seqkd.report import drawing
 from seqkd.report.drawing import Track
-from seqkd.report.series import Array, column
+from seqkd.report.series import Array, Axis, column
 from seqkd.report.source import Run
 from seqkd.report.svg import SERIES, plot
 
@@ -69,6 +69,8 @@ NOTES = {
     "Samples of the teacher mixed in": "Each completion of a mixture is weighted by the student's "
     "probability of it over that of the mixture.",
 }
+COSTS: tuple[Axis, ...] = ("learner_tokens", "seconds")
+"""What divergences are drawn against besides the steps."""
 OPTIONAL = ("Samples of the teacher mixed in",)
 """Sections of which nothing is said where they are empty."""
 NO_FIGURE = {"step", "policy_version", "rollout_policy_version"}
@@ -94,7 +96,7 @@ def sections(runs: Sequence[Run]) -> Iterator[tuple[str, list[Panel], list[str]]
         missing = [figure.title for figure in figures if not panels[figure]]
         if found or heading not in OPTIONAL:
             yield heading, found, missing
-    against = [panel(runs, figure, on) for on in ("tokens", "minutes") for figure in DIVERGENCES]
+    against = [panel(runs, figure, on) for on in COSTS for figure in DIVERGENCES]
     if found := [made for made in against if made]:
         yield "Divergence against what it cost", found, []
 
@@ -117,7 +119,7 @@ def others(run: Run) -> tuple[list[Panel], list[str]]:
     return panels, constant
 
 
-def panel(runs: Sequence[Run], figure: Figure, on: str = "steps") -> Panel | None:
+def panel(runs: Sequence[Run], figure: Figure, on: Axis = "steps") -> Panel | None:
     """One plot; None where no run has the figure."""
     tracks = list(_tracks(runs, figure))
     if not tracks:
@@ -132,7 +134,7 @@ def panel(runs: Sequence[Run], figure: Figure, on: str = "steps") -> Panel | Non
             drawing.held_out(made, run, index, len(runs), figure.held, figure.teacher, on)
         drawing.frame(made, runs, on)
         if len(runs) > 1:
-            drawing.numbers(made, tracks, on, figure.smooth)
+            drawing.numbers(made, drawing.ends(tracks, on, figure.smooth))
     names = [(f"series-{t.colour % SERIES + 1}", t.name) for t in tracks]
     return Panel(figure.title, unit, made.svg, names if len(runs) == 1 < len(tracks) else [])
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from seqkd.report.source import Evaluation, Example, Run, Token
+from seqkd.report.source import Example, Run, Token
 from seqkd.report.words import printable
 
 BOUNDS = (0.1, 0.5, 1.0, 2.0, 4.0)
@@ -53,21 +53,25 @@ def coloured(runs: Sequence[Run]) -> bool:
 def side_by_side(runs: Sequence[Run]) -> list[Compared]:
     """Of one run its completions as they are; of several those of the teacher as the first run has
     them, then each student at its end. Prompts of the first run that has any."""
-    known = [(run, run.evaluation) for run in runs if run.evaluation and run.evaluation.examples]
-    if not known:
-        return []
-    first = known[0][1]
-    if len(runs) == 1:
-        return [_compared(e, {who: (e, who) for who in e.completions}) for e in first.examples]
-    return [_across(example, known) for example in first.examples]
+    if len(runs) > 1:
+        return across({f"student of {run.name}": run for run in runs})
+    found = runs[0].evaluation.examples if runs[0].evaluation else []
+    return [_compared(e, {who: (e, who) for who in e.completions}) for e in found]
 
 
-def _across(example: Example, known: Sequence[tuple[Run, Evaluation]]) -> Compared:
+def across(runs: Mapping[str, Run]) -> list[Compared]:
+    """What the teacher wrote, as the first run has it, then each student at its end, by name."""
+    known = {name: of.examples for name, run in runs.items() if (of := run.evaluation)}
+    first = next(filter(None, known.values()), [])
+    return [_across(example, known) for example in first]
+
+
+def _across(example: Example, known: Mapping[str, Sequence[Example]]) -> Compared:
     columns = {"teacher": (example, "teacher")}
-    for run, evaluation in known:
-        for other in evaluation.examples:
+    for name, examples in known.items():
+        for other in examples:
             if other.prompt == example.prompt:
-                columns[f"student of {run.name}"] = (other, "student after")
+                columns[name] = (other, "student after")
     return _compared(example, columns)
 
 

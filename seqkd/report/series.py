@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
+from seqkd.config_schema import BudgetKind
 from seqkd.report.source import Row, Run, number
 
 Array = np.ndarray
+Axis = Literal["steps"] | BudgetKind
+"""What figures are drawn against: steps, or what they cost."""
 POINTS = 300
 """Up to so many steps each is a point of its own."""
 
@@ -18,17 +22,6 @@ def column(rows: Sequence[Row], key: str) -> Array:
     """[N] a figure of each row, nan where it is not known."""
     values = [number(row, key) for row in rows]
     return np.array([np.nan if v is None else v for v in values], dtype=float)
-
-
-def total_over_samplers(rows: Sequence[Row], name: str) -> Array:
-    """[N] a count of each row, summed over every sampler's; 0 where it is not known."""
-    return np.array(
-        [
-            sum(number(row, key) or 0.0 for key in row if key.rpartition("/")[2] == name)
-            for row in rows
-        ],
-        dtype=float,
-    )
 
 
 @dataclass(frozen=True)
@@ -45,17 +38,12 @@ class Spent:
         return np.asarray(np.interp(step, self.steps, self.amount))
 
 
-def spent(run: Run, on: str) -> Spent:
-    """``on``: "steps", "tokens" (completion tokens learnt from) or "minutes" (of optimizer
-    steps)."""
+def spent(run: Run, on: Axis) -> Spent:
+    """In the unit of the axis."""
     steps = np.array([row["step"] for row in run.rows] + [run.done], dtype=float)
     if on == "steps":
         return Spent(steps, steps)
-    each = (
-        total_over_samplers(run.rows, "tokens")
-        if on == "tokens"
-        else np.nan_to_num(column(run.rows, "time_step_s")) / 60
-    )
+    each = np.array(run.costs(on)) / (60 if on == "seconds" else 1)
     return Spent(steps, np.concatenate([[0.0], np.cumsum(each)]))
 
 

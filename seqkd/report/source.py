@@ -134,10 +134,14 @@ class Run:
         spent = budget is not None and self.spent(budget.kind) >= budget.amount
         return spent or self.done == steps
 
-    def spent(self, kind: BudgetKind) -> float:
-        """By the steps so far; see :class:`seqkd.config_run.Budget`."""
+    def costs(self, kind: BudgetKind) -> list[float]:
+        """[N] of each row; see :class:`seqkd.config_run.Budget`."""
         key = "time_step_s" if kind == "seconds" else kind
-        return sum(number(row, key) or 0.0 for row in self.rows)
+        return [number(row, key) or 0.0 for row in self.rows]
+
+    def spent(self, kind: BudgetKind) -> float:
+        """By the steps so far."""
+        return sum(self.costs(kind))
 
     @property
     def state(self) -> str:

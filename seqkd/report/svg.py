@@ -42,9 +42,9 @@ class Plot:
 
 
 @contextmanager
-def plot(name: str, title: str, height: int = HEIGHT) -> Iterator[Plot]:
+def plot(name: str, title: str, height: int = HEIGHT, left: int = 52) -> Iterator[Plot]:
     """Empty axes to draw on; ``name`` is unique in the page, ``title`` is read out to those who do
-    not see it."""
+    not see it, ``left`` is the room for what stands beside the axes."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -73,7 +73,8 @@ def plot(name: str, title: str, height: int = HEIGHT) -> Iterator[Plot]:
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(WIDTH / 72, height / 72))
         FigureCanvasSVG(figure)
-        axes = figure.add_axes((52 / WIDTH, 36 / height, 1 - 72 / WIDTH, 1 - 52 / height))
+        size = (1 - (left + 20) / WIDTH, 1 - 52 / height)
+        axes = figure.add_axes((left / WIDTH, 36 / height, *size))
         figure.patch.set_visible(False)
         axes.patch.set_visible(False)
         axes.grid(True, axis="y")

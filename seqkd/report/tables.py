@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from seqkd.config import Config
 from seqkd.evaluation.divergence import Interval
 from seqkd.report.series import column
 from seqkd.report.source import Run
@@ -139,11 +140,11 @@ def last(runs: Sequence[Run]) -> tuple[list[str], list[tuple[Run, str, list[Inte
     return [LABELS.get(key, key) for key in keys], rows
 
 
-def differing(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """Keys of the configurations that are not the same in all runs, with each run's value. Without
-    where a run is, what it is called, what is inside of a part that another run has not, and the
-    options that one kind has and another has not."""
-    settings = [flat(run.config) if run.config else {} for run in runs]
+def differing(configs: Sequence[Config | None]) -> list[tuple[str, list[str]]]:
+    """Keys of the configurations that are not the same in all of them, with the value of each.
+    Without where a run is, what it is called, what is inside of a part that another run has not,
+    and the options that one kind has, always the same, and another has not."""
+    settings = [flat(config) if config else {} for config in configs]
     keys = dict.fromkeys(key for of in settings for key in of if key not in ("name", "runs_dir"))
 
     def value(of: Mapping[str, Any], key: str) -> str:
@@ -156,7 +157,9 @@ def differing(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     def told(key: str) -> bool:
         *parts, _ = key.split(".")
         above = {".".join(parts[: i + 1]) for i in range(len(parts))}
-        of_one_kind = f"{'.'.join(parts)}.kind" in rows and any(key not in of for of in settings)
+        found = {str(of[key]) for of in settings if key in of}
+        lacking = any(key not in of for of in settings)
+        of_one_kind = f"{'.'.join(parts)}.kind" in rows and lacking and len(found) == 1
         return bool(above & rows.keys()) or of_one_kind
 
     return [(key, of) for key, of in rows.items() if not told(key)]

@@ -65,6 +65,11 @@ def models(config: Config) -> tuple[str, str]:
     return _short(config.teacher.model), student
 
 
+def count(number: float) -> str:
+    """With a narrow space between thousands."""
+    return f"{number:,.0f}".replace(",", "\N{NARROW NO-BREAK SPACE}")
+
+
 def duration(seconds: float) -> str:
     """E.g. "2 h 5 min", "3 min 4 s", "12.3 s"."""
     if seconds < 60:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+from itertools import pairwise
 
 import pytest
 from playwright.sync_api import sync_playwright
 
 from seqkd import report
+from seqkd.comparison import results
+from seqkd.report import comparison
+from tests.comparison_runs import METHODS, write_comparison
 from tests.report_runs import write_run
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
@@ -30,14 +35,23 @@ def browser():
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
-    """The page of one run and that of three, by name."""
+    """The page of one run, that of three, and those of comparisons, by name: one whole, with more
+    methods than colours, and one with runs missing."""
     folder = tmp_path_factory.mktemp("runs")
     runs = [
         write_run(folder, name, draw, 0.2 * draw) for draw, name in enumerate(("one", "two", "3"))
     ]
     report.write(runs[:1], folder / "one.html")
     report.write(runs, folder / "three.html")
-    return {"one": folder / "one.html", "three": folder / "three.html"}
+    made = {"one": folder / "one.html", "three": folder / "three.html"}
+    many = METHODS | {f"rkl_discount_{i}": [f"objective.discount=0.{i}"] for i in range(1, 5)}
+    absent = [("default", seed) for seed in (0, 1, 2)] + [("sft", 2)]
+    for name, methods, missing in (("whole", many, ()), ("partly", METHODS, absent)):
+        (folder / name).mkdir()
+        result = results.read(*write_comparison(folder / name, methods, missing=missing))
+        made[name] = folder / name / "runs" / "study" / "report.html"
+        comparison.write(result, made[name])
+    return made
 
 
 VISIBLE_PATHS = """() => [...document.querySelectorAll('svg.plot')].map(plot =>
@@ -86,16 +100,21 @@ def opened(browser, pages, size, scheme):
     context.close()
 
 
-@pytest.mark.parametrize("name", ["one", "three"])
+TITLES = {"one": "one", "three": "3 runs compared", "whole": "study", "partly": "study"}
+PLOTS = {"one": 32, "three": 28, "whole": 9 + 4 * 5, "partly": 9 + 4 * 5}
+"""Of a comparison: nine figures of every method, and four against each of five costs."""
+
+
+@pytest.mark.parametrize("name", list(TITLES))
 def test_it_is_whole_and_fits(opened, name, size):
     page = opened(name)
-    assert page.title() == {"one": "one · seqkd", "three": "3 runs compared · seqkd"}[name]
+    assert page.title() == f"{TITLES[name]} · seqkd"
     for details in page.locator("details").all():
         details.evaluate("e => e.open = true")
     width = page.evaluate("[document.documentElement.scrollWidth, window.innerWidth]")
     assert width[0] <= width[1] == size["width"]
     paths = page.evaluate(VISIBLE_PATHS)
-    assert len(paths) == {"one": 29, "three": 28}[name] and min(paths) >= 3
+    assert len(paths) == PLOTS[name] and min(paths) >= 3
     for box in (plot.bounding_box() for plot in page.locator("svg.plot").all()):
         assert 300 <= box["width"] <= 480 and box["x"] >= 0
         assert box["x"] + box["width"] <= size["width"]
@@ -136,3 +155,43 @@ def test_hostile_text_is_text(opened):
     page = opened("one")
     assert page.locator("article script, article img").count() == 0
     assert "<script>document.title" in page.locator("article").nth(1).inner_text()
+
+
+@pytest.mark.parametrize("name", ["whole", "partly"])
+def test_a_plot_stands_beside_its_table_or_below_it(opened, name, size):
+    """And the rows of both are of one height, so that the eye finds one from the other."""
+    page = opened(name)
+    figure = page.locator("section.figure").first
+    table, plot = (figure.locator(of).bounding_box() for of in (".scroll", "svg.plot"))
+    if size["width"] < 500:
+        assert plot["y"] >= table["y"] + table["height"]
+        return
+    assert plot["x"] >= table["x"] + table["width"]
+    rows = figure.locator("tbody tr")
+    at = [rows.nth(i).bounding_box()["y"] for i in range(3)]
+    names = figure.locator("svg.plot text").filter(has_text=re.compile(r"^[1-3] \w"))
+    drawn = [names.nth(i).bounding_box()["y"] for i in range(3)]
+    assert [b - a for a, b in pairwise(drawn)] == pytest.approx(
+        [b - a for a, b in pairwise(at)], abs=3
+    )
+    assert abs(drawn[0] - at[0]) < 25
+
+
+def test_what_is_told_apart_is_so_without_colour(opened):
+    page = opened("whole")
+    strong = page.locator("#figures-1 table strong").all()
+    assert len(strong) > 8
+    for mark in strong:
+        assert mark.text_content()[0] in "↑↓"
+        assert int(mark.evaluate("e => getComputedStyle(e).fontWeight")) >= 600
+
+
+def test_methods_of_one_colour_are_drawn_and_named_apart(opened):
+    page = opened("whole")
+    swatches = page.locator("header .runs .swatch")
+    assert swatches.count() == 8
+    first, seventh = (
+        swatches.nth(i).evaluate("e => getComputedStyle(e).backgroundImage") for i in (0, 6)
+    )
+    assert first == "none" and "linear-gradient" in seventh
+    assert page.locator("header .runs strong").nth(6).inner_text() == "7. rkl_discount_3"
