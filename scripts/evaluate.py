@@ -69,6 +69,8 @@ class Request:
     """Directories or hub names of students, by the name of their column."""
     out: Path
     bart: str | None
+    run: Path | None = None
+    """Whose page shows it."""
     problems: list[str] = field(default_factory=list)
 
 
@@ -95,7 +97,8 @@ def request(args: argparse.Namespace) -> Request:
     name = Path(args.prompts).stem if args.prompts else "heldout"
     home = Path(config.runs_dir) / Path(args.what).name if args.config else run
     out = args.out or home / "evaluation" / name
-    found = Request(only_evaluated(config, out), {}, out, args.bart)
+    of_run = None if args.config or args.out else run
+    found = Request(only_evaluated(config, out), {}, out, args.bart, of_run)
     if args.config:
         found.models["student"] = args.what
         return found
@@ -124,6 +127,7 @@ def only_evaluated(config: Config, out: Path) -> Config:
 def evaluate(asked: Request, verbose: bool) -> int:
     """Generate, measure, write and show."""
     from actors import build
+    from seqkd import report
 
     bart = scorer(asked)
     config, checked, with_teacher = checks(asked)
@@ -137,6 +141,8 @@ def evaluate(asked: Request, verbose: bool) -> int:
     evaluation = measured(written, checked, asked, bart)
     write(asked.out, evaluation, written, checked)
     shutil.rmtree(asked.out / "journal")
+    if asked.run is not None:
+        report.write([asked.run], asked.run / "report.html")
     show(evaluation, asked)
     return 2 if asked.problems else 0
 
@@ -260,7 +266,11 @@ def measured(
         "models": asked.models,
         "interval": "95 % percentile bootstrap over prompts",
         "figures": {n: {k: asdict(v) for k, v in f.table().items()} for n, f in figures.items()},
-        "changes": {n: {k: asdict(v) for k, v in c.items()} for n, c in changed.items()},
+        "changes": {
+            key: {pair: asdict(of[key]) for pair, of in changed.items() if key in of}
+            for key in table.LABELS
+            if any(key in of for of in changed.values())
+        },
         "per_prompt": {n: {k: v.plain() for k, v in f.ratios.items()} for n, f in figures.items()},
         "curves": {n: table.curves(w, prompts) for n, w in written.items() if w.on_teacher},
         "problems": asked.problems,
@@ -307,11 +317,13 @@ def show(evaluation: dict[str, Any], asked: Request) -> None:
         f"{evaluation['samples_per_prompt']} completions each; mean [95 % interval over prompts]\n"
     )
     print(render(named))
-    for pair, changes in evaluation["changes"].items():
+    changes = evaluation["changes"]
+    for pair in dict.fromkeys(pair for of in changes.values() for pair in of):
         print(f"\n{pair}, paired over prompts:")
-        for key, change in changes.items():
-            interval = Interval(**change)
-            print(f"  {LABELS[key]:<38}{interval!s:<28}{interval.verdict}")
+        for key, of in changes.items():
+            if pair in of:
+                interval = Interval(**of[pair])
+                print(f"  {LABELS[key]:<38}{interval!s:<28}{interval.verdict}")
     for name, curves in evaluation["curves"].items():
         print("\n" + "\n".join(f"{name}: {line}" for line in about(curves)))
     print(f"\n{asked.out / 'evaluation.json'}\n{asked.out / 'generations.jsonl'}")

@@ -148,10 +148,12 @@ def _wrapped(who: str, text: str) -> str:
 def closing(directory: Path, stage_seconds: Mapping[str, float], seconds: float) -> str:
     """Where the time went and where everything is."""
     stages = ", ".join(f"{stage} {spent:.0f} s" for stage, spent in stage_seconds.items())
+    adapter = directory / "student_adapter"
     return (
         f"Finished in {int(seconds // 60)} min {int(seconds % 60)} s (training steps: {stages}).\n"
         f"report:      {directory / 'report.html'}\n"
         f"student:     {directory / 'student'}\n"
-        f"metrics:     {directory / 'metrics.jsonl'}\n"
+        + (f"adapter:     {adapter}\n" if adapter.is_dir() else "")
+        + f"metrics:     {directory / 'metrics.jsonl'}\n"
         f"TensorBoard: tensorboard --logdir {directory / 'tensorboard'}"
     )

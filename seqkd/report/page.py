@@ -31,6 +31,7 @@ def render(runs: Sequence[Run], refresh: float | None) -> str:
         shared={name: _shared([of[name] for of in headers]) for name in ("models", "phases")},
         headlines=[] if several else tables.headlines(runs[0]),
         heldout=None if several else tables.heldout(runs[0]),
+        evaluated=[] if several else tables.evaluated(runs[0]),
         last=tables.last(runs) if several else None,
         differing=tables.differing([run.config for run in runs]) if several else [],
         notes=list(_notes(runs)),

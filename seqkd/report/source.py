@@ -71,6 +71,10 @@ class Run:
     rows: list[Row]
     """Of metrics.jsonl, steps ascending, each once."""
     evaluation: Evaluation | None
+    """Before, between and after the phases."""
+    evaluated: dict[str, Evaluation]
+    """By scripts/evaluate.py, on other prompts: by their name; figures by model in place of
+    stage."""
     environment: dict[str, Any] | None
     problems: list[str]
     """A line for everything that could not be read."""
@@ -198,6 +202,12 @@ def read(directory: Path) -> Run:
         name: attempt(name, action) if (directory / name).exists() else None
         for name, action in (("evaluation.json", _evaluation), ("environment.json", _environment))
     }
+    files = sorted(directory.glob("evaluation/*/evaluation.json"))
+    evaluated = {
+        file.parent.name: found
+        for file in files
+        if (found := attempt(str(file.relative_to(directory)), _evaluation)) is not None
+    }
     rows, damaged = attempt("metrics.jsonl", _rows) or ([], 0)
     if damaged:
         problems.append(f"metrics.jsonl: {damaged} damaged rows are left out.")
@@ -209,6 +219,7 @@ def read(directory: Path) -> Run:
         config_text=text or "",
         rows=rows,
         evaluation=optional["evaluation.json"],
+        evaluated=evaluated,
         environment=optional["environment.json"],
         problems=problems,
         held=held,

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from seqkd.config import Config
+from seqkd.evaluation import table
 from seqkd.evaluation.divergence import Interval
 from seqkd.report.series import column
-from seqkd.report.source import Run
-from seqkd.report.words import between, change
+from seqkd.report.source import Evaluation, Run
+from seqkd.report.words import between, change, stage
 from seqkd.run_directory import flat
 from seqkd.summary import LABELS
 
@@ -111,19 +112,39 @@ def time_left(run: Run) -> float | None:
 
 
 def heldout(run: Run) -> HeldOut | None:
-    """The whole table, and the paired changes."""
+    """The whole table, but for what was measured within a phase, and the paired changes."""
     if run.evaluation is None or not run.evaluation.figures:
         return None
-    figures = run.evaluation.figures
+    return _held_out(run.evaluation, LABELS, stage, between)
+
+
+def evaluated(run: Run) -> list[tuple[str, HeldOut]]:
+    """What scripts/evaluate.py has measured, by the name of the prompts."""
+    return [
+        (name, _held_out(of, table.LABELS, str, lambda pair: pair.replace("->", "→")))
+        for name, of in run.evaluated.items()
+    ]
+
+
+def _held_out(
+    evaluation: Evaluation,
+    labels: Mapping[str, str],
+    column: Callable[[str], str],
+    pair: Callable[[str], str],
+) -> HeldOut:
+    figures = {s: of for s, of in evaluation.figures.items() if not s.startswith("step ")}
     return HeldOut(
-        run.evaluation.prompts,
-        run.evaluation.interval,
-        list(figures),
-        [(LABELS.get(key, key), [of.get(key) for of in figures.values()]) for key in _keys([run])],
+        evaluation.prompts,
+        evaluation.interval,
+        list(map(column, figures)),
         [
-            (LABELS.get(figure, figure), between(pair), change(found))
-            for figure, pairs in run.evaluation.changes.items()
-            for pair, found in pairs.items()
+            (labels.get(key, key), [of.get(key) for of in figures.values()])
+            for key in _keys([evaluation], labels)
+        ],
+        [
+            (labels.get(figure, figure), pair(names), change(found))
+            for figure, pairs in evaluation.changes.items()
+            for names, found in pairs.items()
         ],
     )
 
@@ -132,7 +153,10 @@ def last(runs: Sequence[Run]) -> tuple[list[str], list[tuple[Run, str, list[Inte
     """Names of the figures, and of each run the stage of its last measurement with its figures.
     Lengths and endings come right after the divergences per token."""
     first = [figure for of in HEADLINES for figure in of[:2] if figure]
-    keys = sorted(_keys(runs), key=lambda key: first.index(key) if key in first else len(first))
+    keys = sorted(
+        _keys([run.evaluation for run in runs if run.evaluation]),
+        key=lambda key: first.index(key) if key in first else len(first),
+    )
     rows = []
     for run in runs:
         stage, (_, found) = [("", (0, {})), *run.figures.items()][-1]
@@ -165,13 +189,9 @@ def differing(configs: Sequence[Config | None]) -> list[tuple[str, list[str]]]:
     return [(key, of) for key, of in rows.items() if not told(key)]
 
 
-def _keys(runs: Sequence[Run]) -> list[str]:
-    """Figures that any run has: in the order of the labels, then what has none."""
+def _keys(evaluations: Sequence[Evaluation], labels: Mapping[str, str] = LABELS) -> list[str]:
+    """Figures that any of them has: in the order of the labels, then what has none."""
     found = dict.fromkeys(
-        key
-        for run in runs
-        if run.evaluation
-        for figures in run.evaluation.figures.values()
-        for key in figures
+        key for of in evaluations for figures in of.figures.values() for key in figures
     )
-    return [key for key in LABELS if key in found] + [key for key in found if key not in LABELS]
+    return [key for key in labels if key in found] + [key for key in found if key not in labels]

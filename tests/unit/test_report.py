@@ -306,6 +306,47 @@ def test_length_and_ends_stand_beside_the_divergence(directory):
     assert found["Completion length"].details[-1] == "teacher 32.7 [30.6, 35]"
 
 
+def test_what_was_evaluated_on_other_prompts(few):
+    file = few / "evaluation" / "selfinst" / "evaluation.json"
+    file.parent.mkdir(parents=True)
+    one = {"mean": 21.5, "low": 19.25, "high": 23.75}
+    change = {"mean": 4.5, "low": 2.0, "high": 7.0}
+    found = {
+        "prompts": 252,
+        "figures": {"teacher": {"rougeL": one, "distinct1": dict.fromkeys(one, 0.125)},
+                    "student": {"rougeL": one}},
+        "changes": {"rougeL": {"initial -> student": change}},
+    }  # fmt: skip
+    file.write_text(json.dumps(found))
+    ((name, of),) = tables.evaluated(read(few))
+    assert (name, of.prompts, of.stages) == ("selfinst", 252, ["teacher", "student"])
+    assert of.rows == [
+        ("ROUGE-L (0 to 100)", [Interval(**one)] * 2),
+        ("distinct-1 (share)", [Interval(0.125, 0.125, 0.125), None]),
+    ]
+    ((label, pair, said),) = of.changes
+    assert (label, pair) == ("ROUGE-L (0 to 100)", "initial → student") and "4.5" in said
+    text = page.render([read(few)], None)
+    assert 'href="#evaluated-1"' in text and "21.5" in text and "[0.125" not in text
+    file.write_text("{")
+    run = read(few)
+    assert run.evaluated == {}
+    assert any(
+        p.startswith("evaluation/selfinst/evaluation.json: is damaged") for p in run.problems
+    )
+
+
+def test_within_a_phase_figures_are_for_curves(few):
+    file = few / "evaluation.json"
+    found = json.loads(file.read_text())
+    figures = found["figures"]
+    found["figures"] = {"initial": figures["initial"], "step 7": figures["main"], **figures}
+    file.write_text(json.dumps(found))
+    run = read(few)
+    assert run.figures["step 7"][0] == 7
+    assert tables.heldout(run).stages == ["before", "after warmup", "after main"]
+
+
 def test_until_they_are_measured_the_figures_are_those_of_the_steps(directory):
     keep(directory, lines_of(directory)[:40])
     run = read(directory)
@@ -549,6 +590,9 @@ def test_a_run_leaves_what_it_started_on(tmp_path):
 
 def test_the_last_lines_of_a_run_name_the_page(tmp_path):
     assert f"report:      {tmp_path / 'report.html'}\n" in closing(tmp_path, {}, 1.0)
+    assert "adapter" not in closing(tmp_path, {}, 1.0).replace(str(tmp_path), "")
+    (tmp_path / "student_adapter").mkdir()
+    assert f"adapter:     {tmp_path / 'student_adapter'}\n" in closing(tmp_path, {}, 1.0)
 
 
 @pytest.mark.parametrize("in_its_way", [False, True])
