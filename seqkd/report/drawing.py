@@ -130,8 +130,8 @@ def frame(made: Plot, runs: Sequence[Run], on: Axis) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=on == "steps"))
     if axes.get_yscale() == "log":
         low, high = axes.get_ylim()
-        wide = high > 100 * low
-        axes.yaxis.set_major_locator(LogLocator(numticks=5) if wide else MaxNLocator(5))
+        subs = (1,) if high > 100 * low else (1, 1.5, 2, 3, 5, 7)
+        axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=5))
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.yaxis.set_major_formatter(FuncFormatter(_plain))
     else:

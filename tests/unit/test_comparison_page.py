@@ -173,6 +173,7 @@ def test_every_set_of_prompts_has_its_section(whole):
     assert [of.name for of in result.tables][1:] == ['x"><b>$1']
     assert "x&#34;&gt;&lt;b&gt;$1" in text and "<b>" not in text
     part = text[text.index('<section id="figures-2">') :]
+    assert Tables(part).tables[0][0] == ["Method", "ROUGE-L 0 to 100", "Length tokens"]
     rouge = figure_table(part, "ROUGE-L")
     assert rouge["4. default"][1] == "23 23.1 23.2" and rouge["the teacher"][1].startswith("31 31")
     assert rouge["4. default"][2].startswith("+3 [+3, +3] ↑ higher")
