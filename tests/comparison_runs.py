@@ -134,4 +134,5 @@ def write_evaluation(directory, name, figures):
     }
     file = directory / "evaluation" / name / "evaluation.json"
     file.parent.mkdir(parents=True)
-    file.write_text(json.dumps({"per_prompt": found}))
+    prompts = len(next(iter(next(iter(figures.values())).values())))
+    file.write_text(json.dumps({"prompts": prompts, "figures": {}, "per_prompt": found}))

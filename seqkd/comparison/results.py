@@ -49,9 +49,10 @@ class Tables:
         if len(of.of_seeds) < 2:
             return "one seed: not tested"
         p = self.adjusted[method][figure]
+        shown = f"(p {p:.2g})" if p >= 0.001 else "(p < 0.001)"
         if p >= 0.05:
-            return f"not told apart (p {p:.2g})"
-        return f"{'higher' if of.mean > 0 else 'lower'} (p {p:.2g})"
+            return f"not told apart {shown}"
+        return f"{'higher' if of.mean > 0 else 'lower'} {shown}"
 
 
 @dataclass(frozen=True)
@@ -87,13 +88,13 @@ def read(comparison: Comparison, entries: list[Entry]) -> Result:
     _refuse_other_prompts(over)
     held: dict[str, dict[int, dict[str, Ratio]]] = {}
     for entry in over:
-        evaluation = runs[entry.method, entry.seed].evaluation
-        if evaluation is not None:
-            held.setdefault(entry.method, {})[entry.seed] = evaluation.per_prompt["main"]
+        found = _per_prompt(runs[entry.method, entry.seed])
+        if "main" in found:
+            held.setdefault(entry.method, {})[entry.seed] = found["main"]
             if entry.method == comparison.against:
-                held.setdefault(INITIAL, {})[entry.seed] = evaluation.per_prompt["initial"]
+                held.setdefault(INITIAL, {})[entry.seed] = found["initial"]
     tables = [_tables("held-out prompts", held, LABELS, comparison)] if held else []
-    tables += _evaluated(comparison, over)
+    tables += _evaluated(comparison, over, runs)
     return Result(comparison, entries, runs, tables, list(_problems(comparison, entries, runs)))
 
 
@@ -130,19 +131,27 @@ def _tables(
     return Tables(name, len(ratio.below), known, figures, differences, adjusted)
 
 
-def _evaluated(comparison: Comparison, over: Sequence[Entry]) -> Iterator[Tables]:
+def _per_prompt(run: Run) -> dict[str, dict[str, Ratio]]:
+    """Held-out figures by stage; nothing where none were measured."""
+    return run.evaluation.per_prompt if run.evaluation else {}
+
+
+def _evaluated(
+    comparison: Comparison, over: Sequence[Entry], runs: Mapping[tuple[str, int], Run]
+) -> Iterator[Tables]:
     """What scripts/evaluate.py has measured, of each set of prompts."""
     sets: dict[str, dict[str, dict[int, dict[str, Ratio]]]] = {}
     for entry in over:
-        for file in sorted(entry.directory.glob("evaluation/*/evaluation.json")):
-            found = json.loads(file.read_text(encoding="utf-8"))["per_prompt"]
-            of = sets.setdefault(file.parent.name, {})
-            of.setdefault(entry.method, {})[entry.seed] = source.ratios(found["student"])
+        for prompts, evaluation in runs[entry.method, entry.seed].evaluated.items():
+            found, of = evaluation.per_prompt, sets.setdefault(prompts, {})
             for name, method in (("teacher", "teacher"), ("initial", INITIAL)):
                 if entry.method == comparison.against and name in found:
-                    of.setdefault(method, {})[entry.seed] = source.ratios(found[name])
+                    of.setdefault(method, {})[entry.seed] = found[name]
+            if "student" in found:
+                of.setdefault(entry.method, {})[entry.seed] = found["student"]
     for name, held in sets.items():
-        yield _tables(name, held, table.LABELS, comparison)
+        if held:
+            yield _tables(name, held, table.LABELS, comparison)
 
 
 def _refuse_other_prompts(over: Sequence[Entry]) -> None:
@@ -168,6 +177,8 @@ def _problems(
         run = runs.get((entry.method, entry.seed))
         if run is None or not run.over:
             yield f"{entry.method}, seed {entry.seed}: {run.state if run else 'not begun'}."
+        elif "main" not in _per_prompt(run):
+            yield f"{entry.method}, seed {entry.seed}: nothing was measured on held-out prompts."
         elif (spent := run.spent(budget.kind)) < budget.amount:
             yield (
                 f"{entry.method}, seed {entry.seed}: its steps were over when {spent:g} of the "

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import re
+
 import numpy as np
 import pytest
 import yaml
 from scipy import stats
 
-from seqkd.comparison import plan
-from seqkd.comparison.statistics import difference, estimate, holm
-from seqkd.errors import ConfigError
+from seqkd.comparison import plan, results
+from seqkd.comparison.statistics import Estimate, difference, estimate, holm
+from seqkd.errors import ConfigError, DataError
 from seqkd.evaluation.divergence import Ratio
+from tests.comparison_runs import write_comparison, write_evaluation
 from tests.unit.test_config import MINIMAL
 
 FILE = {
@@ -167,3 +171,86 @@ def test_the_same_has_no_difference():
 def test_holms_adjustment_by_hand():
     assert holm({"a": 0.01, "b": 0.04, "c": 0.03}) == {"a": 0.03, "b": 0.06, "c": 0.06}
     assert holm({"a": 0.6, "b": 0.5}) == {"a": 1.0, "b": 1.0}
+
+
+def test_methods_are_compared_over_the_seeds_that_both_have(tmp_path):
+    comparison, entries = write_comparison(tmp_path, missing=[("sft", 2), ("default", 0)])
+    result = results.read(comparison, entries)
+    (held_out,) = result.tables
+    figure = "student_length"
+
+    def mean(method, seed):
+        entry = next(e for e in entries if (e.method, e.seed) == (method, seed))
+        found = json.loads((entry.directory / "evaluation.json").read_text())
+        return found["figures"]["main"][figure]["mean"]
+
+    seeds = {"sft": (0, 1), "default": (1, 2), "rao_blackwell": (0, 1, 2)}
+    for method, of in seeds.items():
+        assert held_out.figures[method][figure].of_seeds == pytest.approx(
+            [mean(method, seed) for seed in of]
+        )
+    found = held_out.differences["default"][figure]
+    assert found.mean == pytest.approx(mean("default", 1) - mean("sft", 1))
+    assert held_out.verdict("default", figure) == "one seed: not tested"
+    assert "sft" not in held_out.differences
+    assert result.problems == ["default, seed 0: not begun.", "sft, seed 2: not begun."]
+    tested = held_out.differences.keys() - {results.INITIAL}
+    p = {m: held_out.differences[m][figure].p for m in tested}
+    assert {m: held_out.adjusted[m][figure] for m in tested} == holm(p)
+
+
+@pytest.mark.parametrize(
+    "p, mean, said",
+    [(0.2, 1.0, "not told apart (p 0.2)"), (0.05, 1.0, "not told apart (p 0.05)"),
+     (0.049, 1.0, "higher (p 0.049)"), (1e-9, -1.0, "lower (p < 0.001)")],
+)  # fmt: skip
+def test_a_verdict(p, mean, said):
+    of = {"m": {"f": Estimate(mean, 0, 0, 1.0, (1.0, 2.0))}}
+    assert results.Tables("", 1, {}, of, of, {"m": {"f": p}}).verdict("m", "f") == said
+
+
+def test_other_prompts_are_not_compared(tmp_path):
+    comparison, entries = write_comparison(tmp_path, seeds=[0])
+    file = entries[1].directory / "data.json"
+    file.write_text(file.read_text().replace("d1", "d2"))
+    with pytest.raises(DataError, match=r"sft-0 and .*forward_kl-0 were measured on different"):
+        results.read(comparison, entries)
+
+
+def test_what_makes_a_comparison_less_than_it_looks_is_said(tmp_path):
+    comparison, entries = write_comparison(tmp_path, seeds=[0])
+    first, second = entries[0].directory, entries[1].directory
+    lines = (first / "metrics.jsonl").read_text().splitlines(keepends=True)[:-3]
+    (first / "metrics.jsonl").write_text("".join(lines))
+    config = yaml.safe_load((first / "config.yaml").read_text())
+    config["steps"] = len(lines) - config["warmup"]["steps"]
+    (first / "config.yaml").write_text(yaml.safe_dump(config))
+    evaluation = json.loads((second / "evaluation.json").read_text())
+    del evaluation["per_prompt"]
+    (second / "evaluation.json").write_text(json.dumps(evaluation))
+    spent = sum(json.loads(line)["learner_tokens"] for line in lines)
+    found = results.read(comparison, entries)
+    assert found.problems[:2] == [
+        f"sft, seed 0: its steps were over when {spent:g} of the 25000 learner_tokens were spent.",
+        "token_forward_kl, seed 0: nothing was measured on held-out prompts.",
+    ]
+    assert found.problems[2].startswith("There is one seed")
+    assert "token_forward_kl" not in found.tables[0].figures
+
+
+def test_the_tables_in_words(tmp_path):
+    comparison, entries = write_comparison(tmp_path)
+    result = results.read(comparison, entries)
+    write_evaluation(entries[0].directory, "other", {"student": {"rougeL": [10.0, 30.0]}})
+    text = results.render(results.read(comparison, entries))
+    (held_out,) = result.tables
+    of = held_out.figures["default"]["reverse_kl_per_token"]
+    line = next(line for line in text.splitlines() if line.startswith("  default "))
+    assert f"{of.mean:.3g} [{of.low:.3g}, {of.high:.3g}]" in line
+    assert line.endswith(held_out.verdict("default", "reverse_kl_per_token"))
+    assert re.search(r"^ROUGE-L \(0 to 100\)\n  sft +20 \[", text, re.MULTILINE)
+    results.write(result, tmp_path)
+    found = json.loads((tmp_path / "comparison.json").read_text())
+    assert found["tables"]["held-out prompts"]["figures"]["default"]["reverse_kl_per_token"] == {
+        "mean": of.mean, "low": of.low, "high": of.high, "p": of.p, "of_seeds": list(of.of_seeds)
+    }  # fmt: skip
