@@ -191,12 +191,8 @@ def train(config: Config, verbose: bool, resume: bool) -> int:
             run_directory.begin(directory, asked, data, resumption)
             print(f"run directory: {directory}\nstarting the actors", flush=True)
             measured = learn(directory, config, checked, journals, recorder)
-    evaluation = None
-    if measured:
-        evaluation = summary.evaluation_json(
-            measured, checked.heldout, checked.tokenizer, config.evaluation.examples
-        )
-        summary.write(directory, evaluation)
+    evaluation = summary.read(directory) if measured else None
+    if evaluation:
         print("\n" + summary.render(evaluation))
     model_card.write(directory, asked, evaluation)
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from seqkd.budget import cost, expected_steps, spend
@@ -33,6 +33,8 @@ class Run:
     checkpoints: Checkpoints
     watch: Watch
     control: Control
+    publish: Callable[[Mapping[str, Measurement]], None]
+    """What is done with all that was measured so far, after each measurement."""
     export_to: str
     """Where each phase leaves its student."""
 
@@ -118,3 +120,4 @@ def measure(run: Run, progress: Progress, stage: str, note: str) -> None:
         run.recorder.note(note)
         progress.measured[stage] = run.evaluation.measure()
         run.recorder.held_out(progress.step, progress.measured[stage])
+        run.publish(progress.measured)

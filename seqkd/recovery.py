@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from seqkd import loop
+from seqkd import loop, summary
 from seqkd.alarms import StepAlarms
 from seqkd.canary import Canary
 from seqkd.checkpoint import Checkpoints, Progress
@@ -69,9 +69,15 @@ def prepare(
         directory / "skipped",
         list(journals.values()),
     )
+
+    def publish(measured: Mapping[str, Measurement]) -> None:
+        examples = config.evaluation.examples
+        found = summary.evaluation_json(measured, checked.heldout, checked.tokenizer, examples)
+        summary.write(directory, found)
+
     return Run(
         config, workers, checked.train, checked.corpus, evaluation, recorder, checkpoints, watch,
-        control, str(directory / "student"),
+        control, publish, str(directory / "student"),
     )  # fmt: skip
 
 

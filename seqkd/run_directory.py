@@ -18,8 +18,8 @@ from seqkd.errors import ConfigError
 PACKAGED = "working_dir_files"
 """A folder in the path of every working directory that Ray unpacks for a job."""
 FIRST = (
-    "config.yaml", "data.json", "environment.json", "lock", "report.html", "student_initial",
-    "student_initial.partial", "tensorboard", "trackers", "journal",
+    "config.yaml", "data.json", "environment.json", "evaluation.json", "lock", "report.html",
+    "student_initial", "student_initial.partial", "tensorboard", "trackers", "journal",
 )  # fmt: skip
 """What a run writes before its first step: a start that failed there may be tried again."""
 OPERATION = {
@@ -116,9 +116,9 @@ def begin(
             shutil.rmtree(journal, ignore_errors=True)
         if not resumption.same_student:
             run_journal.remove(journal)
-        _replace(directory / "data.json", json.dumps(_fingerprint(data), indent=2))
-        _replace(directory / "environment.json", json.dumps(environment.describe(), indent=2))
-        _replace(directory / "config.yaml", dump(config))
+        replace(directory / "data.json", json.dumps(_fingerprint(data), indent=2))
+        replace(directory / "environment.json", json.dumps(environment.describe(), indent=2))
+        replace(directory / "config.yaml", dump(config))
 
 
 def resumption(directory: Path, config: Config, resume: bool) -> Resumption:
@@ -195,7 +195,9 @@ def _shown(values: Mapping[str, Any], key: str) -> str:
     return str(values[key]) if key in values else "(none)"
 
 
-def _replace(file: Path, text: str) -> None:
+def replace(file: Path, text: str) -> None:
+    """Write a file of which readers, and a run that goes on after a crash, find all or what was
+    there before."""
     partial = file.with_name(file.name + ".partial")
     with partial.open("w", encoding="utf-8") as out:
         out.write(text)

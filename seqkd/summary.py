@@ -10,7 +10,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from seqkd.errors import writing
 from seqkd.evaluation.divergence import Interval, Measurement, Shown, paired_change
+from seqkd.run_directory import replace
 from seqkd.types import Prompt
 
 LABELS = {
@@ -60,9 +62,15 @@ def evaluation_json(
 
 
 def write(directory: Path, evaluation: dict[str, Any]) -> None:
-    """``evaluation.json`` of the run directory."""
-    text = json.dumps(evaluation, indent=2, ensure_ascii=False)
-    (directory / "evaluation.json").write_text(text + "\n", encoding="utf-8")
+    """``evaluation.json`` of the run directory. StorageError where it cannot be written."""
+    file = directory / "evaluation.json"
+    with writing(file):
+        replace(file, json.dumps(evaluation, indent=2, ensure_ascii=False) + "\n")
+
+
+def read(directory: Path) -> dict[str, Any]:
+    """What :func:`write` wrote."""
+    return dict(json.loads((directory / "evaluation.json").read_text(encoding="utf-8")))
 
 
 def render(evaluation: dict[str, Any]) -> str:
@@ -106,11 +114,9 @@ def _example(
     i: int, measurements: Mapping[str, Measurement], prompts: Sequence[Prompt], tokenizer: Any
 ) -> dict[str, Any]:
     first, last = next(iter(measurements.values())), list(measurements.values())[-1]
-    completions = {
-        "teacher": first.teacher[i],
-        "student before": first.student[i],
-        "student after": last.student[i],
-    }
+    completions = {"teacher": first.teacher[i], "student before": first.student[i]}
+    if last is not first:
+        completions["student after"] = last.student[i]
     return {
         "prompt": prompts[i].text,
         "completions": {

@@ -17,6 +17,7 @@ from seqkd.evaluation import table
 from seqkd.evaluation.divergence import Ratio
 from seqkd.report import source
 from seqkd.report.source import Run
+from seqkd.run_directory import replace
 
 KINDS: tuple[BudgetKind, ...] = get_args(BudgetKind)
 FIRST = ("reverse_kl_per_token", "forward_kl_per_token", "student_length", "student_eos_rate")
@@ -220,9 +221,7 @@ def write(result: Result, directory: Path) -> None:
     }
     file = directory / "comparison.json"
     with writing(file):
-        partial = file.with_name(f"{file.name}.partial")
-        partial.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-        partial.replace(file)
+        replace(file, json.dumps(found, indent=2) + "\n")
 
 
 def _plain(of: ByMethod) -> dict[str, dict[str, dict[str, Any]]]:

@@ -13,6 +13,7 @@ from seqkd.errors import writing
 from seqkd.report import panels, samples, tables, timing, words
 from seqkd.report.source import Run
 from seqkd.report.svg import SERIES
+from seqkd.run_directory import replace
 
 
 def render(runs: Sequence[Run], refresh: float | None) -> str:
@@ -65,10 +66,8 @@ def template(name: str) -> Template:
 def save(text: str, out: Path) -> None:
     """Readers find the page before or after, never a part of it. StorageError where it cannot be
     written."""
-    partial = out.with_name(f".{out.name}.partial")
     with writing(out):
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(out)
+        replace(out, text)
 
 
 def header(run: Run, index: int) -> dict[str, Any]:
@@ -124,7 +123,7 @@ def _notes(runs: Sequence[Run]) -> Iterator[str]:
         asked = run.config is None or run.config.evaluation.prompts
         if run.evaluation is None:
             yield (
-                f"{of}no held-out figures yet: they are written at the end of the run."
+                f"{of}no held-out figures yet: they come when the student is first measured."
                 if asked and not run.over
                 else f"{of}nothing was measured on held-out prompts."
             )

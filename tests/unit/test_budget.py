@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -109,6 +110,12 @@ def quiet(tmp_path_factory, measuring):
     return (rows, student), measured, world.lives.calls
 
 
+def published(directory):
+    """Stages of evaluation.json."""
+    file = directory / "evaluation.json"
+    return list(json.loads(file.read_text())["figures"]) if file.exists() else []
+
+
 def same(measured, expected):
     assert measured.keys() == expected.keys()
     for stage, of in expected.items():
@@ -123,9 +130,12 @@ def test_a_run_that_is_killed_at_any_call_ends_where_its_budget_does(quiet, meas
         directory.mkdir()
         with pytest.raises(Crash):
             World(directory, at, Crash(), config=measuring).finish()
+        told = published(directory)
+        assert told == list(expected)[: len(told)], "while the run goes on"
         measured = World(directory, config=measuring).finish()
         assert left(directory) == files, (at, call)
         same(measured, expected)
+        assert published(directory) == list(expected)
 
 
 def test_so_does_one_that_loses_its_learner(quiet, measuring, tmp_path):

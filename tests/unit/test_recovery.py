@@ -192,6 +192,9 @@ class Tokenizer:
     def __call__(self, text, add_special_tokens):
         return SimpleNamespace(input_ids=list(range(100, 150)))
 
+    def decode(self, ids, skip_special_tokens=False):
+        return " ".join(map(str, ids))
+
 
 def checked(train=PROMPTS):
     return SimpleNamespace(

@@ -28,8 +28,9 @@ def test_tokens_of_an_example_make_up_its_text(tokenizer):
     known = Measurement(ones, (Shown(rollout, costs),), (Shown(rollout),))
     found = evaluation_json({"initial": known}, [Prompt("a", (1,), "a")], tokenizer, 1)
     tokens = found["examples"][0]["tokens"]
+    assert list(tokens) == ["teacher", "student before"], "there is no later student yet"
     assert len(ids) > len("né €"), "some character is several tokens"
-    assert "".join(text for text, _ in tokens["student after"]) == tokenizer.decode(ids)
-    assert [cost for _, cost in tokens["student after"]] == list(costs)
-    assert [text for text, _ in tokens["student after"]].count("€") == 1
+    assert "".join(text for text, _ in tokens["student before"]) == tokenizer.decode(ids)
+    assert [cost for _, cost in tokens["student before"]] == list(costs)
+    assert [text for text, _ in tokens["student before"]].count("€") == 1
     assert {cost for _, cost in tokens["teacher"]} == {None}
