@@ -40,6 +40,8 @@ def main(argv: list[str] | None = None) -> int:
         quiet()
         if args.tables:
             return show(comparison, entries)
+        for entry in entries:
+            over(entry)  # or run with another configuration, which is said before anything begins
         checked(entries[: len(comparison.methods)])
         if args.dry_run:
             for entry in entries:
@@ -67,9 +69,11 @@ def checked(entries: Sequence[Entry]) -> None:
 def compare(comparison: Comparison, entries: Sequence[Entry]) -> int:
     """Every run that is not over, then the student's evaluation if one is asked for."""
     for number, entry in enumerate(entries, 1):
-        print(f"[{number}/{len(entries)}] {entry.method}, seed {entry.seed}: {entry.directory}")
+        which = f"[{number}/{len(entries)}] {entry.method}, seed {entry.seed}"
+        print(f"{which}: {entry.directory}", flush=True)
         if not over(entry) and not ran(entry, "train.py", *entry.arguments, "--resume"):
             continue
+        print(f"{' ' * len(which)}  {outcome(entry)}", flush=True)
         if comparison.evaluate is not None and not evaluated(entry):
             again = ["--no-initial"] if entry.method != comparison.against else []
             ran(entry, "evaluate.py", str(entry.directory), *again, *comparison.evaluate)
@@ -78,10 +82,30 @@ def compare(comparison: Comparison, entries: Sequence[Entry]) -> int:
 
 
 def over(entry: Entry) -> bool:
-    """Whether a run has come to its end."""
+    """Whether a run has come to its end. ConfigError where it was one of another configuration."""
+    from seqkd import run_directory
     from seqkd.report import source
 
-    return (entry.directory / "metrics.jsonl").exists() and source.read(entry.directory).over
+    found = run_directory.resumption(entry.directory, entry.config, resume=True)
+    if set(found.course) - {"budget.amount"}:
+        raise ConfigError(
+            f"{entry.directory} was run with another configuration:\n"
+            + "".join(f"  {line}\n" for line in found.changes)
+            + "Set these as they were, choose a new name, or remove the directory."
+        )
+    begun = (entry.directory / "metrics.jsonl").exists()
+    return begun and not found.course and source.read(entry.directory).over
+
+
+def outcome(entry: Entry) -> str:
+    """The end of a run in a line."""
+    from seqkd.comparison.results import FIRST, LABELS
+    from seqkd.report import source
+
+    run = source.read(entry.directory)
+    _, figures = run.figures.get("main", (0, {}))
+    shown = [f"{LABELS[name]} {figures[name].mean:.3g}" for name in FIRST if name in figures]
+    return ", ".join([f"{run.done} steps in {run.seconds / 60:.0f} min", *shown])
 
 
 def evaluated(entry: Entry) -> bool:
@@ -122,6 +146,7 @@ def update(comparison: Comparison, entries: Sequence[Entry]) -> Result:
 
     result = results.read(comparison, list(entries))
     where = plan.directory(comparison, list(entries))
+    where.mkdir(parents=True, exist_ok=True)
     results.write(result, where)
     page.write(result, where / "report.html")
     return result

@@ -46,10 +46,11 @@ class Resumption:
 
     found: bool
     """Whether the run has begun; else it begins now."""
-    same_student: bool = True
-    """Whether the samples drawn since the last checkpoint are of the student that will be."""
     changes: tuple[str, ...] = ()
     """A line for each changed field."""
+    course: tuple[str, ...] = ()
+    """Those fields that change what the next steps do: samples drawn since the last checkpoint are
+    of another student than will be."""
 
 
 def locate(config: Config) -> Path:
@@ -114,7 +115,7 @@ def begin(
     with _written(directory):
         if not resumption.found:  # of a start that failed before its first step
             shutil.rmtree(journal, ignore_errors=True)
-        if not resumption.same_student:
+        if resumption.course:
             run_journal.remove(journal)
         replace(directory / "data.json", json.dumps(_fingerprint(data), indent=2))
         replace(directory / "environment.json", json.dumps(environment.describe(), indent=2))
@@ -142,7 +143,7 @@ def resumption(directory: Path, config: Config, resume: bool) -> Resumption:
             + "".join(f"  {line}\n" for line in refused)
             + "Set these as they were, or choose a new name=…."
         )
-    return Resumption(True, not course, tuple(lines.values()))
+    return Resumption(True, tuple(lines.values()), tuple(course))
 
 
 def refuse_other_data(directory: Path, data: Mapping[str, Sequence[Any]]) -> None:

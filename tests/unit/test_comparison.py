@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 
+import compare as script
 import numpy as np
 import pytest
 import yaml
@@ -254,3 +255,57 @@ def test_the_tables_in_words(tmp_path):
     assert found["tables"]["held-out prompts"]["figures"]["default"]["reverse_kl_per_token"] == {
         "mean": of.mean, "low": of.low, "high": of.high, "p": of.p, "of_seeds": list(of.of_seeds)
     }  # fmt: skip
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """The file of a comparison whose runs are over, and how to write it anew."""
+    write_comparison(tmp_path, seeds=[0])
+    file = tmp_path / "study.yaml"
+    before = yaml.safe_load(file.read_text())
+
+    def again(**changes):
+        file.write_text(yaml.safe_dump(before | changes, sort_keys=False))
+        return str(file)
+
+    return again
+
+
+def test_what_is_over_is_not_run_again(finished, monkeypatch, capsys):
+    monkeypatch.setattr(script, "checked", lambda entries: None)
+    monkeypatch.setattr(script, "ran", lambda *arguments: pytest.fail("nothing is to be run"))
+    assert script.main([finished()]) == 0
+    out = capsys.readouterr().out
+    assert "[1/4] sft, seed 0:" in out and "steps in" in out and "comparison.json" in out
+
+
+def test_more_may_be_spent_by_runs_that_are_over(finished, monkeypatch):
+    asked = []
+    monkeypatch.setattr(script, "checked", lambda entries: None)
+    monkeypatch.setattr(script, "ran", lambda entry, *arguments: asked.append(arguments) or True)
+    script.main([finished(budget={"kind": "learner_tokens", "amount": 1e6})])
+    assert len(asked) == 4 and all(of[0] == "train.py" and of[-1] == "--resume" for of in asked)
+
+
+@pytest.mark.parametrize(
+    "changes, told",
+    [({"overrides": ["learner.lr=0.5"]}, r"learner.lr: .* -> 0.5"),
+     ({"overrides": ["rollout.max_tokens=7"]}, r"rollout.max_tokens: .* -> 7")],
+)  # fmt: skip
+def test_runs_of_another_configuration_are_not_taken_for_these(finished, changes, told, capsys):
+    assert script.main([finished(**changes)]) == 2
+    said = capsys.readouterr().err
+    assert re.search(told, said) and "sft-0" in said and "Traceback" not in said
+
+
+def test_a_run_that_fails_is_said_with_its_first_error(tmp_path, capsys):
+    _, entries = write_comparison(tmp_path, seeds=[0])
+    entry = entries[0]
+    log = entry.directory.with_name("sft-0.log")
+    log.write_text("error: of an earlier attempt\n")
+    assert not script.ran(entry, "train.py", "missing.yaml")
+    said = capsys.readouterr().out
+    assert "error: train.py ended with exit code 2" in said and str(log) in said
+    assert "missing.yaml: no such file" in said and "earlier attempt" not in said
+    assert log.read_text().startswith("error: of an earlier attempt")
+    assert script.ran(entry, "train.py", "--help")

@@ -53,7 +53,7 @@ def test_a_start_that_failed_leaves_no_samples_to_the_next(tmp_path):
     c, data = config(runs_dir=str(tmp_path)), {"training": table("a")}
     run_directory.begin(directory, c, data, run_directory.Resumption(found=True))
     assert (directory / "journal" / "samples").exists()
-    run_directory.begin(directory, c, data, run_directory.Resumption(True, same_student=False))
+    run_directory.begin(directory, c, data, run_directory.Resumption(True, course=("learner.lr",)))
     assert [path.name for path in (directory / "journal").iterdir()] == ["heldout"]
     run_directory.begin(directory, c, data, run_directory.Resumption(found=False))
     assert not (directory / "journal").exists()
@@ -85,7 +85,7 @@ def test_how_a_run_is_carried_out_may_change(tmp_path):
         prompts_per_step=4,
     )
     found = run_directory.resumption(directory, c, resume=True)
-    assert found.same_student
+    assert not found.course
     assert "learner.ranks: 1 -> 2" in found.changes
     assert "checkpoints.every_steps: 100 -> 7" in found.changes
 
@@ -95,7 +95,7 @@ def test_what_the_next_steps_do_may_change_and_is_another_student(tmp_path):
     changes = {"learner": {"lr": 0.5}, "steps": MINIMAL["steps"] + 5}
     c = config(runs_dir=str(tmp_path), **changes)
     found = run_directory.resumption(directory, c, resume=True)
-    assert not found.same_student
+    assert sorted(found.course) == ["learner.lr", "steps"]
     assert "learner.lr: 1e-05 -> 0.5" in found.changes
 
 
