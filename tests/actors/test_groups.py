@@ -22,7 +22,7 @@ from seqkd.errors import ActorError, LearnerLost, ModelError, Stopped
 from seqkd.types import Prompt, Rollout, WeightVersion
 from tests.actors.ray_calls import wait
 
-SOON = Recovery(restarts=3, backoff_s=0.01, heartbeat_s=1, stall_s=60, grace_s=0.5)
+SOON = Recovery(restarts=3, backoff_s=0.01, heartbeat_s=10, stall_s=60, grace_s=0.5)
 SOON_STALLED = SOON.model_copy(update={"stall_s": 15})
 
 
