@@ -144,8 +144,8 @@ def update(comparison: Comparison, entries: Sequence[Entry]) -> Result:
     from seqkd.comparison import plan, results
     from seqkd.report import comparison as page
 
-    result = results.read(comparison, list(entries))
-    where = plan.directory(comparison, list(entries))
+    result = results.read(comparison, entries)
+    where = plan.directory(entries)
     where.mkdir(parents=True, exist_ok=True)
     results.write(result, where)
     page.write(result, where / "report.html")
@@ -157,7 +157,7 @@ def show(comparison: Comparison, entries: Sequence[Entry]) -> int:
     from seqkd.comparison import plan, results
 
     result = update(comparison, entries)
-    where = plan.directory(comparison, list(entries))
+    where = plan.directory(entries)
     print(f"\n{results.render(result)}\n\n{where / 'comparison.json'}\n{where / 'report.html'}")
     return 0 if all(len(result.of(m)) == len(comparison.seeds) for m in comparison.methods) else 2
 

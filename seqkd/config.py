@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -376,11 +376,12 @@ class Config(Phase):
             )
 
 
-@overload
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Config: ...
-@overload
-def load(path: str | Path, overrides: Sequence[str] = (), *, schema: type[Read]) -> Read: ...
-def load(path: str | Path, overrides: Sequence[str] = (), *, schema: type[Any] = Config) -> Any:
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """:func:`read` a configuration."""
+    return read(path, Config, overrides)
+
+
+def read(path: str | Path, schema: type[Read], overrides: Sequence[str] = ()) -> Read:
     """Read a YAML file, apply ``key=value`` overrides (dotted paths, YAML values), validate.
 
     Raises ConfigError with one line a problem: field, value, mend.

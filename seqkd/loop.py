@@ -80,6 +80,7 @@ def train(
                 break
             if index and progress.step % (config.evaluation.every_steps or math.inf) == 0:
                 measure(run, progress, f"step {progress.step}", "measuring on held-out prompts")
+        steps = max(steps, index + 1)  # what is drawn is learnt from, whatever it cost
         clock = Clock()
         version = learner.policy_version
         if progress.between_draws:
@@ -92,7 +93,7 @@ def train(
             with clock("watch"):
                 run.watch.drawn(progress.step)
         parts = [source.part(clock) for source in sources]
-        lr = learning_rate(config.learner, config.lr(phase), index, max(steps, index + 1))
+        lr = learning_rate(config.learner, config.lr(phase), index, steps)
         with clock("learn"):
             result = learner.step(parts, lr)
         run.watch.learnt(progress.step, parts, result, lr)
@@ -102,7 +103,7 @@ def train(
         row = describe(config, name, phase, version, lr, parts, result)
         costs = cost(phase, parts, clock.total())
         spend(progress.spent, name, costs)
-        run.recorder.step(progress.step, row, costs, clock, begun + max(steps, index + 1))
+        run.recorder.step(progress.step, row, costs, clock, begun + steps)
         run.watch.described(row)
         progress.step += 1
         progress.between_draws = not sources[0].steps

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -79,10 +79,10 @@ class Entry:
 
 def load(path: str | Path) -> Comparison:
     """ConfigError with one line a problem: field, value, mend."""
-    return configuration.load(path, schema=Comparison)
+    return configuration.read(path, Comparison)
 
 
-def directory(comparison: Comparison, entries: list[Entry]) -> Path:
+def directory(entries: Sequence[Entry]) -> Path:
     """Of all its runs."""
     return entries[0].directory.parent
 

@@ -61,7 +61,7 @@ class Result:
     """A comparison as far as it has come."""
 
     comparison: Comparison
-    entries: list[Entry]
+    entries: Sequence[Entry]
     runs: dict[tuple[str, int], Run]
     """By method and seed, of those that have begun."""
     tables: list[Tables]
@@ -81,7 +81,7 @@ class Result:
         return {name: sum(of) / len(of) for name, of in found.items() if of}
 
 
-def read(comparison: Comparison, entries: list[Entry]) -> Result:
+def read(comparison: Comparison, entries: Sequence[Entry]) -> Result:
     """What is there by now. DataError where the runs cannot be compared."""
     begun = [e for e in entries if (e.directory / "metrics.jsonl").exists()]
     runs = {(e.method, e.seed): source.read(e.directory) for e in begun}

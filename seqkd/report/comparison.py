@@ -255,7 +255,7 @@ def methods(result: Result) -> Iterator[Method]:
         )
 
 
-def _first_seed(result: Result) -> list[Entry]:
+def _first_seed(result: Result) -> Sequence[Entry]:
     """One entry a method, in their order."""
     return result.entries[: len(result.comparison.methods)]
 

@@ -60,7 +60,7 @@ def test_every_method_is_run_with_every_seed_until_the_budget_is_spent(write):
     assert by["other", 0].teacher.model == "another" and by["other", 0].steps == 3
     assert by["sequence", 0].steps * by["sequence", 0].prompts_per_step > 1e6
     assert len({e.directory for e in found}) == 6
-    assert found[4].directory == plan.directory(comparison, found) / "token-7"
+    assert found[4].directory == plan.directory(found) / "token-7"
     assert comparison.against == "sequence"
 
 

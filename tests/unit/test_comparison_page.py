@@ -405,7 +405,7 @@ def test_samples_are_named_by_method(whole):
 def test_the_script_writes_it_beside_the_tables(tmp_path):
     comparison, entries = write_comparison(tmp_path, seeds=(0, 1), missing=[("default", 1)])
     compare.update(comparison, entries)
-    where = plan.directory(comparison, entries)
+    where = plan.directory(entries)
     assert where == tmp_path / "runs" / "study"
     assert "default, seed 1: not begun." in (where / "report.html").read_text()
     assert (where / "comparison.json").exists() and not list(where.glob(".report*"))
