@@ -103,6 +103,7 @@ def train(
         row = describe(config, name, phase, version, lr, parts, result)
         costs = cost(phase, parts, clock.total())
         spend(progress.spent, name, costs)
+        steps = max(index + 1, expected_steps(config, phase, index + 1, progress.spent))
         run.recorder.step(progress.step, row, costs, clock, begun + steps)
         run.watch.described(row)
         progress.step += 1

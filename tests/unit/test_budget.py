@@ -64,6 +64,7 @@ def test_a_run_ends_with_the_draw_that_spends_the_budget(tmp_path, kind, draws):
     assert [row["phase"] for row in rows] == ["warmup"] * 3 + ["main"] * 2 * draws
     assert [row[kind] for row in rows] == [WARMUP[kind]] * 3 + [MAIN[kind]] * 2 * draws
     assert "in all, at most 1000 steps" in world.out.getvalue()
+    assert "/1003 " not in world.out.getvalue(), "known once a step has its cost"
 
 
 def test_steps_end_a_run_before_its_budget(tmp_path):
