@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -60,6 +61,17 @@ class RankPart:
             for name in ("student_logprob", "teacher_logprob")
         )
         return mixture_weight(ours, theirs, self.teacher_fraction)
+
+    def loss(self, batch: TrainBatch, stats: Mapping[Stat, Tensor]) -> Tensor:
+        """What every term makes of a micro-batch."""
+        weight = self.weight(batch, stats)
+        losses = []
+        for term in self.terms:
+            wanted = term.objective.divergence()
+            read = as_token_stats(batch, stats, Divergence(*wanted) if wanted else None, weight)
+            objective = OBJECTIVES[term.objective.kind]
+            losses.append(objective(read, self.counts, **term.objective.options()) * term.weight)
+        return torch.stack(losses).sum()
 
 
 class LearnerRank:
@@ -139,17 +151,13 @@ class LearnerRank:
         for number, (index, part, batch) in enumerate(pending, 1):
             self.engine.set_gradient_accumulation_boundary(number == len(pending))
             batch = self._to_device(batch)
-            stats = self.engine(batch, _names(batch, part.terms), self._head(batch))
-            weight = part.weight(batch, stats)
-            losses = [
-                _loss(term, batch, stats, part.counts, weight) * term.weight for term in part.terms
-            ]
-            loss = torch.stack(losses).sum()
+            names, head = _names(batch, part.terms), self._head(batch)
+            loss, stats = self.engine(batch, names, head, partial(part.loss, batch))
             # DeepSpeed averages over ranks; the loss already divides by global counts. One that is
             # not finite makes the factor NaN, and so the whole gradient on every rank.
             self.engine.backward(loss * (self.config.ranks + 0 * loss.detach()))
             total += float(loss)
-            results[index] += _result(batch, stats, weight)
+            results[index] += _result(batch, stats, part.weight(batch, stats))
         norm, skipped = self._update()
         self.policy_version += 1
         return StepResult(total, norm, tuple(results), skipped)
@@ -165,7 +173,7 @@ class LearnerRank:
         with torch.no_grad():
             for batch in micro_batches:
                 batch = self._to_device(batch)
-                stats = self.engine(batch, (*_names(batch, ()), *extra), self._head(batch))
+                _, stats = self.engine(batch, (*_names(batch, ()), *extra), self._head(batch))
                 results.append(
                     {
                         name if isinstance(name, str) else "end_logprob": value.cpu()
@@ -286,19 +294,6 @@ def _names(batch: TrainBatch, terms: tuple[Term, ...]) -> tuple[Stat, ...]:
     if batch.teacher_hidden is not None or batch.teacher_top_ids is not None:
         names += ["reverse_kl", "forward_kl"]
     return tuple(dict.fromkeys(names))
-
-
-def _loss(
-    term: Term,
-    batch: TrainBatch,
-    stats: dict[Stat, Tensor],
-    counts: Counts,
-    weight: Tensor | None,
-) -> Tensor:
-    wanted = term.objective.divergence()
-    divergence = Divergence(*wanted) if wanted else None
-    read = as_token_stats(batch, stats, divergence, weight)
-    return OBJECTIVES[term.objective.kind](read, counts, **term.objective.options())
 
 
 def _result(batch: TrainBatch, stats: dict[Stat, Tensor], weight: Tensor | None) -> PartResult:

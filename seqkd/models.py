@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,14 @@ from torch import Tensor, nn
 
 from seqkd.config_roles import Prune, Student
 from seqkd.errors import ModelError
-from seqkd.token_stats import FullTeacher, KnownTeacher, OutputHead, TopTeacher, token_stats
+from seqkd.token_stats import (
+    FullTeacher,
+    KnownTeacher,
+    OutputHead,
+    TopTeacher,
+    token_loss,
+    token_stats,
+)
 from seqkd.types import Divergence, Stat, TokenStats, TrainBatch
 
 
@@ -285,30 +292,44 @@ class StudentModel(nn.Module):
         self.model = model
 
     def forward(
-        self, batch: TrainBatch, names: tuple[Stat, ...], teacher_head: OutputHead | None
-    ) -> dict[Stat, Tensor]:
-        """[B, T] float32 a name, 0 on padding (see :func:`seqkd.token_stats.token_stats`)."""
+        self,
+        batch: TrainBatch,
+        names: tuple[Stat, ...],
+        teacher_head: OutputHead | None,
+        objective: Callable[[dict[Stat, Tensor]], Tensor] | None = None,
+    ) -> tuple[Tensor | None, dict[Stat, Tensor]]:
+        """What ``objective`` makes of the statistics, and these, [B, T] float32 a name, 0 on
+        padding. Of the two the first is differentiable; without an objective the second is (see
+        :func:`seqkd.token_stats.token_loss` and ``token_stats``)."""
+        mask = batch.loss_mask
         hidden = last_hidden(self.model, batch.input_ids, batch.attention_mask)
         rows = torch.arange(len(hidden), device=hidden.device)[:, None]
-        states = hidden[rows, batch.state_index][batch.loss_mask]
         given: dict[Stat, Tensor] = (
             {"teacher_logprob": batch.teacher_logprobs}
             if batch.teacher_logprobs is not None
             else {}
         )
-        values = token_stats(
-            states,
+
+        def laid_out(values: Mapping[Stat, Tensor]) -> dict[Stat, Tensor]:
+            return given | {
+                name: torch.zeros(mask.shape, device=value.device).masked_scatter(mask, value)
+                for name, value in values.items()
+            }
+
+        work = (
+            hidden[rows, batch.state_index][mask],
             head_of(self.model),
-            batch.target_ids[batch.loss_mask],
+            batch.target_ids[mask],
             tuple(name for name in names if name not in given),
             known_teacher(batch, teacher_head),
         )
-        return given | {
-            name: torch.zeros(batch.loss_mask.shape, device=value.device).masked_scatter(
-                batch.loss_mask, value
-            )
-            for name, value in values.items()
-        }
+        if objective is None:
+            return None, laid_out(token_stats(*work))
+        row, position = mask.nonzero(as_tuple=True)
+        loss, values = token_loss(
+            *work, lambda values: objective(laid_out(values)), position, batch.group[row]
+        )
+        return loss, laid_out(values)
 
 
 def known_teacher(batch: TrainBatch, head: OutputHead | None) -> KnownTeacher | None:

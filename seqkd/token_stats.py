@@ -1,13 +1,17 @@
-"""From hidden states and output heads to per-token log-probabilities and divergences.
+"""From hidden states and output heads to per-token log-probabilities and divergences, and to a loss
+made of them.
 
 The logits of a few hundred tokens at a time are formed, reduced to one number a token and thrown
-away; the backward pass forms them again. Peak memory is a constant number of [chunk, V] tensors,
-so it grows with N and never with N x V.
+away. Peak memory is a constant number of [chunk, V] tensors, so it grows with N and never with
+N x V. A loss (:func:`token_loss`) sends its gradient back while a chunk's logits are there, so that
+they are formed once: four products with a head in all, of student, teacher and two gradients.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -21,6 +25,8 @@ every temporary and the kernel clears them: a third of the step on a CPU."""
 
 STUDENT_ONLY = frozenset({"student_logprob", "entropy"})
 STATS = ("student_logprob", "teacher_logprob", "reverse_kl", "forward_kl", "entropy")
+Rows = slice | Tensor
+"""Which of N states: a range, or their indices."""
 MONITORED = {"reverse_kl": "token_reverse_kl", "forward_kl": "token_forward_kl"}
 """Divergences that have a name of their own, being reported whatever the objective."""
 
@@ -77,7 +83,7 @@ class FullTeacher:
     head: OutputHead
     """Frozen."""
 
-    def rows(self, rows: slice) -> FullTeacher:
+    def rows(self, rows: Rows) -> FullTeacher:
         """The teacher at some of the states."""
         return FullTeacher(self.hidden[rows], self.head)
 
@@ -93,7 +99,7 @@ class TopTeacher:
     logprobs: Tensor
     """[N, k + 1], the tail last."""
 
-    def rows(self, rows: slice) -> TopTeacher:
+    def rows(self, rows: Rows) -> TopTeacher:
         """The teacher at some of the states."""
         return TopTeacher(self.ids[rows], self.logprobs[rows])
 
@@ -115,7 +121,8 @@ def token_stats(
     names: tuple[Stat, ...],
     teacher: KnownTeacher | None = None,
 ) -> dict[Stat, Tensor]:
-    """Per-token statistics, [N] float32 each, differentiable in ``hidden`` and ``head``.
+    """Per-token statistics, [N] float32 each, differentiable in ``hidden`` and ``head``; the
+    backward pass forms the logits again.
 
     Args:
         hidden: [N, H] student states; targets: [N] the tokens drawn there.
@@ -128,8 +135,40 @@ def token_stats(
     if not names:
         return {}
     work = _Work(head, targets, names, teacher)
-    values = _ChunkedStats.apply(hidden, head.weight, head.bias, work)
+    values = _Statistics.apply(hidden, head.weight, head.bias, work)
     return dict(zip(names, values, strict=True))
+
+
+Objective = Callable[[Mapping[Stat, Tensor]], Tensor]
+"""From [N] float32 statistics, by name, to a scalar to minimise."""
+
+
+def token_loss(
+    hidden: Tensor,
+    head: OutputHead,
+    targets: Tensor,
+    names: tuple[Stat, ...],
+    teacher: KnownTeacher | None,
+    objective: Objective,
+    position: Tensor,
+    group: Tensor,
+) -> tuple[Tensor, dict[Stat, Tensor]]:
+    """What ``objective`` makes of the statistics of :func:`token_stats`, differentiable in
+    ``hidden`` and ``head``; and the statistics, which are not.
+
+    The states are walked from the last ``position`` ([N], within its completion) to the first,
+    those of one ``group`` ([N], the samples of one prompt) together, and each chunk's gradient is
+    sent back at once. That asks for the objective's slope at a state when the earlier ones are not
+    known yet, which is right for every objective that looks at a token and its future alone, as
+    returns and their leave-one-out baseline do. In the end the slopes are compared with those that
+    all statistics give; where they differ (the whole sequence's return, an importance weight of the
+    sequence) the walk is taken again with the right ones: the result is exact for every objective,
+    and six products with a head in place of four are the price.
+    """
+    work = _Work(head, targets, names, teacher)
+    order = _from_the_end(position, group, _chunk(head.weight))
+    loss, *values = _Loss.apply(hidden, head.weight, head.bias, work, objective, order)
+    return loss, dict(zip(names, values, strict=True))
 
 
 def stats_of_logits(
@@ -137,10 +176,10 @@ def stats_of_logits(
 ) -> dict[Stat, Tensor]:
     """The same from logits, [..., V] twice and [...]: for other trainers and small examples. Keeps
     whole [..., V] tensors for the backward pass."""
-    flat = _reduce(
-        logits.flatten(0, -2), teacher_logits.detach().flatten(0, -2), targets.flatten(), names
+    states = _States(
+        logits.flatten(0, -2), teacher_logits.detach().flatten(0, -2), targets.flatten()
     )
-    return {name: value.view(targets.shape) for name, value in flat.items()}
+    return {name: value.view(targets.shape) for name, value in states.statistics(names).items()}
 
 
 @dataclass(frozen=True)
@@ -150,20 +189,57 @@ class _Work:
     names: tuple[Stat, ...]
     teacher: KnownTeacher | None
 
-    def values(self, raw: Tensor, rows: slice, names: tuple[Stat, ...]) -> dict[Stat, Tensor]:
-        """[n] a name, of the states ``rows`` with raw logits [n, V]."""
-        teacher: Tensor | TopTeacher | None = None
-        if not all(name in STUDENT_ONLY or isinstance(name, EndLogprob) for name in names):
-            assert self.teacher is not None
-            part = self.teacher.rows(rows)
-            if isinstance(part, FullTeacher):
-                teacher = part.head.finish(part.head.raw(part.hidden))
-            else:
-                teacher = part
-        return _reduce(self.head.finish(raw), teacher, self.targets[rows], names)
+    def states(self, raw: Tensor, rows: Rows) -> _States:
+        """The states ``rows``, whose raw logits are [n, V]."""
+        teacher = None if self.teacher is None else self.teacher.rows(rows)
+        return _States(self.head.finish(raw), teacher, self.targets[rows])
 
 
-class _ChunkedStats(torch.autograd.Function):
+Slopes = Mapping[Stat, Tensor]
+"""[N] by name: the derivative of a loss by each statistic that it depends on."""
+
+
+def _gradients(
+    work: _Work,
+    hidden: Tensor,
+    needed: Sequence[bool],
+    order: Sequence[Rows],
+    names: tuple[Stat, ...],
+    slopes_at: Callable[[Rows, _States, Mapping[Stat, Tensor]], Slopes],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Of hidden states, weight and bias, where ``needed``: what is frozen costs nothing (the head
+    of a student with adapters is). ``slopes_at`` is asked for each chunk of states in turn, whose
+    statistics ``names`` it is given."""
+    weight, bias = work.head.weight, work.head.bias
+    of_hidden = torch.zeros_like(hidden) if needed[0] else None
+    # Float32 sums: many chunks are added, and bfloat16 would lose the small ones.
+    of_weight = torch.zeros_like(weight, dtype=torch.float32) if needed[1] else None
+    of_bias = (
+        torch.zeros_like(bias, dtype=torch.float32) if needed[2] and bias is not None else None
+    )
+    for rows in order if names else ():
+        here = hidden[rows].detach()
+        with torch.enable_grad():
+            raw = work.head.raw(here).detach().requires_grad_()
+            states = work.states(raw, rows)
+            values = states.statistics(names)
+            slopes = slopes_at(rows, states, values)
+            total = torch.stack([(values[name] * slopes[name][rows]).sum() for name in names]).sum()
+            (d_raw,) = torch.autograd.grad(total, raw)
+        if of_hidden is not None:
+            of_hidden[rows] = (d_raw.to(weight.dtype) @ weight).to(hidden.dtype)
+        if of_weight is not None:
+            of_weight.addmm_(d_raw.T, here.float())
+        if of_bias is not None:
+            of_bias += d_raw.sum(0)
+    return (
+        of_hidden,
+        None if of_weight is None else of_weight.to(weight.dtype),
+        None if of_bias is None or bias is None else of_bias.to(bias.dtype),
+    )
+
+
+class _Statistics(torch.autograd.Function):
     """[N, H] -> one [N] tensor a name, recomputing each chunk's logits in the backward pass."""
 
     @staticmethod
@@ -173,90 +249,151 @@ class _ChunkedStats(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         out = {name: hidden.new_empty(len(hidden), dtype=torch.float32) for name in work.names}
         for rows in _rows(len(hidden), weight):
-            raw = work.head.raw(hidden[rows])
-            for name, value in work.values(raw, rows, work.names).items():
+            states = work.states(work.head.raw(hidden[rows]), rows)
+            for name, value in states.statistics(work.names).items():
                 out[name][rows] = value
         return tuple(out[name] for name in work.names)
 
     @staticmethod
     def backward(ctx, *grads):  # type: ignore[no-untyped-def]
-        hidden, weight, bias = ctx.saved_tensors
         work: _Work = ctx.work
-        given = {n: g for n, g in zip(work.names, grads, strict=True) if g is not None}
-        given.pop("teacher_logprob", None)
-        names = tuple(given)
-        # What is frozen costs nothing. The head of a student with adapters is.
-        of_hidden, of_weight, of_bias, _ = ctx.needs_input_grad
-        d_hidden = torch.zeros_like(hidden) if of_hidden else None
-        # float32 accumulators: many chunks are added, and bfloat16 would lose the small ones.
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if of_weight else None
-        d_bias = torch.zeros_like(bias, dtype=torch.float32) if of_bias else None
-        for rows in _rows(len(hidden), weight) if names else ():
-            with torch.enable_grad():
-                raw = work.head.raw(hidden[rows].detach()).detach().requires_grad_()
-                values = work.values(raw, rows, names)
-                total = sum((values[name] * given[name][rows]).sum() for name in names)
-                (d_raw,) = torch.autograd.grad(total, raw)
-            if d_hidden is not None:
-                d_hidden[rows] = (d_raw.to(weight.dtype) @ weight).to(hidden.dtype)
-            if d_weight is not None:
-                d_weight.addmm_(d_raw.T, hidden[rows].float())
-            if d_bias is not None:
-                d_bias += d_raw.sum(0)
-        return (
-            d_hidden,
-            None if d_weight is None else d_weight.to(weight.dtype),
-            None if d_bias is None else d_bias.to(bias.dtype),
-            None,
-        )
+        hidden, weight, _ = ctx.saved_tensors
+        slopes = {n: g for n, g in zip(work.names, grads, strict=True) if g is not None}
+        slopes.pop("teacher_logprob", None)
+        order = _rows(len(hidden), weight)
+        needed, names = ctx.needs_input_grad, tuple(slopes)
+        return (*_gradients(work, hidden, needed, order, names, lambda *_: slopes), None)
 
 
-def _reduce(
-    logits: Tensor,
-    teacher: Tensor | TopTeacher | None,
-    targets: Tensor,
-    names: tuple[Stat, ...],
-) -> dict[Stat, Tensor]:
-    """[n, V] logits, the teacher's logits or its most probable tokens -> [n] a name."""
-    if isinstance(teacher, Tensor) and teacher.shape[-1] != logits.shape[-1]:
-        size = min(teacher.shape[-1], logits.shape[-1])
-        logits, teacher = logits[:, :size], teacher[:, :size]
-    log_q = torch.log_softmax(logits, -1)
-    values: dict[Stat, Tensor] = {}
-    if "student_logprob" in names:
-        values["student_logprob"] = _gather(log_q, targets)
-    if "entropy" in names:
-        values["entropy"] = -(log_q.exp() * log_q).sum(-1)
-    for name in names:
-        if isinstance(name, EndLogprob):
-            values[name] = log_q[:, list(name.token_ids)].logsumexp(-1)
-    if teacher is None:
-        return values
-    if "teacher_logprob" in names:
-        assert isinstance(teacher, Tensor)
-        values["teacher_logprob"] = _gather(torch.log_softmax(teacher, -1), targets)
-    wanted: dict[Stat, Divergence] = {n: n for n in names if isinstance(n, Divergence)}
-    wanted |= {n: Divergence(MONITORED[n]) for n in MONITORED if n in names}
-    for temperature in dict.fromkeys(d.temperature for d in wanted.values()):
-        ours, theirs = _distributions(logits, log_q, teacher, temperature)
-        for name, (kind, coefficient, of) in wanted.items():
-            if of == temperature:
+class _Loss(torch.autograd.Function):
+    """[N, H] -> the loss, and one [N] tensor a name. The gradient is there when the forward pass
+    ends."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, work, objective, order):  # type: ignore[no-untyped-def]
+        known = {n: hidden.new_zeros(len(hidden), dtype=torch.float32) for n in work.names}
+        learnt = tuple(_slopes(objective, known)[1])
+        assert learnt, "an objective that depends on no statistic of the student"
+        watched = tuple(name for name in work.names if name not in learnt)
+        used = {name: torch.zeros_like(known[name]) for name in learnt}
+
+        def as_known_so_far(rows: Rows, states: _States, values: Mapping[Stat, Tensor]) -> Slopes:
+            with torch.no_grad():
+                for name, value in (*values.items(), *states.statistics(watched).items()):
+                    known[name][rows] = value
+            slopes = _slopes(objective, known)[1]
+            for name in learnt:
+                used[name][rows] = slopes[name][rows]
+            return slopes
+
+        gradients = _gradients(work, hidden, ctx.needs_input_grad, order, learnt, as_known_so_far)
+        loss, slopes = _slopes(objective, known)
+        if not all(_alike(used[name], slopes[name]) for name in learnt):
+            gradients = _gradients(
+                work, hidden, ctx.needs_input_grad, order, learnt, lambda *_: slopes
+            )
+        ctx.gradients = gradients
+        every = tuple(known[name] for name in work.names)
+        ctx.mark_non_differentiable(*every)
+        return (loss, *every)
+
+    @staticmethod
+    def backward(ctx, slope, *_):  # type: ignore[no-untyped-def]
+        return (*(None if g is None else g * slope for g in ctx.gradients), None, None, None)
+
+
+def _slopes(
+    objective: Objective, known: Mapping[Stat, Tensor]
+) -> tuple[Tensor, dict[Stat, Tensor]]:
+    """The loss, and its derivative by each statistic that it depends on, [N]. The teacher's is
+    none: it does not learn."""
+    with torch.enable_grad():
+        leaves = {
+            name: value.detach().requires_grad_(name != "teacher_logprob")
+            for name, value in known.items()
+        }
+        loss = objective(leaves)
+    by = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+    found = torch.autograd.grad(loss, list(by.values()), allow_unused=True)
+    return loss.detach(), {n: g for n, g in zip(by, found, strict=True) if g is not None}
+
+
+def _alike(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether two slopes differ by rounding alone."""
+    if not len(theirs):
+        return True
+    return bool((ours - theirs).abs().max() <= 1e-5 * theirs.abs().max())
+
+
+@dataclass
+class _States:
+    """n states with all their logits; what they are asked for is computed once."""
+
+    logits: Tensor
+    """[n, V]"""
+    teacher: KnownTeacher | Tensor | None
+    """A tensor: its logits, [n, V]."""
+    targets: Tensor
+    """[n]"""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.teacher, FullTeacher):
+            self.logits = self.logits[:, : len(self.teacher.head.weight)]
+        elif isinstance(self.teacher, Tensor):
+            self.logits = self.logits[:, : self.teacher.shape[-1]]
+
+    @cached_property
+    def teacher_logits(self) -> Tensor:
+        """[n, V]"""
+        of = self.teacher
+        if isinstance(of, FullTeacher):
+            with torch.no_grad():
+                of = of.head.finish(of.head.raw(of.hidden))
+        assert isinstance(of, Tensor)
+        return of[:, : self.logits.shape[-1]]
+
+    @cached_property
+    def log_q(self) -> Tensor:
+        """[n, V]"""
+        return torch.log_softmax(self.logits, -1)
+
+    @cached_property
+    def log_p(self) -> Tensor:
+        """[n, V]"""
+        return torch.log_softmax(self.teacher_logits, -1)
+
+    def pair(self, temperature: float) -> tuple[Tensor, Tensor]:
+        """Log-probs of student and teacher over the same events, [n, V] or [n, k + 1] each."""
+        if isinstance(self.teacher, TopTeacher):
+            ids = self.teacher.ids.long()
+            rest = self.log_q.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
+            return torch.cat([self.log_q.gather(-1, ids), rest], -1), self.teacher.logprobs
+        if temperature == 1.0:
+            return self.log_q, self.log_p
+        both = (self.logits, self.teacher_logits)
+        ours, theirs = (torch.log_softmax(logits / temperature, -1) for logits in both)
+        return ours, theirs
+
+    def statistics(self, names: tuple[Stat, ...]) -> dict[Stat, Tensor]:
+        """[n] a name."""
+        values: dict[Stat, Tensor] = {}
+        for name in names:
+            if isinstance(name, EndLogprob):
+                values[name] = self.log_q[:, list(name.token_ids)].logsumexp(-1)
+            elif name == "student_logprob":
+                values[name] = _gather(self.log_q, self.targets)
+            elif name == "teacher_logprob":
+                values[name] = _gather(self.log_p, self.targets)
+            elif name == "entropy":
+                values[name] = -(self.log_q.exp() * self.log_q).sum(-1)
+            else:
+                kind, coefficient, temperature = (
+                    name if isinstance(name, Divergence) else Divergence(MONITORED[name])
+                )
                 options = () if coefficient is None else (coefficient,)
-                values[name] = DIVERGENCES[kind](ours, theirs, *options) * temperature**2
-    return values
-
-
-def _distributions(
-    logits: Tensor, log_q: Tensor, teacher: Tensor | TopTeacher, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """Log-probs of student and teacher over the same events, [n, V] or [n, k + 1] each."""
-    if isinstance(teacher, TopTeacher):
-        ids = teacher.ids.long()
-        rest = log_q.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
-        return torch.cat([log_q.gather(-1, ids), rest], -1), teacher.logprobs
-    if temperature == 1.0:
-        return log_q, torch.log_softmax(teacher, -1)
-    return torch.log_softmax(logits / temperature, -1), torch.log_softmax(teacher / temperature, -1)
+                value = DIVERGENCES[kind](*self.pair(temperature), *options)
+                values[name] = value * temperature**2
+        return values
 
 
 def _gather(logprobs: Tensor, targets: Tensor) -> Tensor:
@@ -270,3 +407,17 @@ def _chunk(weight: Tensor) -> int:
 def _rows(count: int, weight: Tensor) -> list[slice]:
     size = _chunk(weight)
     return [slice(low, low + size) for low in range(0, count, size)]
+
+
+def _from_the_end(position: Tensor, group: Tensor, size: int) -> list[Tensor]:
+    """Indices of all states from the last position to the first, in chunks of about ``size``: the
+    samples of a prompt at one position are in one chunk, unless they alone are more."""
+    key = group - position * (int(group.max()) + 1 if len(group) else 1)
+    order = key.argsort(stable=True)
+    _, counts = torch.unique_consecutive(key[order], return_counts=True)
+    sizes = [0]
+    for count in counts.tolist():
+        if sizes[-1] and sizes[-1] + count > size:
+            sizes.append(0)
+        sizes[-1] += count
+    return [part for whole in order.split(sizes) for part in whole.split(size) if len(part)]

@@ -111,12 +111,12 @@ def _returns(cost: Tensor, estimator: str, future_weight: float, discount: float
 
 def discounted_future(cost: Tensor, discount: float) -> Tensor:
     """[B, T] -> [B, T] sum_{u>t} discount^(u-t) cost_u."""
-    if discount == 1.0:
-        return cost.flip(1).cumsum(1).flip(1) - cost
-    ahead = torch.zeros_like(cost)
-    for t in range(cost.shape[1] - 2, -1, -1):
-        ahead[:, t] = discount * (cost[:, t + 1] + ahead[:, t + 1])
-    return ahead
+    pad = torch.nn.functional.pad
+    ahead, reach = cost, 1  # sum_{t<=u<t+reach}: doubled until it is the whole
+    while reach < cost.shape[1]:
+        ahead = ahead + discount**reach * pad(ahead[:, reach:], (0, reach))
+        reach *= 2
+    return discount * pad(ahead[:, 1:], (0, 1))
 
 
 def leave_one_out(returns: Tensor, group: Tensor) -> Tensor:

@@ -97,7 +97,7 @@ def costs_by_position(
     with torch.no_grad():
         for group in groups:
             batch = batching.pack(group, _scores(teacher, group), group[0])
-            values = module(batch, ("reverse_kl",), head)["reverse_kl"]
+            values = module(batch, ("reverse_kl",), head)[1]["reverse_kl"]
             costs = add_padded(costs, values.sum(0))
             alive = add_padded(alive, batch.loss_mask.sum(0).float())
     assert costs is not None and alive is not None
@@ -117,7 +117,8 @@ def measure(
         size = len(batch.loss_mask)
         # Every loss per sequence, so that they compare.
         counts = Counts(size, tokens=size, rate=rate, length=1.0)
-        stats = as_token_stats(batch, module(batch, NAMES, head), Divergence("token_reverse_kl"))
+        _, values = module(batch, NAMES, head)
+        stats = as_token_stats(batch, values, Divergence("token_reverse_kl"))
         for name in ESTIMATORS:
             start = time.perf_counter()
             found[name].append(sketch.of(_loss(name, stats, counts)))

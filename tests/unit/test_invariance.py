@@ -79,9 +79,12 @@ def outcome(models, batches, kind, options):
     wanted = Divergence(kind, COEFFICIENT.get(kind)) if kind in DIVERGENCES else None
     total = 0.0
     for batch in batches:
-        stats = student(batch, (*NAMES, *([wanted] if wanted else [])), head_of(teacher))
-        read = as_token_stats(batch, stats, wanted)
-        loss = OBJECTIVES[kind](read, COUNTS, **options)
+
+        def objective(stats, batch=batch):
+            return OBJECTIVES[kind](as_token_stats(batch, stats, wanted), COUNTS, **options)
+
+        names, head = (*NAMES, *([wanted] if wanted else [])), head_of(teacher)
+        loss, _ = student(batch, names, head, objective)
         loss.backward()
         total += loss.item()
     return total, [p.grad.clone() for p in student.parameters()]

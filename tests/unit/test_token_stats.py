@@ -12,6 +12,7 @@ from seqkd.token_stats import (
     OutputHead,
     TopTeacher,
     stats_of_logits,
+    token_loss,
     token_stats,
     top_teacher,
 )
@@ -251,3 +252,80 @@ def test_vocabularies_as_published():
     expected = reference(hidden @ student.T, hidden @ known[:151_936].T, targets)
     for name in STATS:
         assert torch.allclose(found[name], expected[name], atol=1e-4), name
+
+
+# Three prompts with samples of these lengths: N states in all.
+LENGTHS, GROUPS = (3, 1, 4, 2, 1), (0, 0, 1, 1, 2)
+POSITION = torch.cat([torch.arange(n) for n in LENGTHS])
+GROUP = torch.cat([torch.full((n,), g) for n, g in zip(LENGTHS, GROUPS, strict=True)])
+MASK = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
+
+
+def of_the_future(values):
+    """Costs to come, less the mean of the prompt's other samples there, times log q."""
+    laid = {n: torch.zeros(MASK.shape).masked_scatter(MASK, v) for n, v in values.items()}
+    cost = laid["reverse_kl"].detach()
+    future = cost.flip(1).cumsum(1).flip(1) - cost
+    same = torch.tensor(GROUPS)[:, None] == torch.tensor(GROUPS)
+    others = (same & ~torch.eye(len(GROUPS), dtype=torch.bool)).float()
+    future = future - others @ future / others.sum(1, keepdim=True).clamp(min=1)
+    return ((future * laid["student_logprob"] + laid["reverse_kl"]) * MASK).sum() / 7
+
+
+def of_costs_from_here_on(values):
+    """A baseline that looks at the same position of the prompt's other samples."""
+    laid = {n: torch.zeros(MASK.shape).masked_scatter(MASK, v) for n, v in values.items()}
+    ahead = (laid["student_logprob"].detach() - laid["teacher_logprob"]).flip(1).cumsum(1).flip(1)
+    return ((ahead - ahead[[1, 0, 3, 2, 4]]) * laid["student_logprob"] * MASK).sum()
+
+
+def of_the_whole(values):
+    """The whole sequence's return at every token."""
+    laid = {n: torch.zeros(MASK.shape).masked_scatter(MASK, v) for n, v in values.items()}
+    whole = (laid["student_logprob"].detach() - laid["teacher_logprob"]).sum(1, keepdim=True)
+    return (whole * laid["student_logprob"]).sum()
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 100])
+@pytest.mark.parametrize(
+    ("objective", "walks"), [(of_the_future, 1), (of_costs_from_here_on, 1), (of_the_whole, 2)]
+)
+def test_a_loss_forms_logits_as_often_as_it_must(setup, monkeypatch, objective, walks, rows):
+    """Loss, gradients and statistics are those of plain automatic differentiation, with every
+    state's logits formed once where the objective allows it."""
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", rows * V)
+    s, head = setup, OutputHead(setup["weight"], setup["bias"])
+    expected = reference(
+        s["hidden"] @ s["weight"].T + s["bias"],
+        s["teacher_hidden"] @ s["teacher_weight"].T,
+        s["targets"],
+    )
+    formed, raw = [], OutputHead.raw
+
+    def counted(head, hidden):
+        formed.append(len(hidden))
+        return raw(head, hidden)
+
+    monkeypatch.setattr(OutputHead, "raw", counted)
+    args = (s["hidden"], head, s["targets"], STATS, teacher(s), objective, POSITION, GROUP)
+    loss, found = token_loss(*args)
+    leaves = (s["hidden"], s["weight"], s["bias"])
+    ours = torch.autograd.grad(3 * loss, leaves)
+    # Chunks of one or two states cut the two samples of a prompt at one position apart.
+    assert sum(formed) <= 2 * N * (2 if rows < 2 else walks)
+    values = {name: v.detach() if name == "teacher_logprob" else v for name, v in expected.items()}
+    theirs = torch.autograd.grad(3 * objective(values), leaves)
+    assert loss.item() == pytest.approx(objective(values).item(), rel=1e-5)
+    for name in STATS:
+        assert torch.allclose(found[name], expected[name], atol=1e-5), name
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.allclose(a, b, atol=1e-4)
+
+
+def test_a_loss_of_no_tokens(setup):
+    s, none = setup, torch.zeros(0, dtype=torch.long)
+    args = (s["hidden"][:0], OutputHead(s["weight"]), s["targets"][:0], ("student_logprob",))
+    loss, _ = token_loss(*args, None, lambda v: v["student_logprob"].sum(), none, none)
+    loss.backward()
+    assert loss.item() == 0
+    assert s["weight"].grad.abs().sum() == 0
