@@ -185,7 +185,7 @@ def _learner(
     def create() -> list[Any]:
         return [cls.options(**place.options(group)).remote(*made_of) for place in places]
 
-    micro_batch, tokenizer_from = config.learner.micro_batch_prompts, expand(config.student.model)
+    micro_batch, tokenizer_from = config.learner.micro_batch_tokens, expand(config.student.model)
     starting = (student_path, heads)
     return LearnerGroup(create, starting, micro_batch, tokenizer_from, control) if places else None
 

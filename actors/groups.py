@@ -11,8 +11,8 @@ from typing import Any
 
 from actors.learner import RankPart
 from actors.pool import Calls, Failure, Pool, is_alive, reap
-from seqkd import batching
 from seqkd.alarms import check_drawn
+from seqkd.batching import Layout, pack, partition
 from seqkd.control import Control
 from seqkd.errors import ActorError, LearnerLost, SyncError
 from seqkd.protocols import Measured, Part, Scores
@@ -156,13 +156,13 @@ class LearnerGroup:
         self,
         create: Callable[[], list[Any]],
         starting: tuple[Any, ...],
-        micro_batch_prompts: int,
+        micro_batch_tokens: int,
         tokenizer_from: str,
         control: Control | None = None,
     ) -> None:
         """``create()`` makes the processes, ``start(rank, master, *starting)`` the ranks."""
         self.create, self.starting, self.control = create, starting, control or Control()
-        self.micro_batch_prompts, self.tokenizer_from = micro_batch_prompts, tokenizer_from
+        self.layout, self.tokenizer_from = Layout(micro_batch_tokens), tokenizer_from
         self.ranks: list[Any] = []
         self.starts: list[Any] = []
         self.policy_version = 0
@@ -187,7 +187,8 @@ class LearnerGroup:
             try:
                 if not self.starts:
                     self.begin()
-                self._results("start", self.starts)
+                sharing, *_ = self._results("start", self.starts)
+                self.layout = replace(self.layout, sharing=sharing)
                 return
             except LearnerLost as lost:
                 self.kill()
@@ -312,12 +313,12 @@ class LearnerGroup:
         """Each rank's micro-batches."""
         filler = min(rollouts, key=lambda r: len(r.prompt_ids) + len(r.completion_ids))
         return [
-            [batching.pack(micro_batch, scores, filler) for micro_batch in part]
+            [pack(micro_batch, scores, filler, self.layout) for micro_batch in part]
             for part in self._partition(rollouts, scores)
         ]
 
     def _partition(self, rollouts: Sequence[Rollout], scores: Scores) -> list[list[list[Rollout]]]:
-        return batching.partition(rollouts, scores, len(self.ranks), self.micro_batch_prompts)
+        return partition(rollouts, scores, len(self.ranks), self.layout)
 
 
 def _usage(pool: Pool) -> dict[str, int]:

@@ -6,7 +6,7 @@ import math
 import os
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from actors import weight_sync
 from actors.learner_state import TrainingState
+from seqkd.batching import to_device
 from seqkd.config import Term
 from seqkd.config_roles import Learner, Lora
 from seqkd.errors import writing
@@ -27,6 +28,7 @@ from seqkd.models import (
     export,
     load_causal_lm,
     load_head,
+    sharing_of,
     without_dropout,
 )
 from seqkd.objectives import OBJECTIVES, mixture_weight
@@ -99,9 +101,10 @@ class LearnerRank:
         master: tuple[str, int],
         model: str,
         teachers: Mapping[str, tuple[str, str]],
-    ) -> None:
+    ) -> int:
         """Join the group and load the student; ``teachers`` has, by the name of each teacher that
-        gives hidden states, the model whose output head is kept here, frozen, and its precision."""
+        gives hidden states, the model whose output head is kept here, frozen, and its precision.
+        Returns :func:`seqkd.models.sharing_of` the student."""
         import deepspeed
 
         self.rank = rank
@@ -121,6 +124,7 @@ class LearnerRank:
         student.to(self.device)
         check_head(student, "student.model")
         without_dropout(student)
+        sharing = sharing_of(student)
         if self.config.gradient_checkpointing:
             student.gradient_checkpointing_enable()  # type: ignore[operator]
         module = StudentModel(student)
@@ -140,6 +144,7 @@ class LearnerRank:
             head = load_head(*teacher)
             bias = None if head.bias is None else head.bias.to(self.device)
             self.teacher_heads[name] = replace(head, weight=head.weight.to(self.device), bias=bias)
+        return sharing
 
     def step(self, parts: list[RankPart], lr: float) -> StepResult:
         """One optimizer step on this rank's micro-batches. The result's sums are this rank's."""
@@ -150,7 +155,7 @@ class LearnerRank:
         pending = [(i, part, batch) for i, part in enumerate(parts) for batch in part.micro_batches]
         for number, (index, part, batch) in enumerate(pending, 1):
             self.engine.set_gradient_accumulation_boundary(number == len(pending))
-            batch = self._to_device(batch)
+            batch = to_device(batch, self.device)
             names, head = _names(batch, part.terms), self._head(batch)
             loss, stats = self.engine(batch, names, head, partial(part.loss, batch))
             # DeepSpeed averages over ranks; the loss already divides by global counts. One that is
@@ -172,7 +177,7 @@ class LearnerRank:
         results = []
         with torch.no_grad():
             for batch in micro_batches:
-                batch = self._to_device(batch)
+                batch = to_device(batch, self.device)
                 _, stats = self.engine(batch, (*_names(batch, ()), *extra), self._head(batch))
                 results.append(
                     {
@@ -224,15 +229,6 @@ class LearnerRank:
 
     def _head(self, batch: TrainBatch) -> OutputHead | None:
         return self.teacher_heads.get(batch.teacher)
-
-    def _to_device(self, batch: TrainBatch) -> TrainBatch:
-        if self.device == "cpu":
-            return batch
-        tensors = {f.name: getattr(batch, f.name) for f in fields(batch)}
-        moved: dict[str, Any] = {
-            k: v.to(self.device) for k, v in tensors.items() if isinstance(v, Tensor)
-        }
-        return replace(batch, **moved)
 
     def _update(self) -> tuple[float, bool]:
         """The gradient's norm; and whether that is not finite, in which case no rank takes the step

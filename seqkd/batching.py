@@ -1,12 +1,15 @@
 """Rollouts and teacher scores -> micro-batches. The only place that shifts by one.
 
 The state before completion token t of a prompt of length P stands at position P + t - 1.
+
+A row is one sequence, or a prompt with the completions of all its samples one after another, each
+of which sees the prompt and itself alone: what a prompt gives is then computed once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -15,11 +18,28 @@ from torch import Tensor
 from seqkd.types import Rollout, TeacherScore, TrainBatch
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How rollouts become rows."""
+
+    tokens: int
+    """Padded tokens of a micro-batch, unless one prompt's samples alone are more."""
+    sharing: int = 0
+    """How many pairs of tokens one layer's attention compares for what its matrices cost a token:
+    a prompt is shared where that pays. 0: never."""
+
+    def rows(self, group: Sequence[Rollout]) -> list[Sequence[Rollout]]:
+        """The samples of one prompt, by row. Those in one row are read once less the prompt for
+        each but the first; but attention compares every token of a row with every other."""
+        lengths = [len(fed_tokens(r)) for r in group]
+        saved = (len(group) - 1) * len(group[0].prompt_ids)
+        compared = (sum(lengths) - saved) ** 2 - sum(n**2 for n in lengths)
+        pays = self.sharing and saved * self.sharing > compared
+        return [group] if pays else [[r] for r in group]
+
+
 def partition(
-    rollouts: Iterable[Rollout],
-    scores: Mapping[str, TeacherScore],
-    ranks: int,
-    prompts_per_micro_batch: int,
+    rollouts: Iterable[Rollout], scores: Mapping[str, TeacherScore], ranks: int, layout: Layout
 ) -> list[list[list[Rollout]]]:
     """[rank][micro-batch] -> rollouts. The samples of a prompt stay together, prompts of similar
     length share a micro-batch, which is of one teacher, and every rank gets the same number of
@@ -30,16 +50,31 @@ def partition(
         groups.setdefault((teacher, rollout.prompt_id), []).append(rollout)
     slots = []
     for teacher in dict.fromkeys(teacher for teacher, _ in groups):
-        ordered = sorted(
-            (group for (of, _), group in groups.items() if of == teacher),
-            key=lambda group: -max(map(_length, group)),
-        )
-        slots += [
-            [rollout for group in ordered[low : low + prompts_per_micro_batch] for rollout in group]
-            for low in range(0, len(ordered), prompts_per_micro_batch)
+        sized = [
+            ([_length(row) for row in layout.rows(group)], group)
+            for (of, _), group in groups.items()
+            if of == teacher
         ]
+        slots += _fill(sorted(sized, key=lambda one: -max(one[0])), layout.tokens)
     slots += [[] for _ in range(-len(slots) % ranks)]
     return [slots[rank::ranks] for rank in range(ranks)]
+
+
+def _fill(sized: list[tuple[list[int], list[Rollout]]], tokens: int) -> list[list[Rollout]]:
+    """Micro-batches of groups with their rows' lengths, the longest first."""
+    slots: list[list[Rollout]] = []
+    rows = longest = 0
+    for lengths, group in sized:
+        if not slots or (rows + len(lengths)) * longest > tokens:
+            slots.append([])
+            rows, longest = 0, max(lengths)
+        slots[-1] += group
+        rows += len(lengths)
+    return slots
+
+
+def _length(row: Sequence[Rollout]) -> int:
+    return len(row[0].prompt_ids) + sum(len(r.completion_ids) - 1 for r in row)
 
 
 def fed_tokens(rollout: Rollout) -> list[int]:
@@ -60,28 +95,33 @@ def padded(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
 
 
 def pack(
-    rollouts: Sequence[Rollout], scores: Mapping[str, TeacherScore], filler: Rollout
+    rollouts: Sequence[Rollout],
+    scores: Mapping[str, TeacherScore],
+    filler: Rollout,
+    layout: Layout,
 ) -> TrainBatch:
     """One right-padded micro-batch. An empty one becomes ``filler`` with nothing to learn.
 
     ``scores`` is empty (no teacher needed) or has an entry for every rollout.
     """
-    rows = list(rollouts) or [filler]
-    prompts = {prompt_id: i for i, prompt_id in enumerate(dict.fromkeys(r.prompt_id for r in rows))}
-    input_ids, attention_mask = padded([fed_tokens(r) for r in rows])
-    target_ids = _pad([torch.tensor(r.completion_ids) for r in rows])
-    loss_mask = _pad([torch.ones(len(r.completion_ids), dtype=torch.bool) for r in rows])
-    starts = torch.tensor([state_span(r).start for r in rows])
-    state_index = (starts[:, None] + torch.arange(target_ids.shape[1])) * loss_mask
+    every = list(rollouts) or [filler]
+    groups: dict[str, list[Rollout]] = {}
+    for r in every:
+        groups.setdefault(r.prompt_id, []).append(r)
+    rows = [row for group in groups.values() for row in layout.rows(group)]
+    where = {r.sample_id: place for i, row in enumerate(rows) for r, place in _places(i, row)}
+    target_ids = _pad([torch.tensor(r.completion_ids) for r in every])
+    loss_mask = _pad([torch.ones(len(r.completion_ids), dtype=torch.bool) for r in every])
+    numbers = {prompt_id: i for i, prompt_id in enumerate(groups)}
     batch = TrainBatch(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        state_index=state_index,
+        **_laid_out(rows),
+        state_row=torch.tensor([where[r.sample_id][0] for r in every]),
+        state_index=_pad([where[r.sample_id][1] for r in every]),
         target_ids=target_ids,
         loss_mask=loss_mask,
-        group=torch.tensor([prompts[r.prompt_id] for r in rows]),
-        rollout_logprobs=_padded_logprobs(rows),
-        by_teacher=torch.tensor([r.source == "teacher" for r in rows]),
+        group=torch.tensor([numbers[r.prompt_id] for r in every]),
+        rollout_logprobs=_padded_logprobs(every),
+        by_teacher=torch.tensor([r.source == "teacher" for r in every]),
         sample_ids=tuple(r.sample_id for r in rollouts),
     )
     given = [scores[r.sample_id] for r in rollouts] if scores else []
@@ -90,6 +130,37 @@ def pack(
         # No state, but tensors of the widths that the others have: all ranks run the same code.
         given = [_nothing(next(iter(scores.values())))] if scores else []
     return _with_scores(batch, given) if given else batch
+
+
+def _places(number: int, row: Sequence[Rollout]) -> Iterator[tuple[Rollout, tuple[int, Tensor]]]:
+    """Where the states before each rollout's completion tokens stand: row ``number``, and [T]."""
+    prompt = len(row[0].prompt_ids)
+    begins = prompt
+    for r in row:
+        after = torch.arange(begins, begins + len(r.completion_ids) - 1)
+        yield r, (number, torch.cat([torch.tensor([prompt - 1]), after]))
+        begins += len(after)
+
+
+def _laid_out(rows: Sequence[Sequence[Rollout]]) -> dict[str, Any]:
+    """The fields of a :class:`seqkd.types.TrainBatch` that a model reads."""
+    ids, mask = padded(
+        [[*row[0].prompt_ids, *(t for r in row for t in r.completion_ids[:-1])] for row in rows]
+    )
+    tokens: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+    if all(len(row) == 1 for row in rows):
+        return tokens | {"position_ids": None, "segment": None}
+    parts = [_parts(row) for row in rows]
+    positions = [torch.cat([torch.arange(start, start + n) for _, start, n in p]) for p in parts]
+    segments = [torch.cat([torch.full((n,), s) for s, _, n in p]) for p in parts]
+    return tokens | {"position_ids": _pad(positions), "segment": _pad(segments)}
+
+
+def _parts(row: Sequence[Rollout]) -> list[tuple[int, int, int]]:
+    """(segment, first position, tokens) of the prompt, 0, and of each completion, 1 and up."""
+    prompt = len(row[0].prompt_ids)
+    completions = [(i, prompt, len(r.completion_ids) - 1) for i, r in enumerate(row, 1)]
+    return [(0, 0, prompt), *completions]
 
 
 def _with_scores(batch: TrainBatch, scores: list[TeacherScore]) -> TrainBatch:
@@ -117,6 +188,13 @@ def _with_scores(batch: TrainBatch, scores: list[TeacherScore]) -> TrainBatch:
     )
 
 
+def to_device(batch: TrainBatch, device: torch.device | str) -> TrainBatch:
+    """The same with every tensor there."""
+    values = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    moved: dict[str, Any] = {k: v.to(device) for k, v in values.items() if isinstance(v, Tensor)}
+    return replace(batch, **moved)
+
+
 def _nothing(score: TeacherScore) -> TeacherScore:
     """A score of no tokens, in the form of ``score``."""
     values = {f.name: getattr(score, f.name) for f in fields(score)}
@@ -129,10 +207,6 @@ def _padded_logprobs(rows: list[Rollout]) -> Tensor | None:
     if len(given) < len(rows):
         return None
     return _pad([torch.tensor(logprobs, dtype=torch.float32) for logprobs in given])
-
-
-def _length(rollout: Rollout) -> int:
-    return len(rollout.prompt_ids) + len(rollout.completion_ids)
 
 
 def _pad(rows: list[Tensor]) -> Tensor:

@@ -238,12 +238,11 @@ class Config(Phase):
     def _parts_fit(self) -> Config:
         for name, phase in self.phases:
             where = "warmup." if name == "warmup" else ""
-            per_slot = self.learner.ranks * self.learner.micro_batch_prompts
-            if phase.prompts_per_step % per_slot:
+            if phase.prompts_per_step < self.learner.ranks:
                 raise ValueError(
-                    f"{where}prompts_per_step {phase.prompts_per_step} is not a multiple of "
-                    f"learner.ranks x learner.micro_batch_prompts = {per_slot}. Set it to "
-                    f"{-(-phase.prompts_per_step // per_slot) * per_slot}."
+                    f"{where}prompts_per_step {phase.prompts_per_step} leaves some of the "
+                    f"{self.learner.ranks} learner.ranks with nothing to learn. Set it to "
+                    f"{self.learner.ranks} or more."
                 )
             for index, term in enumerate(phase.terms):
                 field = f"{where}plus.{index - 1}." if index else where

@@ -321,8 +321,11 @@ class Learner(Schema):
     gradient_checkpointing: bool = Field(
         False, description="Compute activations twice in place of keeping them."
     )
-    micro_batch_prompts: int = Field(
-        1, ge=1, description="Prompts, with all their samples, in one forward and backward."
+    micro_batch_tokens: int = Field(
+        4096,
+        ge=1,
+        description="Tokens in one forward and backward, padding included. The samples of a prompt "
+        "are never parted: where they alone are more, they are a micro-batch of their own.",
     )
     lr: float = Field(1e-5, gt=0, description="Learning rate at its peak.")
     schedule: Literal["constant", "linear", "cosine"] = Field(

@@ -34,7 +34,7 @@ LIBRARIES = {"torch": 0.45, "vllm": 0.7}
 processes share are counted once."""
 MENDS = {
     "learner": "Set learner.precision to bfloat16, learner.gradient_checkpointing to true, or "
-    "learner.micro_batch_prompts, learner.ranks or rollout.max_tokens lower.",
+    "learner.micro_batch_tokens, learner.ranks or rollout.max_tokens lower.",
     "rollout": "Set rollout.precision to bfloat16, or rollout.kv_cache_gib or rollout.actors "
     "lower.",
     "teacher": "Set teacher.precision to bfloat16, or teacher.actors lower.",
@@ -143,10 +143,12 @@ def _learner(config: Config, student: Size, teachers: Mapping[str, Size]) -> Nee
     # DeepSpeed keeps float32 copies of what it updates but for ZeRO 0 in float32, plain AdamW.
     if stage or learner.precision == "bfloat16":
         of_states += 8 / (ranks if stage else 1)
-    sequences = learner.micro_batch_prompts * max(
-        config.samples_per_prompt(phase) for _, phase in config.phases
-    )
-    tokens = sequences * (config.data.max_prompt_tokens + config.rollout.max_tokens)
+    longest = config.data.max_prompt_tokens + config.rollout.max_tokens
+    tokens = 0
+    for _, phase in config.phases:
+        group = config.samples_per_prompt(phase) * longest
+        of_rank = -(-phase.prompts_per_step // ranks) * group
+        tokens = max(tokens, min(of_rank, max(group, learner.micro_batch_tokens)))
     saved = student.saved
     if learner.gradient_checkpointing:
         saved = student.layers * student.hidden + saved // student.layers

@@ -13,6 +13,7 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
+from seqkd import batching
 from seqkd.config_roles import Prune, Student
 from seqkd.errors import ModelError
 from seqkd.token_stats import (
@@ -23,7 +24,7 @@ from seqkd.token_stats import (
     token_loss,
     token_stats,
 )
-from seqkd.types import Divergence, Stat, TokenStats, TrainBatch
+from seqkd.types import Divergence, Rollout, Stat, TokenStats, TrainBatch
 
 
 def dtype_of(precision: str) -> torch.dtype:
@@ -272,13 +273,41 @@ def _logit_options(config: Any) -> dict[str, Any]:
     }
 
 
-def last_hidden(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+def last_hidden(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    position_ids: Tensor | None = None,
+) -> Tensor:
     """[B, S] -> [B, S, H], after the final norm: what the output head reads."""
     body: Any = model.base_model
+    positions = {} if position_ids is None else {"position_ids": position_ids}
     hidden: Tensor = body(
-        input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+        input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions
     ).last_hidden_state
     return hidden
+
+
+def states_of(model: nn.Module, batch: TrainBatch) -> Tensor:
+    """[N, H], the states before every completion token."""
+    attention = batch.attention_mask
+    if batch.segment is not None:
+        attention = completions_apart(batch.segment, attention, next(model.parameters()).dtype)
+    hidden = last_hidden(model, batch.input_ids, attention, batch.position_ids)
+    return hidden[batch.state_row[:, None], batch.state_index][batch.loss_mask]
+
+
+def completions_apart(segment: Tensor, attention_mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """[R, S] of a :class:`seqkd.types.TrainBatch` -> [R, 1, S, S] to add to attention scores: a
+    token sees those before it in the prompt and in its own completion. Padding sees itself, so that
+    no row of scores is empty."""
+    size = segment.shape[1]
+    ours, theirs = segment[:, :, None], segment[:, None, :]
+    before = torch.ones(size, size, dtype=torch.bool, device=segment.device).tril()
+    seen = before & ((theirs == ours) | (theirs == 0)) & attention_mask[:, None, :].bool()
+    seen |= torch.eye(size, dtype=torch.bool, device=segment.device)
+    lowest = torch.finfo(dtype).min
+    return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, lowest)[:, None]
 
 
 # --- the student
@@ -302,8 +331,6 @@ class StudentModel(nn.Module):
         padding. Of the two the first is differentiable; without an objective the second is (see
         :func:`seqkd.token_stats.token_loss` and ``token_stats``)."""
         mask = batch.loss_mask
-        hidden = last_hidden(self.model, batch.input_ids, batch.attention_mask)
-        rows = torch.arange(len(hidden), device=hidden.device)[:, None]
         given: dict[Stat, Tensor] = (
             {"teacher_logprob": batch.teacher_logprobs}
             if batch.teacher_logprobs is not None
@@ -317,7 +344,7 @@ class StudentModel(nn.Module):
             }
 
         work = (
-            hidden[rows, batch.state_index][mask],
+            states_of(self.model, batch),
             head_of(self.model),
             batch.target_ids[mask],
             tuple(name for name in names if name not in given),
@@ -378,6 +405,35 @@ def check_head(model: nn.Module, field: str) -> None:
             f"hidden state (largest difference {gap:.3g}); its type "
             f"{config.model_type!r} is not supported."
         )
+
+
+def sharing_of(model: nn.Module) -> int:
+    """:attr:`seqkd.batching.Layout.sharing` of a causal language model: a matrix element costs a
+    multiplication a token, a pair of tokens two of the hidden size. 0 where it would not keep the
+    completions of a row apart: sliding windows, recurrent layers, positions of its own making."""
+    config: Any = model.config
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"} or getattr(config, "sliding_window", None):
+        return 0
+    prompt, ends = (1, 2, 3), ((4, 5, 6), (7, 8, 9, 10))
+    pair = [Rollout("", str(ids), prompt, ids, None, "dataset", 0, "length") for ids in ends]
+    device = next(model.parameters()).device
+    together, alone = (
+        batching.to_device(batching.pack(pair, {}, pair[0], layout), device)
+        for layout in (batching.Layout(1, sharing=10**9), batching.Layout(1))
+    )
+    try:
+        with torch.no_grad():
+            ours, theirs = (states_of(model, batch).float() for batch in (together, alone))
+    except (TypeError, ValueError, RuntimeError):  # it takes no such mask, or no positions
+        return 0
+    allowed = 1e-4 if next(model.parameters()).dtype == torch.float32 else 3e-2
+    if not (ours - theirs).abs().max() <= allowed * theirs.abs().max():
+        return 0
+    body: Any = model.base_model
+    embedding = body.get_input_embeddings().weight
+    matrices = sum(p.numel() for p in body.parameters()) - embedding.numel()
+    return int(matrices / config.num_hidden_layers / (2 * config.hidden_size))
 
 
 def check_prune(config: Any, init: Prune) -> None:

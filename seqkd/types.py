@@ -1,7 +1,7 @@
 """The records that cross a boundary between processes or modules.
 
-Axis names: B sequences of a micro-batch, S tokens of a padded prompt + completion, T tokens of a
-padded completion, N real completion tokens of a micro-batch (``loss_mask.sum()``), H hidden size,
+Axis names: B sequences of a micro-batch in R rows, S tokens of a padded row, T tokens of a padded
+completion, N real completion tokens of a micro-batch (``loss_mask.sum()``), H hidden size,
 V vocabulary. Log-probabilities are natural logarithms; divergences are in nats.
 """
 
@@ -114,11 +114,19 @@ class TrainBatch:
     """One micro-batch of one learner rank. The samples of a prompt are never split."""
 
     input_ids: Tensor
-    """[B, S] long, right-padded prompt + completion."""
+    """[R, S] long, right-padded rows: a prompt and one completion, or those of all its samples."""
     attention_mask: Tensor
-    """[B, S] long, 1 on real tokens."""
+    """[R, S] long, 1 on real tokens."""
+    position_ids: Tensor | None
+    """[R, S] long, each token's position in its own sequence; None where that is its place in the
+    row."""
+    segment: Tensor | None
+    """[R, S] long, 0 in a prompt, k in the k-th completion of a row, which sees the prompt and
+    itself alone; None where every row is one sequence."""
+    state_row: Tensor
+    """[B] long, the row that a sequence is in."""
     state_index: Tensor
-    """[B, T] long, the position in S whose hidden state predicts completion token t."""
+    """[B, T] long, the place in it whose hidden state predicts completion token t."""
     target_ids: Tensor
     """[B, T] long, completion tokens (0 on padding)."""
     loss_mask: Tensor

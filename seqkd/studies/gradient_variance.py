@@ -39,6 +39,7 @@ ESTIMATORS: dict[str, tuple[str, dict[str, Any]]] = {
     "sampled_token": ("sampled_token", {}),
     "token_reverse_kl": ("token_reverse_kl", {}),
 }
+LAYOUT = batching.Layout(tokens=1)
 NAMES = ("student_logprob", "teacher_logprob", "reverse_kl", Divergence("token_reverse_kl"))
 
 
@@ -96,7 +97,7 @@ def costs_by_position(
     costs = alive = None
     with torch.no_grad():
         for group in groups:
-            batch = batching.pack(group, _scores(teacher, group), group[0])
+            batch = batching.pack(group, _scores(teacher, group), group[0], LAYOUT)
             values = module(batch, ("reverse_kl",), head)[1]["reverse_kl"]
             costs = add_padded(costs, values.sum(0))
             alive = add_padded(alive, batch.loss_mask.sum(0).float())
@@ -109,7 +110,7 @@ def measure(
 ) -> dict[str, Variance]:
     """Variances over ``groups``, the samples of one prompt each; ``rate`` in nats per token."""
     module, sketch = StudentModel(student), Sketch(student, seed)
-    batches = [batching.pack(g, _scores(teacher, g), g[0]) for g in groups]
+    batches = [batching.pack(g, _scores(teacher, g), g[0], LAYOUT) for g in groups]
     head = head_of(teacher)
     found: dict[str, list[Tensor]] = {name: [] for name in ESTIMATORS}
     seconds = dict.fromkeys(ESTIMATORS, 0.0)

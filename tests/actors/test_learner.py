@@ -94,7 +94,7 @@ def learners(local_ray):
         group = LearnerGroup(
             lambda: [cls.remote(config) for _ in range(config.ranks)],
             (models["student"], heads or one),
-            config.micro_batch_prompts,
+            config.micro_batch_tokens,
             models["student"],
         )
         started.append(group)
@@ -156,12 +156,12 @@ def formula(models, batch):
 @pytest.mark.parametrize(
     "options",
     [
-        {"ranks": 1, "zero_stage": 0, "micro_batch_prompts": 4},
-        {"ranks": 2, "zero_stage": 0, "micro_batch_prompts": 1},
-        {"ranks": 2, "zero_stage": 2, "micro_batch_prompts": 1},
-        {"ranks": 2, "zero_stage": 3, "micro_batch_prompts": 2, "gradient_checkpointing": True},
+        {"ranks": 1, "zero_stage": 0, "micro_batch_tokens": 10**6},
+        {"ranks": 2, "zero_stage": 0, "micro_batch_tokens": 1},
+        {"ranks": 2, "zero_stage": 2, "micro_batch_tokens": 1},
+        {"ranks": 2, "zero_stage": 3, "micro_batch_tokens": 50, "gradient_checkpointing": True},
     ],
-    ids=lambda o: f"{o['ranks']}ranks-zero{o['zero_stage']}-micro{o['micro_batch_prompts']}",
+    ids=lambda o: f"{o['ranks']}ranks-zero{o['zero_stage']}-micro{o['micro_batch_tokens']}",
 )
 def test_the_update_is_that_of_the_formula(learners, tiny, batch, counts, reference, options):
     updated_alike(trained(learners(tiny, **options), batch, counts), reference)
@@ -169,14 +169,14 @@ def test_the_update_is_that_of_the_formula(learners, tiny, batch, counts, refere
 
 def updated_alike(ours, reference):
     """AdamW divides a gradient by its own size, so that an error e in a gradient g leaves one of
-    about lr e / g in the weight. Here e is below 1e-5 of the tensor's largest gradient, and weights
+    about lr e / g in the weight. Here e is below 2e-5 of the tensor's largest gradient, and weights
     of about 1 are rounded to 1e-7 in each step."""
     (results, state), (norms, expected, smallest) = ours, reference
     assert [r.grad_norm for r in results] == pytest.approx(norms, rel=1e-4)
     assert state.keys() == expected.keys()
     for name, weight in expected.items():
         share = smallest[name] / smallest[name].max()
-        allowed = 3e-7 + LR * 1e-5 / share.clamp(min=1e-12)
+        allowed = 3e-7 + LR * 2e-5 / share.clamp(min=1e-12)
         excess = (state[name] - weight).abs() / allowed
         assert excess.max() <= 1, name
 
@@ -203,7 +203,7 @@ def test_each_prompt_is_read_by_its_own_teachers_head(learners, tiny, batch):
                 states = itself.model(ids).last_hidden_state[0, len(r.prompt_ids) - 1 : -1]
             mixed[r.sample_id] = TeacherScore(r.sample_id, hidden=states, teacher="itself")
     heads = {"itself": (tiny["student"], "float32"), "other": (tiny["teacher"], "float32")}
-    learner = learners(tiny, heads, ranks=2, micro_batch_prompts=2)
+    learner = learners(tiny, heads, ranks=2, micro_batch_tokens=50)
     both, alone = learner.measure(rollouts, mixed), learners(tiny).measure(rollouts, scores)
     for r in rollouts:
         found, expected = (m[r.sample_id]["forward_kl"] for m in (both, alone))
@@ -214,7 +214,7 @@ def test_each_prompt_is_read_by_its_own_teachers_head(learners, tiny, batch):
 
 def test_bfloat16_takes_nearly_the_same_step(learners, tiny, batch, counts, reference):
     results, state = trained(
-        learners(tiny, ranks=1, zero_stage=2, precision="bfloat16", micro_batch_prompts=2),
+        learners(tiny, ranks=1, zero_stage=2, precision="bfloat16", micro_batch_tokens=50),
         batch,
         counts,
     )
@@ -347,8 +347,8 @@ def same(state, expected):
     ("models", "options"),
     [
         ("tiny", {"ranks": 1, "zero_stage": 0}),
-        ("tiny", {"ranks": 2, "zero_stage": 2, "micro_batch_prompts": 1}),
-        ("wide", {"ranks": 2, "zero_stage": 3, "micro_batch_prompts": 1}),
+        ("tiny", {"ranks": 2, "zero_stage": 2, "micro_batch_tokens": 1}),
+        ("wide", {"ranks": 2, "zero_stage": 3, "micro_batch_tokens": 1}),
         ("tiny", {"ranks": 2, "zero_stage": 2, "precision": "bfloat16"}),
         ("tiny", {"ranks": 1, "zero_stage": 0, "precision": "bfloat16"}),
     ],
@@ -451,7 +451,7 @@ def test_a_step_that_is_not_finite_is_skipped(learners, request, tmp_path, count
         name: replace(s, hidden=s.hidden * torch.nan) if name.startswith("1/") else s
         for name, s in scores.items()
     }
-    learner = learners(models, ranks=2, micro_batch_prompts=1, **options)
+    learner = learners(models, ranks=2, micro_batch_tokens=1, **options)
     whole(learner, tmp_path / "beginning")
     steps(learner, (rollouts, scores), counts, 1)
     before = whole(learner, tmp_path / "before")
@@ -486,7 +486,7 @@ def test_a_loss_that_is_not_finite_though_its_gradient_is(learners, tiny, batch,
         )
         for r in rollouts
     }
-    learner = learners(tiny, ranks=2, zero_stage=2, micro_batch_prompts=1)
+    learner = learners(tiny, ranks=2, zero_stage=2, micro_batch_tokens=1)
     before = published(learner)
     terms = (Term(objective=TokenForwardKL()),)
     result = learner.step([Part(rollouts, scores, counts, terms)], LR)
@@ -521,7 +521,7 @@ def test_what_was_trained_and_how_far_from_its_sampler(learners, tiny, batch, co
             total += log_ratio
         ratios.append(math.exp(total))
 
-    learner = learners(tiny, ranks=2, zero_stage=2, micro_batch_prompts=1)
+    learner = learners(tiny, ranks=2, zero_stage=2, micro_batch_tokens=1)
     given = [replace(r, rollout_logprobs=None, source="dataset") for r in rollouts[6:]]
     parts = [Part(drawn, scores, counts, TERMS), Part(given, scores, counts, TERMS)]
     first, second = learner.step(parts, LR).parts

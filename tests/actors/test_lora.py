@@ -29,8 +29,8 @@ LORA = Lora(rank=4, alpha=12, targets=("q_proj", "v_proj", "down_proj"))
 SEED = 5
 PLAN = ActorPlan("learner", 0, threads=1, gpus=0, share=1, bundle=0)
 OPTIONS: dict[int, dict[str, Any]] = {
-    1: {"ranks": 1, "zero_stage": 0, "micro_batch_prompts": 4},
-    2: {"ranks": 2, "zero_stage": 3, "micro_batch_prompts": 1, "gradient_checkpointing": True},
+    1: {"ranks": 1, "zero_stage": 0, "micro_batch_tokens": 10**6},
+    2: {"ranks": 2, "zero_stage": 3, "micro_batch_tokens": 1, "gradient_checkpointing": True},
 }
 IDS = torch.arange(5, 45)[None]
 
@@ -70,7 +70,7 @@ def start(local_ray):
         group = LearnerGroup(
             lambda: [cls.remote(config, lora, seed) for _ in range(config.ranks)],
             (models["student"], {"": (models["teacher"], "float32")}),
-            config.micro_batch_prompts,
+            config.micro_batch_tokens,
             models["student"],
         )
         started.append(group)
@@ -269,7 +269,7 @@ def test_a_state_holds_the_adapters_alone_and_leads_to_the_same_next_step(
 @pytest.fixture(scope="module")
 def low(start, tiny):
     """Of the same adapters, in bfloat16 and another stage."""
-    return start(tiny, ranks=2, zero_stage=2, precision="bfloat16", micro_batch_prompts=2)
+    return start(tiny, ranks=2, zero_stage=2, precision="bfloat16", micro_batch_tokens=50)
 
 
 def test_another_precision_and_stage_restore_the_same(one, low, tiny, counts, tmp_path):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from seqkd import batching
+from seqkd.models import completions_apart, sharing_of
 from seqkd.types import Rollout, TeacherScore
 
 
@@ -22,13 +26,14 @@ def rollout(prompt_id, index, prompt, completion, source="student"):
     )
 
 
+ALONE, SHARED = batching.Layout(1), batching.Layout(1, sharing=10**9)
 A = rollout("a", 0, [10, 11], [20, 21, 22])
 B = rollout("b", 0, [12, 13, 14, 15], [23])
 
 
 def test_states_stand_before_their_tokens():
     """Token t of the completion is predicted at the position of the token before it."""
-    batch = batching.pack([A, B], {}, A)
+    batch = batching.pack([A, B], {}, A, ALONE)
     for row, r in enumerate((A, B)):
         sequence = [*r.prompt_ids, *r.completion_ids]
         for t, token in enumerate(r.completion_ids):
@@ -39,7 +44,7 @@ def test_states_stand_before_their_tokens():
 
 
 def test_padding_is_masked():
-    batch = batching.pack([A, B], {}, A)
+    batch = batching.pack([A, B], {}, A, ALONE)
     assert batch.loss_mask.tolist() == [[True] * 3, [True, False, False]]
     assert batch.attention_mask.sum(1).tolist() == [4, 4]
     assert batch.rollout_logprobs[1].tolist() == [-0.5, 0, 0]
@@ -51,7 +56,7 @@ def test_a_scorer_sees_the_same_states():
     states = torch.arange(4.0)[:, None]
     assert batching.fed_tokens(A) == [10, 11, 20, 21]
     assert states[batching.state_span(A)].squeeze(1).tolist() == [1, 2, 3]
-    assert batching.pack([A], {}, A).state_index.tolist() == [[1, 2, 3]]
+    assert batching.pack([A], {}, A, ALONE).state_index.tolist() == [[1, 2, 3]]
 
 
 def test_teacher_states_follow_the_mask():
@@ -59,19 +64,21 @@ def test_teacher_states_follow_the_mask():
         A.sample_id: TeacherScore(A.sample_id, hidden=torch.full((3, 2), 1.0)),
         B.sample_id: TeacherScore(B.sample_id, hidden=torch.full((1, 2), 2.0)),
     }
-    batch = batching.pack([A, B], scores, A)
+    batch = batching.pack([A, B], scores, A, ALONE)
     rows, _ = batch.loss_mask.nonzero(as_tuple=True)
     assert batch.teacher_hidden[:, 0].tolist() == [1.0 if row == 0 else 2.0 for row in rows]
 
 
 def test_a_score_of_another_length_is_refused():
     with pytest.raises(AssertionError):
-        batching.pack([A], {A.sample_id: TeacherScore(A.sample_id, hidden=torch.zeros(2, 2))}, A)
+        batching.pack(
+            [A], {A.sample_id: TeacherScore(A.sample_id, hidden=torch.zeros(2, 2))}, A, ALONE
+        )
 
 
 def test_an_empty_micro_batch_teaches_nothing():
     scores = {A.sample_id: TeacherScore(A.sample_id, hidden=torch.zeros(3, 7))}
-    batch = batching.pack([], scores, A)
+    batch = batching.pack([], scores, A, ALONE)
     assert batch.loss_mask.sum() == 0
     assert batch.teacher_hidden.shape == (0, 7)
     assert batch.sample_ids == ()
@@ -79,15 +86,57 @@ def test_an_empty_micro_batch_teaches_nothing():
 
 def test_data_set_answers_have_no_rollout_logprobs():
     given = Rollout("d", "d/0", (1,), (2, 3), None, "dataset", 0, "stop")
-    assert batching.pack([given], {}, given).rollout_logprobs is None
+    assert batching.pack([given], {}, given, ALONE).rollout_logprobs is None
 
 
-@pytest.mark.parametrize(("ranks", "per_micro_batch"), [(1, 1), (2, 1), (2, 3), (3, 2)])
-def test_partition_keeps_groups_and_loses_nothing(ranks, per_micro_batch):
+SAMPLES = [rollout("a", i, [10, 11], [20 + i, 30 + i, 40 + i][: 3 - i]) for i in range(3)]
+
+
+def test_samples_that_share_their_prompt_follow_it_in_one_row():
+    batch = batching.pack([*SAMPLES, B], {}, A, SHARED)
+    assert batch.input_ids.tolist() == [[12, 13, 14, 15, 0], [10, 11, 20, 30, 21]][::-1]
+    assert batch.attention_mask.sum(1).tolist() == [5, 4]
+    assert batch.position_ids[0].tolist() == [0, 1, 2, 3, 2]
+    assert batch.segment[0].tolist() == [0, 0, 1, 1, 2]
+    assert batch.state_row.tolist() == [0, 0, 0, 1]
+    # The first token of every sample is predicted by the last of the prompt.
+    assert batch.state_index[:3].tolist() == [[1, 2, 3], [1, 4, 0], [1, 0, 0]]
+    assert batch.state_index[3, 0] == 3
+
+
+def test_a_completion_sees_the_prompt_and_itself():
+    """Written out: the prompt is p, completions a (two tokens) and b (one), then padding."""
+    segment, mask = torch.tensor([[0, 0, 1, 1, 2, 0]]), torch.tensor([[1, 1, 1, 1, 1, 0]])
+    added = completions_apart(segment, mask, torch.float32)
+    seen = ["p     ", "pp    ", "ppa   ", "ppaa  ", "pp  b ", "pp   ."]
+    assert ["".join(c if c == " " else "x" for c in row) for row in seen] == [
+        "".join("x" if value == 0 else " " for value in row) for row in added[0, 0].tolist()
+    ]
+    assert added.min() < -1e30
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "samples", "rows"),
+    [
+        (100, 20, 4, 1),
+        (100, 20, 1, 1),
+        (5, 200, 4, 4),  # little to save, and 800 tokens would be compared with each other
+    ],
+)
+def test_a_prompt_is_shared_where_that_pays(prompt, completion, samples, rows):
+    group = [rollout("a", i, [1] * prompt, [2] * completion) for i in range(samples)]
+    assert len(batching.Layout(1, sharing=1000).rows(group)) == rows
+    assert len(batching.Layout(1).rows(group)) == samples
+
+
+@pytest.mark.parametrize("layout", [ALONE, SHARED], ids=["alone", "shared"])
+@pytest.mark.parametrize(("ranks", "tokens"), [(1, 1), (2, 1), (2, 50), (3, 50), (1, 10**6)])
+def test_partition_keeps_groups_and_loses_nothing(ranks, tokens, layout):
+    layout = replace(layout, tokens=tokens)
     rollouts = [
         rollout(f"p{p}", i, [1] * (p + 1), [2] * (i + 1)) for p in range(7) for i in range(3)
     ]
-    plan = batching.partition(rollouts, {}, ranks, per_micro_batch)
+    plan = batching.partition(rollouts, {}, ranks, layout)
     assert len(plan) == ranks
     assert len({len(part) for part in plan}) == 1, "the same number of micro-batches a rank"
     micro_batches = [m for part in plan for m in part]
@@ -96,4 +145,36 @@ def test_partition_keeps_groups_and_loses_nothing(ranks, per_micro_batch):
     )
     for p in range(7):
         assert sum(any(r.prompt_id == f"p{p}" for r in m) for m in micro_batches) == 1
-    assert all(len({r.prompt_id for r in m}) <= per_micro_batch for m in micro_batches)
+    padded = [batching.pack(m, {}, A, layout).input_ids.numel() for m in micro_batches if m]
+    alone = [len({r.prompt_id for r in m}) == 1 for m in micro_batches if m]
+    assert all(size <= tokens or one for size, one in zip(padded, alone, strict=True))
+    if tokens == 50:
+        assert len(padded) < 7, "more than one prompt where they fit"
+    if tokens == 10**6:
+        assert len(padded) == 1
+
+
+TINY = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "shares"),
+    [
+        ("llama", HEADS, True),
+        ("qwen2", HEADS, True),
+        ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4}, True),
+        ("mistral", {**HEADS, "sliding_window": 4}, False),
+        ("gemma2", {**HEADS, "head_dim": 8}, False),
+        ("bloom", {"n_layer": 2, "n_head": 4}, False),  # positions from the mask
+        ("mamba", {}, False),
+    ],
+)
+def test_which_models_share_a_prompt(kind, options, shares):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **TINY, **options, bos_token_id=1, eos_token_id=2)
+    sharing = sharing_of(AutoModelForCausalLM.from_config(config).eval())
+    assert (sharing > 0) == shares
+    if kind == "llama":
+        # q and o 32 x 32, k and v 32 x 16, three of 32 x 64, two norms; the last norm is no layer's
+        assert sharing == (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64 + 64 + 16) // 64

@@ -246,7 +246,7 @@ CHOICES = some(
     journal=some(records=st.sampled_from(["teacher", "dataset"])).map(lambda j: {"path": "j", **j}),
     rollout=some(samples_per_prompt=COUNT, temperature=POSITIVE, top_p=SHARE, max_tokens=COUNT),
     learner=some(lr=POSITIVE, betas=st.tuples(SHARE, SHARE).map(list), ranks=COUNT, gpus=SHARE,
-                 zero_stage=st.integers(0, 3), micro_batch_prompts=COUNT, min_lr_ratio=SHARE),
+                 zero_stage=st.integers(0, 3), micro_batch_tokens=COUNT, min_lr_ratio=SHARE),
     data=st.builds(
         lambda path, rest: {"path": path, "corpus_path": path, **rest}, TEXTS,
         some(heldout_path=TEXTS, heldout_fraction=SHARE, system=TEXTS, rows=COUNT, tag_key=TEXTS),

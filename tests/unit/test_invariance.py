@@ -31,6 +31,7 @@ CASES = [
     ("sampled_token", {"clip_ratio": 0.2}),
 ]
 COUNTS = Counts(6, 40, 0.7, 6.5, torch.tensor([3.0, 2, 1]), torch.tensor([4.0, 3, 1]))
+ALONE, SHARED = batching.Layout(1), batching.Layout(1, sharing=10**9)
 NAMES = ("student_logprob", "teacher_logprob", "reverse_kl", "forward_kl")
 
 
@@ -101,22 +102,35 @@ def padded(batch, left, right):
         target_ids=pad(batch.target_ids, (0, right), value=3),
         loss_mask=pad(batch.loss_mask, (0, right)),
         rollout_logprobs=pad(batch.rollout_logprobs, (0, right), value=-4.0),
+        **{
+            name: pad(getattr(batch, name), (left, right))
+            for name in ("position_ids", "segment")
+            if batch.segment is not None
+        },
     )
 
 
 @pytest.mark.parametrize(("kind", "options"), CASES, ids=str)
 def test_padding_order_and_division(models, data, kind, options):
     rollouts, scores = data
-    whole = batching.pack(rollouts, scores, rollouts[0])
+
+    def pack(some, layout=ALONE):
+        return batching.pack(some, scores, rollouts[0], layout)
+
+    whole = pack(rollouts)
     loss, gradients = outcome(models, [whole], kind, options)
     assert max(g.abs().max() for g in gradients) > 1e-3
     mixed = [rollouts[i] for i in (3, 0, 4, 1, 5, 2)]
     others = {
         "right": [padded(whole, 0, 5)],
         "left": [padded(whole, 4, 0)],
-        "order": [batching.pack(mixed, scores, mixed[0])],
-        "division": [batching.pack(rollouts[i : i + 2], scores, rollouts[0]) for i in (4, 0, 2)],
-        "an empty one": [whole, batching.pack([], scores, rollouts[0])],
+        "order": [pack(mixed)],
+        "division": [pack(rollouts[i : i + 2]) for i in (4, 0, 2)],
+        "an empty one": [whole, pack([])],
+        "a shared prompt": [pack(rollouts, SHARED)],
+        "shared prompts in another order": [pack(mixed, SHARED)],
+        "shared prompts, padded": [padded(pack(rollouts, SHARED), 0, 5)],
+        "shared prompts, divided": [pack(rollouts[i : i + 2], SHARED) for i in (4, 0, 2)],
     }
     for name, batches in others.items():
         again, others_gradients = outcome(models, batches, kind, options)

@@ -105,7 +105,7 @@ def test_each_prompt_is_answered_and_scored_by_its_own_in_the_order_asked():
     assert all(scores[r.sample_id].teacher == r.sample_id[0] for r in drawn)
     assert samplers.usage() == {"requests": 4}
     assert teachers.usage() == {"requests": 2, "scored": 10}
-    plan = batching.partition(drawn, scores, ranks=2, prompts_per_micro_batch=3)
+    plan = batching.partition(drawn, scores, ranks=2, layout=batching.Layout(20))
     batches = [batch for part in plan for batch in part if batch]
     assert sorted(r.sample_id for batch in batches for r in batch) == sorted(scores)
     assert all(len({scores[r.sample_id].teacher for r in batch}) == 1 for batch in batches)
