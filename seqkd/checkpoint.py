@@ -24,6 +24,8 @@ from seqkd.running import RunningCosts
 from seqkd.types import rollout_from
 
 Running = dict[str, RunningCosts]
+Place = dict[str, Any]
+"""What was taken of each teacher's journal, and the positions of the run's own."""
 
 
 @dataclass
@@ -61,6 +63,12 @@ class Checkpoints:
         self.taken = self._taken()
         self.journal, self.control = journal, control
         self.last_step, self.last_time = 0, time.monotonic()
+        self.unlearnt: list[Place] = []
+        """Where each draw began that is not learnt from yet, in order."""
+
+    def place(self) -> Place:
+        """Where the journals stand."""
+        return {"taken": self._taken(), "journal": self.journal.position()}
 
     def restore(self) -> tuple[Progress, list[str]]:
         """Put the learner at the newest whole checkpoint, or leave it at the initial student where
@@ -75,6 +83,7 @@ class Checkpoints:
                 "a new name=…."
             )
         self.last_step = 0
+        self.unlearnt.clear()
         self.journal.resume(state.get("journal", {}))
         if path is None:
             self._take(self.taken)
@@ -114,8 +123,7 @@ class Checkpoints:
             "measured": {name: _measurement_row(m) for name, m in progress.measured.items()},
             "spent": progress.spent,
             "known_text": progress.known_text,
-            "taken": self._taken(),
-            "journal": self.journal.position(),
+            **(self.unlearnt[0] if self.unlearnt else self.place()),
         }
         checkpoint_files.save(
             self.directory,

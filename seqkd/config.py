@@ -230,9 +230,34 @@ class Config(Phase):
             else self.rollout.samples_per_prompt
         )
 
+    def draws_ahead(self, phase: Phase) -> bool:
+        """Whether the next draw of ``phase`` may begin while the learner is at work: what does not
+        come from the student is the same whenever it is drawn."""
+        of_student = {"student", "mixture"} & phase.by_sampler.keys()
+        return self.placement == "split" and (not of_student or self.rollout.max_staleness > 0)
+
     def lr(self, phase: Phase) -> float:
         """Peak learning rate in ``phase``."""
         return (isinstance(phase, Warmup) and phase.lr) or self.learner.lr
+
+    def _staleness_fits(self) -> None:
+        if not self.rollout.max_staleness:
+            return
+        if self.placement != "split":
+            raise ValueError(
+                "rollout.max_staleness 1 samples while the learner is at work, but with placement "
+                "colocated they take turns on the same cores. Set placement to split, or "
+                "rollout.max_staleness to 0."
+            )
+        if any(
+            t.sampler == "mixture" and t.objective.on_policy
+            for _, p in self.phases
+            for t in p.terms
+        ):
+            raise ValueError(
+                "rollout.max_staleness 1 learns from samples of an older student, but the weights "
+                "of sampler 'mixture' are those of today's. Set rollout.max_staleness to 0."
+            )
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Config:
@@ -248,6 +273,7 @@ class Config(Phase):
                 field = f"{where}plus.{index - 1}." if index else where
                 self._teacher_provides(term.objective, field)
                 self._samples_fit(term, self.samples_per_prompt(phase), field)
+        self._staleness_fits()
         self._budget_ends_the_run()
         tagged = isinstance(self.teacher, SeveralTeachers) and any(
             member.tags for member in self.teacher.members.values()

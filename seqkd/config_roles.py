@@ -295,6 +295,13 @@ class Rollout(Engine):
         description="Leave sampled completions that max_tokens cut out of the loss (a bias against "
         "long ones); a step of which all are cut learns from all.",
     )
+    max_staleness: int = Field(
+        0,
+        ge=0,
+        le=1,
+        description="How many draws the student that samples may be behind the one that learns. 1: "
+        "with placement split the next draw is sampled and scored while the learner is at work.",
+    )
     temperature: float = Field(
         1.0, gt=0, description="Of sampling. Objectives that are expectations under q want 1."
     )

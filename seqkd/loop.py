@@ -11,10 +11,11 @@ from seqkd.checkpoint import Checkpoints, Progress
 from seqkd.config import Config, Phase
 from seqkd.control import Control
 from seqkd.data import PromptStream
+from seqkd.draws import Draws, prompts_of
 from seqkd.evaluation.divergence import HeldOut, Measurement
 from seqkd.metrics import Clock, Recorder, describe
 from seqkd.schedule import learning_rate
-from seqkd.sources import StepSource, draws
+from seqkd.sources import StepSource
 from seqkd.types import Prompt
 from seqkd.watch import Watch
 from seqkd.workers import Workers
@@ -64,7 +65,7 @@ def train(
     """Take the steps of one phase that are not taken yet, the first of them step ``begun``."""
     config, learner = run.config, run.workers.learner
     done = min(progress.step - begun, phase.steps)
-    prompts = draws(phase, stream, texts, done)
+    prompts = prompts_of(phase, stream, texts, done)
     if done == phase.steps:
         return
     run.recorder.begin(name, phase)
@@ -73,41 +74,48 @@ def train(
         for sampler in phase.by_sampler
     ]
     progress.running = {source.sampler: source.running for source in sources}
-    for index in range(done, phase.steps):
-        steps = expected_steps(config, phase, index, progress.spent)
-        if progress.between_draws:
-            if index >= steps:
-                break
-            if index and progress.step % (config.evaluation.every_steps or math.inf) == 0:
-                measure(run, progress, f"step {progress.step}", "measuring on held-out prompts")
-        steps = max(steps, index + 1)  # what is drawn is learnt from, whatever it cost
-        clock = Clock()
-        version = learner.policy_version
-        if progress.between_draws:
-            run.control.check()
-            if run.checkpoints.due(progress):
-                save(run, progress)
-            drawn = next(prompts)
-            for source in sources:
-                source.draw(drawn[source.sampler], progress.step, clock)
-            with clock("watch"):
-                run.watch.drawn(progress.step)
-        parts = [source.part(clock) for source in sources]
-        lr = learning_rate(config.learner, config.lr(phase), index, steps)
-        with clock("learn"):
-            result = learner.step(parts, lr)
-        run.watch.learnt(progress.step, parts, result, lr)
-        for source, learnt in zip(sources, result.parts, strict=True):
-            if not result.skipped:
-                source.running.update(learnt.costs, learnt.alive)
-        row = describe(config, name, phase, version, lr, parts, result)
-        costs = cost(phase, parts, clock.total())
-        spend(progress.spent, name, costs)
-        steps = max(index + 1, expected_steps(config, phase, index + 1, progress.spent))
-        run.recorder.step(progress.step, row, costs, clock, begun + steps)
-        run.watch.described(row)
-        progress.step += 1
-        progress.between_draws = not sources[0].steps
+    with Draws(sources, prompts, run.workers, run.checkpoints) as draws:
+        for index in range(done, phase.steps):
+            clock = Clock()
+            steps = expected_steps(config, phase, index, progress.spent)
+            if progress.between_draws:
+                with clock("sample"):
+                    draws.wait()
+                if index >= steps and not draws.under_way:
+                    break
+                if index and progress.step % (config.evaluation.every_steps or math.inf) == 0:
+                    stage = f"step {progress.step}"
+                    with clock.stopped():
+                        measure(run, progress, stage, "measuring on held-out prompts")
+                run.control.check()
+                if run.checkpoints.due(progress):
+                    save(run, progress)
+                draws.take(progress.step, clock)
+                with clock("watch"):
+                    run.watch.drawn(progress.step)
+                following = draws.steps_left
+                if config.draws_ahead(phase) and index + following < steps:
+                    draws.begin(progress.step + following)
+            steps = max(steps, index + 1)  # what is drawn is learnt from, whatever it cost
+            version = learner.policy_version
+            parts = [source.part(clock) for source in sources]
+            lr = learning_rate(config.learner, config.lr(phase), index, steps)
+            with clock("learn"):
+                result = learner.step(parts, lr)
+            run.watch.learnt(progress.step, parts, result, lr)
+            for source, learnt in zip(sources, result.parts, strict=True):
+                if not result.skipped:
+                    source.running.update(learnt.costs, learnt.alive)
+            row = describe(config, name, phase, version, lr, parts, result)
+            costs = cost(phase, parts, clock.total())
+            spend(progress.spent, name, costs)
+            steps = max(index + 1, expected_steps(config, phase, index + 1, progress.spent))
+            run.recorder.step(progress.step, row, costs, clock, begun + steps)
+            run.watch.described(row)
+            progress.step += 1
+            progress.between_draws = not draws.steps_left
+            if progress.between_draws:
+                draws.learnt()
 
 
 def save(run: Run, progress: Progress) -> None:

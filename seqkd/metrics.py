@@ -31,7 +31,10 @@ class Clock:
     """Seconds of each stage of one step."""
 
     def __init__(self) -> None:
-        self.start = time.perf_counter()
+        self.start, self.end = time.perf_counter(), 0.0
+        self.ahead: float | None = None
+        """What the step's draw took beside the steps before it; None where it was waited for from
+        its beginning."""
         self.seconds = dict.fromkeys(STAGES, 0.0)
 
     @contextmanager
@@ -40,9 +43,20 @@ class Clock:
         yield
         self.seconds[stage] += time.perf_counter() - start
 
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """What is done meanwhile is no part of the step."""
+        start = time.perf_counter()
+        yield
+        self.start += time.perf_counter() - start
+
+    def stop(self) -> None:
+        """The step ends here."""
+        self.end = time.perf_counter()
+
     def total(self) -> float:
-        """Seconds since the step began."""
-        return time.perf_counter() - self.start
+        """Seconds since the step began, to where it was stopped."""
+        return (self.end or time.perf_counter()) - self.start
 
 
 class Recorder:
@@ -94,6 +108,8 @@ class Recorder:
             self.stage_seconds[stage] += seconds
         row = row | {f"time_{stage}_s": seconds for stage, seconds in clock.seconds.items()}
         row |= {name: count for name, count in costs.items() if name != "seconds"}
+        if clock.ahead is not None:
+            row["time_ahead_s"] = clock.ahead
         row |= {"time_step_s": total, "tokens_per_s": row["tokens"] / total}
         assert self.file is not None, "rewind first"
         with writing(self.path):

@@ -9,6 +9,7 @@ import torch
 
 from seqkd.config import Config, Phase
 from seqkd.data import PromptStream
+from seqkd.draws import prompts_of
 from seqkd.errors import JournalError
 from seqkd.journal import (
     Journal,
@@ -21,7 +22,7 @@ from seqkd.metrics import Clock
 from seqkd.models import load_head
 from seqkd.preflight import Checked
 from seqkd.protocols import Measured, Scores
-from seqkd.sources import StepSource, draws, given
+from seqkd.sources import StepSource, given
 from seqkd.types import Prompt, Rollout
 from seqkd.workers import Workers
 
@@ -33,7 +34,7 @@ def planned(config: Config, checked: Checked) -> Iterator[tuple[int, Phase, list
     texts = PromptStream(checked.corpus, config.seed)
     step = 0
     for _, phase in config.phases:
-        for drawn in draws(phase, stream, texts):
+        for drawn in prompts_of(phase, stream, texts):
             if "journal" in drawn:
                 yield step, phase, drawn["journal"]
             step += len(drawn[phase.sampler])
@@ -50,10 +51,9 @@ def record(
     not asked for again."""
     steps = tokens = 0
     for step, phase, batches in planned(config, checked):
-        source = StepSource(config, phase, "journal", workers)
-        source.draw(batches, step, Clock())
+        drawn = StepSource(config, phase, "journal", workers).draw(batches, step, Clock())
         steps += len(batches)
-        tokens += sum(len(r.completion_ids) for of_step in source.steps for r in of_step)
+        tokens += sum(len(r.completion_ids) for of_step in drawn.steps for r in of_step)
         report(steps, tokens)
     if config.two_step and checked.heldout:
         samples = [config.evaluation.samples_per_prompt] * len(checked.heldout)

@@ -128,7 +128,8 @@ class RecordedSampler:
     ) -> list[Rollout]:
         """See :class:`seqkd.protocols.Sampler`."""
         asked = [(p.token_ids, int(n)) for p, n in zip(prompts, samples, strict=True)]
-        address = address_of([self.who, self._version(), seed, temperature, top_p, asked])
+        # The seed is that of a step: which student it was follows from it.
+        address = address_of([self.who, seed, temperature, top_p, asked])
         if address in self.samples:
             count = self.samples.count(address)
             rows = self.samples.rows(address, 0, count)
@@ -140,9 +141,6 @@ class RecordedSampler:
     def usage(self) -> dict[str, int]:
         """See :class:`seqkd.protocols.Sampler`."""
         return self.inner.usage()
-
-    def _version(self) -> int | None:
-        return 0
 
 
 class RecordedStudent(RecordedSampler):
@@ -169,9 +167,6 @@ class RecordedStudent(RecordedSampler):
     def score(self, token_ids: Sequence[int]) -> list[list[float]]:
         """See :class:`seqkd.protocols.StudentSampler`."""
         return self.inner.score(token_ids)
-
-    def _version(self) -> int | None:
-        return self.policy_version
 
 
 class RecordedTeacher:

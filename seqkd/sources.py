@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from seqkd.config import Config, Phase
 from seqkd.config_schema import SamplerName
-from seqkd.data import PromptStream
 from seqkd.metrics import Clock
 from seqkd.objectives import mixture_weight
 from seqkd.protocols import Part, Sampler, Scores
@@ -19,20 +19,15 @@ from seqkd.types import Prompt, Rollout, Source
 from seqkd.workers import Workers
 
 
-def draws(
-    phase: Phase, stream: PromptStream, texts: PromptStream, done: int = 0
-) -> Iterator[dict[SamplerName, list[list[Prompt]]]]:
-    """The prompts of each draw of ``phase``: by sampler, a list for every step that learns from
-    it. ``stream`` and ``texts`` go on from where they are, past those of the ``done`` steps."""
-    rows = {sampler: texts if sampler == "corpus" else stream for sampler in phase.by_sampler}
-    for of in rows.values():
-        of.skip(done * phase.prompts_per_step)
+@dataclass(frozen=True)
+class Drawn:
+    """What one or more steps learn from."""
 
-    def draw(first: int) -> dict[SamplerName, list[list[Prompt]]]:
-        steps = range(min(phase.updates_per_rollout, phase.steps - first))
-        return {s: [of.take(phase.prompts_per_step) for _ in steps] for s, of in rows.items()}
-
-    return map(draw, range(done, phase.steps, phase.updates_per_rollout))
+    steps: list[list[Rollout]]
+    """Not learnt from yet, by step."""
+    scores: Scores
+    usage: dict[str, int]
+    """Of the teachers' endpoints, after it."""
 
 
 class StepSource:
@@ -49,46 +44,42 @@ class StepSource:
         """``running`` is of the steps before, where the phase is under way."""
         self.config, self.phase, self.sampler, self.workers = config, phase, sampler, workers
         self.source = config.source(sampler)
+        self.asks_student = sampler in ("student", "mixture")
         self.terms = phase.by_sampler[sampler]
         self.fraction = config.rollout.teacher_fraction if sampler == "mixture" else None
         needs = {term.objective.teacher_need for term in self.terms}
         self.scored = needs != {"nothing"} or self.fraction is not None
         self.running = running or RunningCosts()
-        self.steps: list[list[Rollout]] = []
-        self.scores: Scores = {}
-        self.usage: dict[str, int] = {}
+        self.drawn = Drawn([], {}, {})
 
-    def draw(self, batches: Sequence[Sequence[Prompt]], step: int, clock: Clock) -> None:
-        """Sample and score, at once, what the next ``len(batches)`` steps learn from."""
+    def draw(self, batches: Sequence[Sequence[Prompt]], step: int, clock: Clock) -> Drawn:
+        """Sample and score, at once, what ``len(batches)`` steps from ``step`` on learn from."""
         by_prompt = iter(self._rollouts([p for batch in batches for p in batch], step, clock))
-        self.steps = [[r for _ in batch for r in next(by_prompt)] for batch in batches]
-        rollouts = [r for of_step in self.steps for r in of_step]
+        steps = [[r for _ in batch for r in next(by_prompt)] for batch in batches]
+        rollouts = [r for of_step in steps for r in of_step]
         with clock("score"):
-            self.scores = self.workers.teacher.score(rollouts) if self.scored else {}
-        if self.scored or any(rollout.source == "teacher" for rollout in rollouts):
-            self.usage = self.workers.usage()
+            scores = self.workers.teacher.score(rollouts) if self.scored else {}
+        asked = self.scored or any(rollout.source == "teacher" for rollout in rollouts)
+        return Drawn(steps, scores, self.workers.usage() if asked else {})
 
     def part(self, clock: Clock) -> Part:
-        """What the next step learns from."""
-        drawn = self.steps.pop(0)
+        """What the next step of :attr:`drawn` learns from."""
+        drawn, of = self.drawn.steps.pop(0), self.drawn.scores
         mask = self.config.rollout.mask_truncated and self.source not in ("dataset", "corpus")
         cut = [r for r in drawn if mask and r.finish_reason == "length"]
         masked = cut if len(cut) < len(drawn) else []
         rollouts = [r for r in drawn if r.finish_reason == "stop"] if masked else drawn
-        scores = {r.sample_id: self.scores[r.sample_id] for r in rollouts} if self.scores else {}
+        scores = {r.sample_id: of[r.sample_id] for r in rollouts} if of else {}
         if any(term.objective.running for term in self.terms) and not self.running.known:
             with clock("learn"):
                 self._first_estimate(rollouts, scores)
         counts = self.running.counts(rollouts)
-        return Part(rollouts, scores, counts, self.terms, self.fraction, self.usage, masked)
+        return Part(rollouts, scores, counts, self.terms, self.fraction, self.drawn.usage, masked)
 
     def _rollouts(self, prompts: list[Prompt], step: int, clock: Clock) -> list[list[Rollout]]:
         """The completions of each prompt."""
         if self.source in ("dataset", "corpus"):
             return [[given(prompt, self.source)] for prompt in prompts]
-        if self.source != "teacher":
-            with clock("sync"):
-                self.workers.sync()
         # Held-out prompts are drawn with the bare seed; training never repeats it.
         seed = (self.config.seed + 1) * 1_000_003 + step
         samples = self.config.samples_per_prompt(self.phase)

@@ -148,7 +148,8 @@ class Run:
     def step(self):
         """Warnings of one step."""
         clock, version = Clock(), self.workers.learner.policy_version
-        self.source.draw([self.prompts], self.number, clock)
+        self.workers.sync()
+        self.source.drawn = self.source.draw([self.prompts], self.number, clock)
         self.canary.check(self.stepped)
         part = self.source.part(clock)
         result = self.workers.learner.step([part], 1e-3)

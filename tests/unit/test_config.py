@@ -180,6 +180,13 @@ def test_scientific_notation_is_a_number(path):
             "Set objective.kind to sft",
         ),
         (["sampler=mixture", "updates_per_rollout=2"], "updates_per_rollout 2", "Set it to 1"),
+        (["rollout.max_staleness=1"], "rollout.max_staleness 1", "Set placement to split"),
+        (["rollout.max_staleness=2", "placement=split"], "rollout.max_staleness", "equal to 1"),
+        (
+            ["rollout.max_staleness=1", "placement=split", "sampler=mixture"],
+            "rollout.max_staleness 1",
+            "Set rollout.max_staleness to 0",
+        ),
         (
             [
                 "teacher.scores=top_k",
@@ -232,7 +239,7 @@ def test_scientific_notation_is_a_number(path):
             "Set sampler to student",
         ),
         (["plus=[{sampler: teacher, weight: 0}]"], "plus.0.weight: 0", "greater than 0"),
-        (["learner.ranks=3"], "prompts_per_step 4", "Set it to 6"),
+        (["learner.ranks=5"], "prompts_per_step 4", "Set it to 5 or more"),
         (["data.heldout_path=null"], "no prompts are held out", "evaluation.prompts to 0"),
         (["rollout.tensor_parallel_size=2"], "gpus 0", "Set gpus"),
         (["teacher.tensor_parallel_size=2"], " teacher: gpus 0", "Set gpus"),

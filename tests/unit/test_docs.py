@@ -147,7 +147,9 @@ def recorded(directory, sampler, objective, plus=(), **options):
     recorder.rewind(0)
     recorder.begin("main", config)
     row = describe(config, "main", config, 0, 0.1, parts, result)
-    recorder.step(0, row, cost(config, parts, 1.0), Clock(), 1)
+    clock = Clock()
+    clock.ahead = 1.0
+    recorder.step(0, row, cost(config, parts, 1.0), clock, 1)
     recorder.close()
     return set(json.loads((directory / "metrics.jsonl").read_text()))
 

@@ -74,7 +74,7 @@ def source(sampler, **changes):
 
 def test_a_mixture_draws_each_sequence_from_one_of_the_two():
     s, workers = source("mixture", rollout={"samples_per_prompt": 50, "teacher_fraction": 0.3})
-    s.draw([PROMPTS[:4], PROMPTS[4:8]], 0, Clock())
+    s.drawn = s.draw([PROMPTS[:4], PROMPTS[4:8]], 0, Clock())
     for step, prompts in ((0, PROMPTS[:4]), (1, PROMPTS[4:8])):
         part = s.part(Clock())
         assert part.teacher_fraction == 0.3
@@ -83,7 +83,7 @@ def test_a_mixture_draws_each_sequence_from_one_of_the_two():
         share = sum(r.source == "teacher" for r in part.rollouts) / 200
         assert 0.2 <= share <= 0.4
         assert part.scores.keys() == {r.sample_id for r in part.rollouts}
-    s.draw([PROMPTS[:4]], 1, Clock())
+    s.drawn = s.draw([PROMPTS[:4]], 1, Clock())
     (_, first), (_, second) = workers.teacher_sampler.calls
     assert {k: first[k] for k in second} != second, "drawn anew at every step"
 
@@ -91,7 +91,7 @@ def test_a_mixture_draws_each_sequence_from_one_of_the_two():
 def test_several_steps_learn_from_one_draw_in_order():
     s, workers = source("student", updates_per_rollout=3)
     batches = [PROMPTS[0:4], PROMPTS[4:8], [*PROMPTS[8:11], PROMPTS[0]]]
-    s.draw(batches, 5, Clock())
+    s.drawn = s.draw(batches, 5, Clock())
     assert len(workers.student.calls) == 1
     ids = [[r.prompt_id for r in s.part(Clock()).rollouts] for _ in batches]
     assert {*ids[1]} == {"4", "5", "6", "7"}
@@ -101,7 +101,7 @@ def test_several_steps_learn_from_one_draw_in_order():
 
 def test_the_first_step_estimates_from_its_own_batch():
     s, _ = source("student", objective={"estimator": "reward_to_go", "normalization": "rate"})
-    s.draw([PROMPTS[:4]], 0, Clock())
+    s.drawn = s.draw([PROMPTS[:4]], 0, Clock())
     counts = s.part(Clock()).counts
     assert counts.rate == pytest.approx((1 + 2) / 2)
     assert counts.length == 2
@@ -112,7 +112,7 @@ def test_the_first_step_estimates_from_its_own_batch():
 def test_given_text_is_a_completion_without_a_sampler(sampler):
     changes = {"data": {**MINIMAL["data"], "corpus_path": "texts.jsonl"}}
     s, workers = source(sampler, **changes)
-    s.draw([PROMPTS[:4]], 0, Clock())
+    s.drawn = s.draw([PROMPTS[:4]], 0, Clock())
     part = s.part(Clock())
     assert [r.completion_ids for r in part.rollouts] == [(7, 0)] * 4
     assert {r.source for r in part.rollouts} == {sampler}
@@ -124,7 +124,7 @@ def test_what_was_cut_can_be_left_out_of_the_loss():
     made, workers = source("student", rollout={"samples_per_prompt": 4, "mask_truncated": True})
     workers.student = Cutting("student")
     workers.student.hopeless = ("2", "3")
-    made.draw([PROMPTS[:2], PROMPTS[2:4]], 0, Clock())
+    made.drawn = made.draw([PROMPTS[:2], PROMPTS[2:4]], 0, Clock())
     part = made.part(Clock())
     assert len(part.rollouts) == len(part.masked) == part.counts.sequences == 4
     assert {r.finish_reason for r in part.rollouts} == {"stop"}

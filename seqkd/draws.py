@@ -1,0 +1,111 @@
+"""What the learner is given, one draw after the other: each of prompts for one or more steps, their
+completions and scores. Where it is allowed, the next one is drawn while the learner is at work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from types import TracebackType
+
+from seqkd.checkpoint import Checkpoints
+from seqkd.config import Phase
+from seqkd.config_schema import SamplerName
+from seqkd.data import PromptStream
+from seqkd.metrics import Clock
+from seqkd.sources import Drawn, StepSource
+from seqkd.types import Prompt
+from seqkd.workers import Workers
+
+Batches = dict[SamplerName, list[list[Prompt]]]
+"""By sampler, a list of prompts for every step that learns from one draw."""
+
+
+def prompts_of(
+    phase: Phase, stream: PromptStream, texts: PromptStream, done: int = 0
+) -> Iterator[Batches]:
+    """The prompts of each draw of ``phase``. ``stream`` and ``texts`` go on from where they are,
+    past those of the ``done`` steps."""
+    rows = {sampler: texts if sampler == "corpus" else stream for sampler in phase.by_sampler}
+    for of in rows.values():
+        of.skip(done * phase.prompts_per_step)
+
+    def draw(first: int) -> Batches:
+        steps = range(min(phase.updates_per_rollout, phase.steps - first))
+        return {s: [of.take(phase.prompts_per_step) for _ in steps] for s, of in rows.items()}
+
+    return map(draw, range(done, phase.steps, phase.updates_per_rollout))
+
+
+class Draws:
+    """The draws of one phase, in order. A context: what is under way at its end is waited for."""
+
+    def __init__(
+        self,
+        sources: Sequence[StepSource],
+        prompts: Iterator[Batches],
+        workers: Workers,
+        checkpoints: Checkpoints,
+    ) -> None:
+        self.sources, self.prompts = sources, prompts
+        self.workers, self.checkpoints = workers, checkpoints
+        self.under_way: Future[tuple[list[Drawn], Clock]] | None = None
+        self.thread = ThreadPoolExecutor(1)
+
+    def __enter__(self) -> Draws:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self.thread.shutdown()
+
+    def begin(self, step: int) -> None:
+        """Draw what ``step`` and those after it learn from, with the weights that the student's
+        sampler has, beside whatever else is done."""
+        batches = self._next()
+
+        def draw() -> tuple[list[Drawn], Clock]:
+            clock = Clock()
+            drawn = self._draw(batches, step, clock)
+            clock.stop()
+            return drawn, clock
+
+        self.under_way = self.thread.submit(draw)
+
+    def wait(self) -> None:
+        """Until nothing is under way; before that no one else may ask the samplers or teachers."""
+        if self.under_way is not None:
+            wait([self.under_way])
+
+    def take(self, step: int, clock: Clock) -> None:
+        """Give every source what was begun, or what is drawn now; and the student's sampler the
+        learner's weights."""
+        if any(source.asks_student for source in self.sources):
+            with clock("sync"):
+                self.workers.sync()
+        if self.under_way is None:
+            drawn = self._draw(self._next(), step, clock)
+        else:
+            drawn, of = self.under_way.result()
+            clock.ahead, self.under_way = of.total(), None
+        for source, given in zip(self.sources, drawn, strict=True):
+            source.drawn = given
+
+    @property
+    def steps_left(self) -> int:
+        """How many more steps learn from what was taken."""
+        return len(self.sources[0].drawn.steps)
+
+    def learnt(self) -> None:
+        """All of them are taken."""
+        self.checkpoints.unlearnt.pop(0)
+
+    def _next(self) -> Batches:
+        self.checkpoints.unlearnt.append(self.checkpoints.place())
+        return next(self.prompts)
+
+    def _draw(self, batches: Batches, step: int, clock: Clock) -> list[Drawn]:
+        return [source.draw(batches[source.sampler], step, clock) for source in self.sources]

@@ -1,0 +1,171 @@
+"""Drawing ahead of the learner: what overlaps, how stale it is, and that a run which is cut off
+anywhere resumes to the same."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import Future
+from dataclasses import replace
+
+import pytest
+
+from seqkd import draws
+from seqkd.config import Config
+from seqkd.errors import ActorError, LearnerLost
+from tests.unit.test_config import MINIMAL
+from tests.unit.test_recovery import CONFIG, Crash, World, left
+
+STALE = Config.model_validate(
+    CONFIG.model_dump(mode="json")
+    | {
+        "placement": "split",
+        "rollout": {"samples_per_prompt": 2, "max_staleness": 1},
+        "steps": 4,
+        "updates_per_rollout": 1,
+        "plus": [],
+        "warmup": {"sampler": "teacher", "steps": 2, "prompts_per_step": 2},
+        "checkpoints": {"every_steps": 2, "keep_last": 2},
+    }
+)
+
+
+class AtOnce:
+    """A thread pool whose work is done when it is given, so that calls come in one order."""
+
+    def __init__(self, threads):
+        pass
+
+    def submit(self, work):
+        done = Future()
+        done.set_result(work())
+        return done
+
+    def shutdown(self):
+        pass
+
+
+def versions(directory):
+    return [(row["rollout_policy_version"], row["policy_version"]) for row in left(directory)[0]]
+
+
+def test_the_student_that_samples_is_one_draw_behind(tmp_path):
+    """From the second draw of a phase on; the teacher's are no one's age."""
+    World(tmp_path, config=STALE).finish()
+    assert versions(tmp_path)[:2] == [(0, 0), (0, 1)]
+    assert versions(tmp_path)[2:] == [(2, 2), (2, 3), (3, 4), (4, 5)]
+
+
+def test_with_several_updates_of_a_draw_it_is_that_many_behind(tmp_path):
+    config = Config.model_validate(
+        STALE.model_dump(mode="json") | {"updates_per_rollout": 2, "steps": 6, "warmup": None}
+    )
+    World(tmp_path, config=config).finish()
+    assert versions(tmp_path) == [(0, 0), (0, 1), (0, 2), (0, 3), (2, 4), (2, 5)]
+
+
+@pytest.mark.parametrize("overlaps", [True, False])
+def test_sampling_goes_on_while_the_learner_is_at_work(tmp_path, overlaps):
+    """A step ends only after the next draw has begun; without staleness it need not wait."""
+    changes = {} if overlaps else {"placement": "colocated", "rollout": {"samples_per_prompt": 2}}
+    world = World(tmp_path, config=Config.model_validate(STALE.model_dump(mode="json") | changes))
+    learner, sampler = world.run.workers.learner, world.run.workers.student.inner
+    step, sample = learner.step, sampler.sample
+    learning, sampled, during = threading.Event(), threading.Event(), []
+
+    def stepping(parts, lr):
+        learning.set()
+        # The last of a phase has nothing to overlap with.
+        if overlaps and learner.policy_version in (2, 3, 4):
+            assert sampled.wait(30)
+            sampled.clear()
+        result = step(parts, lr)
+        learning.clear()
+        return result
+
+    def sampling(prompts, samples, seed, *rest):
+        first = learner.policy_version == 2 and not during
+        if overlaps and not first:
+            assert learning.wait(30)
+        during.append(learning.is_set())
+        drawn = sample(prompts, samples, seed, *rest)
+        if not first:
+            sampled.set()
+        return drawn
+
+    learner.step, sampler.sample = stepping, sampling
+    world.run = replace(world.run, evaluation=None)
+    world.finish()
+    assert during == [False, *[overlaps] * 3]
+    rows = (tmp_path / "metrics.jsonl").read_text()
+    assert ("time_ahead_s" in rows) == overlaps
+
+
+def test_whatever_call_the_driver_is_killed_at(tmp_path, monkeypatch):
+    monkeypatch.setattr(draws, "ThreadPoolExecutor", AtOnce)
+    quiet = World(tmp_path, config=STALE)
+    quiet.finish()
+    expected = left(tmp_path)
+    for at, call in enumerate(quiet.lives.calls):
+        directory = tmp_path / str(at)
+        directory.mkdir()
+        with pytest.raises(Crash):
+            World(directory, at, Crash(), config=STALE).finish()
+        World(directory, config=STALE).finish()
+        assert left(directory) == expected, (at, call)
+
+
+def test_whatever_call_the_learner_is_lost_at(tmp_path, monkeypatch):
+    monkeypatch.setattr(draws, "ThreadPoolExecutor", AtOnce)
+    quiet = World(tmp_path, config=STALE)
+    quiet.finish()
+    for at, call in enumerate(quiet.lives.calls):
+        if call in ("step", "publish", "save"):
+            directory = tmp_path / str(at)
+            directory.mkdir()
+            world = World(
+                directory, at, LearnerLost(ActorError("learner died"), gone=True), config=STALE
+            )
+            world.finish()
+            assert left(directory) == left(tmp_path), (at, call)
+            assert not {w for w, n in world.asked.items() if n > 1 and "h" not in str(w[1])}
+
+
+def test_a_draw_that_fails_beside_the_learner_ends_the_run_after_its_step(tmp_path):
+    """And what was learnt is saved: the run goes on from there."""
+    world = World(tmp_path, config=STALE)
+    sampler = world.run.workers.student.inner
+    sample = sampler.sample
+
+    def failing(prompts, samples, seed, *rest):
+        if seed == 1_000_003 + 4:
+            raise ActorError("rollout sampling failed: no")
+        return sample(prompts, samples, seed, *rest)
+
+    sampler.sample = failing
+    with pytest.raises(ActorError, match="rollout sampling failed: no"):
+        world.finish()
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
+    second = World(tmp_path, config=STALE)
+    second.finish()
+    assert "going on after step 4" in second.out.getvalue()
+    assert len(left(tmp_path)[0]) == 6
+
+
+def test_a_budget_ends_with_what_was_begun(tmp_path):
+    """Of 3 prompts a step: the second step leaves 2, so that a third is drawn beside it."""
+    config = Config.model_validate(
+        STALE.model_dump(mode="json")
+        | {"steps": 100, "warmup": None, "budget": {"kind": "prompts", "amount": 8}}
+    )
+    World(tmp_path, config=config).finish()
+    assert len(left(tmp_path)[0]) == 3
+
+
+def test_only_what_the_student_does_not_say_is_drawn_ahead_unasked():
+    split = {**MINIMAL, "placement": "split"}
+    config = Config.model_validate({**split, "sampler": "teacher"})
+    assert config.draws_ahead(config)
+    for sampler in ("student", "mixture"):
+        config = Config.model_validate({**split, "sampler": sampler})
+        assert not config.draws_ahead(config)
+    assert not Config.model_validate({**MINIMAL, "sampler": "teacher"}).draws_ahead(config)
