@@ -1,0 +1,79 @@
+"""Measure speed and memory on this machine: python scripts/benchmark.py [SECTION ...]
+
+Everything is measured by turns with what it is compared with, so that a slower or busier machine
+moves both; what is to be read are the ratios. Nothing else may run beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from quickstart import ENVIRONMENT, local_head
+from train import quiet
+
+from seqkd import config as configuration
+from seqkd.benchmark.rows import Row, table
+from seqkd.errors import reported, writing
+
+CONFIG = "configs/benchmark.yaml"
+SECTIONS = ("stages", "objectives", "steps", "trl", "trl-bf16", "growth", "overlap", "driver")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code: 0 done, 2 a message says what to mend."""
+    parser = argparse.ArgumentParser(
+        description="Measure speed and memory on this machine, beside what they are compared with.",
+        epilog="The models are the quickstart's: scripts/prepare_quickstart.py writes them. trl "
+        "and trl-bf16 need the extra: pip install -e .[benchmark]",
+    )
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)}")
+    parser.add_argument("--repeat", type=int, default=5, help="repetitions (default 5)")
+    parser.add_argument("--config", default=CONFIG, help=f"default {CONFIG}")
+    parser.add_argument("--out", default="benchmark.json", help="default benchmark.json")
+    args = parser.parse_args(argv)
+    if unknown := set(args.sections) - set(SECTIONS):
+        parser.error(f"no section {sorted(unknown)[0]!r}. There are {', '.join(SECTIONS)}.")
+    return reported(lambda: measure(args.sections or SECTIONS, args))
+
+
+def measure(sections: tuple[str, ...] | list[str], args: argparse.Namespace) -> int:
+    """Each section in turn; what there is so far is written after each."""
+    quiet()
+    from seqkd import environment
+    from seqkd.benchmark import objectives, runs, stages
+
+    file, repeat = args.config, args.repeat
+    config = configuration.load(file)
+
+    def overlap() -> list[Row]:
+        with local_head(ENVIRONMENT, "--num-cpus=3") as head:
+            return runs.overlap(file, repeat, head.cluster, ENVIRONMENT)
+
+    work: dict[str, Callable[[], list[Row]]] = {
+        "stages": lambda: stages.measure(config, repeat),
+        "objectives": lambda: objectives.measure(repeat),
+        "steps": lambda: runs.outside(file, repeat),
+        "trl": lambda: runs.end_to_end(file, config, repeat, best=False),
+        "trl-bf16": lambda: runs.end_to_end(file, config, repeat, best=True),
+        "growth": lambda: runs.growth(file, config, repeat),
+        "overlap": overlap,
+        "driver": lambda: runs.driver(1000),
+    }
+    rows: list[Row] = []
+    for section in sections:
+        print(f"measuring: {section}", flush=True)
+        rows += work[section]()
+        found = {"environment": environment.describe(), "rows": [row.plain() for row in rows]}
+        with writing(Path(args.out)):
+            Path(args.out).write_text(json.dumps(found, indent=1), encoding="utf-8")
+    print(table(rows))
+    print(f"\n{args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

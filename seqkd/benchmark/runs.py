@@ -1,0 +1,226 @@
+"""Whole runs, each a process of its own: their steps, their memory, the way to their first step."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import psutil
+
+from actors.placement import PROCESS
+from seqkd import preflight
+from seqkd.benchmark.rows import Row
+from seqkd.config import Config
+from seqkd.config_roles import HfTeacher, VllmTeacher
+from seqkd.errors import ActorError
+from seqkd.metrics import STAGES
+from seqkd.models import expand, materialise_student
+
+ROOT = Path(__file__).resolve().parents[2]
+GIB = 2**30
+
+
+@dataclass
+class Finished:
+    """One run."""
+
+    steps: list[dict[str, Any]]
+    """Rows of its metrics."""
+    first_step_s: float
+    """From its start to the end of its first step."""
+    peak: dict[str, float] = field(default_factory=dict)
+    """GiB of resident memory at most, by process: "driver", "learner 0", …"""
+    driver: list[float] = field(default_factory=list)
+    """GiB of the driver, over time."""
+
+    def median(self, key: str) -> float:
+        """Of a metric over all steps but the first, which also compiles and allocates."""
+        return float(median(row[key] for row in self.steps[1:]))
+
+
+def run(
+    config: str, overrides: Sequence[str], environment: Mapping[str, str] | None = None
+) -> Finished:
+    """Train, and watch every process's memory; ActorError with its last words where it fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            *(sys.executable, str(ROOT / "scripts" / "train.py"), config),
+            *(f"runs_dir={folder}", "name=run", *overrides),
+        ]
+        begun = time.perf_counter()
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
+            env={**os.environ, **(environment or {})},
+        )  # fmt: skip
+        finished = Finished([], 0.0)
+        metrics = Path(folder) / "run" / "metrics.jsonl"
+        with _watched(process.pid, metrics, finished, begun):
+            said, _ = process.communicate()
+        if process.returncode:
+            raise ActorError(f"a run of the benchmark failed: {said.strip().splitlines()[-1]}")
+        finished.steps = [json.loads(line) for line in metrics.read_text().splitlines()]
+        return finished
+
+
+@contextmanager
+def _watched(pid: int, metrics: Path, finished: Finished, begun: float) -> Iterator[None]:
+    over = threading.Event()
+
+    def watch() -> None:
+        driver = psutil.Process(pid)
+        names: dict[int, str] = {pid: "driver"}
+        while not over.wait(0.5):
+            if not finished.first_step_s and metrics.exists() and metrics.stat().st_size:
+                finished.first_step_s = time.perf_counter() - begun
+            with suppress(psutil.Error):
+                finished.driver.append(driver.memory_info().rss / GIB)
+                for process in (driver, *driver.children(recursive=True)):
+                    if process.pid not in names:
+                        names[process.pid] = process.environ().get(PROCESS, "")
+                    name, size = names[process.pid], process.memory_info().rss / GIB
+                    finished.peak[name] = max(finished.peak.get(name, 0.0), size)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def end_to_end(file: str, config: Config, repetitions: int, best: bool) -> list[Row]:
+    """Our steps and TRL's, run by turns on the same models, prompts, lengths and divergence; in
+    float32, or with ``best`` each in bfloat16."""
+    name = "bfloat16" if best else "float32"
+    steps = Row(
+        "end to end",
+        f"a step, {name}",
+        "s",
+        "TRL's DistillationTrainer",
+        1 / (2.5 if best else 1.6),
+    )
+    tokens = Row(
+        "end to end",
+        f"completion tokens a second, {name}",
+        "1/s",
+        "TRL's DistillationTrainer",
+        more_is_better=True,
+    )
+    memory = Row("end to end", f"memory of the learner, {name}", "GiB", "TRL's process", 1.0)
+    overrides = [f"{role}.precision=bfloat16" for role in ("learner", "rollout", "teacher") if best]
+    with tempfile.TemporaryDirectory() as folder:
+        student = materialise_student(config.student, "float32", Path(folder) / "student")
+        spec = _trl_spec(config, student, folder, best)
+        for _ in range(repetitions):
+            ours, theirs = run(file, overrides), _trl(spec, folder)
+            seconds = median(row["seconds"] for row in theirs[1:])
+            steps.add(ours.median("time_step_s"), seconds)
+            tokens.add(
+                ours.median("tokens") / ours.median("time_step_s"),
+                config.prompts_per_step * config.rollout.max_tokens / seconds,
+            )
+            memory.add(ours.peak["learner 0"], max(row["peak_gib"] for row in theirs))
+    return [steps, tokens, memory]
+
+
+def _trl_spec(config: Config, student: str, folder: str, bf16: bool) -> dict[str, Any]:
+    assert isinstance(config.teacher, VllmTeacher | HfTeacher)
+    checked = preflight.check(config)
+    prompts = checked.train[: config.prompts_per_step * config.steps]
+    return {
+        "student": student,
+        "teacher": expand(config.teacher.model),
+        "prompts": [[{"role": r, "content": c} for r, c in p.messages] for p in prompts],
+        "batch": config.prompts_per_step,
+        "steps": config.steps,
+        "tokens": config.rollout.max_tokens,
+        "lr": config.learner.lr,
+        "bf16": bf16,
+        "threads": config.learner.cpus,
+        "directory": f"{folder}/trl",
+    }
+
+
+def _trl(spec: Mapping[str, Any], folder: str) -> list[dict[str, float]]:
+    file = Path(folder) / "spec.json"
+    file.write_text(json.dumps(spec))
+    environment = {**os.environ, "OMP_NUM_THREADS": str(spec["threads"]), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "seqkd.benchmark.trl", str(file)],
+        capture_output=True, text=True, check=False, env=environment, cwd=ROOT,
+    )  # fmt: skip
+    if done.returncode:
+        last = (done.stderr.strip() or "no message").splitlines()[-1]
+        raise ActorError(f"TRL failed: {last}. Install it: pip install -e .[benchmark]")
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def outside(file: str, repetitions: int) -> list[Row]:
+    """What a step takes beside its stages."""
+    rest = Row("end to end", "a step outside its stages", "s", "the whole step", 0.05)
+    checks = Row("end to end", "the known text and other checks", "s", "the whole step")
+    first = Row("start-up", "to the end of the first step", "s", "a later step")
+    for _ in range(repetitions):
+        finished = run(file, [])
+        for row in finished.steps[1:]:
+            stages = sum(row[f"time_{stage}_s"] for stage in STAGES)
+            rest.add(row["time_step_s"] - stages, row["time_step_s"])
+            checks.add(row["time_watch_s"], row["time_step_s"])
+        first.add(finished.first_step_s, finished.median("time_step_s"))
+    return [rest, checks, first]
+
+
+def growth(file: str, config: Config, repetitions: int) -> list[Row]:
+    """What twice the work costs."""
+    doubled = {
+        "prompts": [f"prompts_per_step={2 * config.prompts_per_step}"],
+        "samples per prompt": [
+            f"rollout.samples_per_prompt={2 * config.rollout.samples_per_prompt}"
+        ],
+    }
+    rows = {
+        what: Row("growth", f"a step, twice the {what}", "s", "as it is", 2.1) for what in doubled
+    }
+    for _ in range(repetitions):
+        once = run(file, []).median("time_step_s")
+        for what, overrides in doubled.items():
+            rows[what].add(run(file, overrides).median("time_step_s"), once)
+    return list(rows.values())
+
+
+def overlap(file: str, repetitions: int, cluster: str, environment: Mapping[str, str]) -> list[Row]:
+    """A step that draws the next one meanwhile, each role on its own core, against the slower of
+    drawing and learning where they take turns. ``cluster`` has a slot for each of three roles:
+    student and teacher take turns within a draw, so that two cores are enough."""
+    row = Row("overlap", "a step with rollout.max_staleness 1", "s", "the slower side alone", 1.15)
+    cores = [f"{role}.cpus=1" for role in ("rollout", "teacher", "learner")]
+    split = ["placement=split", f"cluster={cluster}", "steps=6", *cores]
+    for _ in range(repetitions):
+        turns = run(file, split, environment)
+        ahead = run(file, [*split, "rollout.max_staleness=1"], environment)
+        draw = turns.median("time_sample_s") + turns.median("time_score_s")
+        slower = max(draw, turns.median("time_learn_s"))
+        row.add(ahead.median("time_step_s"), slower)
+    return [row]
+
+
+def driver(steps: int) -> list[Row]:
+    """The driver's memory after many small steps, against that after a tenth of them."""
+    finished = run("configs/tiny.yaml", [f"steps={steps}", "evaluation.prompts=0"])
+    row = Row("driver", f"memory after {steps} tiny steps", "GiB", "after a tenth of them", 1.05)
+    seen = finished.driver
+    tenth = len(seen) // 10
+    row.add(median(seen[-tenth:]), median(seen[tenth : 2 * tenth]))
+    return [row]

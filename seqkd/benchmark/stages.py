@@ -1,0 +1,156 @@
+"""Each stage of a step against its floor: the bare engine or model, in the very same process."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from seqkd import batching, preflight
+from seqkd.benchmark.rows import Row
+from seqkd.config import Config
+from seqkd.control import Control
+from seqkd.metrics import Clock
+from seqkd.models import materialise_student
+from seqkd.sources import StepSource
+from seqkd.types import Prompt, Rollout
+from seqkd.workers import Workers
+
+
+@contextmanager
+def live(config: Config) -> Iterator[tuple[Workers, preflight.Checked]]:
+    """Every actor of ``config``, on a Ray of this machine."""
+    from actors import build, placement
+
+    checked = preflight.check(config)
+    with tempfile.TemporaryDirectory() as folder, build.connect(config, verbose=False):
+        student = materialise_student(config.student, config.learner.precision, Path(folder) / "s")
+        roles = placement.needed(config)
+        with build.workers(config, student, checked, roles, Control()) as workers:
+            yield workers, checked
+
+
+def measure(config: Config, repetitions: int) -> list[Row]:
+    """Sampling and scoring by tokens a second, learning and weight sync by seconds."""
+    import ray
+
+    rows = {
+        "sample": Row("stages", "sampling", "tokens/s", "bare LLM.generate", 0.95, True),
+        "score": Row("stages", "scoring", "tokens/s", "bare LLM.encode", 0.9, True),
+        "learn": Row(
+            "stages", "learning", "s", "body forward and backward, six head matmuls", 1.25
+        ),
+        "sync": Row("stages", "weight sync", "s", "bare reload of the same file", 2.0),
+    }
+    with live(config) as (workers, checked):
+        student: Any = workers.student
+        (engine,) = student.pool.actors
+        teacher: Any = next(iter(workers.teachers.values()))
+        (scorer,) = teacher.pool.actors
+        learner: Any = workers.learner
+        (rank,) = learner.ranks
+        prompts = list(checked.train[: config.prompts_per_step])
+        source = StepSource(config, config, "student", workers)
+        with tempfile.TemporaryDirectory(dir="/dev/shm") as shared:
+            ray.get(rank.__ray_call__.remote(save, f"{shared}/model.safetensors"))
+            for repetition in range(repetitions + 1):
+                clock = Clock()
+                workers.sync()
+                source.drawn = source.draw([prompts], repetition, clock)
+                (drawn,) = source.drawn.steps
+                tokens, read = (
+                    sum(map(len, of))
+                    for of in ([r.completion_ids for r in drawn], map(batching.fed_tokens, drawn))
+                )
+                generated, generating = ray.get(
+                    engine.__ray_call__.remote(generate, prompts, config, repetition)
+                )
+                encoding = ray.get(scorer.__ray_call__.remote(encode, drawn))
+                part = source.part(clock)
+                with clock("learn"):
+                    learner.step([part], config.learner.lr)
+                bare = ray.get(rank.__ray_call__.remote(floor, drawn))
+                with clock("sync"):
+                    workers.sync()
+                reloading = ray.get(engine.__ray_call__.remote(reload, shared))
+                seconds = clock.seconds
+                if repetition:  # the first is warm-up: kernels, allocators
+                    rows["sample"].add(tokens / seconds["sample"], generated / generating)
+                    rows["score"].add(read / seconds["score"], read / encoding)
+                    rows["learn"].add(seconds["learn"], bare)
+                    rows["sync"].add(seconds["sync"], reloading)
+    return list(rows.values())
+
+
+def generate(actor: Any, prompts: Sequence[Prompt], config: Config, seed: int) -> tuple[int, float]:
+    """Tokens and seconds of the engine alone: no log-probs, nothing across processes."""
+    from vllm import SamplingParams
+
+    rollout = config.rollout
+    params = [
+        SamplingParams(
+            n=rollout.samples_per_prompt,
+            seed=seed * len(prompts) + index,
+            max_tokens=rollout.max_tokens,
+            temperature=rollout.temperature,
+            stop_token_ids=actor.stop_ids,
+            detokenize=False,
+        )
+        for index in range(len(prompts))
+    ]
+    actor.llm.reset_prefix_cache()
+    start = time.perf_counter()
+    asked = [{"prompt_token_ids": list(prompt.token_ids)} for prompt in prompts]
+    outputs = actor.llm.generate(asked, params, use_tqdm=False)
+    seconds = time.perf_counter() - start
+    return sum(len(c.token_ids) for output in outputs for c in output.outputs), seconds
+
+
+def encode(actor: Any, rollouts: Sequence[Rollout]) -> float:
+    """Seconds of the teacher's engine alone."""
+    asked = [{"prompt_token_ids": batching.fed_tokens(r)} for r in rollouts]
+    start = time.perf_counter()
+    actor.states.llm.encode(asked, pooling_task="token_embed", use_tqdm=False)
+    return time.perf_counter() - start
+
+
+def floor(rank: Any, rollouts: Sequence[Rollout]) -> float:
+    """Seconds of the student's body, forward and backward, over the padded sequences, and of six
+    products with its head over the completion tokens."""
+    model = rank.engine.module.model
+    ids, mask = batching.padded([batching.fed_tokens(r) for r in rollouts])
+    weight = model.get_output_embeddings().weight.detach()
+    count = sum(len(r.completion_ids) for r in rollouts)
+    states = torch.randn(count, weight.shape[1], dtype=weight.dtype)
+    start = time.perf_counter()
+    hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    hidden.sum().backward()
+    into = torch.zeros_like(weight)
+    for low in range(0, count, 85):
+        part = states[low : low + 85]
+        logits = [part @ weight.T for _ in range(4)]
+        (logits[0] @ weight).sum()
+        into.addmm_(logits[1].T, part)
+    seconds = time.perf_counter() - start
+    model.zero_grad()
+    return seconds
+
+
+def save(rank: Any, path: str) -> None:
+    """The student's weights, as a file that vLLM reloads."""
+    from safetensors.torch import save_file
+
+    state = {n: p.detach().clone() for n, p in rank.engine.module.model.named_parameters()}
+    save_file(state, path)
+
+
+def reload(actor: Any, directory: str) -> float:
+    """Seconds of vLLM's own reload."""
+    start = time.perf_counter()
+    actor.llm.collective_rpc("reload_weights", kwargs={"weights_path": directory})
+    return time.perf_counter() - start

@@ -1,0 +1,67 @@
+"""The same work in TRL's DistillationTrainer, in a process of its own:
+python -m seqkd.benchmark.trl SPEC.json, which prints a JSON line a step."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+def main(spec: dict[str, Any]) -> None:
+    """``spec``: student, teacher, prompts (messages), batch, steps, tokens, lr, bf16."""
+    import torch
+    from datasets import Dataset
+    from transformers import AutoTokenizer, TrainerCallback
+    from trl import DistillationConfig, DistillationTrainer
+
+    torch.set_num_threads(spec["threads"])
+
+    class Seconds(TrainerCallback):
+        """From the end of one step to that of the next."""
+
+        last = 0.0
+
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            self.last = self.last or time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            now = time.perf_counter()
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+            print(json.dumps({"seconds": now - self.last, "peak_gib": peak}), flush=True)
+            self.last = now
+
+    dtype = "bfloat16" if spec["bf16"] else "float32"
+    arguments = DistillationConfig(
+        output_dir=spec["directory"],
+        per_device_train_batch_size=spec["batch"],
+        max_steps=spec["steps"],
+        max_completion_length=spec["tokens"],
+        learning_rate=spec["lr"],
+        beta=1.0,
+        bf16=spec["bf16"],
+        use_cpu=True,
+        gradient_checkpointing=False,
+        shuffle_dataset=False,
+        report_to="none",
+        save_strategy="no",
+        logging_steps=10**6,
+        model_init_kwargs={"dtype": dtype},
+        teacher_model_init_kwargs={"dtype": dtype},
+    )
+    trainer = DistillationTrainer(
+        model=spec["student"],
+        teacher_model=spec["teacher"],
+        args=arguments,
+        train_dataset=Dataset.from_list([{"prompt": m} for m in spec["prompts"]]),
+        processing_class=AutoTokenizer.from_pretrained(spec["teacher"]),
+        callbacks=[Seconds()],
+    )
+    trainer.train()
+
+
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_text()))
