@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,9 +30,12 @@ def main(argv: list[str] | None = None) -> int:
         epilog="Example: python scripts/compare.py configs/comparisons/study.yaml",
     )
     parser.add_argument("comparison", type=Path, help="YAML file (see docs/comparing.md)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default 1)")
     parser.add_argument("--dry-run", action="store_true", help="check every method; run nothing")
     parser.add_argument("--tables", action="store_true", help="show what there is; run nothing")
     args = parser.parse_args(argv)
+    if args.jobs < 1:
+        parser.error(f"--jobs is {args.jobs}, but one run at a time is the least. Set it to 1.")
 
     def run() -> int:
         from seqkd.comparison import plan
@@ -47,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
             for entry in entries:
                 print(f"{entry.directory}: {' '.join(entry.arguments[1:])}")
             return 0
-        return compare(comparison, entries)
+        return compare(comparison, entries, args.jobs)
 
     return reported(run, "the same command goes on")
 
@@ -66,18 +71,33 @@ def checked(entries: Sequence[Entry]) -> None:
             say("warning", f"methods.{entry.method}: {warning}")
 
 
-def compare(comparison: Comparison, entries: Sequence[Entry]) -> int:
-    """Every run that is not over, then the student's evaluation if one is asked for."""
-    for number, entry in enumerate(entries, 1):
-        which = f"[{number}/{len(entries)}] {entry.method}, seed {entry.seed}"
-        print(f"{which}: {entry.directory}", flush=True)
-        if not over(entry) and not ran(entry, "train.py", *entry.arguments, "--resume"):
-            continue
-        print(f"{' ' * len(which)}  {outcome(entry)}", flush=True)
+def compare(comparison: Comparison, entries: Sequence[Entry], jobs: int) -> int:
+    """Every run that is not over, ``jobs`` at a time, then the student's evaluation if one is asked
+    for."""
+    children = Children()
+
+    def run(number: int, entry: Entry) -> bool:
+        which = f"[{number}/{len(entries)}] {entry.method}, seed {entry.seed}:"
+        if not over(entry):
+            print(f"{which} {entry.directory}", flush=True)
+            if not children.ran(entry, "train.py", *entry.arguments, "--resume"):
+                return False
+        print(f"{which} {outcome(entry)}", flush=True)
         if comparison.evaluate is not None and not evaluated(entry):
             again = ["--no-initial"] if entry.method != comparison.against else []
-            ran(entry, "evaluate.py", str(entry.directory), *again, *comparison.evaluate)
-        update(comparison, entries)
+            children.ran(entry, "evaluate.py", str(entry.directory), *again, *comparison.evaluate)
+        return True
+
+    with ThreadPoolExecutor(jobs) as pool:
+        work = [pool.submit(run, number, entry) for number, entry in enumerate(entries, 1)]
+        try:
+            for done in as_completed(work):
+                if done.result():
+                    update(comparison, entries)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            children.stop()
+            raise
     return show(comparison, entries)
 
 
@@ -113,30 +133,45 @@ def evaluated(entry: Entry) -> bool:
     return any(entry.directory.glob("evaluation/*/evaluation.json"))
 
 
-def ran(entry: Entry, script: str, *arguments: str) -> bool:
-    """Run one of the other scripts to its end; whether it succeeded. What it prints is kept beside
-    the run's directory."""
-    log = entry.directory.with_name(f"{entry.directory.name}.log")
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a", encoding="utf-8") as out:
-        begin = out.tell()
-        # In a session of its own: Ctrl-C is for this process, which then tells the other.
-        child = subprocess.Popen(
-            [sys.executable, str(SCRIPTS / script), *arguments],
-            stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
-        try:
+class Children:
+    """The other scripts, each a process of its own, until all are told to stop."""
+
+    def __init__(self) -> None:
+        self.running: set[subprocess.Popen[bytes]] = set()
+        self.lock, self.stopped = threading.Lock(), False
+
+    def ran(self, entry: Entry, script: str, *arguments: str) -> bool:
+        """Run one to its end; whether it succeeded. What it prints is kept beside the run's
+        directory."""
+        log = entry.directory.with_name(f"{entry.directory.name}.log")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a", encoding="utf-8") as out:
+            begin = out.tell()
+            with self.lock:
+                if self.stopped:
+                    return False
+                # In a session of its own: Ctrl-C is for this process, which then tells the others.
+                child = subprocess.Popen(
+                    [sys.executable, str(SCRIPTS / script), *arguments],
+                    stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
+                )  # fmt: skip
+                self.running.add(child)
             code = child.wait()
-        except BaseException:
-            child.terminate()
-            child.wait()
-            raise
-    if code:
-        said = log.read_bytes()[begin:].decode(errors="replace").splitlines()
-        first = next((i for i, line in enumerate(said) if line.startswith("error: ")), -3)
-        cause = "\n".join(f"  {line}" for line in said[first:][:8])
-        say("error", f"{script} ended with exit code {code}; all of it is in {log}\n{cause}")
-    return code == 0
+        with self.lock:
+            self.running.remove(child)
+        if code and not self.stopped:
+            said = log.read_bytes()[begin:].decode(errors="replace").splitlines()
+            first = next((i for i, line in enumerate(said) if line.startswith("error: ")), -3)
+            cause = "\n".join(f"  {line}" for line in said[first:][:8])
+            say("error", f"{script} ended with exit code {code}; all of it is in {log}\n{cause}")
+        return code == 0
+
+    def stop(self) -> None:
+        """Tell all to save themselves, and begin no other."""
+        with self.lock:
+            self.stopped = True
+            for child in self.running:
+                child.terminate()
 
 
 def update(comparison: Comparison, entries: Sequence[Entry]) -> Result:

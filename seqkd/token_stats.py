@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -19,9 +19,10 @@ from torch import Tensor
 from seqkd.objectives import DIVERGENCES
 from seqkd.types import Divergence, EndLogprob, Stat
 
-CHUNK_ELEMENTS = 2**22
-"""Elements of one [chunk, V] tensor: 16 MiB in float32. From 32 MiB on, glibc maps fresh pages for
-every temporary and the kernel clears them: a third of the step on a CPU."""
+CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**28}
+"""Elements of one [chunk, V] tensor. On a CPU 16 MiB in float32: from 32 MiB on, glibc maps fresh
+pages for every temporary and the kernel clears them, a third of the step. On a GPU enough rows to
+fill it, and few enough chunks that adding each one's [V, H] gradient costs little."""
 
 STUDENT_ONLY = frozenset({"student_logprob", "entropy"})
 STATS = ("student_logprob", "teacher_logprob", "reverse_kl", "forward_kl", "entropy")
@@ -48,12 +49,12 @@ class OutputHead:
         return OutputHead(self.weight[:rows], bias, self.scale, self.softcap)
 
     def raw(self, hidden: Tensor) -> Tensor:
-        """[n, H] -> [n, V] float32, before scale and softcap."""
-        raw = (hidden.to(self.weight) @ self.weight.T).float()
-        return raw if self.bias is None else raw + self.bias.float()
+        """[n, H] -> [n, V] W h, in the weight's precision."""
+        return hidden.to(self.weight) @ self.weight.T
 
     def finish(self, raw: Tensor) -> Tensor:
-        """Apply scale and softcap."""
+        """[n, V] W h -> the logits, float32."""
+        raw = raw.float() if self.bias is None else raw.float() + self.bias.float()
         logits = raw * self.scale if self.scale != 1.0 else raw
         return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
 
@@ -176,10 +177,9 @@ def stats_of_logits(
 ) -> dict[Stat, Tensor]:
     """The same from logits, [..., V] twice and [...]: for other trainers and small examples. Keeps
     whole [..., V] tensors for the backward pass."""
-    states = _States(
-        logits.flatten(0, -2), teacher_logits.detach().flatten(0, -2), targets.flatten()
-    )
-    return {name: value.view(targets.shape) for name, value in states.statistics(names).items()}
+    of, theirs = logits.flatten(0, -2), teacher_logits.detach().flatten(0, -2)
+    values = _statistics(of, theirs, targets.flatten(), names)
+    return {name: value.view(targets.shape) for name, value in values.items()}
 
 
 @dataclass(frozen=True)
@@ -189,10 +189,44 @@ class _Work:
     names: tuple[Stat, ...]
     teacher: KnownTeacher | None
 
-    def states(self, raw: Tensor, rows: Rows) -> _States:
-        """The states ``rows``, whose raw logits are [n, V]."""
+    def values(
+        self, raw: Tensor, rows: Rows, learnt: tuple[Stat, ...], watched: tuple[Stat, ...] = ()
+    ) -> dict[Stat, Tensor]:
+        """[n] a name, of the states ``rows`` whose :meth:`OutputHead.raw` is given; ``learnt`` are
+        differentiable in it."""
         teacher = None if self.teacher is None else self.teacher.rows(rows)
-        return _States(self.head.finish(raw), teacher, self.targets[rows])
+        theirs = None
+        if isinstance(teacher, FullTeacher) and not STUDENT_ONLY.issuperset(learnt + watched):
+            with torch.no_grad():
+                theirs = teacher.head.raw(teacher.hidden)
+        read = _fused() if raw.is_cuda else _read
+        values = read(self.head, teacher, raw, theirs, self.targets[rows], learnt, watched)
+        return dict(zip(learnt + watched, values, strict=True))
+
+
+def _read(
+    head: OutputHead,
+    teacher: KnownTeacher | None,
+    raw: Tensor,
+    theirs: Tensor | None,
+    targets: Tensor,
+    learnt: tuple[Stat, ...],
+    watched: tuple[Stat, ...],
+) -> list[Tensor]:
+    """Everything that is done to logits, element by element and row by row."""
+    known: TopTeacher | Tensor | None = None
+    if isinstance(teacher, TopTeacher):
+        known = teacher
+    elif teacher is not None and theirs is not None:
+        known = teacher.head.finish(theirs)
+    return list(_statistics(head.finish(raw), known, targets, learnt, watched).values())
+
+
+@cache
+def _fused() -> Callable[..., list[Tensor]]:
+    """:func:`_read` as kernels that read the logits a few times in all, where operation by
+    operation every one of some thirty would read and write them."""
+    return torch.compile(_read)
 
 
 Slopes = Mapping[Stat, Tensor]
@@ -205,11 +239,12 @@ def _gradients(
     needed: Sequence[bool],
     order: Sequence[Rows],
     names: tuple[Stat, ...],
-    slopes_at: Callable[[Rows, _States, Mapping[Stat, Tensor]], Slopes],
+    slopes_at: Callable[[Rows, Mapping[Stat, Tensor]], Slopes],
+    watched: tuple[Stat, ...] = (),
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Of hidden states, weight and bias, where ``needed``: what is frozen costs nothing (the head
     of a student with adapters is). ``slopes_at`` is asked for each chunk of states in turn, whose
-    statistics ``names`` it is given."""
+    statistics ``names`` and ``watched`` it is given."""
     weight, bias = work.head.weight, work.head.bias
     of_hidden = torch.zeros_like(hidden) if needed[0] else None
     # Float32 sums: many chunks are added, and bfloat16 would lose the small ones.
@@ -221,22 +256,29 @@ def _gradients(
         here = hidden[rows].detach()
         with torch.enable_grad():
             raw = work.head.raw(here).detach().requires_grad_()
-            states = work.states(raw, rows)
-            values = states.statistics(names)
-            slopes = slopes_at(rows, states, values)
-            total = torch.stack([(values[name] * slopes[name][rows]).sum() for name in names]).sum()
-            (d_raw,) = torch.autograd.grad(total, raw)
+            values = work.values(raw, rows, names, watched)
+            slopes = slopes_at(rows, values)
+            learnt, by = [values[name] for name in names], [slopes[name][rows] for name in names]
+            (d_raw,) = torch.autograd.grad(learnt, raw, by)
         if of_hidden is not None:
-            of_hidden[rows] = (d_raw.to(weight.dtype) @ weight).to(hidden.dtype)
+            of_hidden[rows] = (d_raw @ weight).to(hidden.dtype)
         if of_weight is not None:
-            of_weight.addmm_(d_raw.T, here.float())
+            _add_product(of_weight, d_raw.T, here.to(weight.dtype))
         if of_bias is not None:
-            of_bias += d_raw.sum(0)
+            of_bias += d_raw.sum(0, dtype=torch.float32)
     return (
         of_hidden,
         None if of_weight is None else of_weight.to(weight.dtype),
         None if of_bias is None or bias is None else of_bias.to(bias.dtype),
     )
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, with ``total`` and every sum in float32."""
+    if a.dtype == torch.float32 or not a.is_cuda:
+        total.addmm_(a.float(), b.float())
+    else:
+        total += torch.mm(a, b, out_dtype=torch.float32)
 
 
 class _Statistics(torch.autograd.Function):
@@ -249,8 +291,8 @@ class _Statistics(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         out = {name: hidden.new_empty(len(hidden), dtype=torch.float32) for name in work.names}
         for rows in _rows(len(hidden), weight):
-            states = work.states(work.head.raw(hidden[rows]), rows)
-            for name, value in states.statistics(work.names).items():
+            values = work.values(work.head.raw(hidden[rows]), rows, work.names)
+            for name, value in values.items():
                 out[name][rows] = value
         return tuple(out[name] for name in work.names)
 
@@ -277,16 +319,17 @@ class _Loss(torch.autograd.Function):
         watched = tuple(name for name in work.names if name not in learnt)
         used = {name: torch.zeros_like(known[name]) for name in learnt}
 
-        def as_known_so_far(rows: Rows, states: _States, values: Mapping[Stat, Tensor]) -> Slopes:
-            with torch.no_grad():
-                for name, value in (*values.items(), *states.statistics(watched).items()):
-                    known[name][rows] = value
+        def as_known_so_far(rows: Rows, values: Mapping[Stat, Tensor]) -> Slopes:
+            for name, value in values.items():
+                known[name][rows] = value.detach()
             slopes = _slopes(objective, known)[1]
             for name in learnt:
                 used[name][rows] = slopes[name][rows]
             return slopes
 
-        gradients = _gradients(work, hidden, ctx.needs_input_grad, order, learnt, as_known_so_far)
+        gradients = _gradients(
+            work, hidden, ctx.needs_input_grad, order, learnt, as_known_so_far, watched
+        )
         loss, slopes = _slopes(objective, known)
         if not all(_alike(used[name], slopes[name]) for name in learnt):
             gradients = _gradients(
@@ -325,75 +368,52 @@ def _alike(ours: Tensor, theirs: Tensor) -> bool:
     return bool((ours - theirs).abs().max() <= 1e-5 * theirs.abs().max())
 
 
-@dataclass
-class _States:
-    """n states with all their logits; what they are asked for is computed once."""
+def _statistics(
+    logits: Tensor,
+    teacher: TopTeacher | Tensor | None,
+    targets: Tensor,
+    learnt: tuple[Stat, ...],
+    watched: tuple[Stat, ...] = (),
+) -> dict[Stat, Tensor]:
+    """[n] a name, from logits, [n, V]; ``teacher`` as a tensor is its logits. Only what is
+    ``learnt`` is differentiable."""
+    if isinstance(teacher, Tensor):
+        size = min(logits.shape[-1], teacher.shape[-1])
+        logits, teacher = logits[:, :size], teacher[:, :size]
+    log_q = torch.log_softmax(logits, -1)
+    log_p = torch.log_softmax(teacher, -1) if isinstance(teacher, Tensor) else None
 
-    logits: Tensor
-    """[n, V]"""
-    teacher: KnownTeacher | Tensor | None
-    """A tensor: its logits, [n, V]."""
-    targets: Tensor
-    """[n]"""
-
-    def __post_init__(self) -> None:
-        if isinstance(self.teacher, FullTeacher):
-            self.logits = self.logits[:, : len(self.teacher.head.weight)]
-        elif isinstance(self.teacher, Tensor):
-            self.logits = self.logits[:, : self.teacher.shape[-1]]
-
-    @cached_property
-    def teacher_logits(self) -> Tensor:
-        """[n, V]"""
-        of = self.teacher
-        if isinstance(of, FullTeacher):
-            with torch.no_grad():
-                of = of.head.finish(of.head.raw(of.hidden))
-        assert isinstance(of, Tensor)
-        return of[:, : self.logits.shape[-1]]
-
-    @cached_property
-    def log_q(self) -> Tensor:
-        """[n, V]"""
-        return torch.log_softmax(self.logits, -1)
-
-    @cached_property
-    def log_p(self) -> Tensor:
-        """[n, V]"""
-        return torch.log_softmax(self.teacher_logits, -1)
-
-    def pair(self, temperature: float) -> tuple[Tensor, Tensor]:
-        """Log-probs of student and teacher over the same events, [n, V] or [n, k + 1] each."""
-        if isinstance(self.teacher, TopTeacher):
-            ids = self.teacher.ids.long()
-            rest = self.log_q.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
-            return torch.cat([self.log_q.gather(-1, ids), rest], -1), self.teacher.logprobs
+    def pair(temperature: float) -> tuple[Tensor, Tensor]:
+        """Both over the same events, [n, V] or [n, k + 1] each."""
+        if isinstance(teacher, TopTeacher):
+            ids = teacher.ids.long()
+            rest = log_q.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
+            return torch.cat([log_q.gather(-1, ids), rest], -1), teacher.logprobs
+        assert teacher is not None and log_p is not None
         if temperature == 1.0:
-            return self.log_q, self.log_p
-        both = (self.logits, self.teacher_logits)
-        ours, theirs = (torch.log_softmax(logits / temperature, -1) for logits in both)
-        return ours, theirs
+            return log_q, log_p
+        return torch.log_softmax(logits / temperature, -1), torch.log_softmax(
+            teacher / temperature, -1
+        )
 
-    def statistics(self, names: tuple[Stat, ...]) -> dict[Stat, Tensor]:
-        """[n] a name."""
-        values: dict[Stat, Tensor] = {}
-        for name in names:
-            if isinstance(name, EndLogprob):
-                values[name] = self.log_q[:, list(name.token_ids)].logsumexp(-1)
-            elif name == "student_logprob":
-                values[name] = _gather(self.log_q, self.targets)
-            elif name == "teacher_logprob":
-                values[name] = _gather(self.log_p, self.targets)
-            elif name == "entropy":
-                values[name] = -(self.log_q.exp() * self.log_q).sum(-1)
-            else:
-                kind, coefficient, temperature = (
-                    name if isinstance(name, Divergence) else Divergence(MONITORED[name])
-                )
-                options = () if coefficient is None else (coefficient,)
-                value = DIVERGENCES[kind](*self.pair(temperature), *options)
-                values[name] = value * temperature**2
-        return values
+    def value(name: Stat) -> Tensor:
+        if isinstance(name, EndLogprob):
+            return log_q[:, list(name.token_ids)].logsumexp(-1)
+        if name == "student_logprob":
+            return _gather(log_q, targets)
+        if name == "teacher_logprob":
+            assert log_p is not None
+            return _gather(log_p, targets)
+        if name == "entropy":
+            return -(log_q.exp() * log_q).sum(-1)
+        of = name if isinstance(name, Divergence) else Divergence(MONITORED[name])
+        options = () if of.coefficient is None else (of.coefficient,)
+        divergence = DIVERGENCES[of.kind](*pair(of.temperature), *options)
+        return divergence * of.temperature**2
+
+    values = {name: value(name) for name in learnt}
+    with torch.no_grad():
+        return values | {name: value(name) for name in watched}
 
 
 def _gather(logprobs: Tensor, targets: Tensor) -> Tensor:
@@ -401,7 +421,7 @@ def _gather(logprobs: Tensor, targets: Tensor) -> Tensor:
 
 
 def _chunk(weight: Tensor) -> int:
-    return max(1, CHUNK_ELEMENTS // weight.shape[0])
+    return max(1, CHUNK_ELEMENTS[weight.device.type] // weight.shape[0])
 
 
 def _rows(count: int, weight: Tensor) -> list[slice]:

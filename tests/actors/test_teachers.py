@@ -69,7 +69,7 @@ def test_the_whole_distribution(start, tiny, rollouts, kind):
         ids = torch.tensor([[*r.prompt_ids, *r.completion_ids]])
         with torch.no_grad():
             expected = torch.log_softmax(model(ids).logits[0], -1)[len(r.prompt_ids) - 1 : -1]
-            found = torch.log_softmax(head.raw(scores[r.sample_id].hidden), -1)
+            found = torch.log_softmax(head.finish(head.raw(scores[r.sample_id].hidden)), -1)
         assert (found - expected).abs().max() <= 1e-4
 
 

@@ -136,7 +136,8 @@ def test_padding_order_and_division(models, data, kind, options):
         again, others_gradients = outcome(models, batches, kind, options)
         assert again == pytest.approx(loss, rel=1e-5, abs=1e-5), name
         for ours, theirs in zip(gradients, others_gradients, strict=True):
-            assert (ours - theirs).abs().max() <= 1e-5 * max(1.0, ours.abs().max()), name
+            # Left padding moves the rotary angles; how much that rounds differs by processor.
+            assert (ours - theirs).abs().max() <= 3e-5 * max(1.0, ours.abs().max()), name
 
 
 @pytest.mark.parametrize(("kind", "options"), CASES, ids=str)

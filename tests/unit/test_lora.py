@@ -280,7 +280,7 @@ class Shapes(TorchDispatchMode):
 
 def test_a_frozen_head_costs_no_gradient(monkeypatch):
     """The gradient of the states is the same, and nothing as large as the head is made for it."""
-    monkeypatch.setattr(stats_module, "CHUNK_ELEMENTS", 4 * 17)
+    monkeypatch.setitem(stats_module.CHUNK_ELEMENTS, "cpu", 4 * 17)
     torch.manual_seed(0)
     hidden, weight = torch.randn(11, 6, requires_grad=True), torch.randn(17, 6)
     bias, targets = torch.randn(17), torch.randint(17, (11,))

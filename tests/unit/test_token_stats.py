@@ -53,7 +53,7 @@ def teacher(s):
 @pytest.mark.parametrize("rows", [1, 4, 100])
 @pytest.mark.parametrize("options", [{}, {"scale": 0.5}, {"softcap": 2.0}], ids=str)
 def test_values_and_gradients(setup, monkeypatch, rows, options):
-    monkeypatch.setattr(module, "CHUNK_ELEMENTS", rows * V)
+    monkeypatch.setitem(module.CHUNK_ELEMENTS, "cpu", rows * V)
     s = setup
     head = OutputHead(s["weight"], s["bias"], **options)
     found = token_stats(s["hidden"], head, s["targets"], STATS, teacher(s))
@@ -207,7 +207,7 @@ def test_top_k_is_the_definition_over_k_plus_one_events(setup):
 
 
 def test_an_output_head_names_its_most_probable_tokens(setup, monkeypatch):
-    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 4 * V)
+    monkeypatch.setitem(module.CHUNK_ELEMENTS, "cpu", 4 * V)
     s = setup
     head = OutputHead(s["weight"].detach())
     every = torch.log_softmax(s["hidden"].detach() @ s["weight"].detach().T, -1)
@@ -293,7 +293,7 @@ def of_the_whole(values):
 def test_a_loss_forms_logits_as_often_as_it_must(setup, monkeypatch, objective, walks, rows):
     """Loss, gradients and statistics are those of plain automatic differentiation, with every
     state's logits formed once where the objective allows it."""
-    monkeypatch.setattr(module, "CHUNK_ELEMENTS", rows * V)
+    monkeypatch.setitem(module.CHUNK_ELEMENTS, "cpu", rows * V)
     s, head = setup, OutputHead(setup["weight"], setup["bias"])
     expected = reference(
         s["hidden"] @ s["weight"].T + s["bias"],
