@@ -26,6 +26,7 @@ from seqkd.models import (
     as_token_stats,
     check_head,
     export,
+    layers_of,
     load_causal_lm,
     load_head,
     sharing_of,
@@ -127,6 +128,9 @@ class LearnerRank:
         sharing = sharing_of(student)
         if self.config.gradient_checkpointing:
             student.gradient_checkpointing_enable()  # type: ignore[operator]
+        if self.config.compile:
+            for layer in layers_of(student):
+                layer.compile(dynamic=True)  # micro-batches are of many shapes
         module = StudentModel(student)
         self.engine, *_ = deepspeed.initialize(
             model=module,

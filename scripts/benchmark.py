@@ -17,10 +17,12 @@ from train import quiet
 
 from seqkd import config as configuration
 from seqkd.benchmark.rows import Row, table
-from seqkd.errors import reported, writing
+from seqkd.errors import ConfigError, reported, writing
 
 CONFIG = "configs/benchmark.yaml"
 SECTIONS = ("stages", "objectives", "steps", "trl", "trl-bf16", "growth", "overlap", "driver")
+ON_GPU = "gpu"
+"""A section for itself: the losses and the learner on a GPU, without Ray and vLLM."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,13 +32,21 @@ def main(argv: list[str] | None = None) -> int:
         epilog="The models are the quickstart's: scripts/prepare_quickstart.py writes them. trl "
         "and trl-bf16 need the extra: pip install -e .[benchmark]",
     )
-    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)}")
+    parser.add_argument(
+        "sections",
+        nargs="*",
+        metavar="SECTION",
+        help=f"of {', '.join(SECTIONS)} (all if "
+        f"none is named); or {ON_GPU}, on a machine that has one",
+    )
     parser.add_argument("--repeat", type=int, default=5, help="repetitions (default 5)")
     parser.add_argument("--config", default=CONFIG, help=f"default {CONFIG}")
     parser.add_argument("--out", default="benchmark.json", help="default benchmark.json")
     args = parser.parse_args(argv)
-    if unknown := set(args.sections) - set(SECTIONS):
-        parser.error(f"no section {sorted(unknown)[0]!r}. There are {', '.join(SECTIONS)}.")
+    if unknown := set(args.sections) - {*SECTIONS, ON_GPU}:
+        parser.error(
+            f"no section {sorted(unknown)[0]!r}. There are {', '.join(SECTIONS)}, {ON_GPU}."
+        )
     return reported(lambda: measure(args.sections or SECTIONS, args))
 
 
@@ -62,6 +72,7 @@ def measure(sections: tuple[str, ...] | list[str], args: argparse.Namespace) -> 
         "growth": lambda: runs.growth(file, config, repeat),
         "overlap": overlap,
         "driver": lambda: runs.driver(1000),
+        ON_GPU: lambda: on_gpu(repeat),
     }
     rows: list[Row] = []
     for section in sections:
@@ -73,6 +84,17 @@ def measure(sections: tuple[str, ...] | list[str], args: argparse.Namespace) -> 
     print(table(rows))
     print(f"\n{args.out}")
     return 0
+
+
+def on_gpu(repeat: int) -> list[Row]:
+    """Losses, then a learner's steps; ConfigError where there is no GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ConfigError(f"section {ON_GPU!r}: torch finds no GPU on this machine. Leave it out.")
+    from seqkd.benchmark import gpu, objectives
+
+    return [*objectives.measure(repeat, "cuda"), *gpu.measure(repeat)]
 
 
 if __name__ == "__main__":

@@ -275,6 +275,11 @@ class Config(Phase):
                 self._samples_fit(term, self.samples_per_prompt(phase), field)
         self._staleness_fits()
         self._budget_ends_the_run()
+        if self.learner.compile and self.student.lora:
+            raise ValueError(
+                "learner.compile is true, but student.lora puts adapters into the layers, which do "
+                "not compile in reasonable time. Set learner.compile to false."
+            )
         tagged = isinstance(self.teacher, SeveralTeachers) and any(
             member.tags for member in self.teacher.members.values()
         )

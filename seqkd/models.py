@@ -447,6 +447,12 @@ def check_prune(config: Any, init: Prune) -> None:
         )
 
 
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The decoder layers of any causal language model: what transformers never parts."""
+    names: Any = model._no_split_modules or ()
+    return [module for module in model.modules() if type(module).__name__ in names]
+
+
 def prune(model: nn.Module, init: Prune) -> None:
     """Drop decoder layers [first, last) of a loaded model, in place."""
     first, last = init.drop_layers

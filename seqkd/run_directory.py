@@ -24,8 +24,8 @@ FIRST = (
 """What a run writes before its first step: a start that failed there may be tried again."""
 OPERATION = {
     "name", "runs_dir", "trackers", "cluster", "placement", "examples", "every_steps", "actors",
-    "cpus", "gpus", "ranks", "zero_stage", "gradient_checkpointing", "micro_batch_tokens",
-    "tensor_parallel_size",
+    "cpus", "gpus", "ranks", "zero_stage", "gradient_checkpointing", "compile",
+    "micro_batch_tokens", "tensor_parallel_size",
     "kv_cache_gib", "gpu_memory_utilization", "max_num_seqs", "enforce_eager", "batch_tokens",
     "base_url", "key_env", "concurrency", "timeout_s", "max_retries",
 }  # fmt: skip

@@ -19,7 +19,7 @@ from torch import Tensor
 from seqkd.objectives import DIVERGENCES
 from seqkd.types import Divergence, EndLogprob, Stat
 
-CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**28}
+CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**27}
 """Elements of one [chunk, V] tensor. On a CPU 16 MiB in float32: from 32 MiB on, glibc maps fresh
 pages for every temporary and the kernel clears them, a third of the step. On a GPU enough rows to
 fill it, and few enough chunks that adding each one's [V, H] gradient costs little."""
@@ -226,6 +226,9 @@ def _read(
 def _fused() -> Callable[..., list[Tensor]]:
     """:func:`_read` as kernels that read the logits a few times in all, where operation by
     operation every one of some thirty would read and write them."""
+    # Each objective and each way of measuring is a graph of its own; beyond a limit, 8 by default,
+    # they would silently run operation by operation.
+    torch._dynamo.config.recompile_limit = 64
     return torch.compile(_read)
 
 
@@ -278,7 +281,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     if a.dtype == torch.float32 or not a.is_cuda:
         total.addmm_(a.float(), b.float())
     else:
-        total += torch.mm(a, b, out_dtype=torch.float32)
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
 
 
 class _Statistics(torch.autograd.Function):

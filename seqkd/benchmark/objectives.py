@@ -1,5 +1,6 @@
-"""A loss from hidden states, in chunks, against one from whole logits: time and peak memory, each
-case a process of its own: python -m seqkd.benchmark.objectives CASE, which prints JSON."""
+"""A loss from hidden states, in chunks, against one from whole logits: time and peak memory. On a
+CPU each case is a process of its own, python -m seqkd.benchmark.objectives CASE, which prints JSON:
+only so is its peak known."""
 
 from __future__ import annotations
 
@@ -8,56 +9,88 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from statistics import median
 from typing import Any
 
 from seqkd.benchmark.rows import Row
 
 GIB = 2**30
-HIDDEN = 576
-CASES = [
-    (49_152, 512),
-    (49_152, 2048),
-    (151_936, 512),
-    (151_936, 2048),
-    (151_936, 8192),
-    (49_152, 32_768),
-]
+CASES = {
+    "cpu": [(49_152, 512), (49_152, 2048), (151_936, 512), (151_936, 2048), (151_936, 8192),
+            (49_152, 32_768)],
+    "cuda": [(49_152, 32_768), (151_936, 2048), (151_936, 8192), (151_936, 32_768)],
+}  # fmt: skip
 """(V, T)"""
-WHOLE = 2048
-"""The longest that the naive way has memory for: six [T, V] float32 tensors."""
+WHOLE = {"cpu": 2048, "cuda": 4096}
+"""The longest that the naive way has memory for: a dozen [T, V] tensors."""
+SIZES = {"cpu": (576, 576, "float32"), "cuda": (1536, 3584, "bfloat16")}
+"""Hidden sizes of student and teacher, and their precision."""
 
 
-def measure(repetitions: int) -> list[Row]:
+def measure(repetitions: int, device: str = "cpu") -> list[Row]:
     """Sequence-level reverse KL of one completion of T tokens, forward and backward."""
     rows = []
-    for vocabulary, tokens in CASES:
+    section = "objectives" if device == "cpu" else "objectives on the GPU"
+    for vocabulary, tokens in CASES[device]:
         what = f"V = {vocabulary:,}, T = {tokens:,}"
-        whole = min(tokens, WHOLE)
+        whole = min(tokens, WHOLE[device])
         against = "whole logits" + (
             "" if whole == tokens else f", {whole:,} tokens, times {tokens // whole}"
         )
-        seconds = Row("objectives", f"{what}: time", "s", against, 1.0)
-        memory = Row("objectives", f"{what}: peak memory", "GiB", "one [T, V] float32 tensor", 0.1)
+        seconds = Row(section, f"{what}: time", "s", against, 1.0)
+        memory = Row(section, f"{what}: peak memory", "GiB", "one [T, V] float32 tensor", 0.1)
+        case = {"device": device, "vocabulary": vocabulary}
         for _ in range(repetitions):
-            ours = _case({"way": "chunks", "vocabulary": vocabulary, "tokens": tokens})
-            theirs = _case({"way": "whole", "vocabulary": vocabulary, "tokens": whole})
+            ours = _measured(case | {"way": "chunks", "tokens": tokens})
+            theirs = _measured(case | {"way": "whole", "tokens": whole})
             seconds.add(ours["seconds"], theirs["seconds"] * tokens / whole)
             memory.add(ours["gib"], vocabulary * tokens * 4 / GIB)
         rows += [seconds, memory]
     return rows
 
 
-def _case(case: dict[str, Any]) -> dict[str, float]:
+def _measured(case: dict[str, Any]) -> dict[str, float]:
+    if case["device"] == "cuda":
+        return _passes(case)
     command = [sys.executable, "-m", "seqkd.benchmark.objectives", json.dumps(case)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
-def main(case: dict[str, Any]) -> None:
-    """Print the seconds of one forward and backward pass, the median of three, and what the peak of
-    resident memory grew by."""
+def _passes(case: dict[str, Any]) -> dict[str, float]:
+    """Seconds of one forward and backward pass, the median of three, and GiB that the peak of
+    memory grew by."""
+    import torch
+
+    step, on_gpu = _loss(case), case["device"] == "cuda"
+    if on_gpu:
+        step().backward()  # compiles
+        torch.cuda.reset_peak_memory_stats()
+    before = _memory(on_gpu, peak=False)
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        step().backward()
+        if on_gpu:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return {"seconds": median(seconds), "gib": (_memory(on_gpu, peak=True) - before) / GIB}
+
+
+def _memory(on_gpu: bool, peak: bool) -> float:
+    """Bytes; of a process only the peak is known."""
+    import torch
+
+    if on_gpu:
+        read = torch.cuda.max_memory_allocated if peak else torch.cuda.memory_allocated
+        return float(read())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+
+
+def _loss(case: dict[str, Any]) -> Callable[[], Any]:
+    """The forward pass."""
     import torch
 
     from seqkd.models import as_token_stats
@@ -66,20 +99,23 @@ def main(case: dict[str, Any]) -> None:
     from seqkd.types import Counts, TrainBatch
 
     torch.manual_seed(0)
-    vocabulary, tokens = case["vocabulary"], case["tokens"]
-    weight = (torch.randn(vocabulary, HIDDEN) / HIDDEN**0.5).requires_grad_()
-    theirs = torch.randn(vocabulary, HIDDEN) / HIDDEN**0.5
-    hidden = torch.randn(tokens, HIDDEN, requires_grad=True)
-    states, targets = torch.randn(tokens, HIDDEN), torch.randint(vocabulary, (tokens,))
+    vocabulary, tokens, device = case["vocabulary"], case["tokens"], case["device"]
+    width, theirs_width, precision = SIZES[device]
+    made = {"device": device, "dtype": getattr(torch, precision)}
+    weight = (torch.randn(vocabulary, width, **made) / width**0.5).requires_grad_()
+    theirs = torch.randn(vocabulary, theirs_width, **made) / theirs_width**0.5
+    hidden = torch.randn(tokens, width, **made).requires_grad_()
+    states = torch.randn(tokens, theirs_width, **made)
+    targets = torch.randint(vocabulary, (tokens,), device=device)
     # The gradients themselves are no memory of the loss.
     weight.grad, hidden.grad = torch.zeros_like(weight), torch.zeros_like(hidden)
     names = ("student_logprob", "entropy", "teacher_logprob", "reverse_kl", "forward_kl")
-    one = torch.zeros(1, dtype=torch.long)
+    one = torch.zeros(1, dtype=torch.long, device=device)
     batch = TrainBatch(
         input_ids=one[None], attention_mask=one[None], position_ids=None, segment=None,
         state_row=one, state_index=one[None], target_ids=targets[None],
-        loss_mask=torch.ones(1, tokens, dtype=torch.bool), group=one, rollout_logprobs=None,
-        by_teacher=one.bool(),
+        loss_mask=torch.ones(1, tokens, dtype=torch.bool, device=device), group=one,
+        rollout_logprobs=None, by_teacher=one.bool(),
     )  # fmt: skip
 
     def objective(stats: Any) -> Any:
@@ -89,21 +125,15 @@ def main(case: dict[str, Any]) -> None:
 
     def chunks() -> Any:
         known = FullTeacher(states, OutputHead(theirs))
-        place = torch.arange(tokens), torch.zeros(tokens, dtype=torch.long)
+        place = torch.arange(tokens, device=device), torch.zeros_like(targets)
         return token_loss(hidden, OutputHead(weight), targets, names, known, objective, *place)[0]
 
     def whole() -> Any:
-        return objective(stats_of_logits(hidden @ weight.T, states @ theirs.T, targets, names))
+        logits = [(h @ w.T).float() for h, w in ((hidden, weight), (states, theirs))]
+        return objective(stats_of_logits(logits[0], logits[1], targets, names))
 
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        (chunks if case["way"] == "chunks" else whole)().backward()
-        seconds.append(time.perf_counter() - start)
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    print(json.dumps({"seconds": median(seconds), "gib": grown * 1024 / GIB}))
+    return chunks if case["way"] == "chunks" else whole
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    print(json.dumps(_passes(json.loads(sys.argv[1]))))

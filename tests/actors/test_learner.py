@@ -159,9 +159,10 @@ def formula(models, batch):
         {"ranks": 1, "zero_stage": 0, "micro_batch_tokens": 10**6},
         {"ranks": 2, "zero_stage": 0, "micro_batch_tokens": 1},
         {"ranks": 2, "zero_stage": 2, "micro_batch_tokens": 1},
+        {"ranks": 1, "zero_stage": 2, "micro_batch_tokens": 50, "compile": True},
         {"ranks": 2, "zero_stage": 3, "micro_batch_tokens": 50, "gradient_checkpointing": True},
     ],
-    ids=lambda o: f"{o['ranks']}ranks-zero{o['zero_stage']}-micro{o['micro_batch_tokens']}",
+    ids=lambda o: "-".join(f"{key}_{value}" for key, value in o.items()),
 )
 def test_the_update_is_that_of_the_formula(learners, tiny, batch, counts, reference, options):
     updated_alike(trained(learners(tiny, **options), batch, counts), reference)

@@ -125,6 +125,12 @@ def test_scientific_notation_is_a_number(path):
         (["steps=many"], "steps: 'many'", "valid integer"),
         (["learner.lr=.inf"], "learner.lr", "finite number"),
         (["learner.zero_stage=4"], "learner.zero_stage: 4", "0, 1, 2 or 3"),
+        (["student.lora={}", "learner.compile=true"], "student.lora puts", "compile to false"),
+        (
+            ["learner.zero_stage=3", "learner.compile=true"],
+            "zero_stage 3 parts",
+            "compile to false",
+        ),
         (["name=a/b"], "name: 'a/b'", "pattern"),
         (["teacher.kind=hf", "teacher.kv_cache_gib=null"], "teacher.kv_cache_gib", "unknown key"),
         (["teacher.kind=gpt"], "teacher.kind: 'gpt'", "'vllm', 'hf'"),

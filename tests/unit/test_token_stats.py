@@ -329,3 +329,37 @@ def test_a_loss_of_no_tokens(setup):
     loss.backward()
     assert loss.item() == 0
     assert s["weight"].grad.abs().sum() == 0
+
+
+KNOWN = {
+    "hidden": teacher,
+    "top k": lambda s: TopTeacher(
+        *top_teacher((s["teacher_hidden"] @ s["teacher_weight"].T).log_softmax(-1), 4)
+    ),
+    "none": lambda s: None,
+}
+
+
+@pytest.mark.parametrize("known", KNOWN)
+def test_fused_kernels_compute_the_same(setup, monkeypatch, known):
+    """What a GPU runs, here compiled for the processor: statistics and gradients."""
+    s = setup
+    names = {
+        "hidden": (*STATS, Divergence("gjsd", 0.5), EndLogprob((3, 5))),
+        "top k": ("student_logprob", "entropy", "reverse_kl", "forward_kl"),
+        "none": ("student_logprob", "entropy"),
+    }[known]
+    head = OutputHead(s["weight"], s["bias"], scale=0.5, softcap=4.0)
+
+    def gradients():
+        found = token_stats(s["hidden"], head, s["targets"], names, KNOWN[known](s))
+        total = sum((i + 1) * found[n].sum() for i, n in enumerate(names))
+        return found, torch.autograd.grad(total, (s["hidden"], s["weight"], s["bias"]))
+
+    expected, theirs = gradients()
+    monkeypatch.setattr(module, "_read", torch.compile(module._read, fullgraph=True))
+    found, ours = gradients()
+    for name in names:
+        assert torch.allclose(found[name], expected[name], atol=1e-5), name
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.allclose(a, b, atol=1e-4)
