@@ -48,16 +48,29 @@ def partition(
     for rollout in rollouts:
         teacher = scores[rollout.sample_id].teacher if scores else ""
         groups.setdefault((teacher, rollout.prompt_id), []).append(rollout)
-    slots = []
-    for teacher in dict.fromkeys(teacher for teacher, _ in groups):
-        sized = [
-            ([_length(row) for row in layout.rows(group)], group)
-            for (of, _), group in groups.items()
-            if of == teacher
-        ]
-        slots += _fill(sorted(sized, key=lambda one: -max(one[0])), layout.tokens)
-    slots += [[] for _ in range(-len(slots) % ranks)]
-    return [slots[rank::ranks] for rank in range(ranks)]
+    sized = [([_length(row) for row in layout.rows(of)], t, of) for (t, _), of in groups.items()]
+    dealt: list[list[tuple[list[int], str, list[Rollout]]]] = [[] for _ in range(ranks)]
+    # The largest first, each to whom has least: every rank has work, where there is enough.
+    loads = [0] * ranks
+    for one in sorted(sized, key=lambda one: -sum(one[0])):
+        rank = loads.index(min(loads))
+        loads[rank] += sum(one[0])
+        dealt[rank].append(one)
+    teachers = dict.fromkeys(teacher for teacher, _ in groups)
+    plan = [
+        [slot for teacher in teachers for slot in _fill(_of(teacher, own), layout.tokens)]
+        for own in dealt
+    ]
+    most = max(map(len, plan))
+    return [slots + [[]] * (most - len(slots)) for slots in plan]
+
+
+def _of(
+    teacher: str, dealt: list[tuple[list[int], str, list[Rollout]]]
+) -> list[tuple[list[int], list[Rollout]]]:
+    """The groups of one teacher, those with the longest rows first."""
+    own = [(lengths, group) for lengths, of, group in dealt if of == teacher]
+    return sorted(own, key=lambda one: -max(one[0]))
 
 
 def _fill(sized: list[tuple[list[int], list[Rollout]]], tokens: int) -> list[list[Rollout]]:

@@ -99,13 +99,17 @@ class Phase(Term):
 
     @model_validator(mode="after")
     def _weights_are_of_the_mixture_that_drew(self) -> Phase:
-        weighted = [t for t in self.terms if t.sampler == "mixture" and t.objective.on_policy]
-        if weighted and self.updates_per_rollout > 1:
+        if self.weighs_a_mixture and self.updates_per_rollout > 1:
             raise ValueError(
                 f"updates_per_rollout {self.updates_per_rollout} learns from samples of an older "
                 "student, but the weights of sampler 'mixture' are those of today's. Set it to 1."
             )
         return self
+
+    @property
+    def weighs_a_mixture(self) -> bool:
+        """Whether completions have the importance weights of a mixture with today's student."""
+        return any(t.sampler == "mixture" and t.objective.on_policy for t in self.terms)
 
     @property
     def terms(self) -> tuple[Term, ...]:
@@ -249,11 +253,7 @@ class Config(Phase):
                 "colocated they take turns on the same cores. Set placement to split, or "
                 "rollout.max_staleness to 0."
             )
-        if any(
-            t.sampler == "mixture" and t.objective.on_policy
-            for _, p in self.phases
-            for t in p.terms
-        ):
+        if any(phase.weighs_a_mixture for _, phase in self.phases):
             raise ValueError(
                 "rollout.max_staleness 1 learns from samples of an older student, but the weights "
                 "of sampler 'mixture' are those of today's. Set rollout.max_staleness to 0."

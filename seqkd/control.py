@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -48,14 +49,19 @@ class Control:
                 signal.signal(number, handler)
 
     def check(self) -> None:
-        """Stopped if the run was told to stop."""
-        if self.signal is not None:
+        """Stopped if the run was told to stop. A draw beside the learner, which is in a thread of
+        its own, has the grace that the learner's step has: given up, it would be drawn anew by
+        another student."""
+        if threading.current_thread() is not threading.main_thread():
+            self.check_after_grace()
+        elif self.signal is not None:
             raise Stopped(self.signal)
 
     def check_after_grace(self) -> None:
         """The same, for what is worth finishing within ``recovery.grace_s``."""
-        if time.monotonic() - self._asked > self.recovery.grace_s:
-            self.check()
+        over = time.monotonic() - self._asked > self.recovery.grace_s
+        if self.signal is not None and over:
+            raise Stopped(self.signal)
 
     def restart(self, what: str, cause: SeqkdError) -> None:
         """Count a restart of ``what`` and pause before it; ActorError with the first cause where

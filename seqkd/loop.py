@@ -81,8 +81,8 @@ def train(
             if progress.between_draws:
                 with clock("sample"):
                     draws.wait()
-                if index >= steps and not draws.under_way:
-                    break
+                if index >= steps:
+                    break  # what was begun beside the step that spent the budget is dropped
                 if index and progress.step % (config.evaluation.every_steps or math.inf) == 0:
                     stage = f"step {progress.step}"
                     with clock.stopped():

@@ -413,7 +413,8 @@ def sharing_of(model: nn.Module) -> int:
     completions of a row apart: sliding windows, recurrent layers, positions of its own making."""
     config: Any = model.config
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"} or getattr(config, "sliding_window", None):
+    windows = ("sliding_window", "window_size", "attention_window")
+    if kinds != {"full_attention"} or any(getattr(config, name, None) for name in windows):
         return 0
     prompt, ends = (1, 2, 3), ((4, 5, 6), (7, 8, 9, 10))
     pair = [Rollout("", str(ids), prompt, ids, None, "dataset", 0, "length") for ids in ends]

@@ -38,7 +38,7 @@ PRODUCT = 8192
 
 def measure(repetitions: int) -> list[Row]:
     """Steps of sequence-level reverse KL with the teacher's whole distribution, in bfloat16."""
-    bare = "transformers' body forward and backward, four head products"
+    bare = "transformers' body forward and backward, not compiled, four head products"
     step = Row(SECTION, "a step, layers compiled", "s", bare, 1.25)
     plain = Row(SECTION, "a step, layers as they are", "s", bare)
     rate = Row(SECTION, "a step's products", "TFLOP/s", "a product of large matrices")

@@ -16,8 +16,9 @@ from seqkd.benchmark.rows import Row
 from seqkd.config import Config
 from seqkd.control import Control
 from seqkd.metrics import Clock
-from seqkd.models import materialise_student
+from seqkd.models import last_hidden, materialise_student
 from seqkd.sources import StepSource
+from seqkd.token_stats import CHUNK_ELEMENTS
 from seqkd.types import Prompt, Rollout
 from seqkd.workers import Workers
 
@@ -39,12 +40,11 @@ def measure(config: Config, repetitions: int) -> list[Row]:
     """Sampling and scoring by tokens a second, learning and weight sync by seconds."""
     import ray
 
-    rows = {
+    rows: dict[str | int, Row] = {
         "sample": Row("stages", "sampling", "tokens/s", "bare LLM.generate", 0.95, True),
         "score": Row("stages", "scoring", "tokens/s", "bare LLM.encode", 0.9, True),
-        "learn": Row(
-            "stages", "learning", "s", "body forward and backward, six head matmuls", 1.25
-        ),
+        6: Row("stages", "learning", "s", "body forward and backward, six head products", 1.25),
+        4: Row("stages", "learning", "s", "body forward and backward, four head products"),
         "sync": Row("stages", "weight sync", "s", "bare reload of the same file", 2.0),
     }
     with live(config) as (workers, checked):
@@ -57,7 +57,6 @@ def measure(config: Config, repetitions: int) -> list[Row]:
         prompts = list(checked.train[: config.prompts_per_step])
         source = StepSource(config, config, "student", workers)
         with tempfile.TemporaryDirectory(dir="/dev/shm") as shared:
-            ray.get(rank.__ray_call__.remote(save, f"{shared}/model.safetensors"))
             for repetition in range(repetitions + 1):
                 clock = Clock()
                 workers.sync()
@@ -74,7 +73,11 @@ def measure(config: Config, repetitions: int) -> list[Row]:
                 part = source.part(clock)
                 with clock("learn"):
                     learner.step([part], config.learner.lr)
-                bare = ray.get(rank.__ray_call__.remote(floor, drawn))
+                learning = {
+                    count: ray.get(rank.__ray_call__.remote(floor, drawn, count))
+                    for count in (6, 4)
+                }
+                ray.get(rank.__ray_call__.remote(save, f"{shared}/model.safetensors"))
                 with clock("sync"):
                     workers.sync()
                 reloading = ray.get(engine.__ray_call__.remote(reload, shared))
@@ -82,7 +85,8 @@ def measure(config: Config, repetitions: int) -> list[Row]:
                 if repetition:  # the first is warm-up: kernels, allocators
                     rows["sample"].add(tokens / seconds["sample"], generated / generating)
                     rows["score"].add(read / seconds["score"], read / encoding)
-                    rows["learn"].add(seconds["learn"], bare)
+                    for count, bare in learning.items():
+                        rows[count].add(seconds["learn"], bare)
                     rows["sync"].add(seconds["sync"], reloading)
     return list(rows.values())
 
@@ -119,21 +123,23 @@ def encode(actor: Any, rollouts: Sequence[Rollout]) -> float:
     return time.perf_counter() - start
 
 
-def floor(rank: Any, rollouts: Sequence[Rollout]) -> float:
-    """Seconds of the student's body, forward and backward, over the padded sequences, and of six
-    products with its head over the completion tokens."""
+def floor(rank: Any, rollouts: Sequence[Rollout], products: int) -> float:
+    """Seconds of the student's body, forward and backward, over micro-batches as the learner has
+    them without shared prompts, and of ``products`` with its head over the completion tokens."""
     model = rank.engine.module.model
-    ids, mask = batching.padded([batching.fed_tokens(r) for r in rollouts])
+    layout = batching.Layout(rank.config.micro_batch_tokens)
+    (slots,) = batching.partition(rollouts, {}, 1, layout)
+    padded = [batching.padded([batching.fed_tokens(r) for r in slot]) for slot in slots]
     weight = model.get_output_embeddings().weight.detach()
     count = sum(len(r.completion_ids) for r in rollouts)
     states = torch.randn(count, weight.shape[1], dtype=weight.dtype)
+    chunks = states.split(CHUNK_ELEMENTS["cpu"] // len(weight))
     start = time.perf_counter()
-    hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-    hidden.sum().backward()
+    for ids, mask in padded:
+        last_hidden(model, ids, mask).sum().backward()
     into = torch.zeros_like(weight)
-    for low in range(0, count, 85):
-        part = states[low : low + 85]
-        logits = [part @ weight.T for _ in range(4)]
+    for part in chunks:
+        logits = [part @ weight.T for _ in range(products - 2)]
         (logits[0] @ weight).sum()
         into.addmm_(logits[1].T, part)
     seconds = time.perf_counter() - start

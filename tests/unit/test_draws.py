@@ -3,15 +3,19 @@ anywhere resumes to the same."""
 
 from __future__ import annotations
 
+import signal
 import threading
-from concurrent.futures import Future
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 
 from seqkd import draws
 from seqkd.config import Config
-from seqkd.errors import ActorError, LearnerLost
+from seqkd.config_run import Recovery
+from seqkd.control import Control
+from seqkd.errors import ActorError, LearnerLost, Stopped
 from tests.unit.test_config import MINIMAL
 from tests.unit.test_recovery import CONFIG, Crash, World, left
 
@@ -151,14 +155,27 @@ def test_a_draw_that_fails_beside_the_learner_ends_the_run_after_its_step(tmp_pa
     assert len(left(tmp_path)[0]) == 6
 
 
-def test_a_budget_ends_with_what_was_begun(tmp_path):
-    """Of 3 prompts a step: the second step leaves 2, so that a third is drawn beside it."""
+def test_a_stop_leaves_a_draw_beside_the_learner_its_grace():
+    control = Control(Recovery(grace_s=1000))
+    control.signal, control._asked = signal.SIGTERM, time.monotonic()
+    with pytest.raises(Stopped):
+        control.check()
+    with ThreadPoolExecutor(1) as beside:
+        beside.submit(control.check).result()
+        control._asked -= 2000
+        with pytest.raises(Stopped):
+            beside.submit(control.check).result()
+
+
+@pytest.mark.parametrize(("amount", "steps"), [(3, 1), (6, 2), (8, 3)])
+def test_a_budget_ends_with_the_step_that_spends_it(tmp_path, amount, steps):
+    """Of 3 prompts a step, whatever was begun beside the last one."""
     config = Config.model_validate(
         STALE.model_dump(mode="json")
-        | {"steps": 100, "warmup": None, "budget": {"kind": "prompts", "amount": 8}}
+        | {"steps": 100, "warmup": None, "budget": {"kind": "prompts", "amount": amount}}
     )
     World(tmp_path, config=config).finish()
-    assert len(left(tmp_path)[0]) == 3
+    assert len(left(tmp_path)[0]) == steps
 
 
 def test_only_what_the_student_does_not_say_is_drawn_ahead_unasked():
