@@ -25,7 +25,7 @@ from seqkd.types import Counts, Rollout, TeacherScore, TrainBatch
 
 SECTION = "learner on the GPU"
 VOCABULARY, TEACHER_WIDTH = 151_936, 3584
-STUDENT = {
+STUDENT: dict[str, Any] = {
     "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
     "num_attention_heads": 12, "num_key_value_heads": 2, "vocab_size": VOCABULARY,
     "tie_word_embeddings": True, "max_position_embeddings": 4096,
@@ -154,9 +154,8 @@ def _floor(rank: LearnerRank, batches: Sequence[TrainBatch]) -> None:
 def _operations(rank: LearnerRank, rollouts: Sequence[Rollout]) -> float:
     """Multiplications and additions of a step's products, without attention's between tokens."""
     model = rank.engine.module.model
-    matrices = sum(p.numel() for p in model.base_model.parameters()) - VOCABULARY * (
-        width := model.config.hidden_size
-    )
+    width: int = model.config.hidden_size
+    matrices: int = sum(p.numel() for p in model.base_model.parameters()) - VOCABULARY * width
     fed = sum(len(batching.fed_tokens(r)) for r in rollouts)
     learnt = sum(len(r.completion_ids) for r in rollouts)
     return 6.0 * matrices * fed + 2.0 * VOCABULARY * (3 * width + TEACHER_WIDTH) * learnt
