@@ -202,9 +202,10 @@ def test_the_update_is_that_of_the_definition_and_the_base_stays(begun, counts):
     now = weights(learner)
     for where, layer in low.items():
         for kind, expected in (("A", layer.a), ("B", layer.b)):
-            # As in tests/actors/test_learner.py: where a gradient is all but 0, rounding shows.
+            # As in tests/actors/test_learner.py: where a gradient is all but 0, rounding shows, how
+            # much differs by processor; of a step, which is LR, a twentieth.
             difference = (now[f"{where}.lora_{kind}.default.weight"] - expected).abs()
-            assert difference.max() <= 2e-5, (where, kind)
+            assert difference.max() <= LR / 20, (where, kind)
             assert (difference > 1e-5).double().mean() <= 1e-3, (where, kind)
         assert (layer.b.abs() > LR / 2).any(), "the definition has moved"
     base = load_causal_lm(models["student"], "float32", "model")
