@@ -15,8 +15,8 @@ from pathlib import Path
 from quickstart import ENVIRONMENT, local_head
 from train import quiet
 
+from actors.benchmark.rows import Row, table
 from seqkd import config as configuration
-from seqkd.benchmark.rows import Row, table
 from seqkd.errors import ConfigError, reported, writing
 
 CONFIG = "configs/benchmark.yaml"
@@ -53,8 +53,8 @@ def main(argv: list[str] | None = None) -> int:
 def measure(sections: tuple[str, ...] | list[str], args: argparse.Namespace) -> int:
     """Each section in turn; what there is so far is written after each."""
     quiet()
+    from actors.benchmark import objectives, runs, stages
     from seqkd import environment
-    from seqkd.benchmark import objectives, runs, stages
 
     file, repeat = args.config, args.repeat
     config = configuration.load(file)
@@ -92,7 +92,7 @@ def on_gpu(repeat: int) -> list[Row]:
 
     if not torch.cuda.is_available():
         raise ConfigError(f"section {ON_GPU!r}: torch finds no GPU on this machine. Leave it out.")
-    from seqkd.benchmark import gpu, objectives
+    from actors.benchmark import gpu, objectives
 
     return [*objectives.measure(repeat, "cuda"), *gpu.measure(repeat)]
 

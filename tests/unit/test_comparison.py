@@ -273,7 +273,7 @@ def finished(tmp_path):
 
 def test_what_is_over_is_not_run_again(finished, monkeypatch, capsys):
     monkeypatch.setattr(script, "checked", lambda entries: None)
-    monkeypatch.setattr(script, "ran", lambda *arguments: pytest.fail("nothing is to be run"))
+    monkeypatch.setattr(script.Children, "ran", lambda *_: pytest.fail("nothing is to be run"))
     assert script.main([finished()]) == 0
     out = capsys.readouterr().out
     assert "[1/4] sft, seed 0:" in out and "steps in" in out and "comparison.json" in out
@@ -282,7 +282,7 @@ def test_what_is_over_is_not_run_again(finished, monkeypatch, capsys):
 def test_more_may_be_spent_by_runs_that_are_over(finished, monkeypatch):
     asked = []
     monkeypatch.setattr(script, "checked", lambda entries: None)
-    monkeypatch.setattr(script, "ran", lambda entry, *arguments: asked.append(arguments) or True)
+    monkeypatch.setattr(script.Children, "ran", lambda _, entry, *of: asked.append(of) or True)
     script.main([finished(budget={"kind": "learner_tokens", "amount": 1e6})])
     assert len(asked) == 4 and all(of[0] == "train.py" and of[-1] == "--resume" for of in asked)
 
@@ -303,9 +303,9 @@ def test_a_run_that_fails_is_said_with_its_first_error(tmp_path, capsys):
     entry = entries[0]
     log = entry.directory.with_name("sft-0.log")
     log.write_text("error: of an earlier attempt\n")
-    assert not script.ran(entry, "train.py", "missing.yaml")
+    assert not script.Children().ran(entry, "train.py", "missing.yaml")
     said = capsys.readouterr().out
     assert "error: train.py ended with exit code 2" in said and str(log) in said
     assert "missing.yaml: no such file" in said and "earlier attempt" not in said
     assert log.read_text().startswith("error: of an earlier attempt")
-    assert script.ran(entry, "train.py", "--help")
+    assert script.Children().ran(entry, "train.py", "--help")

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from actors.benchmark.rows import Row
+from actors.pool import Calls, Failure
 from seqkd import batching, preflight
-from seqkd.benchmark.rows import Row
 from seqkd.config import Config
 from seqkd.control import Control
 from seqkd.metrics import Clock
@@ -38,14 +39,12 @@ def live(config: Config) -> Iterator[tuple[Workers, preflight.Checked]]:
 
 def measure(config: Config, repetitions: int) -> list[Row]:
     """Sampling and scoring by tokens a second, learning and weight sync by seconds."""
-    import ray
-
     rows: dict[str | int, Row] = {
         "sample": Row("stages", "sampling", "tokens/s", "bare LLM.generate", 0.95, True),
         "score": Row("stages", "scoring", "tokens/s", "bare LLM.encode", 0.9, True),
         6: Row("stages", "learning", "s", "body forward and backward, six head products", 1.25),
         4: Row("stages", "learning", "s", "body forward and backward, four head products"),
-        "sync": Row("stages", "weight sync", "s", "bare reload of the same file", 2.0),
+        "sync": Row("stages", "weight sync", "s", "bare reload of the same weights", 2.0),
     }
     with live(config) as (workers, checked):
         student: Any = workers.student
@@ -66,21 +65,16 @@ def measure(config: Config, repetitions: int) -> list[Row]:
                     sum(map(len, of))
                     for of in ([r.completion_ids for r in drawn], map(batching.fed_tokens, drawn))
                 )
-                generated, generating = ray.get(
-                    engine.__ray_call__.remote(generate, prompts, config, repetition)
-                )
-                encoding = ray.get(scorer.__ray_call__.remote(encode, drawn))
+                generated, generating = _asked(engine, generate, prompts, config, repetition)
+                encoding = _asked(scorer, encode, drawn)
                 part = source.part(clock)
                 with clock("learn"):
                     learner.step([part], config.learner.lr)
-                learning = {
-                    count: ray.get(rank.__ray_call__.remote(floor, drawn, count))
-                    for count in (6, 4)
-                }
-                ray.get(rank.__ray_call__.remote(save, f"{shared}/model.safetensors"))
+                learning = {count: _asked(rank, floor, drawn, count) for count in (6, 4)}
+                _asked(rank, save, f"{shared}/model.safetensors")
                 with clock("sync"):
                     workers.sync()
-                reloading = ray.get(engine.__ray_call__.remote(reload, shared))
+                reloading = _asked(engine, reload, shared)
                 seconds = clock.seconds
                 if repetition:  # the first is warm-up: kernels, allocators
                     rows["sample"].add(tokens / seconds["sample"], generated / generating)
@@ -89,6 +83,17 @@ def measure(config: Config, repetitions: int) -> list[Row]:
                         rows[count].add(seconds["learn"], bare)
                     rows["sync"].add(seconds["sync"], reloading)
     return list(rows.values())
+
+
+def _asked(actor: Any, function: Callable[..., Any], *arguments: Any) -> Any:
+    """What ``function`` makes of the actor itself, in its process."""
+    calls = Calls("benchmark", Control())
+    calls.add(0, actor, actor.__ray_call__.remote(function, *arguments))
+    answer = calls.next()
+    assert answer is not None
+    if isinstance(answer[1], Failure):
+        raise answer[1].cause
+    return answer[1]
 
 
 def generate(actor: Any, prompts: Sequence[Prompt], config: Config, seed: int) -> tuple[int, float]:

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
+from actors.benchmark.rows import Row
 from actors.learner import LearnerRank, RankPart
 from seqkd import batching
-from seqkd.benchmark.rows import Row
 from seqkd.config import Term
 from seqkd.config_objectives import SequenceReverseKL
 from seqkd.config_roles import Learner

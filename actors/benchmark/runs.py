@@ -18,9 +18,9 @@ from typing import Any
 
 import psutil
 
+from actors.benchmark.rows import Row
 from actors.placement import PROCESS
 from seqkd import preflight
-from seqkd.benchmark.rows import Row
 from seqkd.config import Config
 from seqkd.config_roles import HfTeacher, VllmTeacher
 from seqkd.data import PromptStream
@@ -152,7 +152,7 @@ def _trl(spec: Mapping[str, Any], folder: str) -> list[dict[str, float]]:
     file.write_text(json.dumps(spec))
     environment = {**os.environ, "OMP_NUM_THREADS": str(spec["threads"]), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "seqkd.benchmark.trl", str(file)],
+        [sys.executable, "-m", "actors.benchmark.trl", str(file)],
         capture_output=True, text=True, check=False, env=environment, cwd=ROOT,
     )  # fmt: skip
     if done.returncode:

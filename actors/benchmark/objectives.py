@@ -1,6 +1,8 @@
-"""A loss from hidden states, in chunks, against one from whole logits: time and peak memory. On a
-CPU each case is a process of its own, python -m seqkd.benchmark.objectives CASE, which prints JSON:
-only so is its peak known."""
+"""A loss from hidden states, in chunks, against one from whole logits: time and peak memory.
+
+On a CPU each case is a process of its own, python -m actors.benchmark.objectives CASE, which prints
+JSON: only so is its peak known.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from collections.abc import Callable
 from statistics import median
 from typing import Any
 
-from seqkd.benchmark.rows import Row
+from actors.benchmark.rows import Row
 
 GIB = 2**30
 CASES = {
@@ -53,7 +55,7 @@ def measure(repetitions: int, device: str = "cpu") -> list[Row]:
 def _measured(case: dict[str, Any]) -> dict[str, float]:
     if case["device"] == "cuda":
         return _passes(case)
-    command = [sys.executable, "-m", "seqkd.benchmark.objectives", json.dumps(case)]
+    command = [sys.executable, "-m", "actors.benchmark.objectives", json.dumps(case)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found

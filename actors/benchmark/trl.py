@@ -1,5 +1,5 @@
 """The same work in TRL's DistillationTrainer, in a process of its own:
-python -m seqkd.benchmark.trl SPEC.json, which prints a JSON line a step."""
+python -m actors.benchmark.trl SPEC.json, which prints a JSON line a step."""
 
 from __future__ import annotations
 
