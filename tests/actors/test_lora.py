@@ -206,7 +206,11 @@ def test_the_update_is_that_of_the_definition_and_the_base_stays(begun, counts):
             # much differs by processor; of a step, which is LR, a twentieth.
             difference = (now[f"{where}.lora_{kind}.default.weight"] - expected).abs()
             assert difference.max() <= LR / 20, (where, kind)
-            assert (difference > 1e-5).double().mean() <= 1e-3, (where, kind)
+            # One element in a thousand; A has 256.
+            assert (difference > 1e-5).sum() <= max(1, 1e-3 * len(difference.flatten())), (
+                where,
+                kind,
+            )
         assert (layer.b.abs() > LR / 2).any(), "the definition has moved"
     base = load_causal_lm(models["student"], "float32", "model")
     kept = {n.replace(".base_layer", ""): w for n, w in now.items() if ".lora_" not in n}
