@@ -77,15 +77,18 @@ def compare(comparison: Comparison, entries: Sequence[Entry], jobs: int) -> int:
     children = Children()
 
     def run(number: int, entry: Entry) -> bool:
+        """Whether anything was run."""
         which = f"[{number}/{len(entries)}] {entry.method}, seed {entry.seed}:"
-        if not over(entry):
-            print(f"{which} {entry.directory}", flush=True)
+        begin = not over(entry)
+        if begin:
+            line(f"{which} {entry.directory}")
             if not children.ran(entry, "train.py", *entry.arguments, "--resume"):
                 return False
-        print(f"{which} {outcome(entry)}", flush=True)
-        if comparison.evaluate is not None and not evaluated(entry):
-            again = ["--no-initial"] if entry.method != comparison.against else []
-            children.ran(entry, "evaluate.py", str(entry.directory), *again, *comparison.evaluate)
+        line(f"{which} {outcome(entry)}")
+        if comparison.evaluate is None or evaluated(entry):
+            return begin
+        again = ["--no-initial"] if entry.method != comparison.against else []
+        children.ran(entry, "evaluate.py", str(entry.directory), *again, *comparison.evaluate)
         return True
 
     with ThreadPoolExecutor(jobs) as pool:
@@ -99,6 +102,12 @@ def compare(comparison: Comparison, entries: Sequence[Entry], jobs: int) -> int:
             children.stop()
             raise
     return show(comparison, entries)
+
+
+def line(text: str) -> None:
+    """Written at once, with its end, so that those of two runs do not mix."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
 
 
 def over(entry: Entry) -> bool:
