@@ -122,7 +122,7 @@ class Reference:
             key = f"{path}.{name}" if path else name
             options = models(field.annotation)
             default, about = shown_default(name, field), field.description or ""
-            if name == "kind":
+            if name == "kind" and tells_keys(model):
                 about, default = "Says which keys there are.", ""
             if not options:
                 value = shown_type(field.annotation, field.metadata)
@@ -139,11 +139,17 @@ class Reference:
             yield f"| `{key}` | {value} | {default} | {about} |"
 
     def _heading(self, path: str, model: type[BaseModel]) -> str:
-        kind = model.model_fields.get("kind")
-        return self.place.get(model) or (f"{path}, kind {kind.default}" if kind else path)
+        kind = f"{path}, kind {model.model_fields['kind'].default}" if tells_keys(model) else path
+        return self.place.get(model) or kind
 
     def _link(self, heading: str) -> str:
         return f"[{heading.rpartition('kind ')[2]}](#{anchor(heading)})"
+
+
+def tells_keys(model: type[BaseModel]) -> bool:
+    """Whether its ``kind`` tells it from schemas with other keys."""
+    kind = model.model_fields.get("kind")
+    return kind is not None and not kind.is_required()
 
 
 def small(model: type[BaseModel]) -> bool:
