@@ -4,6 +4,7 @@ scores."""
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -44,9 +45,9 @@ class ApiSampler:
         max_tokens: int,
         temperature: float,
         top_p: float,
-    ) -> list[Rollout]:
-        """``samples[i]`` completions of prompt i; ``seeds[i]`` is passed on, and means what the
-        endpoint makes of it."""
+    ) -> Iterator[tuple[int, list[Rollout]]]:
+        """``samples[i]`` completions of prompt i: (i, they). ``seeds[i]`` is passed on, and means
+        what the endpoint makes of it."""
         asked = [
             (prompt, seed + index)
             for prompt, seed, number in zip(prompts, seeds, samples, strict=True)
@@ -55,10 +56,12 @@ class ApiSampler:
         requests = [Request(p.messages, self._prompt(p), seed) for p, seed in asked]
         replies = self.client.complete(requests, max_tokens, temperature, top_p, self.stop_ids)
         own = temperature == top_p == 1  # else the log-probs are not of what drew the tokens
-        return [
+        drawn = (
             self._rollout(prompt, seed, reply, max_tokens, own)
             for (prompt, seed), reply in zip(asked, replies, strict=True)
-        ]
+        )
+        for place, number in enumerate(samples):
+            yield place, [next(drawn) for _ in range(number)]
 
     def usage(self) -> dict[str, int]:
         """What the endpoint was asked for so far."""

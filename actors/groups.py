@@ -15,7 +15,7 @@ from seqkd.alarms import check_drawn
 from seqkd.batching import Layout, pack, partition
 from seqkd.control import Control
 from seqkd.errors import ActorError, LearnerLost, SyncError
-from seqkd.protocols import Measured, Part, Scores
+from seqkd.protocols import Finished, Measured, Part, Scores
 from seqkd.types import (
     PartResult,
     Prompt,
@@ -46,11 +46,21 @@ class RolloutGroup:
         seed: int,
         temperature: float = 1.0,
         top_p: float = 1.0,
+        finished: Finished | None = None,
     ) -> list[Rollout]:
-        """See :class:`seqkd.protocols.Sampler`."""
+        """See :class:`seqkd.protocols.StudentSampler`."""
         seeds = [_seed(f"{self.pool.name}/{seed}/{index}") for index in range(len(prompts))]
         engines = len(self.pool.actors)
-        parts = self.pool.call(
+        drawn: dict[int, list[Rollout]] = {}
+
+        def arrived(engine: int, completions: tuple[int, list[Rollout]]) -> None:
+            index = engine + completions[0] * engines
+            if index not in drawn:  # else of an engine that was lost: what has it has been told
+                drawn[index] = completions[1]
+                if finished:
+                    finished(index, drawn[index])
+
+        self.pool.stream(
             "sample",
             [
                 (
@@ -63,13 +73,15 @@ class RolloutGroup:
                 )
                 for i in range(engines)
             ],
+            arrived,
             "sampling",
         )
-        for i, part in enumerate(parts):
-            of = slice(i, None, engines)
-            check_drawn(f"{self.pool.name} {i}", prompts[of], samples[of], part)
-        drawn = [iter(part) for part in parts]
-        return [next(drawn[i % engines]) for i, n in enumerate(samples) for _ in range(n)]
+        for i in range(engines):
+            of = range(i, len(prompts), engines)
+            given = [rollout for index in of for rollout in drawn.get(index, [])]
+            engine = f"{self.pool.name} {i}"
+            check_drawn(engine, prompts[i::engines], samples[i::engines], given)
+        return [rollout for index in range(len(prompts)) for rollout in drawn[index]]
 
     def usage(self) -> dict[str, int]:
         """See :class:`seqkd.protocols.Sampler`."""

@@ -46,6 +46,13 @@ class Failure:
         return not self.gone and type(self.cause) is not ActorError
 
 
+@dataclass(frozen=True)
+class Arrived:
+    """One of the results of a call that gives several, as they come."""
+
+    value: Any
+
+
 @dataclass
 class _Call:
     actor: Any
@@ -79,7 +86,8 @@ class Calls:
 
     def next(self, timeout: float | None = None) -> tuple[int, Any] | None:
         """Index, and result or :class:`Failure`, of the next call that ends; None after
-        ``timeout`` seconds. What the actor raises for the user comes as it is."""
+        ``timeout`` seconds. What the actor raises for the user comes as it is. Of a call that
+        gives several results, each :class:`Arrived`, and None at its end."""
         import ray
 
         begun = time.monotonic()
@@ -87,13 +95,29 @@ class Calls:
             self.check()
             done, _ = ray.wait(list(self.under_way), timeout=TICK_S)
             if done:
-                return self.under_way.pop(done[0]).index, self._result(done[0])
+                result = self._next(done[0])
+                call = self.under_way[done[0]]
+                if not isinstance(result, Arrived):
+                    del self.under_way[done[0]]
+                return call.index, result
             for ref, call in self.under_way.items():
                 if silence := self._silence(call):
                     del self.under_way[ref]
                     cause = ActorError(f"{self.what}: process {call.index} {silence}.")
                     return call.index, Failure(cause, gone=True, hung=True)
         return None
+
+    def _next(self, ref: Any) -> Any:
+        """The result of a call that has one; of a generator's its next."""
+        from ray import ObjectRefGenerator
+
+        if not isinstance(ref, ObjectRefGenerator):
+            return self._result(ref)
+        try:
+            result = self._result(next(ref))
+        except StopIteration:
+            return None
+        return result if isinstance(result, Failure) else Arrived(result)
 
     def _result(self, ref: Any) -> Any:
         import ray
@@ -198,21 +222,36 @@ class Pool:
         """Brings a new process to where the others are, once it has started."""
 
     def ask(
-        self, method: str, arguments: Sequence[tuple[Any, ...] | None], what: str = ""
+        self,
+        method: str,
+        arguments: Sequence[tuple[Any, ...] | None],
+        what: str = "",
+        arrived: Callable[[int, Any], None] = lambda index, value: None,
     ) -> Callable[[], list[Any]]:
         """Call ``method`` on every process that has arguments, and return at once; what is
-        returned waits for the results, None where nothing was asked."""
+        returned waits for the results, None where nothing was asked. See :meth:`stream`."""
         calls = Calls(f"{self.name} {what or method}", self.control, starting=method == "start")
         for index, given in enumerate(arguments):
             if given is not None:
                 self._call(calls, index, method, given)
-        return lambda: self._results(calls, method, arguments)
+        return lambda: self._results(calls, method, arguments, arrived)
 
     def call(
         self, method: str, arguments: Sequence[tuple[Any, ...] | None], what: str = ""
     ) -> list[Any]:
         """:meth:`ask` and wait."""
         return self.ask(method, arguments, what)()
+
+    def stream(
+        self,
+        method: str,
+        arguments: Sequence[tuple[Any, ...] | None],
+        arrived: Callable[[int, Any], None],
+        what: str = "",
+    ) -> None:
+        """Call a generator on every process that has arguments; ``arrived(i, value)`` is told what
+        process i gives, at once. What a lost process had given comes again from the next one."""
+        self.ask(method, arguments, what, arrived)()
 
     def each(self, method: str, *arguments: Any, what: str = "") -> list[Any]:
         """Call ``method`` with the same arguments on every process."""
@@ -230,7 +269,11 @@ class Pool:
         calls.add(index, actor, getattr(actor, method).remote(*given))
 
     def _results(
-        self, calls: Calls, method: str, arguments: Sequence[tuple[Any, ...] | None]
+        self,
+        calls: Calls,
+        method: str,
+        arguments: Sequence[tuple[Any, ...] | None],
+        arrived: Callable[[int, Any], None],
     ) -> list[Any]:
         results: list[Any] = [None] * len(arguments)
         raised: dict[int, str] = {}
@@ -238,6 +281,9 @@ class Pool:
             ended = calls.next()
             assert ended is not None
             index, result = ended
+            if isinstance(result, Arrived):
+                arrived(index, result.value)
+                continue
             if not isinstance(result, Failure):
                 results[index] = result
                 continue

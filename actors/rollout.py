@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from actors import weight_sync
@@ -29,13 +30,16 @@ class RolloutActor:
         max_tokens: int,
         temperature: float,
         top_p: float,
-    ) -> list[Rollout]:
-        """``samples[i]`` completions of prompt i, fixed by ``seeds[i]``."""
+    ) -> Iterator[tuple[int, list[Rollout]]]:
+        """``samples[i]`` completions of prompt i, fixed by ``seeds[i]``: (i, they), as soon as the
+        last of them is finished."""
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
         self.llm.reset_prefix_cache()  # what a draw gives depends on nothing but the draw
-        params = [
-            SamplingParams(
+        engine = self.llm.llm_engine
+        for place, (prompt, seed, number) in enumerate(zip(prompts, seeds, samples, strict=True)):
+            params = SamplingParams(
                 n=number,
                 seed=seed,
                 max_tokens=max_tokens,
@@ -45,17 +49,15 @@ class RolloutActor:
                 stop_token_ids=self.stop_ids,
                 logprobs=0,
                 detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
             )
-            for seed, number in zip(seeds, samples, strict=True)
-        ]
-        outputs = self.llm.generate(
-            [{"prompt_token_ids": list(p.token_ids)} for p in prompts], params, use_tqdm=False
-        )
-        return [
-            self._rollout(prompt, seed, index, completion)
-            for prompt, seed, output in zip(prompts, seeds, outputs, strict=True)
-            for index, completion in enumerate(output.outputs)
-        ]
+            engine.add_request(str(place), {"prompt_token_ids": list(prompt.token_ids)}, params)
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                place = int(output.request_id)
+                prompt, seed = prompts[place], seeds[place]
+                completions = enumerate(output.outputs)
+                yield place, [self._rollout(prompt, seed, i, of) for i, of in completions]
 
     def _rollout(self, prompt: Prompt, seed: int, index: int, completion: Any) -> Rollout:
         tokens = tuple(completion.token_ids)

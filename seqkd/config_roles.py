@@ -108,6 +108,7 @@ class _Teacher(Actors):
         "as one event; logprobs: sampled tokens only.",
     )
     top_k: int = Field(64, ge=1, description="Tokens that scores=top_k names at each state.")
+    batch_tokens: int = Field(8192, ge=1, description="Tokens scored in one engine step.")
     other_template: bool = Field(
         False, description="Go on with a chat template that is not the student's."
     )
@@ -121,6 +122,10 @@ class _Teacher(Actors):
     def distribution(self) -> bool:
         """Whether its scores tell its distribution."""
         return self.scores != "logprobs"
+
+    def at_once(self, length: int) -> int:
+        """How many sequences of ``length`` tokens keep all of it busy."""
+        return -(-self.batch_tokens * self.actors // length)
 
     @model_validator(mode="before")
     @classmethod
@@ -136,7 +141,6 @@ class VllmTeacher(_Teacher, Engine):
     """A teacher that scores by vLLM's pooling runner."""
 
     kind: Literal["vllm"] = "vllm"
-    batch_tokens: int = Field(8192, ge=1, description="Tokens scored in one engine step.")
 
 
 class HfTeacher(_Teacher):
@@ -210,6 +214,10 @@ class ApiTeacher(Schema):
     def distribution(self) -> bool:
         """Whether its scores tell its distribution."""
         return self.scores == "top_k"
+
+    def at_once(self, length: int) -> int:
+        """How many sequences keep all of it busy, whatever their length."""
+        return self.concurrency
 
     @property
     def generation(self) -> Actors:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -11,6 +11,9 @@ from seqkd.types import Counts, Prompt, Rollout, StepResult, TeacherScore, Weigh
 
 Scores = Mapping[str, TeacherScore]
 """Teacher scores by sample id; empty where no teacher is needed."""
+
+Finished = Callable[[int, list[Rollout]], None]
+"""Is told i and the completions of prompt i."""
 
 
 class Sampler(Protocol):
@@ -33,6 +36,17 @@ class Sampler(Protocol):
 
 class StudentSampler(Sampler, Protocol):
     """The student's, whose weights change."""
+
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        samples: Sequence[int],
+        seed: int,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        finished: Finished | None = None,
+    ) -> list[Rollout]:
+        """Those of a prompt may be told ``finished`` while others are still drawn, once."""
 
     @property
     def policy_version(self) -> int | None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
 
 import numpy as np
 import torch
@@ -13,7 +16,7 @@ from seqkd.config import Config, Phase
 from seqkd.config_schema import SamplerName
 from seqkd.metrics import Clock
 from seqkd.objectives import mixture_weight
-from seqkd.protocols import Part, Sampler, Scores
+from seqkd.protocols import Finished, Part, Scores
 from seqkd.running import RunningCosts, by_position
 from seqkd.types import Prompt, Rollout, Source
 from seqkd.workers import Workers
@@ -28,6 +31,63 @@ class Drawn:
     scores: Scores
     usage: dict[str, int]
     """Of the teachers' endpoints, after it."""
+
+
+class Scoring:
+    """The teacher's scores of a draw, begun while others of it are still drawn. A context: what is
+    under way at its end is waited for.
+
+    What is scored together is fixed by the prompts' places, not by when they were finished: in
+    other company a score may differ in its last bits, and a run would not repeat."""
+
+    def __init__(
+        self,
+        score: Callable[[Sequence[Rollout]], Scores] | None,
+        prompts: int,
+        together: int | None = None,
+    ) -> None:
+        """``together`` prompts at once, all of them where it is left out; ``score`` None: none."""
+        self.score, self.prompts, self.together = score, prompts, together or prompts
+        self.drawn: dict[int, list[Rollout]] = {}
+        self.early: dict[int, Future[Scores]] = {}
+        """By block, begun before all was drawn."""
+        self.thread = ThreadPoolExecutor(1)
+
+    def __enter__(self) -> Scoring:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self.thread.shutdown(cancel_futures=True)
+
+    def finished(self, place: int, rollouts: list[Rollout]) -> None:
+        """The completions of prompt ``place`` are there."""
+        self.drawn[place] = rollouts
+        block = place // self.together
+        whole = self.drawn.keys() >= set(self._places(block))
+        if self.score and whole and len(self.drawn) < self.prompts:
+            self.early[block] = self.thread.submit(self.score, self._rollouts(block))
+
+    def rest(self, drawn: Sequence[list[Rollout]]) -> Scores:
+        """Scores of all that was ``drawn``."""
+        if self.score is None:
+            return {}
+        scores = {block: of.result() for block, of in self.early.items()}
+        self.drawn = dict(enumerate(drawn))
+        for block in range(-(-self.prompts // self.together)):
+            if block not in scores:
+                scores[block] = self.score(self._rollouts(block))
+        return {sample_id: score for of in scores.values() for sample_id, score in of.items()}
+
+    def _places(self, block: int) -> range:
+        return range(self.prompts)[block * self.together : (block + 1) * self.together]
+
+    def _rollouts(self, block: int) -> list[Rollout]:
+        return [rollout for place in self._places(block) for rollout in self.drawn[place]]
 
 
 class StepSource:
@@ -54,12 +114,16 @@ class StepSource:
 
     def draw(self, batches: Sequence[Sequence[Prompt]], step: int, clock: Clock) -> Drawn:
         """Sample and score, at once, what ``len(batches)`` steps from ``step`` on learn from."""
-        by_prompt = iter(self._rollouts([p for batch in batches for p in batch], step, clock))
+        prompts = [p for batch in batches for p in batch]
+        teacher = self.workers.teacher.score if self.scored else None
+        together = self.config.scored_together(self.phase) if self.source == "student" else None
+        with Scoring(teacher, len(prompts), together) as scoring:
+            drawn = self._rollouts(prompts, step, clock, scoring.finished)
+            with clock("score"):
+                scores = scoring.rest(drawn)
+        by_prompt = iter(drawn)
         steps = [[r for _ in batch for r in next(by_prompt)] for batch in batches]
-        rollouts = [r for of_step in steps for r in of_step]
-        with clock("score"):
-            scores = self.workers.teacher.score(rollouts) if self.scored else {}
-        asked = self.scored or any(rollout.source == "teacher" for rollout in rollouts)
+        asked = self.scored or any(r.source == "teacher" for rollouts in drawn for r in rollouts)
         return Drawn(steps, scores, self.workers.usage() if asked else {})
 
     def part(self, clock: Clock) -> Part:
@@ -76,8 +140,10 @@ class StepSource:
         counts = self.running.counts(rollouts)
         return Part(rollouts, scores, counts, self.terms, self.fraction, self.drawn.usage, masked)
 
-    def _rollouts(self, prompts: list[Prompt], step: int, clock: Clock) -> list[list[Rollout]]:
-        """The completions of each prompt."""
+    def _rollouts(
+        self, prompts: list[Prompt], step: int, clock: Clock, finished: Finished
+    ) -> list[list[Rollout]]:
+        """The completions of each prompt; ``finished`` may be told of some before the others."""
         if self.source in ("dataset", "corpus"):
             return [[given(prompt, self.source)] for prompt in prompts]
         # Held-out prompts are drawn with the bare seed; training never repeats it.
@@ -89,20 +155,27 @@ class StepSource:
         elif self.fraction is not None:
             generator = np.random.default_rng([self.config.seed, step])
             from_teacher = generator.binomial(samples, self.fraction, len(prompts))
+        student, teacher = self.workers.student.sample, self.workers.teacher_sampler.sample
+        if self.source == "student":
+            student = partial(student, finished=finished)
         with clock("sample"):
-            ours = self._sample(self.workers.student, prompts, samples - from_teacher, seed)
-            theirs = self._sample(self.workers.teacher_sampler, prompts, from_teacher, seed)
+            ours = self._sample(student, prompts, samples - from_teacher, seed)
+            theirs = self._sample(teacher, prompts, from_teacher, seed)
         return [[*a, *b] for a, b in zip(ours, theirs, strict=True)]
 
     def _sample(
-        self, sampler: Sampler, prompts: list[Prompt], samples: np.ndarray, seed: int
+        self,
+        draw: Callable[..., list[Rollout]],
+        prompts: list[Prompt],
+        samples: np.ndarray,
+        seed: int,
     ) -> list[list[Rollout]]:
         wanted = [(p, int(n)) for p, n in zip(prompts, samples, strict=True) if n]
         rollout = self.config.rollout
         drawn: Iterator[Rollout] = iter(())
         if wanted:
             of, numbers = zip(*wanted, strict=True)
-            drawn = iter(sampler.sample(of, numbers, seed, rollout.temperature, rollout.top_p))
+            drawn = iter(draw(of, numbers, seed, rollout.temperature, rollout.top_p))
         return [[next(drawn) for _ in range(n)] for n in samples]
 
     def _first_estimate(self, rollouts: list[Rollout], scores: Scores) -> None:

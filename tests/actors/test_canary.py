@@ -57,17 +57,18 @@ class FaultyEngine(Faulty, RolloutActor):
 
     def sample(self, prompts, seeds, samples, max_tokens, temperature, top_p):
         hotter = 1.3 if self.fault == "draws at another temperature" else 1.0
-        drawn = super().sample(prompts, seeds, samples, max_tokens, hotter * temperature, top_p)
-        if self.fault == "drops a sample":
-            return drawn[:-1]
-        if self.fault == "doubles a sample":
-            return [drawn[0], *drawn[:1], *drawn[2:]]
-        if self.fault == "shifts its log-probs":
-            return [
-                replace(r, rollout_logprobs=(*r.rollout_logprobs[1:], r.rollout_logprobs[0]))
-                for r in drawn
-            ]
-        return drawn
+        every = super().sample(prompts, seeds, samples, max_tokens, hotter * temperature, top_p)
+        for place, drawn in every:
+            if self.fault == "drops a sample":
+                del drawn[-1]
+            if self.fault == "doubles a sample":
+                drawn[1:2] = drawn[:1]
+            if self.fault == "shifts its log-probs":
+                drawn[:] = [
+                    replace(r, rollout_logprobs=(*r.rollout_logprobs[1:], r.rollout_logprobs[0]))
+                    for r in drawn
+                ]
+            yield place, drawn
 
 
 class FaultyTeacher(Faulty, TeacherActor):

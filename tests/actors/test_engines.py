@@ -48,7 +48,8 @@ def sample(engine, prompts, seed=3, n=3, temperature=1.0, max_tokens=12):
     seeds = [seed + i for i in range(len(prompts))]
     numbers = [n] * len(prompts)
     call = engine.sample.remote(prompts, seeds, numbers, max_tokens, temperature, 1.0)
-    return wait(call)
+    drawn = dict(wait(ref) for ref in call)
+    return [rollout for place in range(len(prompts)) for rollout in drawn[place]]
 
 
 def sync(engine, model, version):

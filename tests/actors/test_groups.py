@@ -300,20 +300,71 @@ def test_a_signal_ends_a_wait_and_a_second_one_the_process(learner):
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-class Engine:
-    """One that answers with the prompt's own id."""
+class Drawing(Worker):
+    """One that answers with the prompt's own id, the last prompt first. Before it tells of the
+    first it dies if ``file`` says so, or waits as long as it does."""
 
     def sample(self, prompts, seeds, samples, max_tokens, temperature, top_p):
-        return [
-            Rollout(p.prompt_id, f"{p.prompt_id}/{seed}/{i}", p.token_ids, (1,), (0.0,), "student",
-                    0, "length")
-            for p, seed, n in zip(prompts, seeds, samples, strict=True)
-            for i in range(n)
-        ]  # fmt: skip
+        for place in reversed(range(len(prompts))):
+            if place == 0 and self.file and self.file.read_text() == "die":
+                self.file.write_text("")
+                self.die()
+            while place == 0 and self.file and self.file.read_text() == "wait":
+                threading.Event().wait(0.01)
+            prompt, seed = prompts[place], seeds[place]
+            yield place, [
+                Rollout(prompt.prompt_id, f"{prompt.prompt_id}/{seed}/{i}", prompt.token_ids, (1,),
+                        (0.0,), f"by {os.getpid()}", 0, "length")
+                for i in range(samples[place])
+            ]  # fmt: skip
+
+
+@pytest.fixture
+def engines(local_ray, tmp_path):
+    """Two that read ``engines.file``; ``engines.said`` is what was said of them."""
+    file, said = tmp_path / "engines", []
+
+    def create(index):
+        return remote(Drawing).options(num_cpus=0).remote(file)
+
+    patient = SOON.model_copy(update={"heartbeat_s": 120, "stall_s": 240})
+    pool = Pool("rollout", [create(0), create(1)], Control(patient, said.append), create)
+    pool.file, pool.said = file, said
+    yield pool
+    pool.kill()
+
+
+EIGHT = [Prompt(str(i), (i,), "") for i in range(8)]
+
+
+def test_completions_are_told_while_others_are_drawn(engines):
+    engines.file.write_text("wait")
+    told = {}
+
+    def finished(place, rollouts):
+        told[place] = rollouts
+        if sorted(told) == [2, 3, 4, 5, 6, 7]:  # all that come before the engines wait
+            engines.file.write_text("")
+
+    drawn = groups.RolloutGroup(engines, 1).sample(EIGHT, [2] * 8, seed=0, finished=finished)
+    assert drawn == [rollout for place in range(8) for rollout in told[place]]
+
+
+def test_what_a_lost_engine_had_told_stays_and_is_told_once(engines):
+    """It may have been scored: what is given back in the end must be the same."""
+    engines.file.write_text("die")
+    told = []
+    drawn = groups.RolloutGroup(engines, 1).sample(
+        EIGHT, [2] * 8, seed=0, finished=lambda place, rollouts: told.append((place, rollouts))
+    )
+    assert len(engines.said) == 1, "an engine was lost"
+    assert [place for place, _ in sorted(told)] == [*range(8)]
+    assert drawn == [rollout for _, rollouts in sorted(told) for rollout in rollouts]
+    assert len({r.source for r in drawn}) == 3, "of two, and the rest of one by its successor"
 
 
 def test_completions_come_prompt_by_prompt_whatever_engine_drew_them(local_ray):
-    engines = [remote(Engine).options(num_cpus=0).remote() for _ in range(3)]
+    engines = [remote(Drawing).options(num_cpus=0).remote() for _ in range(3)]
     prompts = [Prompt(str(i), (i,), "") for i in range(8)]
     samples = [2, 1, 3, 1, 1, 2, 4, 1]
     drawn = groups.RolloutGroup(Pool("rollout", engines), 1).sample(prompts, samples, seed=0)

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 
-from seqkd import draws
+from seqkd import draws, sources
 from seqkd.config import Config
 from seqkd.config_run import Recovery
 from seqkd.control import Control
@@ -23,6 +23,8 @@ STALE = Config.model_validate(
     CONFIG.model_dump(mode="json")
     | {
         "placement": "split",
+        # A prompt at a time is scored while others are drawn.
+        "teacher": {"kind": "hf", "model": "b", "scores": "logprobs", "batch_tokens": 1},
         "rollout": {"samples_per_prompt": 2, "max_staleness": 1},
         "steps": 4,
         "updates_per_rollout": 1,
@@ -39,13 +41,19 @@ class AtOnce:
     def __init__(self, threads):
         pass
 
-    def submit(self, work):
+    def submit(self, work, *arguments):
         done = Future()
-        done.set_result(work())
+        done.set_result(work(*arguments))
         return done
 
-    def shutdown(self):
+    def shutdown(self, cancel_futures=False):
         pass
+
+
+@pytest.fixture
+def in_order(monkeypatch):
+    for module in (draws, sources):
+        monkeypatch.setattr(module, "ThreadPoolExecutor", AtOnce)
 
 
 def versions(directory):
@@ -86,12 +94,12 @@ def test_sampling_goes_on_while_the_learner_is_at_work(tmp_path, overlaps):
         learning.clear()
         return result
 
-    def sampling(prompts, samples, seed, *rest):
+    def sampling(prompts, samples, seed, *rest, **early):
         first = learner.policy_version == 2 and not during
         if overlaps and not first:
             assert learning.wait(30)
         during.append(learning.is_set())
-        drawn = sample(prompts, samples, seed, *rest)
+        drawn = sample(prompts, samples, seed, *rest, **early)
         if not first:
             sampled.set()
         return drawn
@@ -104,8 +112,7 @@ def test_sampling_goes_on_while_the_learner_is_at_work(tmp_path, overlaps):
     assert ("time_ahead_s" in rows) == overlaps
 
 
-def test_whatever_call_the_driver_is_killed_at(tmp_path, monkeypatch):
-    monkeypatch.setattr(draws, "ThreadPoolExecutor", AtOnce)
+def test_whatever_call_the_driver_is_killed_at(tmp_path, in_order):
     quiet = World(tmp_path, config=STALE)
     quiet.finish()
     expected = left(tmp_path)
@@ -118,8 +125,7 @@ def test_whatever_call_the_driver_is_killed_at(tmp_path, monkeypatch):
         assert left(directory) == expected, (at, call)
 
 
-def test_whatever_call_the_learner_is_lost_at(tmp_path, monkeypatch):
-    monkeypatch.setattr(draws, "ThreadPoolExecutor", AtOnce)
+def test_whatever_call_the_learner_is_lost_at(tmp_path, in_order):
     quiet = World(tmp_path, config=STALE)
     quiet.finish()
     for at, call in enumerate(quiet.lives.calls):
@@ -140,10 +146,10 @@ def test_a_draw_that_fails_beside_the_learner_ends_the_run_after_its_step(tmp_pa
     sampler = world.run.workers.student.inner
     sample = sampler.sample
 
-    def failing(prompts, samples, seed, *rest):
+    def failing(prompts, samples, seed, *rest, **early):
         if seed == 1_000_003 + 4:
             raise ActorError("rollout sampling failed: no")
-        return sample(prompts, samples, seed, *rest)
+        return sample(prompts, samples, seed, *rest, **early)
 
     sampler.sample = failing
     with pytest.raises(ActorError, match="rollout sampling failed: no"):

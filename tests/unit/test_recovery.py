@@ -134,10 +134,10 @@ class Sampler:
         ids = tuple(token_ids[2:])
         return [[0.0] * (len(token_ids) - 1 - len(ids)) + [-unit(self.weights, ids)] * len(ids)]
 
-    def sample(self, prompts, samples, seed, temperature=1.0, top_p=1.0):
+    def sample(self, prompts, samples, seed, temperature=1.0, top_p=1.0, finished=None):
         self.lives("sample")
         self.asked.update((self.source, p.prompt_id, seed, self.weights) for p in prompts)
-        return [
+        drawn = [
             Rollout(p.prompt_id, f"{p.prompt_id}/{self.source}/{seed}/{i}", p.token_ids,
                     (int(1e6 * unit(self.weights, p.prompt_id, seed, i)), 7),
                     (math.log(unit(self.weights, i)), -1.0), self.source, self.policy_version,
@@ -145,6 +145,11 @@ class Sampler:
             for p, n in zip(prompts, samples, strict=True)
             for i in range(n)
         ]  # fmt: skip
+        if finished:
+            for place, number in enumerate(samples):
+                first = sum(samples[:place])
+                finished(place, drawn[first : first + number])
+        return drawn
 
     def usage(self):
         return {}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 
 from seqkd.config import Config
+from seqkd.errors import ActorError
 from seqkd.metrics import Clock
 from seqkd.sources import StepSource
 from seqkd.types import Prompt, Rollout, TeacherScore
@@ -22,7 +25,7 @@ class Sampler:
     def __init__(self, source):
         self.source, self.calls = source, []
 
-    def sample(self, prompts, samples, seed, temperature, top_p):
+    def sample(self, prompts, samples, seed, temperature, top_p, finished=None):
         self.calls.append((seed, dict(zip((p.prompt_id for p in prompts), samples, strict=True))))
         return [
             Rollout(p.prompt_id, f"{p.prompt_id}/{self.source}/{seed}/{i}", p.token_ids, (1, 2),
@@ -40,7 +43,7 @@ class Cutting(Sampler):
 
     hopeless = ()
 
-    def sample(self, prompts, *args):
+    def sample(self, prompts, *args, finished=None):
         drawn = super().sample(prompts, *args)
         return [
             replace(r, finish_reason="length") if i % 2 or r.prompt_id in self.hopeless else r
@@ -48,9 +51,31 @@ class Cutting(Sampler):
         ]
 
 
+class Early(Sampler):
+    """Tells of one prompt after the other, in ``order``; before the last it waits for ``seen``."""
+
+    def __init__(self, order, seen):
+        super().__init__("student")
+        self.order, self.seen = order, seen
+
+    def sample(self, prompts, samples, *args, finished=None):
+        drawn = super().sample(prompts, samples, *args)
+        for at, place in enumerate(self.order, 1):
+            if at == len(self.order):
+                assert self.seen.wait(30)
+            start = sum(samples[:place])
+            finished(place, drawn[start : start + samples[place]])
+        return drawn
+
+
 class Teacher:
     def score(self, rollouts):
+        self.companies.append([r.sample_id for r in rollouts])
+        self.seen.set()
         return {r.sample_id: TeacherScore(r.sample_id) for r in rollouts}
+
+    def __init__(self):
+        self.companies, self.seen = [], threading.Event()
 
 
 class Learner:
@@ -106,6 +131,44 @@ def test_the_first_step_estimates_from_its_own_batch():
     assert counts.rate == pytest.approx((1 + 2) / 2)
     assert counts.length == 2
     assert counts.costs.tolist() == [16, 32]
+
+
+SPLIT = {
+    "placement": "split",
+    "rollout": {"samples_per_prompt": 2, "max_tokens": 32},
+    "data": {**MINIMAL["data"], "max_prompt_tokens": 32},
+    "teacher": {"kind": "hf", "model": "b", "batch_tokens": 200},
+}
+"""A batch of the teacher is filled by the four samples of two prompts: 3.1 of 64 tokens."""
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3, 4], [4, 1, 3, 0, 2]])
+def test_what_is_finished_is_scored_while_others_are_drawn(order):
+    s, workers = source("student", prompts_per_step=5, **SPLIT)
+    workers.student = Early(order, workers.teacher.seen)
+    drawn = s.draw([PROMPTS[:5]], 0, Clock())
+    assert drawn.scores.keys() == {r.sample_id for r in drawn.steps[0]}
+    told_late, other = source("student", prompts_per_step=5, **SPLIT)
+    told_late.draw([PROMPTS[:5]], 0, Clock())
+    assert sorted(workers.teacher.companies) == other.teacher.companies, "whatever came first"
+    assert [len(company) for company in other.teacher.companies] == [4, 4, 2]
+
+
+def test_with_roles_that_take_turns_all_is_scored_at_once():
+    s, workers = source("student", prompts_per_step=5, **SPLIT | {"placement": "colocated"})
+    workers.student = Early([0, 1, 2, 3, 4], SimpleNamespace(wait=lambda _: True))
+    s.draw([PROMPTS[:5]], 0, Clock())
+    assert [len(company) for company in workers.teacher.companies] == [10]
+
+
+def test_a_score_that_fails_beside_sampling_is_not_lost():
+    s, workers = source("student", prompts_per_step=5, **SPLIT)
+    workers.student = Early([0, 1, 2, 3, 4], workers.teacher.seen)
+    fails = Mock(side_effect=[ActorError("teacher scoring died"), {}, {}])
+    score = workers.teacher.score
+    workers.teacher.score = lambda rollouts: score(rollouts) and fails()
+    with pytest.raises(ActorError, match="teacher scoring died"):
+        s.draw([PROMPTS[:5]], 0, Clock())
 
 
 @pytest.mark.parametrize("sampler", ["dataset", "corpus"])
