@@ -45,23 +45,17 @@ class ApiSampler:
         max_tokens: int,
         temperature: float,
         top_p: float,
-    ) -> Iterator[tuple[int, list[Rollout]]]:
-        """``samples[i]`` completions of prompt i: (i, they). ``seeds[i]`` is passed on, and means
-        what the endpoint makes of it."""
-        asked = [
-            (prompt, seed + index)
-            for prompt, seed, number in zip(prompts, seeds, samples, strict=True)
-            for index in range(number)
+    ) -> Iterator[tuple[int, int, Rollout]]:
+        """``samples[i]`` completions of prompt i: (i, which of them, it). ``seeds[i]`` is passed
+        on, and means what the endpoint makes of it."""
+        asked = [(place, index) for place, number in enumerate(samples) for index in range(number)]
+        requests = [
+            Request(prompts[i].messages, self._prompt(prompts[i]), seeds[i] + n) for i, n in asked
         ]
-        requests = [Request(p.messages, self._prompt(p), seed) for p, seed in asked]
         replies = self.client.complete(requests, max_tokens, temperature, top_p, self.stop_ids)
         own = temperature == top_p == 1  # else the log-probs are not of what drew the tokens
-        drawn = (
-            self._rollout(prompt, seed, reply, max_tokens, own)
-            for (prompt, seed), reply in zip(asked, replies, strict=True)
-        )
-        for place, number in enumerate(samples):
-            yield place, [next(drawn) for _ in range(number)]
+        for (i, n), reply in zip(asked, replies, strict=True):
+            yield i, n, self._rollout(prompts[i], seeds[i] + n, reply, max_tokens, own)
 
     def usage(self) -> dict[str, int]:
         """What the endpoint was asked for so far."""

@@ -51,14 +51,15 @@ class RolloutGroup:
         """See :class:`seqkd.protocols.StudentSampler`."""
         seeds = [_seed(f"{self.pool.name}/{seed}/{index}") for index in range(len(prompts))]
         engines = len(self.pool.actors)
-        drawn: dict[int, list[Rollout]] = {}
+        drawn: dict[tuple[int, int], Rollout] = {}
 
-        def arrived(engine: int, completions: tuple[int, list[Rollout]]) -> None:
-            index = engine + completions[0] * engines
-            if index not in drawn:  # else of an engine that was lost: what has it has been told
-                drawn[index] = completions[1]
+        def arrived(engine: int, completion: tuple[int, int, Rollout]) -> None:
+            place, index, rollout = completion
+            at = engine + place * engines, index
+            if at not in drawn:  # else of an engine that was lost: that one may be scored
+                drawn[at] = rollout
                 if finished:
-                    finished(index, drawn[index])
+                    finished(rollout)
 
         self.pool.stream(
             "sample",
@@ -77,11 +78,10 @@ class RolloutGroup:
             "sampling",
         )
         for i in range(engines):
-            of = range(i, len(prompts), engines)
-            given = [rollout for index in of for rollout in drawn.get(index, [])]
+            given = [drawn[at] for at in sorted(drawn) if at[0] % engines == i]
             engine = f"{self.pool.name} {i}"
             check_drawn(engine, prompts[i::engines], samples[i::engines], given)
-        return [rollout for index in range(len(prompts)) for rollout in drawn[index]]
+        return [drawn[at] for at in sorted(drawn)]
 
     def usage(self) -> dict[str, int]:
         """See :class:`seqkd.protocols.Sampler`."""
@@ -146,8 +146,10 @@ class TeacherGroup:
         """See :class:`seqkd.protocols.Teacher`."""
         ordered = sorted(rollouts, key=lambda r: -len(r.prompt_ids) - len(r.completion_ids))
         copies = len(self.pool.actors)
-        parts = self.pool.call("score", [(ordered[i::copies],) for i in range(copies)], "scoring")
-        scores = {s.sample_id: replace(s, teacher=self.name) for part in parts for s in part}
+        dealt = [(ordered[i::copies],) if i < len(ordered) else None for i in range(copies)]
+        parts = self.pool.call("score", dealt, "scoring")
+        every = (score for part in parts for score in part or [])
+        scores = {score.sample_id: replace(score, teacher=self.name) for score in every}
         missing = [r.sample_id for r in rollouts if r.sample_id not in scores]
         if missing:
             raise ActorError(

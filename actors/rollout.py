@@ -30,18 +30,18 @@ class RolloutActor:
         max_tokens: int,
         temperature: float,
         top_p: float,
-    ) -> Iterator[tuple[int, list[Rollout]]]:
-        """``samples[i]`` completions of prompt i, fixed by ``seeds[i]``: (i, they), as soon as the
-        last of them is finished."""
+    ) -> Iterator[tuple[int, int, Rollout]]:
+        """``samples[i]`` completions of prompt i, fixed by ``seeds[i]``: (i, which of them, it) as
+        soon as it is finished."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         self.llm.reset_prefix_cache()  # what a draw gives depends on nothing but the draw
         engine = self.llm.llm_engine
-        for place, (prompt, seed, number) in enumerate(zip(prompts, seeds, samples, strict=True)):
+        asked = [(place, index) for place, number in enumerate(samples) for index in range(number)]
+        for request, (place, index) in enumerate(asked):
             params = SamplingParams(
-                n=number,
-                seed=seed,
+                seed=seeds[place] + index,
                 max_tokens=max_tokens,
                 temperature=temperature,
                 top_p=top_p,
@@ -51,13 +51,13 @@ class RolloutActor:
                 detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )
-            engine.add_request(str(place), {"prompt_token_ids": list(prompt.token_ids)}, params)
+            prompt = {"prompt_token_ids": list(prompts[place].token_ids)}
+            engine.add_request(str(request), prompt, params)
         while engine.has_unfinished_requests():
             for output in engine.step():
-                place = int(output.request_id)
-                prompt, seed = prompts[place], seeds[place]
-                completions = enumerate(output.outputs)
-                yield place, [self._rollout(prompt, seed, i, of) for i, of in completions]
+                place, index = asked[int(output.request_id)]
+                (completion,) = output.outputs
+                yield place, index, self._rollout(prompts[place], seeds[place], index, completion)
 
     def _rollout(self, prompt: Prompt, seed: int, index: int, completion: Any) -> Rollout:
         tokens = tuple(completion.token_ids)

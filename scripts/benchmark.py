@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
 def measure(sections: tuple[str, ...] | list[str], args: argparse.Namespace) -> int:
     """Each section in turn; what there is so far is written after each."""
     quiet()
-    from actors.benchmark import objectives, runs, stages
+    from actors.benchmark import objectives, runs, stages, traffic
     from seqkd import environment
 
     file, repeat = args.config, args.repeat
@@ -71,7 +71,7 @@ def measure(sections: tuple[str, ...] | list[str], args: argparse.Namespace) -> 
         "trl-bf16": lambda: runs.end_to_end(file, config, repeat, best=True),
         "growth": lambda: runs.growth(file, config, repeat),
         "overlap": overlap,
-        "driver": lambda: runs.driver(1000),
+        "driver": lambda: [*runs.driver(1000), traffic.measure(repeat)],
         ON_GPU: lambda: on_gpu(repeat),
     }
     rows: list[Row] = []

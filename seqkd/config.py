@@ -240,14 +240,14 @@ class Config(Phase):
         of_student = {"student", "mixture"} & phase.by_sampler.keys()
         return self.placement == "split" and (not of_student or self.rollout.max_staleness > 0)
 
-    def scored_together(self, phase: Phase) -> int | None:
-        """How many prompts' samples the teacher is given at once where it scores beside sampling:
-        as many as keep it busy at their longest. None where the two take turns: all of a draw."""
+    @property
+    def scored_together(self) -> int | None:
+        """How many completions the teacher is given at once while others are drawn: as many as keep
+        it busy at their longest. None where the two take turns: all of a draw."""
+        longest = self.data.max_prompt_tokens + self.rollout.max_tokens
         if self.placement != "split":
             return None
-        longest = self.data.max_prompt_tokens + self.rollout.max_tokens
-        sequences = max(teacher.at_once(longest) for teacher in self.teachers.values())
-        return -(-sequences // self.samples_per_prompt(phase))
+        return max(teacher.at_once(longest) for teacher in self.teachers.values())
 
     def lr(self, phase: Phase) -> float:
         """Peak learning rate in ``phase``."""

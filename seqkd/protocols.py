@@ -12,8 +12,8 @@ from seqkd.types import Counts, Prompt, Rollout, StepResult, TeacherScore, Weigh
 Scores = Mapping[str, TeacherScore]
 """Teacher scores by sample id; empty where no teacher is needed."""
 
-Finished = Callable[[int, list[Rollout]], None]
-"""Is told i and the completions of prompt i."""
+Finished = Callable[[Rollout], None]
+"""Is told of a completion."""
 
 
 class Sampler(Protocol):
@@ -46,7 +46,7 @@ class StudentSampler(Sampler, Protocol):
         top_p: float = 1.0,
         finished: Finished | None = None,
     ) -> list[Rollout]:
-        """Those of a prompt may be told ``finished`` while others are still drawn, once."""
+        """``finished`` may be told of each as soon as it is drawn, in any order."""
 
     @property
     def policy_version(self) -> int | None:

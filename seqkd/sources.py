@@ -35,22 +35,15 @@ class Drawn:
 
 class Scoring:
     """The teacher's scores of a draw, begun while others of it are still drawn. A context: what is
-    under way at its end is waited for.
-
-    What is scored together is fixed by the prompts' places, not by when they were finished: in
-    other company a score may differ in its last bits, and a run would not repeat."""
+    under way at its end is waited for."""
 
     def __init__(
-        self,
-        score: Callable[[Sequence[Rollout]], Scores] | None,
-        prompts: int,
-        together: int | None = None,
+        self, score: Callable[[Sequence[Rollout]], Scores], together: int | None = None
     ) -> None:
-        """``together`` prompts at once, all of them where it is left out; ``score`` None: none."""
-        self.score, self.prompts, self.together = score, prompts, together or prompts
-        self.drawn: dict[int, list[Rollout]] = {}
-        self.early: dict[int, Future[Scores]] = {}
-        """By block, begun before all was drawn."""
+        """``together`` at once, as they come; all at the end where it is left out."""
+        self.score, self.together = score, together
+        self.waiting: list[Rollout] = []
+        self.begun: list[Future[Scores]] = []
         self.thread = ThreadPoolExecutor(1)
 
     def __enter__(self) -> Scoring:
@@ -64,30 +57,18 @@ class Scoring:
     ) -> None:
         self.thread.shutdown(cancel_futures=True)
 
-    def finished(self, place: int, rollouts: list[Rollout]) -> None:
-        """The completions of prompt ``place`` are there."""
-        self.drawn[place] = rollouts
-        block = place // self.together
-        whole = self.drawn.keys() >= set(self._places(block))
-        if self.score and whole and len(self.drawn) < self.prompts:
-            self.early[block] = self.thread.submit(self.score, self._rollouts(block))
+    def finished(self, rollout: Rollout) -> None:
+        """It is there, others may not be."""
+        self.waiting.append(rollout)
+        if len(self.waiting) == self.together:
+            self.begun.append(self.thread.submit(self.score, self.waiting))
+            self.waiting = []
 
-    def rest(self, drawn: Sequence[list[Rollout]]) -> Scores:
-        """Scores of all that was ``drawn``."""
-        if self.score is None:
-            return {}
-        scores = {block: of.result() for block, of in self.early.items()}
-        self.drawn = dict(enumerate(drawn))
-        for block in range(-(-self.prompts // self.together)):
-            if block not in scores:
-                scores[block] = self.score(self._rollouts(block))
-        return {sample_id: score for of in scores.values() for sample_id, score in of.items()}
-
-    def _places(self, block: int) -> range:
-        return range(self.prompts)[block * self.together : (block + 1) * self.together]
-
-    def _rollouts(self, block: int) -> list[Rollout]:
-        return [rollout for place in self._places(block) for rollout in self.drawn[place]]
+    def all(self, rollouts: Sequence[Rollout]) -> Scores:
+        """Of all that was drawn."""
+        scores = {sample_id: score for of in self.begun for sample_id, score in of.result().items()}
+        rest = [r for r in rollouts if r.sample_id not in scores]
+        return {**scores, **(self.score(rest) if rest else {})}
 
 
 class StepSource:
@@ -115,15 +96,14 @@ class StepSource:
     def draw(self, batches: Sequence[Sequence[Prompt]], step: int, clock: Clock) -> Drawn:
         """Sample and score, at once, what ``len(batches)`` steps from ``step`` on learn from."""
         prompts = [p for batch in batches for p in batch]
-        teacher = self.workers.teacher.score if self.scored else None
-        together = self.config.scored_together(self.phase) if self.source == "student" else None
-        with Scoring(teacher, len(prompts), together) as scoring:
-            drawn = self._rollouts(prompts, step, clock, scoring.finished)
+        together = self.config.scored_together if self.scored else None
+        with Scoring(self.workers.teacher.score, together) as scoring:
+            by_prompt = iter(self._rollouts(prompts, step, clock, scoring.finished))
+            steps = [[r for _ in batch for r in next(by_prompt)] for batch in batches]
+            rollouts = [r for of_step in steps for r in of_step]
             with clock("score"):
-                scores = scoring.rest(drawn)
-        by_prompt = iter(drawn)
-        steps = [[r for _ in batch for r in next(by_prompt)] for batch in batches]
-        asked = self.scored or any(r.source == "teacher" for rollouts in drawn for r in rollouts)
+                scores = scoring.all(rollouts) if self.scored else {}
+        asked = self.scored or any(rollout.source == "teacher" for rollout in rollouts)
         return Drawn(steps, scores, self.workers.usage() if asked else {})
 
     def part(self, clock: Clock) -> Part:
@@ -143,7 +123,7 @@ class StepSource:
     def _rollouts(
         self, prompts: list[Prompt], step: int, clock: Clock, finished: Finished
     ) -> list[list[Rollout]]:
-        """The completions of each prompt; ``finished`` may be told of some before the others."""
+        """The completions of each prompt; ``finished`` is told of the student's as they come."""
         if self.source in ("dataset", "corpus"):
             return [[given(prompt, self.source)] for prompt in prompts]
         # Held-out prompts are drawn with the bare seed; training never repeats it.
@@ -155,9 +135,8 @@ class StepSource:
         elif self.fraction is not None:
             generator = np.random.default_rng([self.config.seed, step])
             from_teacher = generator.binomial(samples, self.fraction, len(prompts))
-        student, teacher = self.workers.student.sample, self.workers.teacher_sampler.sample
-        if self.source == "student":
-            student = partial(student, finished=finished)
+        student = partial(self.workers.student.sample, finished=finished)
+        teacher = self.workers.teacher_sampler.sample
         with clock("sample"):
             ours = self._sample(student, prompts, samples - from_teacher, seed)
             theirs = self._sample(teacher, prompts, from_teacher, seed)

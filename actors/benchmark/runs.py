@@ -196,18 +196,26 @@ def growth(file: str, config: Config, repetitions: int) -> list[Row]:
 
 def overlap(file: str, repetitions: int, cluster: str, environment: Mapping[str, str]) -> list[Row]:
     """A step that draws the next one meanwhile, each role on its own core, against the slower of
-    drawing and learning where they take turns. ``cluster`` has a slot for each of three roles:
-    student and teacher take turns within a draw, so that two cores are enough."""
-    row = Row("overlap", "a step with rollout.max_staleness 1", "s", "the slower side alone", 1.15)
-    cores = [f"{role}.cpus=1" for role in ("rollout", "teacher", "learner")]
-    split = ["placement=split", f"cluster={cluster}", "steps=6", *cores]
+    drawing and learning where they take turns; and scoring beside sampling. ``cluster`` has a slot
+    for each of three roles, of which no more than two are at work at once in either."""
+    step = Row("overlap", "a step with rollout.max_staleness 1", "s", "the slower side alone", 1.15)
+    draw = Row("overlap", "a draw of 8 waves with placement split", "s", "sampling, then scoring")
+    floor = Row("overlap", "the same", "s", "the slower of the two alone")
+    cores = ["steps=6", *(f"{role}.cpus=1" for role in ("rollout", "teacher", "learner"))]
+    split = [*cores, "placement=split", f"cluster={cluster}"]
+    # Two sequences at a time, and as many scored at once.
+    waves = ["rollout.max_num_seqs=2", "teacher.batch_tokens=320"]
     for _ in range(repetitions):
         turns = run(file, split, environment)
         ahead = run(file, [*split, "rollout.max_staleness=1"], environment)
-        draw = turns.median("time_sample_s") + turns.median("time_score_s")
-        slower = max(draw, turns.median("time_learn_s"))
-        row.add(ahead.median("time_step_s"), slower)
-    return [row]
+        drawing = turns.median("time_sample_s") + turns.median("time_score_s")
+        step.add(ahead.median("time_step_s"), max(drawing, turns.median("time_learn_s")))
+        alone, beside = run(file, [*cores, *waves]), run(file, [*split, *waves], environment)
+        sides = [alone.median(f"time_{stage}_s") for stage in ("sample", "score")]
+        took = beside.median("time_sample_s") + beside.median("time_score_s")
+        draw.add(took, sum(sides))
+        floor.add(took, max(sides))
+    return [step, draw, floor]
 
 
 def driver(steps: int) -> list[Row]:

@@ -58,17 +58,15 @@ class FaultyEngine(Faulty, RolloutActor):
     def sample(self, prompts, seeds, samples, max_tokens, temperature, top_p):
         hotter = 1.3 if self.fault == "draws at another temperature" else 1.0
         every = super().sample(prompts, seeds, samples, max_tokens, hotter * temperature, top_p)
-        for place, drawn in every:
-            if self.fault == "drops a sample":
-                del drawn[-1]
-            if self.fault == "doubles a sample":
-                drawn[1:2] = drawn[:1]
+        for place, index, rollout in every:
+            if index == 1 and self.fault == "drops a sample":
+                continue
+            if index == 1 and self.fault == "doubles a sample":
+                rollout = replace(rollout, sample_id=f"{rollout.sample_id[:-1]}0")
             if self.fault == "shifts its log-probs":
-                drawn[:] = [
-                    replace(r, rollout_logprobs=(*r.rollout_logprobs[1:], r.rollout_logprobs[0]))
-                    for r in drawn
-                ]
-            yield place, drawn
+                first, *others = rollout.rollout_logprobs
+                rollout = replace(rollout, rollout_logprobs=(*others, first))
+            yield place, index, rollout
 
 
 class FaultyTeacher(Faulty, TeacherActor):

@@ -48,8 +48,8 @@ def sample(engine, prompts, seed=3, n=3, temperature=1.0, max_tokens=12):
     seeds = [seed + i for i in range(len(prompts))]
     numbers = [n] * len(prompts)
     call = engine.sample.remote(prompts, seeds, numbers, max_tokens, temperature, 1.0)
-    drawn = dict(wait(ref) for ref in call)
-    return [rollout for place in range(len(prompts)) for rollout in drawn[place]]
+    drawn = sorted((wait(ref) for ref in call), key=lambda completion: completion[:2])
+    return [rollout for _, _, rollout in drawn]
 
 
 def sync(engine, model, version):

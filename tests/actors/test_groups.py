@@ -19,7 +19,7 @@ from actors.pool import Pool, reap, remote
 from seqkd.config_run import Recovery
 from seqkd.control import Control
 from seqkd.errors import ActorError, LearnerLost, ModelError, Stopped
-from seqkd.types import Prompt, Rollout, WeightVersion
+from seqkd.types import Prompt, Rollout, TeacherScore, WeightVersion
 from tests.actors.ray_calls import wait
 
 SOON = Recovery(restarts=3, backoff_s=0.01, heartbeat_s=10, stall_s=60, grace_s=0.5)
@@ -312,11 +312,11 @@ class Drawing(Worker):
             while place == 0 and self.file and self.file.read_text() == "wait":
                 threading.Event().wait(0.01)
             prompt, seed = prompts[place], seeds[place]
-            yield place, [
-                Rollout(prompt.prompt_id, f"{prompt.prompt_id}/{seed}/{i}", prompt.token_ids, (1,),
-                        (0.0,), f"by {os.getpid()}", 0, "length")
-                for i in range(samples[place])
-            ]  # fmt: skip
+            for i in range(samples[place]):
+                yield place, i, Rollout(
+                    prompt.prompt_id, f"{prompt.prompt_id}/{seed}/{i}", prompt.token_ids, (1,),
+                    (0.0,), f"by {os.getpid()}", 0, "length",
+                )  # fmt: skip
 
 
 @pytest.fixture
@@ -339,28 +339,40 @@ EIGHT = [Prompt(str(i), (i,), "") for i in range(8)]
 
 def test_completions_are_told_while_others_are_drawn(engines):
     engines.file.write_text("wait")
-    told = {}
+    told = []
 
-    def finished(place, rollouts):
-        told[place] = rollouts
-        if sorted(told) == [2, 3, 4, 5, 6, 7]:  # all that come before the engines wait
+    def finished(rollout):
+        told.append(rollout)
+        if len(told) == 12:  # all that come before the engines wait
             engines.file.write_text("")
 
     drawn = groups.RolloutGroup(engines, 1).sample(EIGHT, [2] * 8, seed=0, finished=finished)
-    assert drawn == [rollout for place in range(8) for rollout in told[place]]
+    assert {r.prompt_id for r in told[:12]} == {"2", "3", "4", "5", "6", "7"}
+    assert [r.prompt_id for r in drawn] == [str(i) for i in range(8) for _ in range(2)]
+    assert sorted(told, key=lambda r: r.sample_id) == sorted(drawn, key=lambda r: r.sample_id)
 
 
 def test_what_a_lost_engine_had_told_stays_and_is_told_once(engines):
     """It may have been scored: what is given back in the end must be the same."""
     engines.file.write_text("die")
     told = []
-    drawn = groups.RolloutGroup(engines, 1).sample(
-        EIGHT, [2] * 8, seed=0, finished=lambda place, rollouts: told.append((place, rollouts))
-    )
+    sample = groups.RolloutGroup(engines, 1).sample
+    drawn = sample(EIGHT, [2] * 8, seed=0, finished=told.append)
     assert len(engines.said) == 1, "an engine was lost"
-    assert [place for place, _ in sorted(told)] == [*range(8)]
-    assert drawn == [rollout for _, rollouts in sorted(told) for rollout in rollouts]
+    assert sorted(told, key=lambda r: r.sample_id) == sorted(drawn, key=lambda r: r.sample_id)
     assert len({r.source for r in drawn}) == 3, "of two, and the rest of one by its successor"
+
+
+def test_fewer_completions_than_copies_of_a_teacher_are_scored(local_ray):
+    class Scorer:
+        def score(self, rollouts):
+            assert rollouts
+            return [TeacherScore(r.sample_id) for r in rollouts]
+
+    copies = Pool("teacher", [remote(Scorer).options(num_cpus=0).remote() for _ in range(3)])
+    rollout = Rollout("p", "p/0", (1,), (2,), (0.0,), "student", 0, "stop")
+    assert groups.TeacherGroup(copies, "a").score([rollout])["p/0"].teacher == "a"
+    copies.kill()
 
 
 def test_completions_come_prompt_by_prompt_whatever_engine_drew_them(local_ray):

@@ -202,8 +202,7 @@ def test_scores_are_those_of_the_same_model_here(server, tiny, prompts):
     sampler.start(endpoint, "key", tiny["student"])
     scorer.start(endpoint, "key", 320)
     local.start(HfTeacher(model=tiny["teacher"], scores="top_k", top_k=319), 512, 320)
-    drawn = sampler.sample(prompts, [1, 2, 3, 4], [8] * 4, 64, 1.0, 1.0)
-    rollouts = [rollout for _, of_prompt in drawn for rollout in of_prompt]
+    rollouts = [r for _, _, r in sampler.sample(prompts, [1, 2, 3, 4], [8] * 4, 64, 1.0, 1.0)]
     assert {r.finish_reason for r in rollouts} == {"stop", "length"}
     assert all((r.completion_ids[-1] == 0) == (r.finish_reason == "stop") for r in rollouts)
     largest = 0.0

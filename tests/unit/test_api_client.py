@@ -405,7 +405,7 @@ def test_a_teacher_that_scores_writes_in_the_students_tokens(peer, tiny, fault):
     options = {"api": "completions", "scores": "logprobs", **SCORING}
     sampler.start(config(peer, **options), "key", tiny["student"])
     peer.faults = [fault]
-    ((_, (found,)),) = sampler.sample([Prompt("p", (5, 6), "x")], [3], [1], 9, 1.0, 1.0)
+    ((_, _, found),) = sampler.sample([Prompt("p", (5, 6), "x")], [3], [1], 9, 1.0, 1.0)
     assert found.completion_ids == (7, 8, 0)
     laws = [distribution(ids) for ids in ([5, 6], [5, 6, 7], [5, 6, 7, 8])]
     expected = [law[t].item() for law, t in zip(laws, (7, 8, 0), strict=True)]

@@ -23,8 +23,8 @@ STALE = Config.model_validate(
     CONFIG.model_dump(mode="json")
     | {
         "placement": "split",
-        # A prompt at a time is scored while others are drawn.
-        "teacher": {"kind": "hf", "model": "b", "scores": "logprobs", "batch_tokens": 1},
+        # Four of a draw's six are scored while others are drawn.
+        "teacher": {"kind": "hf", "model": "b", "scores": "logprobs", "batch_tokens": 2000},
         "rollout": {"samples_per_prompt": 2, "max_staleness": 1},
         "steps": 4,
         "updates_per_rollout": 1,

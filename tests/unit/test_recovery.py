@@ -145,10 +145,8 @@ class Sampler:
             for p, n in zip(prompts, samples, strict=True)
             for i in range(n)
         ]  # fmt: skip
-        if finished:
-            for place, number in enumerate(samples):
-                first = sum(samples[:place])
-                finished(place, drawn[first : first + number])
+        for rollout in drawn if finished else []:
+            finished(rollout)
         return drawn
 
     def usage(self):

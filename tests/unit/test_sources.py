@@ -52,19 +52,18 @@ class Cutting(Sampler):
 
 
 class Early(Sampler):
-    """Tells of one prompt after the other, in ``order``; before the last it waits for ``seen``."""
+    """Tells of completions in some order; before the last it waits for ``seen``."""
 
     def __init__(self, order, seen):
         super().__init__("student")
         self.order, self.seen = order, seen
 
-    def sample(self, prompts, samples, *args, finished=None):
-        drawn = super().sample(prompts, samples, *args)
-        for at, place in enumerate(self.order, 1):
-            if at == len(self.order):
-                assert self.seen.wait(30)
-            start = sum(samples[:place])
-            finished(place, drawn[start : start + samples[place]])
+    def sample(self, *args, finished=None):
+        drawn = super().sample(*args)
+        for at in self.order[:-1]:
+            finished(drawn[at])
+        assert self.seen.wait(30)
+        finished(drawn[self.order[-1]])
         return drawn
 
 
@@ -139,31 +138,35 @@ SPLIT = {
     "data": {**MINIMAL["data"], "max_prompt_tokens": 32},
     "teacher": {"kind": "hf", "model": "b", "batch_tokens": 200},
 }
-"""A batch of the teacher is filled by the four samples of two prompts: 3.1 of 64 tokens."""
+"""Four completions of 64 tokens fill a batch of the teacher: 3.1 of them."""
 
 
-@pytest.mark.parametrize("order", [[0, 1, 2, 3, 4], [4, 1, 3, 0, 2]])
-def test_what_is_finished_is_scored_while_others_are_drawn(order):
-    s, workers = source("student", prompts_per_step=5, **SPLIT)
+@pytest.mark.parametrize("sampler", ["student", "mixture"])
+@pytest.mark.parametrize("order", [range(10), [9, 1, 8, 3, 6, 5, 4, 7, 2, 0]])
+def test_what_is_finished_is_scored_while_others_are_drawn(sampler, order):
+    changes = {"rollout": {**SPLIT["rollout"], "teacher_fraction": 1e-9}}
+    s, workers = source(sampler, prompts_per_step=5, **SPLIT | changes)
     workers.student = Early(order, workers.teacher.seen)
     drawn = s.draw([PROMPTS[:5]], 0, Clock())
+    companies = [[int(i.split("/")[0]) for i in of] for of in workers.teacher.companies]
+    first = [at // 2 for at in order]
+    assert companies == [first[:4], first[4:8], sorted(first[8:])]
     assert drawn.scores.keys() == {r.sample_id for r in drawn.steps[0]}
-    told_late, other = source("student", prompts_per_step=5, **SPLIT)
-    told_late.draw([PROMPTS[:5]], 0, Clock())
-    assert sorted(workers.teacher.companies) == other.teacher.companies, "whatever came first"
-    assert [len(company) for company in other.teacher.companies] == [4, 4, 2]
 
 
-def test_with_roles_that_take_turns_all_is_scored_at_once():
-    s, workers = source("student", prompts_per_step=5, **SPLIT | {"placement": "colocated"})
-    workers.student = Early([0, 1, 2, 3, 4], SimpleNamespace(wait=lambda _: True))
+@pytest.mark.parametrize(("sampler", "placement"), [("student", "colocated"), ("teacher", "split")])
+def test_where_nothing_can_be_early_all_is_scored_at_once(sampler, placement):
+    """Roles that take turns on the same cores; completions that a journal may have."""
+    changes = {"placement": placement, "objective": {"kind": "token_forward_kl"}}
+    s, workers = source(sampler, prompts_per_step=5, **SPLIT | changes)
+    workers.student = Early(range(10), SimpleNamespace(wait=lambda _: True))
     s.draw([PROMPTS[:5]], 0, Clock())
     assert [len(company) for company in workers.teacher.companies] == [10]
 
 
-def test_a_score_that_fails_beside_sampling_is_not_lost():
+def test_a_score_that_fails_beside_sampling_ends_the_draw():
     s, workers = source("student", prompts_per_step=5, **SPLIT)
-    workers.student = Early([0, 1, 2, 3, 4], workers.teacher.seen)
+    workers.student = Early(range(10), workers.teacher.seen)
     fails = Mock(side_effect=[ActorError("teacher scoring died"), {}, {}])
     score = workers.teacher.score
     workers.teacher.score = lambda rollouts: score(rollouts) and fails()
