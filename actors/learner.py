@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from actors import weight_sync
+from actors.host_memory import arrived, to_host
 from actors.learner_state import TrainingState
 from seqkd.batching import to_device
 from seqkd.config import Term
@@ -257,7 +258,11 @@ class LearnerRank:
             partitioned = [parameter] if self.config.zero_stage == 3 else []
             with deepspeed.zero.GatheredParameters(partitioned, enabled=bool(partitioned)):
                 if self.rank == 0:
-                    state[name] = parameter.detach().to("cpu", copy=bool(partitioned))
+                    state[name] = to_host(parameter)
+                    if partitioned:  # what was gathered is gone after this block
+                        arrived(self.device)
+                        state[name] = state[name].clone()
+        arrived(self.device)
         return state
 
 

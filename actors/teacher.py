@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from actors.host_memory import arrived, to_host
 from actors.rollout import build_engine
 from seqkd import batching
 from seqkd.config_roles import HfTeacher, VllmTeacher
@@ -109,9 +110,10 @@ class HfStates:
             rows = order[-max(1, self.batch_tokens // longest) :]
             del order[-len(rows) :]
             ids, mask = batching.padded([sequences[i] for i in rows])
-            hidden = last_hidden(self.model, ids.to(self.device), mask.to(self.device)).cpu()
+            hidden = to_host(last_hidden(self.model, ids.to(self.device), mask.to(self.device)))
             for i, row in zip(rows, hidden, strict=True):
                 states[i] = row[: len(sequences[i])]
+        arrived(self.device)
         return states
 
     def head(self) -> Any:

@@ -41,14 +41,8 @@ def path_of(file: BinaryIO) -> str:
 def publish(
     state: dict[str, Tensor], policy_version: int, file: BinaryIO, node_id: str
 ) -> WeightVersion:
-    """Write ``state`` to ``file``, to be kept open until every engine has taken it in."""
-    _write(state, file)
-    digests = {name: digest(tensor) for name, tensor in state.items()}
-    return WeightVersion(policy_version, path_of(file), node_id, digests)
-
-
-def _write(state: dict[str, Tensor], file: BinaryIO) -> None:
-    """As safetensors, whose own writer puts a new file in the place of the one it is given."""
+    """Write ``state`` to ``file``, to be kept open until every engine has taken it in: as
+    safetensors, whose own writer puts a new file in the place of the one it is given."""
     header, end = {}, 0
     for name, tensor in state.items():
         start, end = end, end + tensor.nbytes
@@ -60,9 +54,13 @@ def _write(state: dict[str, Tensor], file: BinaryIO) -> None:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
-    for tensor in state.values():
-        file.write(_bytes(tensor))
+    digests = {}
+    for name, tensor in state.items():
+        content = _bytes(tensor)  # of a tensor on a GPU a copy
+        file.write(content)
+        digests[name] = xxhash.xxh3_128_hexdigest(content)
     file.flush()
+    return WeightVersion(policy_version, path_of(file), node_id, digests)
 
 
 def read_bytes(version: WeightVersion) -> bytes:

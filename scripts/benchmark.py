@@ -94,7 +94,8 @@ def on_gpu(repeat: int) -> list[Row]:
         raise ConfigError(f"section {ON_GPU!r}: torch finds no GPU on this machine. Leave it out.")
     from actors.benchmark import gpu, objectives
 
-    return [*objectives.measure(repeat, "cuda"), *gpu.measure(repeat)]
+    rows = [*objectives.measure(repeat, "cuda"), *gpu.measure(repeat)]
+    return [*rows, *gpu.teacher(repeat), *gpu.publishing(repeat)]
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""The learner on a GPU of this machine: a student of Qwen2.5-1.5B's shape with random weights, a
-teacher known by states as wide as the 7B's."""
+"""On a GPU of this machine, without Ray and vLLM, random weights: the learner of a student of
+Qwen2.5-1.5B's shape and a teacher known by states as wide as the 7B's; such a teacher as it scores;
+the learner's side of weight sync."""
 
 from __future__ import annotations
 
@@ -13,12 +14,14 @@ from typing import Any
 
 import torch
 
+from actors import weight_sync
 from actors.benchmark.rows import Row
+from actors.host_memory import arrived, to_host
 from actors.learner import LearnerRank, RankPart
 from seqkd import batching
 from seqkd.config import Term
 from seqkd.config_objectives import SequenceReverseKL
-from seqkd.config_roles import Learner
+from seqkd.config_roles import HfTeacher, Learner
 from seqkd.models import last_hidden, layers_of
 from seqkd.token_stats import OutputHead
 from seqkd.types import Counts, Rollout, TeacherScore, TrainBatch
@@ -32,6 +35,12 @@ STUDENT: dict[str, Any] = {
 }  # fmt: skip
 PROMPTS, SAMPLES, PROMPT, COMPLETION = 8, 4, 256, 512
 MICRO_BATCH = 8192
+TEACHER: dict[str, Any] = {
+    "hidden_size": TEACHER_WIDTH, "intermediate_size": 18_944, "num_hidden_layers": 8,
+    "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": VOCABULARY,
+    "max_position_embeddings": 4096,
+}  # fmt: skip
+"""Qwen2.5-7B's, with 8 of its 28 layers."""
 PRODUCT = 8192
 """Rows and columns of the matrices whose product is taken as what the GPU can do."""
 
@@ -76,9 +85,79 @@ def measure(repetitions: int) -> list[Row]:
     return [step, plain, rate, sharing, memory]
 
 
+def teacher(repetitions: int) -> list[Row]:
+    """A teacher of kind hf: from token ids to states in this process's memory."""
+    from transformers import Qwen2Config
+
+    from actors.teacher import HfStates
+
+    speed = Row(
+        "teacher on the GPU", "scoring, kind hf", "tokens/s", "bare body forward", 0.9, True
+    )
+    rate = Row("teacher on the GPU", "its products", "TFLOP/s", "a product of large matrices")
+    with tempfile.TemporaryDirectory() as folder:
+        _write_random(Qwen2Config(**TEACHER), folder)
+        config = HfTeacher(model=folder, precision="bfloat16", gpus=1, batch_tokens=MICRO_BATCH)
+        states = HfStates(config, PROMPT + COMPLETION)
+    rollouts, _ = _texts()
+    sequences = [batching.fed_tokens(r) for r in rollouts]
+    tokens = sum(map(len, sequences))
+    together = MICRO_BATCH // len(sequences[0])
+    body: Any = states.model.base_model
+    layers = sum(p.numel() for p in body.layers.parameters())
+
+    @torch.inference_mode()
+    def bare() -> None:
+        for low in range(0, len(sequences), together):
+            ids = torch.tensor(sequences[low : low + together], device="cuda")
+            body(input_ids=ids, use_cache=False)
+
+    square = torch.randn(PRODUCT, PRODUCT, device="cuda", dtype=torch.bfloat16)
+    for repetition in range(repetitions + 1):
+        ours, floor = _seconds(lambda: states.of(sequences)), _seconds(bare)
+        product = _seconds(lambda: [square @ square for _ in range(20)]) / 20
+        if repetition:
+            speed.add(tokens / ours, tokens / floor)
+            rate.add(2e-12 * layers * tokens / ours, 2e-12 * PRODUCT**3 / product)
+    return [speed, rate]
+
+
+def publishing(repetitions: int) -> list[Row]:
+    """A student's weights from the GPU into the file that engines read, with their digests."""
+    from transformers import AutoModelForCausalLM, Qwen2Config
+
+    row = Row("weights on the GPU", "publishing 1.5 B weights", "GB/s", "a copy to this memory",
+              more_is_better=True)  # fmt: skip
+    with torch.device("cuda"):
+        shape: Any = Qwen2Config(**STUDENT)
+        model = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16)
+    state = {name: p.detach() for name, p in model.named_parameters()}
+    size = sum(p.nbytes for p in state.values()) / 1e9
+
+    def publish() -> None:
+        gathered = {name: to_host(p) for name, p in state.items()}
+        arrived("cuda")
+        with weight_sync.memory_file() as file:
+            weight_sync.publish(gathered, 0, file, "here")
+
+    for repetition in range(repetitions + 1):
+        ours, floor = _seconds(publish), _seconds(lambda: [p.cpu() for p in state.values()])
+        if repetition:
+            row.add(size / ours, size / floor)
+    return [row]
+
+
+def _write_random(shape: Any, folder: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("cuda"):
+        model: Any = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+
+
 def _started() -> tuple[LearnerRank, int]:
     """One rank, in this very process; and whether sharing prompts pays its student."""
-    from transformers import AutoModelForCausalLM, Qwen2Config
+    from transformers import Qwen2Config
 
     os.environ["DS_ACCELERATOR"] = "cuda"  # as placement tells an actor
     torch.manual_seed(0)
@@ -88,11 +167,7 @@ def _started() -> tuple[LearnerRank, int]:
         probe.bind(("127.0.0.1", 0))
         master = probe.getsockname()
     with tempfile.TemporaryDirectory() as folder:
-        with torch.device("cuda"):
-            shape: Any = Qwen2Config(**STUDENT)
-            student = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16)
-        student.save_pretrained(folder)
-        del student
+        _write_random(Qwen2Config(**STUDENT), folder)
         pays = rank.start(0, master, folder, {})
     rank.teacher_heads[""] = OutputHead(_random(VOCABULARY, TEACHER_WIDTH) / TEACHER_WIDTH**0.5)
     return rank, pays
