@@ -1,0 +1,106 @@
+"""The arithmetic of what a step costs, against models' own sizes and schedules laid by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from transformers import LlamaConfig, Qwen2Config
+
+from seqkd.models import skeleton
+from seqkd.studies.step_cost import (
+    LLAMA_8B,
+    LLAMA_70B,
+    NAMES,
+    QWEN_1_5B,
+    QWEN_7B,
+    SMOLLM,
+    Chip,
+    Plan,
+    Work,
+    _finished,
+    best,
+    schedule,
+    stages,
+)
+
+UNIT = Chip("", products=1e12, memory=1e9, link=1e9, moved=1e9, driver=1e9, number=2,
+            learn=1.0, read=1.0, write=1.0)  # fmt: skip
+WORK = Work(prompts=16, samples=4, prompt=100, completion=50, limit=80)
+PLAN = Plan("", SMOLLM, SMOLLM, UNIT, WORK, engines=1, scorers=2, ranks=2, batch_tokens=720)
+
+
+@pytest.mark.parametrize("shape", [SMOLLM, QWEN_1_5B, QWEN_7B, LLAMA_8B, LLAMA_70B])
+def test_parameters_are_those_of_the_architecture(shape):
+    """But for biases and norms, less than a thousandth."""
+    kind = Qwen2Config if "Qwen" in shape.name else LlamaConfig
+    model = skeleton(
+        kind(
+            hidden_size=shape.width, intermediate_size=shape.inner, num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads, num_key_value_heads=shape.key_values,
+            head_dim=shape.head_width, vocab_size=shape.vocabulary, tie_word_embeddings=False,
+        )
+    )  # fmt: skip
+    assert shape.head == model.lm_head.weight.numel()
+    assert shape.body == pytest.approx(
+        sum(p.numel() for p in model.model.layers.parameters()), 1e-3
+    )
+
+
+def test_products_by_hand():
+    """Two operations a parameter a token forward, three times that with the pass back; attention
+    two products with each token before."""
+    tokens = 64 * (50 + 100)
+    body = 2 * SMOLLM.body * tokens
+    between = 2 * 2 * 30 * 9 * 64 * tokens * 75
+    of = stages(PLAN)
+    assert of.score["products"] == pytest.approx((body + between) / 2e12)
+    assert of.learn["products of layers"] == pytest.approx(3 * (body + between) / 2e12)
+    heads = 4 * 2 * SMOLLM.head * 64 * 50
+    assert of.learn["products with heads"] == pytest.approx(heads / 2e12)
+    assert of.driver["teacher's states"] == pytest.approx(64 * 50 * 576 * 2 / 1e9)
+    assert of.largest("score") == "products"
+
+
+def test_lengths_have_their_mean_and_end_at_the_limit():
+    lengths = replace(WORK, prompts=400).lengths()
+    assert lengths.mean() == pytest.approx(50, abs=0.1)
+    assert lengths.min() >= 1
+    assert lengths.max() == 80
+
+
+def test_seats_are_filled_in_order():
+    lengths = WORK.lengths()
+    one = _finished(replace(PLAN, seats=1))
+    assert np.array_equal(one.ravel(), lengths.ravel().cumsum())
+    every = _finished(replace(PLAN, seats=64))
+    assert np.array_equal(every, lengths)
+    two = _finished(replace(PLAN, seats=2))
+    assert two.max() >= lengths.sum() / 2
+    assert two[0, 0] == lengths[0, 0]
+    assert two[0, 2] == lengths[0, :2].min() + lengths[0, 2]
+
+
+def test_what_overlaps_takes_no_less_than_its_slower_side():
+    of, laid = stages(PLAN), schedule(PLAN)
+    sample, score, driver, sync, learn = (of.seconds(name) for name in NAMES)
+    assert laid.turns == pytest.approx(sample + score + driver + sync + learn)
+    drawn = laid.beside - sync - learn
+    assert max(sample, score + driver) <= drawn <= sample + score + driver
+    assert laid.ahead == pytest.approx(max(drawn, learn) + sync)
+    hidden = (sample + score + driver - drawn) / (score + driver)
+    assert laid.overlapped == pytest.approx(hidden)
+    at_the_end = schedule(replace(PLAN, batch_tokens=10**9))
+    assert at_the_end.overlapped == pytest.approx(0, abs=1e-9)
+
+
+def test_the_best_split_is_the_best_of_all():
+    found = best(PLAN, 8)
+    assert found.engines + found.scorers + found.ranks == 8
+    assert schedule(found).ahead == min(
+        schedule(replace(PLAN, engines=e, scorers=s, ranks=8 - e - s)).ahead
+        for e in range(1, 7)
+        for s in range(1, 8 - e)
+    )
+    assert best(replace(PLAN, teacher_chips=4), 8, least_ranks=2).scorers == 4
