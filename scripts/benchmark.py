@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from quickstart import ENVIRONMENT, local_head
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def measure(sections: tuple[str, ...] | list[str], args: argparse.Namespace) -> int:
-    """Each section in turn; what there is so far is written after each."""
+    """Each section in turn; what there is so far is in the file."""
     quiet()
     from actors.benchmark import objectives, runs, stages, traffic
     from seqkd import environment
@@ -63,7 +63,7 @@ def measure(sections: tuple[str, ...] | list[str], args: argparse.Namespace) -> 
         with local_head(ENVIRONMENT, "--num-cpus=3") as head:
             return runs.overlap(file, repeat, head.cluster, ENVIRONMENT)
 
-    work: dict[str, Callable[[], list[Row]]] = {
+    work: dict[str, Callable[[], Iterable[Row]]] = {
         "stages": lambda: stages.measure(config, repeat),
         "objectives": lambda: objectives.measure(repeat),
         "steps": lambda: runs.outside(file, repeat),
@@ -77,16 +77,17 @@ def measure(sections: tuple[str, ...] | list[str], args: argparse.Namespace) -> 
     rows: list[Row] = []
     for section in sections:
         print(f"measuring: {section}", flush=True)
-        rows += work[section]()
-        found = {"environment": environment.describe(), "rows": [row.plain() for row in rows]}
-        with writing(Path(args.out)):
-            Path(args.out).write_text(json.dumps(found, indent=1), encoding="utf-8")
+        for row in work[section]():
+            rows.append(row)
+            found = {"environment": environment.describe(), "rows": [row.plain() for row in rows]}
+            with writing(Path(args.out)):
+                Path(args.out).write_text(json.dumps(found, indent=1), encoding="utf-8")
     print(table(rows))
     print(f"\n{args.out}")
     return 0
 
 
-def on_gpu(repeat: int) -> list[Row]:
+def on_gpu(repeat: int) -> Iterator[Row]:
     """Losses, then a learner's steps; ConfigError where there is no GPU."""
     import torch
 
@@ -94,8 +95,8 @@ def on_gpu(repeat: int) -> list[Row]:
         raise ConfigError(f"section {ON_GPU!r}: torch finds no GPU on this machine. Leave it out.")
     from actors.benchmark import gpu, objectives
 
-    rows = [*objectives.measure(repeat, "cuda"), *gpu.measure(repeat)]
-    return [*rows, *gpu.teacher(repeat), *gpu.publishing(repeat)]
+    yield from objectives.measure(repeat, "cuda")
+    yield from (*gpu.measure(repeat), *gpu.teacher(repeat), *gpu.publishing(repeat))
 
 
 if __name__ == "__main__":
