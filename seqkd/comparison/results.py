@@ -22,7 +22,14 @@ from seqkd.run_directory import replace
 KINDS: tuple[BudgetKind, ...] = get_args(BudgetKind)
 FIRST = ("reverse_kl_per_token", "forward_kl_per_token", "student_length", "student_eos_rate")
 """Figures that are shown first: a divergence is not to be read without the length beside it."""
-LABELS = {name: summary.LABELS[name] for name in FIRST} | summary.LABELS
+OF_TEACHER = {"teacher_length": "student_length", "teacher_eos_rate": "student_eos_rate"}
+"""Figures of the teacher's completions, which no method changes, and those of the student's with
+which they share a table."""
+LABELS = {
+    name: label.replace(", student", "")
+    for name, label in ({name: summary.LABELS[name] for name in FIRST} | summary.LABELS).items()
+    if name not in OF_TEACHER
+}
 INITIAL = "(before)"
 """In place of a method: the students that the baseline's runs began with."""
 
@@ -91,9 +98,12 @@ def read(comparison: Comparison, entries: Sequence[Entry]) -> Result:
     for entry in over:
         found = _per_prompt(runs[entry.method, entry.seed])
         if "main" in found:
-            held.setdefault(entry.method, {})[entry.seed] = found["main"]
+            main = found["main"]
+            held.setdefault(entry.method, {})[entry.seed] = main
             if entry.method == comparison.against:
                 held.setdefault(INITIAL, {})[entry.seed] = found["initial"]
+                of_teacher = {of: main[name] for name, of in OF_TEACHER.items() if name in main}
+                held.setdefault("teacher", {})[entry.seed] = of_teacher
     tables = [_tables("held-out prompts", held, LABELS, comparison)] if held else []
     tables += _evaluated(comparison, over, runs)
     return Result(comparison, entries, runs, tables, list(_problems(comparison, entries, runs)))

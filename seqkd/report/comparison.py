@@ -178,7 +178,7 @@ def _figure(of: Tables, key: str, number: int, result: Result, known: dict[str, 
     ]
     against = result.comparison.against
     name = f"forest-{number}-{key}".replace("_", "-")
-    plotted = comparison_plots.forest(name, title, unit, marks, against, _teacher(of, key, against))
+    plotted = comparison_plots.forest(name, title, unit, marks, against, _teacher(of, key))
     return Figure(title, unit, rows, plotted, list(_said(rows, known[against])))
 
 
@@ -203,9 +203,8 @@ def _row(of: Tables, key: str, name: str, known: dict[str, Method]) -> Row:
     )
 
 
-def _teacher(of: Tables, key: str, baseline: str) -> float | None:
-    beside = of.figures.get(baseline, {}).get(TEACHER.get(key, ""))
-    found = of.figures.get("teacher", {}).get(key) or beside
+def _teacher(of: Tables, key: str) -> float | None:
+    found = of.figures.get("teacher", {}).get(key)
     return found.mean if found else None
 
 
