@@ -133,8 +133,14 @@ def _tables(
             if both := [seed for seed in ours if seed in theirs]:
                 found = difference([ours[s] for s in both], [theirs[s] for s in both])
                 differences.setdefault(method, {})[figure] = found
-    tested = [m for m in differences if m in comparison.methods]
-    by_figure = {f: holm({m: of.p for m in tested if (of := differences[m].get(f))}) for f in known}
+
+    def tested(figure: str) -> dict[str, float]:
+        found = {m: of[figure] for m, of in differences.items() if figure in of}
+        return {
+            m: of.p for m, of in found.items() if m in comparison.methods and len(of.of_seeds) > 1
+        }
+
+    by_figure = {figure: holm(tested(figure)) for figure in known}
     adjusted = {
         m: {f: by_figure[f].get(m, of.p) for f, of in differences[m].items()} for m in differences
     }
