@@ -306,7 +306,7 @@ def write(
 def show(evaluation: dict[str, Any], asked: Request) -> None:
     """The table, what has changed, and what could not be done."""
     from seqkd.evaluation.divergence import Interval
-    from seqkd.evaluation.table import LABELS, render
+    from seqkd.evaluation.table import LABELS, aligned, render
 
     named = {
         name: {key: Interval(**value) for key, value in figures.items()}
@@ -319,11 +319,9 @@ def show(evaluation: dict[str, Any], asked: Request) -> None:
     print(render(named))
     changes = evaluation["changes"]
     for pair in dict.fromkeys(pair for of in changes.values() for pair in of):
-        print(f"\n{pair}, paired over prompts:")
-        for key, of in changes.items():
-            if pair in of:
-                interval = Interval(**of[pair])
-                print(f"  {LABELS[key]:<38}{interval!s:<28}{interval.verdict}")
+        intervals = {key: Interval(**of[pair]) for key, of in changes.items() if pair in of}
+        rows = [[f"  {LABELS[key]}", str(of), of.verdict] for key, of in intervals.items()]
+        print(f"\n{pair}, paired over prompts:\n{aligned(rows)}")
     for name, curves in evaluation["curves"].items():
         print("\n" + "\n".join(f"{name}: {line}" for line in about(curves)))
     print(f"\n{asked.out / 'evaluation.json'}\n{asked.out / 'generations.jsonl'}")
