@@ -158,7 +158,7 @@ def _trl(spec: Mapping[str, Any], folder: str) -> list[dict[str, float]]:
     if done.returncode:
         last = (done.stderr.strip() or "no message").splitlines()[-1]
         raise ActorError(f"TRL failed: {last}. Install it: pip install -e .[benchmark]")
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"seconds')]
 
 
 def outside(file: str, repetitions: int) -> list[Row]:
