@@ -28,10 +28,11 @@ from seqkd.studies.step_cost import (
 )
 
 H100 = Chip(
-    "H100, bfloat16", products=775e12, memory=3.0e12, link=150e9, moved=5e9, driver=1e9, number=2,
-    learn=0.44, read=0.5, write=0.6,
+    "H100, bfloat16", products=775e12, memory=3.0e12, link=150e9, moved=1.6e9, driver=1e9, number=2,
+    learn=0.4, read=0.6, write=0.6,
 )  # fmt: skip
-"""Measured on one card: products, learn (docs/benchmarks.md), memory. Assumed: the rest."""
+"""Measured on one card: products; learn; read, of a teacher of kind hf; moved, as far as the
+learner's side goes (docs/benchmarks.md). Assumed: the rest."""
 SMALL = Plan(
     "7B -> 1.5B, 8 H100", QWEN_1_5B, QWEN_7B, H100, Work(128, 4, 512, 320, 512),
     engines=1, scorers=3, ranks=4, recomputed=True,
