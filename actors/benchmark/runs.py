@@ -88,9 +88,10 @@ def _watched(pid: int, metrics: Path, finished: Finished, begun: float) -> Itera
                 taken = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
                 finished.driver.append((taken, driver.memory_info().rss / GIB))
                 for process in (driver, *driver.children(recursive=True)):
-                    if process.pid not in names:
+                    if not names.get(process.pid):  # Ray starts a worker before it names it
                         names[process.pid] = process.environ().get(PROCESS, "")
-                    name, size = names[process.pid], process.memory_info().rss / GIB
+                    name = names[process.pid] or f"Ray's {process.pid}"
+                    size = process.memory_info().rss / GIB
                     finished.peak[name] = max(finished.peak.get(name, 0.0), size)
 
     thread = threading.Thread(target=watch)
