@@ -152,11 +152,6 @@ class Stages:
         terms: dict[str, float] = getattr(self, stage)
         return sum(terms.values())
 
-    def largest(self, stage: str) -> str:
-        """The term that takes longest."""
-        terms: dict[str, float] = getattr(self, stage)
-        return max(terms, key=lambda name: terms[name])
-
 
 NAMES = ("sample", "score", "driver", "sync", "learn")
 

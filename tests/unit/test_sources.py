@@ -68,13 +68,13 @@ class Early(Sampler):
 
 
 class Teacher:
+    def __init__(self):
+        self.companies, self.seen = [], threading.Event()
+
     def score(self, rollouts):
         self.companies.append([r.sample_id for r in rollouts])
         self.seen.set()
         return {r.sample_id: TeacherScore(r.sample_id) for r in rollouts}
-
-    def __init__(self):
-        self.companies, self.seen = [], threading.Event()
 
 
 class Learner:
