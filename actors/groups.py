@@ -48,7 +48,7 @@ class RolloutGroup:
         top_p: float = 1.0,
         finished: Finished | None = None,
     ) -> list[Rollout]:
-        """See :class:`seqkd.protocols.StudentSampler`."""
+        """See :class:`seqkd.protocols.Sampler`."""
         seeds = [_seed(f"{self.pool.name}/{seed}/{index}") for index in range(len(prompts))]
         engines = len(self.pool.actors)
         drawn: dict[tuple[int, int], Rollout] = {}

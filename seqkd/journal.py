@@ -27,7 +27,7 @@ from seqkd.config_roles import ApiTeacher, Engine, OneTeacher
 from seqkd.errors import JournalError
 from seqkd.models import checkpoint_digest, dtype_of, export_head, load_config
 from seqkd.preflight import Checked
-from seqkd.protocols import Sampler, Teacher
+from seqkd.protocols import Finished, Sampler, Teacher
 from seqkd.shards import Shards, sync, unwritable
 from seqkd.types import Prompt, Rollout, TeacherScore
 from seqkd.workers import Workers
@@ -227,9 +227,12 @@ class JournaledSampler:
         seed: int,
         temperature: float = 1.0,
         top_p: float = 1.0,
+        finished: Finished | None = None,
     ) -> list[Rollout]:
-        """See :class:`seqkd.protocols.Sampler`. A prompt that comes again takes the completions
-        after those that it took before; without a teacher it begins anew at the last."""
+        """See :class:`seqkd.protocols.Sampler`; ``finished`` is told of none, for what is drawn
+        gets its place among the recorded ones at the end. A prompt that comes again takes the
+        completions after those that it took before; without a teacher it begins anew at the
+        last."""
         stored = self.journal.completions
         places = []
         missing: Counter[str] = Counter()

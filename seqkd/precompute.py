@@ -72,13 +72,15 @@ def check_recorded(config: Config, journals: Mapping[str, Journal], checked: Che
         teachers[name] = JournaledTeacher(None, journals[name], form)
     prompts, completions = set(), 0
 
-    def look(prompt: Prompt, samples: int, scored: bool, own: bool, *drawn: float) -> None:
+    def look(
+        prompt: Prompt, samples: int, scored: bool, own: bool, temperature: float, top_p: float
+    ) -> None:
         nonlocal completions
         name = config.teacher_of(prompt.tag, prompt.prompt_id)
         rollouts: list[Rollout] = [given(prompt, "dataset")] if own else []
         if not own:
             with suppress(JournalError):
-                rollouts = samplers[name].sample([prompt], [samples], 0, *drawn)
+                rollouts = samplers[name].sample([prompt], [samples], 0, temperature, top_p)
         if not rollouts:
             prompts.add(prompt.prompt_id)
         completions += teachers[name].lacks(rollouts) if scored else 0
@@ -92,7 +94,7 @@ def check_recorded(config: Config, journals: Mapping[str, Journal], checked: Che
             look(prompt, samples, scored, own, rollout.temperature, rollout.top_p)
     for prompt in checked.heldout:
         samples = config.evaluation.samples_per_prompt
-        look(prompt, samples, config.teacher.distribution, own=False)
+        look(prompt, samples, config.teacher.distribution, False, 1.0, 1.0)
     if prompts or completions:
         where = ", ".join(str(journal.directory) for journal in journals.values())
         raise JournalError(

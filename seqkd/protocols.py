@@ -26,9 +26,10 @@ class Sampler(Protocol):
         seed: int,
         temperature: float = 1.0,
         top_p: float = 1.0,
+        finished: Finished | None = None,
     ) -> list[Rollout]:
         """``samples[i]`` completions of prompt i, prompt by prompt; the same for the same seed and
-        weights."""
+        weights. ``finished`` may be told of each as soon as it is there, in any order."""
 
     def usage(self) -> dict[str, int]:
         """What was asked of a paid endpoint so far; nothing of an engine."""
@@ -36,17 +37,6 @@ class Sampler(Protocol):
 
 class StudentSampler(Sampler, Protocol):
     """The student's, whose weights change."""
-
-    def sample(
-        self,
-        prompts: Sequence[Prompt],
-        samples: Sequence[int],
-        seed: int,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        finished: Finished | None = None,
-    ) -> list[Rollout]:
-        """``finished`` may be told of each as soon as it is drawn, in any order."""
 
     @property
     def policy_version(self) -> int | None:

@@ -8,9 +8,8 @@ What the oldest checkpoint that is kept does not need any more is removed.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -126,19 +125,9 @@ class RecordedSampler:
         seed: int,
         temperature: float = 1.0,
         top_p: float = 1.0,
+        finished: Finished | None = None,
     ) -> list[Rollout]:
         """See :class:`seqkd.protocols.Sampler`."""
-        return self._once(self.inner.sample, prompts, samples, seed, temperature, top_p)
-
-    def _once(
-        self,
-        draw: Callable[..., list[Rollout]],
-        prompts: Sequence[Prompt],
-        samples: Sequence[int],
-        seed: int,
-        temperature: float,
-        top_p: float,
-    ) -> list[Rollout]:
         asked = [(p.token_ids, int(n)) for p, n in zip(prompts, samples, strict=True)]
         # The seed is that of a step: which student it was follows from it.
         address = address_of([self.who, seed, temperature, top_p, asked])
@@ -146,7 +135,7 @@ class RecordedSampler:
             count = self.samples.count(address)
             rows = self.samples.rows(address, 0, count)
             return [rollout_from({n: row[n].as_py() for n in FIELDS}) for row in rows]
-        drawn = draw(prompts, samples, seed, temperature, top_p)
+        drawn = self.inner.sample(prompts, samples, seed, temperature, top_p, finished)
         self.samples.append([{"address": address, **asdict(rollout)} for rollout in drawn])
         return drawn
 
@@ -162,19 +151,6 @@ class RecordedStudent(RecordedSampler):
 
     def __init__(self, inner: StudentSampler, samples: Shards) -> None:
         super().__init__(inner, samples, "student")
-
-    def sample(
-        self,
-        prompts: Sequence[Prompt],
-        samples: Sequence[int],
-        seed: int,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        finished: Finished | None = None,
-    ) -> list[Rollout]:
-        """See :class:`seqkd.protocols.StudentSampler`."""
-        draw = partial(self.inner.sample, finished=finished)
-        return self._once(draw, prompts, samples, seed, temperature, top_p)
 
     @property
     def policy_version(self) -> int | None:

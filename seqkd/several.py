@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 
-from seqkd.protocols import Sampler, Teacher
+from seqkd.protocols import Finished, Sampler, Teacher
 from seqkd.types import Prompt, Rollout, TeacherScore
 
 Choose = Callable[[str, str], str]
@@ -26,6 +26,7 @@ class SeveralSamplers:
         seed: int,
         temperature: float = 1.0,
         top_p: float = 1.0,
+        finished: Finished | None = None,
     ) -> list[Rollout]:
         """See :class:`seqkd.protocols.Sampler`."""
         names = [self.choose(p.tag, p.prompt_id) for p in prompts]
@@ -39,6 +40,7 @@ class SeveralSamplers:
                     seed,
                     temperature,
                     top_p,
+                    finished,
                 )
             )
             drawn |= {i: [next(of_teacher) for _ in range(samples[i])] for i in places}

@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from types import TracebackType
 
 import numpy as np
@@ -16,7 +15,7 @@ from seqkd.config import Config, Phase
 from seqkd.config_schema import SamplerName
 from seqkd.metrics import Clock
 from seqkd.objectives import mixture_weight
-from seqkd.protocols import Finished, Part, Scores
+from seqkd.protocols import Finished, Part, Sampler, Scores
 from seqkd.running import RunningCosts, by_position
 from seqkd.types import Prompt, Rollout, Source
 from seqkd.workers import Workers
@@ -123,7 +122,7 @@ class StepSource:
     def _rollouts(
         self, prompts: list[Prompt], step: int, clock: Clock, finished: Finished
     ) -> list[list[Rollout]]:
-        """The completions of each prompt; ``finished`` is told of the student's as they come."""
+        """The completions of each prompt; ``finished`` is told of them as they come."""
         if self.source in ("dataset", "corpus"):
             return [[given(prompt, self.source)] for prompt in prompts]
         # Held-out prompts are drawn with the bare seed; training never repeats it.
@@ -135,26 +134,27 @@ class StepSource:
         elif self.fraction is not None:
             generator = np.random.default_rng([self.config.seed, step])
             from_teacher = generator.binomial(samples, self.fraction, len(prompts))
-        student = partial(self.workers.student.sample, finished=finished)
-        teacher = self.workers.teacher_sampler.sample
+        student, teacher = self.workers.student, self.workers.teacher_sampler
         with clock("sample"):
-            ours = self._sample(student, prompts, samples - from_teacher, seed)
-            theirs = self._sample(teacher, prompts, from_teacher, seed)
+            ours = self._sample(student, prompts, samples - from_teacher, seed, finished)
+            theirs = self._sample(teacher, prompts, from_teacher, seed, finished)
         return [[*a, *b] for a, b in zip(ours, theirs, strict=True)]
 
     def _sample(
         self,
-        draw: Callable[..., list[Rollout]],
+        sampler: Sampler,
         prompts: list[Prompt],
         samples: np.ndarray,
         seed: int,
+        finished: Finished,
     ) -> list[list[Rollout]]:
         wanted = [(p, int(n)) for p, n in zip(prompts, samples, strict=True) if n]
         rollout = self.config.rollout
         drawn: Iterator[Rollout] = iter(())
         if wanted:
             of, numbers = zip(*wanted, strict=True)
-            drawn = iter(draw(of, numbers, seed, rollout.temperature, rollout.top_p))
+            how = rollout.temperature, rollout.top_p
+            drawn = iter(sampler.sample(of, numbers, seed, *how, finished))
         return [[next(drawn) for _ in range(n)] for n in samples]
 
     def _first_estimate(self, rollouts: list[Rollout], scores: Scores) -> None:

@@ -184,7 +184,7 @@ def endpoint() -> Iterator[str]:
 class Terse:
     """A teacher that writes two tokens and scores them, and its reader."""
 
-    def sample(self, prompts, samples, seed, temperature=1.0, top_p=1.0):
+    def sample(self, prompts, samples, seed, temperature=1.0, top_p=1.0, finished=None):
         from seqkd.types import Rollout
 
         return [

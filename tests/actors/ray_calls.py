@@ -21,6 +21,12 @@ def wait(ref):
         raise
 
 
+def completions(call):
+    """Those of one call of an engine's ``sample``, prompt by prompt."""
+    drawn = sorted((wait(ref) for ref in call), key=lambda completion: completion[:2])
+    return [rollout for _, _, rollout in drawn]
+
+
 def small_config(models, folder, teacher=None, scores="hidden"):
     """Two prompts, a teacher of kind hf, nothing held out."""
     file = folder / "train.jsonl"

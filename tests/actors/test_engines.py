@@ -16,7 +16,7 @@ from seqkd.config_roles import Engine
 from seqkd.errors import SyncError
 from seqkd.models import load_causal_lm
 from seqkd.types import Prompt
-from tests.actors.ray_calls import wait
+from tests.actors.ray_calls import completions, wait
 
 PLAN = ActorPlan("rollout", 0, threads=1, gpus=0, share=1, bundle=0)
 
@@ -47,9 +47,7 @@ def drawn(model, rollout):
 def sample(engine, prompts, seed=3, n=3, temperature=1.0, max_tokens=12):
     seeds = [seed + i for i in range(len(prompts))]
     numbers = [n] * len(prompts)
-    call = engine.sample.remote(prompts, seeds, numbers, max_tokens, temperature, 1.0)
-    drawn = sorted((wait(ref) for ref in call), key=lambda completion: completion[:2])
-    return [rollout for _, _, rollout in drawn]
+    return completions(engine.sample.remote(prompts, seeds, numbers, max_tokens, temperature, 1.0))
 
 
 def sync(engine, model, version):

@@ -22,7 +22,7 @@ from seqkd.lora import Adapters
 from seqkd.models import load_causal_lm
 from seqkd.protocols import Part
 from seqkd.types import Counts
-from tests.actors.ray_calls import wait
+from tests.actors.ray_calls import completions, wait
 from tests.actors.test_learner import LR, STEPS, TERMS, scored
 
 LORA = Lora(rank=4, alpha=12, targets=("q_proj", "v_proj", "down_proj"))
@@ -435,7 +435,7 @@ def test_an_engine_gives_what_the_learner_does(one, engine, tiny, counts, prompt
     for number in (0, 10):
         steps(learner, tiny, counts, number)
         wait(engine.load.remote(learner.publish(), None))
-        rollouts = wait(engine.sample.remote(prompts, [1, 2, 3, 4], [2] * 4, 24, 1.0, 1.0))
+        rollouts = completions(engine.sample.remote(prompts, [1, 2, 3, 4], [2] * 4, 24, 1.0, 1.0))
         assert rollouts[0].policy_version == number
         measured = learner.measure(rollouts, {})
         for r in rollouts:

@@ -102,7 +102,7 @@ def test_the_most_probable_tokens_and_the_rest(start, tiny, rollouts):
         assert (score.logprobs - drawn).abs().max() <= 1e-4
 
 
-def test_a_failure_shows_its_first_cause(local_ray):
+def test_a_failure_shows_its_first_cause(local_ray, rollouts):
     actor = remote(TeacherActor).remote()
     with pytest.raises(ActorError, match=r"teacher start failed: \w+: .*nowhere"):
         Pool("teacher", [actor]).each("start", HfTeacher(model="/nowhere"), 64, 320)
@@ -111,4 +111,4 @@ def test_a_failure_shows_its_first_cause(local_ray):
         while True:
             local_ray.get(is_alive(actor))
     with pytest.raises(ActorError, match="teacher scoring died"):
-        TeacherGroup(Pool("teacher", [actor])).score([])
+        TeacherGroup(Pool("teacher", [actor])).score(rollouts)

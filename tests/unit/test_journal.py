@@ -34,7 +34,7 @@ class Sampler:
     def __init__(self):
         self.calls, self.number = [], 0
 
-    def sample(self, prompts, samples, seed, temperature=1.0, top_p=1.0):
+    def sample(self, prompts, samples, seed, temperature=1.0, top_p=1.0, finished=None):
         self.calls.append({p.prompt_id: n for p, n in zip(prompts, samples, strict=True)})
         return [self.rollout(p) for p, n in zip(prompts, samples, strict=True) for _ in range(n)]
 

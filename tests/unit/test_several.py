@@ -69,7 +69,7 @@ class Sampler:
     def __init__(self, name):
         self.name = name
 
-    def sample(self, prompts, samples, seed, temperature, top_p):
+    def sample(self, prompts, samples, seed, temperature, top_p, finished):
         return [
             Rollout(p.prompt_id, f"{self.name}/{p.prompt_id}/{i}", p.token_ids, (1,), None,
                     "teacher", 0, "stop", p.tag)

@@ -43,7 +43,7 @@ class Cutting(Sampler):
 
     hopeless = ()
 
-    def sample(self, prompts, *args, finished=None):
+    def sample(self, prompts, *args):
         drawn = super().sample(prompts, *args)
         return [
             replace(r, finish_reason="length") if i % 2 or r.prompt_id in self.hopeless else r
@@ -54,12 +54,12 @@ class Cutting(Sampler):
 class Early(Sampler):
     """Tells of completions in some order; before the last it waits for ``seen``."""
 
-    def __init__(self, order, seen):
-        super().__init__("student")
+    def __init__(self, source, order, seen):
+        super().__init__(source)
         self.order, self.seen = order, seen
 
-    def sample(self, *args, finished=None):
-        drawn = super().sample(*args)
+    def sample(self, *args):
+        drawn, finished = super().sample(*args), args[-1]
         for at in self.order[:-1]:
             finished(drawn[at])
         assert self.seen.wait(30)
@@ -141,12 +141,17 @@ SPLIT = {
 """Four completions of 64 tokens fill a batch of the teacher: 3.1 of them."""
 
 
-@pytest.mark.parametrize("sampler", ["student", "mixture"])
+@pytest.mark.parametrize("sampler", ["student", "mixture", "teacher"])
 @pytest.mark.parametrize("order", [range(10), [9, 1, 8, 3, 6, 5, 4, 7, 2, 0]])
 def test_what_is_finished_is_scored_while_others_are_drawn(sampler, order):
     changes = {"rollout": {**SPLIT["rollout"], "teacher_fraction": 1e-9}}
+    if sampler == "teacher":
+        changes["objective"] = {"kind": "token_forward_kl"}
     s, workers = source(sampler, prompts_per_step=5, **SPLIT | changes)
-    workers.student = Early(order, workers.teacher.seen)
+    if sampler == "teacher":
+        workers.student, workers.teacher_sampler = None, Early(sampler, order, workers.teacher.seen)
+    else:
+        workers.student = Early("student", order, workers.teacher.seen)
     drawn = s.draw([PROMPTS[:5]], 0, Clock())
     companies = [[int(i.split("/")[0]) for i in of] for of in workers.teacher.companies]
     first = [at // 2 for at in order]
@@ -156,17 +161,17 @@ def test_what_is_finished_is_scored_while_others_are_drawn(sampler, order):
 
 @pytest.mark.parametrize(("sampler", "placement"), [("student", "colocated"), ("teacher", "split")])
 def test_where_nothing_can_be_early_all_is_scored_at_once(sampler, placement):
-    """Roles that take turns on the same cores; completions that a journal may have."""
+    """Roles that take turns on the same cores; a sampler that tells of none, as a journal."""
     changes = {"placement": placement, "objective": {"kind": "token_forward_kl"}}
     s, workers = source(sampler, prompts_per_step=5, **SPLIT | changes)
-    workers.student = Early(range(10), SimpleNamespace(wait=lambda _: True))
+    workers.student = Early("student", range(10), SimpleNamespace(wait=lambda _: True))
     s.draw([PROMPTS[:5]], 0, Clock())
     assert [len(company) for company in workers.teacher.companies] == [10]
 
 
 def test_a_score_that_fails_beside_sampling_ends_the_draw():
     s, workers = source("student", prompts_per_step=5, **SPLIT)
-    workers.student = Early(range(10), workers.teacher.seen)
+    workers.student = Early("student", range(10), workers.teacher.seen)
     fails = Mock(side_effect=[ActorError("teacher scoring died"), {}, {}])
     score = workers.teacher.score
     workers.teacher.score = lambda rollouts: score(rollouts) and fails()
