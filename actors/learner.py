@@ -204,7 +204,7 @@ class LearnerRank:
         if self.published:
             self.published.close()
         if self.adapters:
-            state = self.adapters.merged(state)
+            state = self.adapters.published(state)
         self.published = weight_sync.memory_file()
         return weight_sync.publish(state, self.policy_version, self.published, node)
 

@@ -69,7 +69,10 @@ class Adapters:
         from peft import LoraConfig, get_peft_model
 
         self.scale = lora.alpha / lora.rank
-        names = sorted({_last(name) for name in adapted_layers(model, lora)})
+        layers = adapted_layers(model, lora)
+        names = sorted({_last(name) for name in layers})
+        self.blocks = {_parent(name) for name in layers}
+        """The modules that adapted layers are directly in."""
         self.identity = {
             "student.model": f"weights with digest {_digest(model)}",
             "student.lora.rank": str(lora.rank),
@@ -99,6 +102,11 @@ class Adapters:
             if not name.endswith((A, B)):
                 merged[layer + rest] = weight
         return merged
+
+    def published(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What of :meth:`merged` an engine needs that has the model: all layers of each module that
+        has an adapted one, for engines join some (queries, keys and values) to one weight."""
+        return {n: w for n, w in self.merged(state).items() if _parent(_parent(n)) in self.blocks}
 
     def export(self, state: Mapping[str, Tensor], directory: Path) -> None:
         """Write the adapters alone as ``peft.PeftModel.from_pretrained(model, directory)`` reads
@@ -138,6 +146,10 @@ def _digest(model: nn.Module) -> str:
         low = parameter.detach().to(torch.bfloat16).contiguous()
         digest.update(low.view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _parent(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def _last(name: str) -> str:

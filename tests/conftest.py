@@ -41,11 +41,12 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_config(tiny, tmp_path_factory):
-    """configs/tiny.yaml with these models, as a file."""
+    """configs/tiny.yaml with these models and a teacher of kind hf, which starts faster: a file."""
     import yaml
 
     data = yaml.safe_load((ROOT / "configs" / "tiny.yaml").read_text())
-    data["student"]["model"], data["teacher"]["model"] = tiny["student"], tiny["teacher"]
+    data["student"]["model"] = tiny["student"]
+    data["teacher"] = {"kind": "hf", "model": tiny["teacher"], "generation": {"kv_cache_gib": 0.1}}
     for key in ("path", "heldout_path"):
         data["data"][key] = str(ROOT / data["data"][key])
     file = tmp_path_factory.mktemp("config") / "tiny.yaml"

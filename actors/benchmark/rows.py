@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
@@ -27,6 +27,11 @@ class Row:
         """One repetition of both."""
         self.ours.append(ours)
         self.others.append(other)
+
+    def pairs(self, ours: Iterable[float], others: Iterable[float]) -> None:
+        """What was measured step by step."""
+        for pair in zip(ours, others, strict=True):
+            self.add(*pair)
 
     @property
     def ratio(self) -> float:
@@ -60,6 +65,6 @@ def table(rows: Sequence[Row]) -> str:
             lines.append(
                 f"  {row.what:<{width}}  {median(row.ours):>10.4g} {row.unit:<10} against "
                 f"{median(row.others):>10.4g}  ratio {row.ratio:>6.3g}{aim}  "
-                f"({row.against}; {len(row.ours)} repetitions)"
+                f"({row.against}; {len(row.ours)} values)"
             )
     return "\n".join(lines)

@@ -45,9 +45,9 @@ class Finished:
     driver: list[tuple[int, float]] = field(default_factory=list)
     """Steps that were taken, and GiB of the driver, over time."""
 
-    def median(self, key: str) -> float:
-        """Of a metric over all steps but the first, which also compiles and allocates."""
-        return float(median(row[key] for row in self.steps[1:]))
+    def later(self, *stages: str) -> list[float]:
+        """Seconds in ``stages`` of every step but the first, which also compiles and allocates."""
+        return [sum(row[f"time_{stage}_s"] for stage in stages) for row in self.steps[1:]]
 
 
 def run(
@@ -123,7 +123,7 @@ def end_to_end(file: str, config: Config, repetitions: int, best: bool) -> list[
         for _ in range(repetitions):
             ours, theirs = run(file, overrides), _trl(spec, folder)
             seconds = median(row["seconds"] for row in theirs[1:])
-            steps.add(ours.median("time_step_s"), seconds)
+            steps.add(median(ours.later("step")), seconds)
             peak = max(row["peak_gib"] for row in theirs)
             learner.add(ours.peak["learner 0"], peak)
             every.add(sum(ours.peak.values()), peak)
@@ -173,26 +173,32 @@ def outside(file: str, repetitions: int) -> list[Row]:
             stages = sum(row[f"time_{stage}_s"] for stage in STAGES)
             rest.add(row["time_step_s"] - stages, row["time_step_s"])
             checks.add(row["time_watch_s"], row["time_step_s"])
-        first.add(finished.first_step_s, finished.median("time_step_s"))
+        first.add(finished.first_step_s, median(finished.later("step")))
     return [rest, checks, first]
 
 
 def growth(file: str, config: Config, repetitions: int) -> list[Row]:
-    """What twice the work costs."""
+    """What twice the work costs, and what a second process with a core of its own gains. The
+    pruned student's completions go on to the limit, so that it says how long they are."""
     doubled = {
-        "prompts": [f"prompts_per_step={2 * config.prompts_per_step}"],
-        "samples per prompt": [
-            f"rollout.samples_per_prompt={2 * config.rollout.samples_per_prompt}"
-        ],
+        "prompts": f"prompts_per_step={2 * config.prompts_per_step}",
+        "samples per prompt": f"rollout.samples_per_prompt={2 * config.rollout.samples_per_prompt}",
+        "completion length": f"rollout.max_tokens={2 * config.rollout.max_tokens}",
     }
     rows = {
         what: Row("growth", f"a step, twice the {what}", "s", "as it is", 2.1) for what in doubled
     }
+    ranks = Row("growth", "learning, two ranks of one core each", "s", "one")
+    engines = Row("growth", "sampling, two engines of one core each", "s", "one")
+    cores = ["steps=6", "learner.cpus=1", "rollout.cpus=1"]
     for _ in range(repetitions):
-        once = run(file, []).median("time_step_s")
-        for what, overrides in doubled.items():
-            rows[what].add(run(file, overrides).median("time_step_s"), once)
-    return list(rows.values())
+        once = run(file, ["steps=6"])
+        for what, override in doubled.items():
+            rows[what].pairs(run(file, ["steps=6", override]).later("step"), once.later("step"))
+        one, two = run(file, cores), run(file, [*cores, "learner.ranks=2", "rollout.actors=2"])
+        ranks.pairs(two.later("learn"), one.later("learn"))
+        engines.pairs(two.later("sample"), one.later("sample"))
+    return [*rows.values(), ranks, engines]
 
 
 def overlap(file: str, repetitions: int, cluster: str, environment: Mapping[str, str]) -> list[Row]:
@@ -209,13 +215,12 @@ def overlap(file: str, repetitions: int, cluster: str, environment: Mapping[str,
     for _ in range(repetitions):
         turns = run(file, split, environment)
         ahead = run(file, [*split, "rollout.max_staleness=1"], environment)
-        drawing = turns.median("time_sample_s") + turns.median("time_score_s")
-        step.add(ahead.median("time_step_s"), max(drawing, turns.median("time_learn_s")))
+        slower = map(max, turns.later("sample", "score"), turns.later("learn"))
+        step.pairs(ahead.later("step"), slower)
         alone, beside = run(file, [*cores, *waves]), run(file, [*split, *waves], environment)
-        sides = [alone.median(f"time_{stage}_s") for stage in ("sample", "score")]
-        took = beside.median("time_sample_s") + beside.median("time_score_s")
-        draw.add(took, sum(sides))
-        floor.add(took, max(sides))
+        took = beside.later("sample", "score")
+        draw.pairs(took, alone.later("sample", "score"))
+        floor.pairs(took, map(max, alone.later("sample"), alone.later("score")))
     return [step, draw, floor]
 
 

@@ -111,8 +111,8 @@ def crew(local_ray, tiny):
     learner.ready()
     teacher = create(FaultyTeacher)
     engines = [create(FaultyEngine, (0,), "student") for _ in range(2)]
-    for engine in engines:  # one after the other: there are few cores
-        wait(engine.start.remote(tiny["student"], Engine(kv_cache_gib=0.1), 512))
+    start = tiny["student"], Engine(kv_cache_gib=0.1), 512
+    wait([engine.start.remote(*start) for engine in engines])
     yield learner, teacher, engines
     learner.kill()
     for actor in (teacher, *engines):

@@ -113,6 +113,21 @@ def test_after_a_sync_the_engine_has_the_new_weights(engine, model, prompts, tin
     restore(engine, tiny, 2)
 
 
+def test_what_is_not_published_stays_as_it_is(engine, model, prompts, tiny):
+    """As with adapters: the layers of one module, and nothing of the others."""
+    attention = {n: p for n, p in model.named_parameters() if ".self_attn." in n}
+    with torch.no_grad():
+        for p in attention.values():
+            p.mul_(3)
+    with weight_sync.memory_file() as file:
+        version = weight_sync.publish(attention, 3, file, "here")
+        assert version.digests.keys() == attention.keys()
+        wait(engine.load.remote(version, None))
+    for r in sample(engine, prompts):
+        assert list(r.rollout_logprobs) == pytest.approx(drawn(model, r), abs=1e-3)
+    restore(engine, tiny, 4)
+
+
 @pytest.mark.parametrize("fault", ["changed", "missing", "unknown"])
 def test_weights_that_are_not_the_published_ones_are_refused(engine, model, tiny, fault):
     with weight_sync.memory_file() as file:

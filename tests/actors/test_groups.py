@@ -19,48 +19,12 @@ from actors.pool import Pool, reap, remote
 from seqkd.config_run import Recovery
 from seqkd.control import Control
 from seqkd.errors import ActorError, LearnerLost, ModelError, Stopped
-from seqkd.types import Prompt, Rollout, TeacherScore, WeightVersion
+from seqkd.types import Prompt, Rollout, WeightVersion
 from tests.actors.ray_calls import wait
+from tests.actors.workers import Drawing, Late, Loading, Rank, Scorer, Worker
 
 SOON = Recovery(restarts=3, backoff_s=0.01, heartbeat_s=10, stall_s=60, grace_s=0.5)
 SOON_STALLED = SOON.model_copy(update={"stall_s": 15})
-
-
-class Worker:
-    """One that fails in the ways in which actors do, as long as ``file`` says so."""
-
-    def __init__(self, file=None):
-        self.file, self.started = file, False
-
-    def start(self):
-        self.started = True
-
-    def pid(self):
-        return os.getpid()
-
-    def refuse(self):
-        raise ModelError("student.model: is none.")
-
-    def fail(self):
-        raise ConnectionError("connection closed by peer")
-
-    def die(self):
-        os._exit(1)
-
-    def stop(self):
-        os.kill(os.getpid(), signal.SIGSTOP)
-
-    def hang(self):
-        threading.Event().wait()
-
-    def once(self, number, how):
-        """``number``, but for as many calls as ``file`` has letters, each of which fails."""
-        left = self.file.read_text() if how else ""
-        if left:
-            self.file.write_text(left[1:])
-            getattr(self, how)()
-        assert self.started
-        return number
 
 
 @pytest.fixture
@@ -91,17 +55,6 @@ def test_a_lost_call_is_made_again_by_a_new_process(pool, how):
     for pid in set(before) - set(after):
         psutil.wait_procs([psutil.Process(pid)] if psutil.pid_exists(pid) else [], timeout=30)
         assert not psutil.pid_exists(pid), "the process that hung is left behind"
-
-
-class Late(Worker):
-    """Stopped while it is being made, as often as ``file`` has letters."""
-
-    def __init__(self, file):
-        left = file.read_text()
-        if left:
-            file.write_text(left[1:])
-            self.stop()
-        super().__init__(file)
 
 
 def test_a_process_that_hangs_before_it_came_up_gives_its_place_to_the_next(
@@ -187,23 +140,8 @@ def test_a_new_engine_gets_the_weights_that_the_others_have(local_ray, tmp_path)
     file = tmp_path / "failures"
     file.write_text("")
 
-    class Engine(Worker):
-        version = None
-
-        def node(self):
-            return "here"
-
-        def load(self, version, data):
-            self.once(0, "die")
-            assert version.path == "/published", "the file of an older version is gone"
-            self.version = version.policy_version
-
-        def loaded(self, number):
-            self.once(number, "die")
-            return self.version
-
     def create(index):
-        return remote(Engine).options(num_cpus=0).remote(file)
+        return remote(Loading).options(num_cpus=0).remote(file)
 
     pool = Pool("rollout", [create(0), create(1)], Control(SOON), create)
     pool.each("start")
@@ -233,16 +171,6 @@ def lost_learner():
 def learner(local_ray, monkeypatch):
     """A learner group of two workers, and what its control said."""
     monkeypatch.setattr(groups, "SETTLE_S", 2.0)
-
-    class Rank(Worker):
-        def rendezvous(self):
-            return "127.0.0.1", 1
-
-        def start(self, rank, master):
-            return None
-
-        def save(self, directory):
-            return getattr(self, directory)()
 
     said = []
     group = groups.LearnerGroup(
@@ -300,25 +228,6 @@ def test_a_signal_ends_a_wait_and_a_second_one_the_process(learner):
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-class Drawing(Worker):
-    """One that answers with the prompt's own id, the last prompt first. Before it tells of the
-    first it dies if ``file`` says so, or waits as long as it does."""
-
-    def sample(self, prompts, seeds, samples, max_tokens, temperature, top_p):
-        for place in reversed(range(len(prompts))):
-            if place == 0 and self.file and self.file.read_text() == "die":
-                self.file.write_text("")
-                self.die()
-            while place == 0 and self.file and self.file.read_text() == "wait":
-                threading.Event().wait(0.01)
-            prompt, seed = prompts[place], seeds[place]
-            for i in range(samples[place]):
-                yield place, i, Rollout(
-                    prompt.prompt_id, f"{prompt.prompt_id}/{seed}/{i}", prompt.token_ids, (1,),
-                    (0.0,), f"by {os.getpid()}", 0, "length",
-                )  # fmt: skip
-
-
 @pytest.fixture
 def engines(local_ray, tmp_path):
     """Two that read ``engines.file``; ``engines.said`` is what was said of them."""
@@ -364,11 +273,6 @@ def test_what_a_lost_engine_had_told_stays_and_is_told_once(engines):
 
 
 def test_fewer_completions_than_copies_of_a_teacher_are_scored(local_ray):
-    class Scorer:
-        def score(self, rollouts):
-            assert rollouts
-            return [TeacherScore(r.sample_id) for r in rollouts]
-
     copies = Pool("teacher", [remote(Scorer).options(num_cpus=0).remote() for _ in range(3)])
     rollout = Rollout("p", "p/0", (1,), (2,), (0.0,), "student", 0, "stop")
     assert groups.TeacherGroup(copies, "a").score([rollout])["p/0"].teacher == "a"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +27,8 @@ from seqkd.types import Counts, Rollout, TeacherScore
 
 TERMS = (Term(objective=SequenceReverseKL(normalization="rate")),)
 LR, STEPS = 1e-3, 2
+KEPT = 5
+"""Groups whose processes wait for another test."""
 
 
 @pytest.fixture(scope="module")
@@ -79,30 +82,58 @@ def counts(batch):
     return Counts(sequences=8, tokens=tokens, rate=1.5, length=5.0)
 
 
-@pytest.fixture
-def learners(local_ray):
-    """Start a learner group; all of a test's ranks are killed at its end."""
-    started: list = []
+def start(models, heads=None, environment=None, **options):
+    """A learner group of new processes."""
+    one = {"": (models["teacher"], "float32")}
+    config = Learner(lr=LR, max_grad_norm=1.0, **options)
+    plan = ActorPlan("learner", 0, threads=1, gpus=0, share=1, bundle=0)
+    cls = remote(LearnerRank).options(
+        runtime_env={"env_vars": plan.environment() | (environment or {})}
+    )
+    group = LearnerGroup(
+        lambda: [cls.remote(config) for _ in range(config.ranks)],
+        (models["student"], heads or one),
+        config.micro_batch_tokens,
+        models["student"],
+    )
+    group.ready()
+    return group
 
-    def start(models, heads=None, environment=None, **options):
-        one = {"": (models["teacher"], "float32")}
-        config = Learner(lr=LR, max_grad_norm=1.0, **options)
-        plan = ActorPlan("learner", 0, threads=1, gpus=0, share=1, bundle=0)
-        cls = remote(LearnerRank).options(
-            runtime_env={"env_vars": plan.environment() | (environment or {})}
-        )
-        group = LearnerGroup(
-            lambda: [cls.remote(config) for _ in range(config.ranks)],
-            (models["student"], heads or one),
-            config.micro_batch_tokens,
-            models["student"],
-        )
-        started.append(group)
-        group.ready()
+
+@pytest.fixture
+def new(local_ray):
+    """Starts groups that are killed at the test's end."""
+    with ExitStack() as ends:
+
+        def started(*arguments, **options):
+            group = start(*arguments, **options)
+            ends.callback(group.kill)
+            return group
+
+        yield started
+
+
+@pytest.fixture(scope="module")
+def learners(local_ray, tmp_path_factory):
+    """Groups at their beginning; one that an earlier test has used is put back there."""
+    kept: dict = {}
+
+    def learner(models, **options):
+        made_of = (models["student"], *sorted(options.items()))
+        if made_of in kept:
+            kept[made_of] = group, beginning = kept.pop(made_of)
+            group.restore(str(beginning), 0)
+            return group
+        if len(kept) == KEPT:
+            unused, _ = kept.pop(next(iter(kept)))
+            unused.kill()
+        group, beginning = start(models, **options), tmp_path_factory.mktemp("beginning")
+        group.save(str(beginning))
+        kept[made_of] = group, beginning
         return group
 
-    yield start
-    for group in started:
+    yield learner
+    for group, _ in kept.values():
         group.kill()
 
 
@@ -156,7 +187,7 @@ def formula(models, batch):
 @pytest.mark.parametrize(
     "options",
     [
-        {"ranks": 1, "zero_stage": 0, "micro_batch_tokens": 10**6},
+        {"ranks": 1, "zero_stage": 0},
         {"ranks": 2, "zero_stage": 0, "micro_batch_tokens": 1},
         {"ranks": 2, "zero_stage": 2, "micro_batch_tokens": 1},
         {"ranks": 1, "zero_stage": 2, "micro_batch_tokens": 50, "compile": True},
@@ -183,14 +214,13 @@ def updated_alike(ours, reference):
 
 
 def test_a_partitioned_head_gives_the_same_update(learners, wide, counts):
-    """Two micro-batches a rank, the head gathered anew in every forward and backward pass."""
+    """Several micro-batches a rank, the head gathered anew in every forward and backward pass."""
     batch = scored(wide)
-    updated_alike(
-        trained(learners(wide, ranks=2, zero_stage=3), batch, counts), formula(wide, batch)
-    )
+    learner = learners(wide, ranks=2, zero_stage=3, micro_batch_tokens=1)
+    updated_alike(trained(learner, batch, counts), formula(wide, batch))
 
 
-def test_each_prompt_is_read_by_its_own_teachers_head(learners, tiny, batch):
+def test_each_prompt_is_read_by_its_own_teachers_head(learners, new, tiny, batch):
     """Half of the prompts are the student's own, as a second teacher: it has nothing to learn of
     itself, and the micro-batches of both ranks are of one teacher each."""
     rollouts, scores = batch
@@ -204,8 +234,8 @@ def test_each_prompt_is_read_by_its_own_teachers_head(learners, tiny, batch):
                 states = itself.model(ids).last_hidden_state[0, len(r.prompt_ids) - 1 : -1]
             mixed[r.sample_id] = TeacherScore(r.sample_id, hidden=states, teacher="itself")
     heads = {"itself": (tiny["student"], "float32"), "other": (tiny["teacher"], "float32")}
-    learner = learners(tiny, heads, ranks=2, micro_batch_tokens=50)
-    both, alone = learner.measure(rollouts, mixed), learners(tiny).measure(rollouts, scores)
+    both = new(tiny, heads, ranks=2, micro_batch_tokens=50).measure(rollouts, mixed)
+    alone = learners(tiny, ranks=1, zero_stage=0).measure(rollouts, scores)
     for r in rollouts:
         found, expected = (m[r.sample_id]["forward_kl"] for m in (both, alone))
         expected = [0.0] * len(found) if r.prompt_id in "02" else expected
@@ -215,7 +245,7 @@ def test_each_prompt_is_read_by_its_own_teachers_head(learners, tiny, batch):
 
 def test_bfloat16_takes_nearly_the_same_step(learners, tiny, batch, counts, reference):
     results, state = trained(
-        learners(tiny, ranks=1, zero_stage=2, precision="bfloat16", micro_batch_tokens=50),
+        learners(tiny, ranks=2, zero_stage=2, precision="bfloat16", micro_batch_tokens=1),
         batch,
         counts,
     )
@@ -237,7 +267,7 @@ def test_measuring_takes_no_step(learners, tiny, batch, counts):
     """Sums agree with those of a step, are by sample, and leave the weights alone. Three prompts on
     two ranks: one rank gets an empty micro-batch."""
     rollouts, scores = batch
-    learner = learners(tiny, ranks=2, zero_stage=2)
+    learner = learners(tiny, ranks=2, zero_stage=2, micro_batch_tokens=1)
     odd = [r for r in rollouts if r.prompt_id != "3"]
     measured = learner.measure(odd, scores)
     assert measured.keys() == {r.sample_id for r in odd}
@@ -306,7 +336,7 @@ def test_terms_of_several_samplers_and_a_mixture(learners, tiny, batch):
     loss.backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()
 
-    learner = learners(tiny, ranks=2, zero_stage=2)
+    learner = learners(tiny, ranks=2, zero_stage=2, micro_batch_tokens=1)
     parts = [
         Part(mixed, {r.sample_id: scores[r.sample_id] for r in mixed}, counts, (reverse,), 0.25),
         Part(others, {r.sample_id: scores[r.sample_id] for r in others}, counts, terms),
@@ -350,12 +380,14 @@ def same(state, expected):
         ("tiny", {"ranks": 1, "zero_stage": 0}),
         ("tiny", {"ranks": 2, "zero_stage": 2, "micro_batch_tokens": 1}),
         ("wide", {"ranks": 2, "zero_stage": 3, "micro_batch_tokens": 1}),
-        ("tiny", {"ranks": 2, "zero_stage": 2, "precision": "bfloat16"}),
+        ("tiny", {"ranks": 2, "zero_stage": 2, "precision": "bfloat16", "micro_batch_tokens": 1}),
         ("tiny", {"ranks": 1, "zero_stage": 0, "precision": "bfloat16"}),
     ],
     ids=lambda o: "-".join(map(str, o.values())) if isinstance(o, dict) else o,
 )
-def test_a_restored_run_goes_on_bit_for_bit(learners, request, tmp_path, counts, models, options):
+def test_a_restored_run_goes_on_bit_for_bit(
+    learners, new, request, tmp_path, counts, models, options
+):
     """Four steps at once; and two of them in the same processes, put back to the beginning, two
     more in new ones."""
     models = request.getfixturevalue(models)
@@ -375,7 +407,7 @@ def test_a_restored_run_goes_on_bit_for_bit(learners, request, tmp_path, counts,
     first.save(str(middle))
     assert len(list(middle.iterdir())) == options["ranks"]
 
-    second = learners(models, **options)
+    second = new(models, **options)
     second.restore(str(middle), 2)
     assert second.policy_version == second.publish().policy_version == 2
     again += steps(second, batch, counts, 2)
@@ -387,7 +419,7 @@ def test_other_ranks_stages_and_precisions_restore_the_same(learners, wide, tmp_
     """Two ranks of ZeRO 3; one of ZeRO 0; three of ZeRO 3, which do not divide the weights; and
     bfloat16, with the same master weights."""
     batch = scored(wide)
-    first = learners(wide, ranks=2, zero_stage=3)
+    first = learners(wide, ranks=2, zero_stage=3, micro_batch_tokens=1)
     steps(first, batch, counts, 2)
     state = whole(first, tmp_path / "first")
     saved = published(first)
@@ -415,9 +447,9 @@ def test_other_ranks_stages_and_precisions_restore_the_same(learners, wide, tmp_
 
 
 def test_the_state_of_another_student_is_refused(learners, tiny, wide, tmp_path):
-    other = learners(wide)
+    other = learners(wide, ranks=1, zero_stage=0)
     other.save(str(tmp_path))
-    learner = learners(tiny)
+    learner = learners(tiny, ranks=1, zero_stage=0)
     before = published(learner)
     with pytest.raises(ModelError, match=r"learner-00000.*embed_tokens.*\[2048, 64\].*\[320, 64\]"):
         learner.restore(str(tmp_path), 1)
@@ -537,17 +569,17 @@ def test_what_was_trained_and_how_far_from_its_sampler(learners, tiny, batch, co
     assert not {"k1", "k3", "ratio", "ratio_tokens"} & second.sums.keys()
 
 
-def test_nothing_is_compiled_so_that_no_lock_is_waited_for(learners, tiny, tmp_path):
+def test_nothing_is_compiled_so_that_no_lock_is_waited_for(new, tiny, tmp_path):
     """torch keeps a lock while it compiles, which stays where its process is killed."""
     lock = tmp_path / "deepspeed_shm_comm" / "lock"
     lock.parent.mkdir()
     lock.touch()
-    learners(tiny, environment={"TORCH_EXTENSIONS_DIR": str(tmp_path)})
+    new(tiny, environment={"TORCH_EXTENSIONS_DIR": str(tmp_path)})
     assert [file for file in tmp_path.rglob("*") if file.is_file()] == [lock]
 
 
-def test_published_weights_end_with_the_learner_that_is_killed(learners, local_ray, tiny):
-    learner = learners(tiny)
+def test_published_weights_end_with_the_learner_that_is_killed(new, local_ray, tiny):
+    learner = new(tiny)
     learner.publish()
     path = Path(learner.publish().path)
     kept = [

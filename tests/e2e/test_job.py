@@ -118,6 +118,7 @@ def test_student_equal_to_teacher_has_nothing_to_learn(
         environment,
         tiny_config,
         f"student.model={tiny['teacher']}",
+        f"teacher={{kind: vllm, model: {tiny['teacher']}, kv_cache_gib: 0.1}}",
         "objective.normalization=rate",
         "steps=1",
         f"runs_dir={tmp_path}",

@@ -183,6 +183,20 @@ def test_merged_weights_are_those_of_the_definition(tiny, precision):
         assert (expected - weight.double()).abs().max() > 0.1
 
 
+@pytest.mark.parametrize(
+    ("targets", "modules"),
+    [(("q_proj",), (".self_attn.",)), (("up_proj", "v_proj"), (".self_attn.", ".mlp."))],
+)
+def test_what_is_published_is_every_layer_beside_an_adapted_one(tiny, targets, modules):
+    model = student(tiny)
+    names = [name for name in values(model) if any(module in name for module in modules)]
+    adapters = Adapters(model, Lora(rank=4, targets=targets), seed=0)
+    fill(model)
+    merged, published = adapters.merged(values(model)), adapters.published(values(model))
+    assert sorted(published) == sorted(names)
+    assert all(torch.equal(weight, merged[name]) for name, weight in published.items())
+
+
 def test_what_is_exported_is_read_by_peft(tiny, tmp_path):
     from peft import PeftModel
 
