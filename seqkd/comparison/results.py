@@ -30,8 +30,9 @@ LABELS = {
     for name, label in ({name: summary.LABELS[name] for name in FIRST} | summary.LABELS).items()
     if name not in OF_TEACHER
 }
-INITIAL = "(before)"
-"""In place of a method: the students that the baseline's runs began with."""
+TEACHER, INITIAL = "(teacher)", "(before)"
+"""In place of a method, whose name has no brackets: the teacher of the baseline's runs, and the
+students that they began with."""
 
 ByMethod = dict[str, dict[str, Estimate]]
 """By method, by figure."""
@@ -103,7 +104,7 @@ def read(comparison: Comparison, entries: Sequence[Entry]) -> Result:
             if entry.method == comparison.against:
                 held.setdefault(INITIAL, {})[entry.seed] = found["initial"]
                 of_teacher = {of: main[name] for name, of in OF_TEACHER.items() if name in main}
-                held.setdefault("teacher", {})[entry.seed] = of_teacher
+                held.setdefault(TEACHER, {})[entry.seed] = of_teacher
     tables = [_tables("held-out prompts", held, LABELS, comparison)] if held else []
     tables += _evaluated(comparison, over, runs)
     return Result(comparison, entries, runs, tables, list(_problems(comparison, entries, runs)))
@@ -116,7 +117,7 @@ def _tables(
     comparison: Comparison,
 ) -> Tables:
     """``held``: by method, by seed, by figure."""
-    order = [m for m in ("teacher", INITIAL, *comparison.methods) if m in held]
+    order = [m for m in (TEACHER, INITIAL, *comparison.methods) if m in held]
     of_all = {figure for seeds in held.values() for of in seeds.values() for figure in of}
     known = {figure: label for figure, label in labels.items() if figure in of_all}
 
@@ -161,7 +162,7 @@ def _evaluated(
     for entry in over:
         for prompts, evaluation in runs[entry.method, entry.seed].evaluated.items():
             found, of = evaluation.per_prompt, sets.setdefault(prompts, {})
-            for name, method in (("teacher", "teacher"), ("initial", INITIAL)):
+            for name, method in (("teacher", TEACHER), ("initial", INITIAL)):
                 if entry.method == comparison.against and name in found:
                     of.setdefault(method, {})[entry.seed] = found[name]
             if "student" in found:

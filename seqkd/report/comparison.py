@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import quote
 
 from seqkd.comparison.plan import Entry
-from seqkd.comparison.results import FIRST, INITIAL, KINDS, Result, Tables
+from seqkd.comparison.results import FIRST, INITIAL, KINDS, TEACHER, Result, Tables
 from seqkd.comparison.statistics import Estimate
 from seqkd.config_run import Budget
 from seqkd.evaluation.divergence import Interval
@@ -26,7 +26,7 @@ from seqkd.report.svg import SERIES
 
 OF_EVALUATION = (*FIRST[:2], "rougeL", "bartscore_f", "length", "ended")
 """What is shown first of what scripts/evaluate.py has measured."""
-TEACHER = {figure: teacher for figure, teacher, *_ in tables.HEADLINES}
+OF_TEACHER = {figure: teacher for figure, teacher, *_ in tables.HEADLINES}
 """The teacher's figure beside the student's."""
 ARROWS = {"higher": "↑", "lower": "↓"}
 """Beside the first word of a verdict that there is a difference."""
@@ -184,7 +184,7 @@ def _figure(of: Tables, key: str, number: int, result: Result, known: dict[str, 
 
 def set_apart(of: Tables) -> list[str]:
     """Rows that are of no method."""
-    return [name for name in ("teacher", INITIAL) if name in of.figures]
+    return [name for name in (TEACHER, INITIAL) if name in of.figures]
 
 
 def _row(of: Tables, key: str, name: str, known: dict[str, Method]) -> Row:
@@ -192,7 +192,7 @@ def _row(of: Tables, key: str, name: str, known: dict[str, Method]) -> Row:
     difference = of.differences.get(name, {}).get(key)
     verdict = of.verdict(name, key) if difference else ""
     return Row(
-        {"teacher": "the teacher", INITIAL: "before training"}.get(name, name),
+        {TEACHER: "the teacher", INITIAL: "before training"}.get(name, name),
         known.get(name),
         found,
         words.signed(Interval(difference.mean, difference.low, difference.high))
@@ -204,7 +204,7 @@ def _row(of: Tables, key: str, name: str, known: dict[str, Method]) -> Row:
 
 
 def _teacher(of: Tables, key: str) -> float | None:
-    found = of.figures.get("teacher", {}).get(key)
+    found = of.figures.get(TEACHER, {}).get(key)
     return found.mean if found else None
 
 
@@ -235,7 +235,7 @@ def quality(result: Result, known: Sequence[Method]) -> Iterator[tuple[str, list
         for figure in FIRST:
             name = f"{figure}-{on}".replace("_", "-")
             title, unit = _titled(labels.get(figure, figure))
-            teacher = TEACHER.get(figure, "")
+            teacher = OF_TEACHER.get(figure, "")
             made = comparison_plots.against_cost(name, title, unit, figure, runs, on, teacher)
             panels += [made] if made else []
         if panels:

@@ -64,11 +64,16 @@ def test_a_comparison_that_is_stopped_goes_on_to_its_tables(tiny_config, tmp_pat
         assert run["state"] == "finished" and run["steps"] == len(costs)
         assert sum(costs[:-1]) < AMOUNT <= sum(costs) == run["sampled_tokens"]
     (held_out,) = found["tables"].values()
+    assert list(held_out["figures"]) == ["(teacher)", "(before)", "sequence", "teacher"]
     for method, at in (("(before)", "initial"), ("teacher", "main")):
         directory = runs / f"{'teacher' if method == 'teacher' else 'sequence'}-3"
         figures = json.loads((directory / "evaluation.json").read_text())["figures"][at]
-        for figure, of_run in figures.items():
-            assert held_out["figures"][method][figure]["mean"] == of_run["mean"]
+        of_teacher = {figure for figure in figures if figure.startswith("teacher_")}
+        assert of_teacher == {"teacher_length", "teacher_eos_rate"}
+        shown = held_out["figures"][method]
+        assert shown.keys() == figures.keys() - of_teacher
+        for figure in shown:
+            assert shown[figure]["mean"] == figures[figure]["mean"]
     assert "one seed: not tested" in done.stdout
     assert "methods" not in done.stderr
 

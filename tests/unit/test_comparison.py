@@ -195,10 +195,10 @@ def test_methods_are_compared_over_the_seeds_that_both_have(tmp_path):
     assert held_out.verdict("default", figure) == "one seed: not tested"
     baseline = json.loads((entries[0].directory / "evaluation.json").read_text())
     of_teacher = baseline["figures"]["main"]["teacher_length"]["mean"]
-    assert held_out.figures["teacher"][figure].of_seeds[0] == pytest.approx(of_teacher)
+    assert held_out.figures[results.TEACHER][figure].of_seeds[0] == pytest.approx(of_teacher)
     assert "sft" not in held_out.differences
     assert result.problems == ["default, seed 0: not begun.", "sft, seed 2: not begun."]
-    tested = held_out.differences.keys() - {"teacher", results.INITIAL, "default"}
+    tested = held_out.differences.keys() - {results.TEACHER, results.INITIAL, "default"}
     p = {m: held_out.differences[m][figure].p for m in tested}
     assert {m: held_out.adjusted[m][figure] for m in tested} == holm(p), "of those that are tested"
 

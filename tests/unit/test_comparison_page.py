@@ -117,12 +117,12 @@ def test_every_number_of_a_first_figure_is_that_of_the_tables(whole, title, key)
     of, shown = result.tables[0], figure_table(text, title)
     methods = [f"{i}. {m}" for i, m in enumerate(METHODS, 1)]
     assert list(shown) == [*methods, "the teacher", "before training"]
-    apart = {"the teacher": "teacher", "before training": results.INITIAL}
+    apart = {"the teacher": results.TEACHER, "before training": results.INITIAL}
     for head, (mean, seeds, difference) in shown.items():
         method = apart.get(head) or head.split(" ")[1]
         found = of.figures[method].get(key)
         if found is None:  # the teacher from itself
-            assert method == "teacher" and "kl" in key and not seeds + difference
+            assert method == results.TEACHER and "kl" in key and not seeds + difference
             continue
         assert mean == f"{found.mean:.3g} [{found.low:.3g}, {found.high:.3g}]"
         assert seeds == " ".join(f"{value:.3g}" for value in found.of_seeds)
