@@ -9,8 +9,9 @@ quickstart: setup
 	$(BIN)/python scripts/prepare_quickstart.py
 	$(BIN)/python scripts/quickstart.py
 
+# Two files at a time, each as a whole: half of a test is waiting for processes to start.
 test: lint browser
-	$(BIN)/python -m pytest --durations=20
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations=20
 
 lint: setup
 	$(BIN)/ruff check .
