@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -64,29 +65,33 @@ def local_head(environment: Mapping[str, str], *options: str) -> Iterator[Head]:
     token = [RAY, "get-auth-token", "--generate"]  # keeps the one that is there
     subprocess.run(token, env=environment, check=True, capture_output=True)
     cluster, jobs, client = free_ports(3)
-    command = [
-        *(RAY, "start", "--head", "--block", "--disable-usage-stats"),
-        *("--node-ip-address=127.0.0.1", f"--port={cluster}", f"--ray-client-server-port={client}"),
-        *("--dashboard-host=127.0.0.1", f"--dashboard-port={jobs}"),
-        # Ray's own choice for the agent that takes jobs is fixed: a second Ray would have none.
-        "--dashboard-agent-listen-port=0",
-        *options,
-    ]
-    process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    try:
-        printed = ""
-        for line in process.stdout or ():
-            printed += line
-            if "Ray runtime started" in line:
-                break
-        else:
-            sys.exit(f"error: ray start failed:\n{printed}")
-        yield Head(f"127.0.0.1:{cluster}", f"http://127.0.0.1:{jobs}")
-    finally:
-        process.terminate()
-        process.wait()
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as folder:  # sockets: a short path
+        command = [
+            *(RAY, "start", "--head", "--block", "--disable-usage-stats"),
+            *("--node-ip-address=127.0.0.1", f"--port={cluster}"),
+            *("--dashboard-host=127.0.0.1", f"--dashboard-port={jobs}"),
+            f"--ray-client-server-port={client}",
+            # Ray's own choice for the agent that takes jobs is fixed: a second Ray would have none.
+            "--dashboard-agent-listen-port=0",
+            # Where all share one, a job runs in the Ray of this machine that was started last.
+            f"--temp-dir={folder}",
+            *options,
+        ]
+        process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        try:
+            printed = ""
+            for line in process.stdout or ():
+                printed += line
+                if "Ray runtime started" in line:
+                    break
+            else:
+                sys.exit(f"error: ray start failed:\n{printed}")
+            yield Head(f"127.0.0.1:{cluster}", f"http://127.0.0.1:{jobs}")
+        finally:
+            process.terminate()
+            process.wait()
 
 
 def free_ports(number: int) -> list[int]:

@@ -264,7 +264,8 @@ def test_a_stopped_job_goes_on_where_it_was(head, environment, tiny_config, tmp_
     )  # fmt: skip
     until = time.monotonic() + TIMEOUT
     while not (run_of / "metrics.jsonl").exists() or len(metrics(run_of)) < 3:
-        assert job.poll() is None and time.monotonic() < until
+        assert job.poll() is None, job.stdout.read()
+        assert time.monotonic() < until
         time.sleep(0.1)
     stop = run([RAY, "job", "stop", "--address", head.jobs, "stopped"], environment)
     printed, _ = job.communicate(timeout=60)
@@ -333,3 +334,15 @@ def test_dry_run_lists_every_finding_and_starts_nothing(environment, tiny_config
     assert done.returncode == 0, done.stdout + done.stderr
     assert "findings: none" in done.stdout
     assert not (tmp_path / "other").exists()
+
+
+def test_a_job_runs_in_the_ray_that_it_was_submitted_to(head, environment):
+    """Ray itself would run it in the one of the machine that was started last."""
+    from quickstart import local_head
+
+    says = [sys.executable, "-c", "import os; print('in', os.environ['RAY_ADDRESS'])"]
+    with local_head(environment, "--num-cpus=1"):
+        done = run([RAY, "job", "submit", "--address", head.jobs, "--", *says], environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (said,) = [line for line in done.stdout.splitlines() if line.startswith("in ")]
+    assert said.rpartition(":")[2] == head.cluster.rpartition(":")[2]
