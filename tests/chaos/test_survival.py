@@ -70,10 +70,10 @@ def test_a_killed_driver_leaves_nothing_running_and_ctrl_c_saves(tiny_config, tm
     second = start(tiny_config, tmp_path, "--resume")
     others = reach(second, run, len(rows(run)) + 2)
     refused = start(tiny_config, tmp_path, "--resume")
-    assert "is that of a run that is under way" in refused.communicate(timeout=60)[0]
+    assert "is that of a run that is under way" in refused.communicate(timeout=180)[0]
     assert refused.returncode == 2
     os.killpg(second.pid, signal.SIGINT)
-    printed, _ = second.communicate(timeout=60)
+    printed, _ = second.communicate(timeout=180)
     assert second.returncode == 128 + signal.SIGINT, printed
     assert printed.splitlines()[-1] == "stopped: by SIGINT; go on with --resume"
     assert "Traceback" not in printed

@@ -46,7 +46,7 @@ def test_a_comparison_that_is_stopped_goes_on_to_its_tables(tiny_config, tmp_pat
         time.sleep(0.1)
     children = psutil.Process(first.pid).children(recursive=True)
     first.send_signal(signal.SIGTERM)
-    said, _ = first.communicate(timeout=120)
+    said, _ = first.communicate(timeout=180)
     assert first.returncode == 128 + signal.SIGTERM, said
     assert "stopped: by SIGTERM; the same command goes on" in said
     assert not [child for child in children if child.is_running()], "a run went on alone"
@@ -75,7 +75,7 @@ def test_a_comparison_that_is_stopped_goes_on_to_its_tables(tiny_config, tmp_pat
     assert "one seed: not tested" in done.stdout
     assert "methods" not in done.stderr
 
-    again = subprocess.run(command(file), cwd=ROOT, capture_output=True, text=True, timeout=100)
+    again = subprocess.run(command(file), cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert again.returncode == 0, again.stderr
     tables = [said.stdout.partition("mean over seeds")[2] for said in (again, done)]
     assert tables[0] and tables[0] == tables[1], "nothing is run twice"

@@ -268,7 +268,7 @@ def test_a_stopped_job_goes_on_where_it_was(head, environment, tiny_config, tmp_
         assert time.monotonic() < until
         time.sleep(0.1)
     stop = run([RAY, "job", "stop", "--address", head.jobs, "stopped"], environment)
-    printed, _ = job.communicate(timeout=60)
+    printed, _ = job.communicate(timeout=180)
     assert "stopped: by SIGTERM; go on with --resume" in printed, printed + stop.stdout
     (saved,) = (run_of / "checkpoints").iterdir()
     steps = len(metrics(run_of))
