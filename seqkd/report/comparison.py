@@ -26,7 +26,7 @@ from seqkd.report.svg import SERIES
 
 OF_EVALUATION = (*FIRST[:2], "rougeL", "bartscore_f", "length", "ended")
 """What is shown first of what scripts/evaluate.py has measured."""
-OF_TEACHER = {figure: teacher for figure, teacher, *_ in tables.HEADLINES}
+BESIDE = {figure: teacher for figure, teacher, *_ in tables.HEADLINES}
 """The teacher's figure beside the student's."""
 ARROWS = {"higher": "↑", "lower": "↓"}
 """Beside the first word of a verdict that there is a difference."""
@@ -235,7 +235,7 @@ def quality(result: Result, known: Sequence[Method]) -> Iterator[tuple[str, list
         for figure in FIRST:
             name = f"{figure}-{on}".replace("_", "-")
             title, unit = _titled(labels.get(figure, figure))
-            teacher = OF_TEACHER.get(figure, "")
+            teacher = BESIDE.get(figure, "")
             made = comparison_plots.against_cost(name, title, unit, figure, runs, on, teacher)
             panels += [made] if made else []
         if panels:
