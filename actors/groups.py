@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from actors.learner import RankPart
-from actors.pool import Calls, Failure, Pool, is_alive, reap
+from actors.pool import READING, Calls, Failure, Pool, is_alive, reap
 from seqkd.alarms import check_drawn
 from seqkd.batching import Layout, pack, partition
 from seqkd.control import Control
@@ -272,8 +272,8 @@ class LearnerGroup:
         return version
 
     def published_bytes(self, version: WeightVersion) -> Any:
-        """Reference to the published file in Ray's object store."""
-        return self.ranks[0].published_bytes.remote(version)
+        """Reference to the published file in Ray's object store, whatever the learner does."""
+        return self.ranks[0].published_bytes.options(concurrency_group=READING).remote(version)
 
     def export(self, directory: str) -> None:
         """See :class:`seqkd.protocols.Learner`."""

@@ -20,6 +20,8 @@ REAPING_S = 60.0
 """Longest wait for the nodes of a cluster to end their processes."""
 HEALTH = "health"
 """Concurrency group of the heartbeat: a thread that answers while the actor is at work."""
+READING = "reading"
+"""That of reading what the actor has published, likewise."""
 
 
 def remote(cls: type) -> Any:
@@ -27,7 +29,7 @@ def remote(cls: type) -> Any:
     import ray
 
     watched: Any = ray.remote
-    return watched(concurrency_groups={HEALTH: 1})(cls)
+    return watched(concurrency_groups={HEALTH: 1, READING: 1})(cls)
 
 
 @dataclass(frozen=True)

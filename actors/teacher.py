@@ -45,7 +45,7 @@ class TeacherActor:
 
     def _score(self, rollout: Rollout, states: Tensor) -> TeacherScore:
         if self.head is None:
-            return TeacherScore(rollout.sample_id, hidden=states.clone())
+            return TeacherScore(rollout.sample_id, hidden=states)
         device = self.head.weight.device
         targets = torch.tensor(rollout.completion_ids, device=device)
         logprobs, *top = self.head.logprobs(states.to(device), targets, self.top_k)

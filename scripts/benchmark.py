@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from quickstart import ENVIRONMENT, local_head
@@ -17,6 +18,7 @@ from train import quiet
 
 from actors.benchmark.rows import Row, table
 from seqkd import config as configuration
+from seqkd.config_schema import Precision
 from seqkd.errors import ConfigError, reported, writing
 
 CONFIG = "configs/benchmark.yaml"
@@ -60,15 +62,19 @@ def measure(sections: tuple[str, ...] | list[str], args: argparse.Namespace) -> 
     config = configuration.load(file)
 
     def overlap() -> list[Row]:
-        with local_head(ENVIRONMENT, "--num-cpus=3") as head:
-            return runs.overlap(file, repeat, head.cluster, ENVIRONMENT)
+        with three_slots() as cluster:
+            return runs.overlap(file, repeat, cluster, ENVIRONMENT)
+
+    def trl(precision: Precision) -> list[Row]:
+        with three_slots() as cluster:
+            return runs.end_to_end(file, config, repeat, precision, cluster, ENVIRONMENT)
 
     work: dict[str, Callable[[], Iterable[Row]]] = {
         "stages": lambda: stages.measure(config, repeat),
         "objectives": lambda: objectives.measure(repeat),
         "steps": lambda: runs.outside(file, repeat),
-        "trl": lambda: runs.end_to_end(file, config, repeat, best=False),
-        "trl-bf16": lambda: runs.end_to_end(file, config, repeat, best=True),
+        "trl": lambda: trl("float32"),
+        "trl-bf16": lambda: trl("bfloat16"),
         "growth": lambda: runs.growth(file, config, repeat),
         "overlap": overlap,
         "driver": lambda: [*runs.driver(1000), traffic.measure(repeat)],
@@ -85,6 +91,13 @@ def measure(sections: tuple[str, ...] | list[str], args: argparse.Namespace) -> 
     print(table(rows))
     print(f"\n{args.out}")
     return 0
+
+
+@contextmanager
+def three_slots() -> Iterator[str]:
+    """A cluster in which each of three roles has a place, whatever the machine has."""
+    with local_head(ENVIRONMENT, "--num-cpus=3") as head:
+        yield head.cluster
 
 
 def on_gpu(repeat: int) -> Iterator[Row]:

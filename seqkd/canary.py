@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -47,12 +47,25 @@ class Held(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Asked:
+    """What engines and teachers said of the known text, for the learner to read."""
+
+    version: int
+    """Of the weights that the engines were to have."""
+    engines: list[list[float]]
+    """Log-probs, a list for every engine; none where they were not to have them."""
+    scores: Mapping[str, Scores]
+    """By the teacher's name."""
+
+
+@dataclass(frozen=True)
 class Answers:
     """[T] log-probs of the known text's tokens."""
 
     learner: Tensor
+    drawer: Tensor
+    """The learner's, with the weights that the engines were to have."""
     engines: list[Tensor]
-    """One for every engine; none where they are not to have today's weights."""
     teachers: dict[str, list[Tensor]]
     """By name, one for every actor."""
 
@@ -70,18 +83,40 @@ class Canary:
             name: answers(checked, f"canary/{name}", self._actors(name)) for name in self.teachers
         }
         self.own = next(iter(self.texts.values()), []) or answers(checked, "canary", 1)
-        self.first: dict[str, list[float]] = {}
-        """Each teacher's first answer, by name: a run that goes on is given those it began with."""
+        self.begin({})
+
+    def begin(self, first: dict[str, list[float]]) -> None:
+        """Anew, with another learner; ``first`` has each teacher's first answer, by name, and is
+        kept up to date."""
+        self.first = first
         self.learner: Tensor | None = None
         self.held: list[Held] = []
+        self.said: dict[int, Tensor] = {}
+        """The learner's answers by version, of those that engines may be asked with."""
 
-    def check(self, stepped: bool) -> None:
-        """LearningFault, a line for each fault found; to be called where the student's engines
-        have taken in the learner's weights. ``stepped``: since the last call an optimizer step was
-        taken that :func:`must_move` the weights."""
-        found = self._unscored(scores := self._scores())
+    def ask(self, version: int) -> Asked:
+        """Engines and teachers, whatever the learner does meanwhile; engines only where they have
+        ``version`` of its weights."""
+        student, text = self.workers.student, self.own[0]
+        engines = []
+        if self.engines and student.policy_version == version:
+            engines = student.score([*text.prompt_ids, *text.completion_ids])
+        scores = {name: self.teachers[name].score(texts) for name, texts in self.texts.items()}
+        return Asked(version, engines, scores)
+
+    def hold(self) -> None:
+        """What the learner says with today's weights, where engines are asked with them and
+        :meth:`check` is called only after its next step."""
+        version = self.workers.learner.policy_version
+        if version not in self.said:
+            self.said[version] = self._learner()
+
+    def check(self, asked: Asked, stepped: bool) -> None:
+        """LearningFault, a line for each fault found. ``stepped``: since the last call an optimizer
+        step was taken that :func:`must_move` the weights."""
+        found = self._unscored(asked.scores)
         if not found:
-            now = self._ask(scores)
+            now = self._answers(asked)
             found = self._not_numbers(now) or [
                 *self._frozen(now.learner, stepped),
                 *self._engines(now),
@@ -93,29 +128,29 @@ class Canary:
 
     def check_learner(self) -> None:
         """LearningFault where the learner gives the known text what is no number."""
-        measured = self.workers.learner.measure(self.own[:1], {})
-        logprobs = torch.tensor(measured[self.own[0].sample_id]["student_logprob"])
-        if found := self._not_numbers(Answers(logprobs, [], {})):
+        logprobs = self._learner()
+        if found := self._not_numbers(Answers(logprobs, logprobs, [], {})):
             raise LearningFault("\n".join(found))
 
-    def _scores(self) -> dict[str, Scores]:
-        return {name: self.teachers[name].score(texts) for name, texts in self.texts.items()}
+    def _learner(self) -> Tensor:
+        measured = self.workers.learner.measure(self.own[:1], {})
+        return torch.tensor(measured[self.own[0].sample_id]["student_logprob"])
 
-    def _ask(self, scores: dict[str, Scores]) -> Answers:
+    def _answers(self, asked: Asked) -> Answers:
         texts = [text for of in self.texts.values() for text in of] or self.own
-        every = {i: score for of in scores.values() for i, score in of.items()}
+        every = {i: score for of in asked.scores.values() for i, score in of.items()}
         measured = self.workers.learner.measure(texts, every)
 
         def of(text: Rollout, stat: str) -> Tensor:
             return torch.tensor(measured[text.sample_id][stat])
 
-        student, learner, text = self.workers.student, self.workers.learner, self.own[0]
-        engines = []
-        if self.engines and student.policy_version == learner.policy_version:
-            engines = student.score([*text.prompt_ids, *text.completion_ids])
+        text, before = self.own[0], self.said
+        self.said = {self.workers.learner.policy_version: of(text, "student_logprob")}
+        (learner,) = self.said.values()
         return Answers(
-            of(text, "student_logprob"),
-            [torch.tensor(e[-len(text.completion_ids) :]) for e in engines],
+            learner,
+            (before | self.said)[asked.version],
+            [torch.tensor(e[-len(text.completion_ids) :]) for e in asked.engines],
             {n: [of(t, "teacher_logprob") for t in texts] for n, texts in self.texts.items()},
         )
 
@@ -124,11 +159,11 @@ class Canary:
         if now.engines:
             before: Sequence[Held | None] = self.held or [None] * len(now.engines)
             self.held = [
-                held if held and torch.equal(held.engine, engine) else Held(engine, now.learner)
+                held if held and torch.equal(held.engine, engine) else Held(engine, now.drawer)
                 for held, engine in zip(before, now.engines, strict=True)
             ]
 
-    def _unscored(self, scores: dict[str, Scores]) -> list[str]:
+    def _unscored(self, scores: Mapping[str, Scores]) -> list[str]:
         return [
             f"canary: {self._called(name)} gave tokens of a known text no log-prob. Its scores are "
             f"lost on the way. {GO_ON}; see its log with --verbose."
@@ -165,9 +200,9 @@ class Canary:
         most = tolerance(self.config.rollout.precision, self.config.learner.precision)
         found = []
         for index, engine in enumerate(now.engines):
-            gap = distance(engine, now.learner)
-            fault = self._lost(engine, now.learner) if gap > most else None
-            fault = fault or self._stale(engine, now.learner, index)
+            gap = distance(engine, now.drawer)
+            fault = self._lost(engine, now.drawer) if gap > most else None
+            fault = fault or self._stale(engine, now.drawer, index)
             fault = fault or (self._differs(gap, most) if gap > most else None)
             if fault:
                 found.append(f"canary: rollout engine {index} {fault}")

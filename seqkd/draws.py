@@ -3,10 +3,11 @@ completions and scores. Where it is allowed, the next one is drawn while the lea
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from types import TracebackType
 
+from seqkd.canary import Asked
 from seqkd.checkpoint import Checkpoints
 from seqkd.config import Phase
 from seqkd.config_schema import SamplerName
@@ -14,10 +15,15 @@ from seqkd.data import PromptStream
 from seqkd.metrics import Clock
 from seqkd.sources import Drawn, StepSource
 from seqkd.types import Prompt
+from seqkd.watch import Watch
 from seqkd.workers import Workers
 
 Batches = dict[SamplerName, list[list[Prompt]]]
 """By sampler, a list of prompts for every step that learns from one draw."""
+
+
+Draw = tuple[list[Drawn], Asked | None]
+"""For every source; and what was then asked of the known text."""
 
 
 def prompts_of(
@@ -45,10 +51,11 @@ class Draws:
         prompts: Iterator[Batches],
         workers: Workers,
         checkpoints: Checkpoints,
+        watch: Watch,
     ) -> None:
         self.sources, self.prompts = sources, prompts
-        self.workers, self.checkpoints = workers, checkpoints
-        self.under_way: Future[tuple[list[Drawn], Clock]] | None = None
+        self.workers, self.checkpoints, self.watch = workers, checkpoints, watch
+        self.under_way: Future[tuple[Draw, Clock]] | None = None
         self.thread = ThreadPoolExecutor(1)
 
     def __enter__(self) -> Draws:
@@ -62,37 +69,37 @@ class Draws:
     ) -> None:
         self.thread.shutdown()
 
-    def begin(self, step: int) -> None:
-        """Draw what ``step`` and those after it learn from, with the weights that the student's
-        sampler has, beside whatever else is done."""
-        batches = self._next()
+    def begin(self, step: int, clock: Clock) -> None:
+        """Draw what ``step`` and those after it learn from, with the learner's weights as they are
+        now, beside whatever it does next."""
+        with clock("watch"):
+            self.watch.ahead(step)
+        draw = self._next(step, clock)
 
-        def draw() -> tuple[list[Drawn], Clock]:
-            clock = Clock()
-            drawn = self._draw(batches, step, clock)
-            clock.stop()
-            return drawn, clock
+        def timed() -> tuple[Draw, Clock]:
+            beside = Clock()
+            drawn = draw(beside)
+            beside.stop()
+            return drawn, beside
 
-        self.under_way = self.thread.submit(draw)
+        self.under_way = self.thread.submit(timed)
 
     def wait(self) -> None:
         """Until nothing is under way; before that no one else may ask the samplers or teachers."""
         if self.under_way is not None:
             wait([self.under_way])
 
-    def take(self, step: int, clock: Clock) -> None:
-        """Give every source what was begun, or what is drawn now; and the student's sampler the
-        learner's weights."""
-        if any(source.asks_student for source in self.sources):
-            with clock("sync"):
-                self.workers.sync()
+    def take(self, step: int, clock: Clock) -> Asked | None:
+        """Give every source what was begun, or what is drawn now; and what was then asked of the
+        known text."""
         if self.under_way is None:
-            drawn = self._draw(self._next(), step, clock)
+            drawn, asked = self._next(step, clock)(clock)
         else:
-            drawn, of = self.under_way.result()
-            clock.ahead, self.under_way = of.total(), None
+            (drawn, asked), beside = self.under_way.result()
+            clock.ahead, self.under_way = beside.total(), None
         for source, given in zip(self.sources, drawn, strict=True):
             source.drawn = given
+        return asked
 
     @property
     def steps_left(self) -> int:
@@ -103,9 +110,21 @@ class Draws:
         """All of them are taken."""
         self.checkpoints.unlearnt.pop(0)
 
-    def _next(self) -> Batches:
+    def _next(self, step: int, clock: Clock) -> Callable[[Clock], Draw]:
+        """The next draw. What it needs of the learner is done; the rest may be done beside it."""
         self.checkpoints.unlearnt.append(self.checkpoints.place())
-        return next(self.prompts)
+        batches, version = next(self.prompts), self.workers.learner.policy_version
+        weights = None
+        if any(source.asks_student for source in self.sources):
+            with clock("sync"):
+                weights = self.workers.publish()
 
-    def _draw(self, batches: Batches, step: int, clock: Clock) -> list[Drawn]:
-        return [source.draw(batches[source.sampler], step, clock) for source in self.sources]
+        def draw(clock: Clock) -> Draw:
+            if weights:
+                with clock("sync"):
+                    self.workers.student.load(weights)
+            drawn = [s.draw(batches[s.sampler], step, clock) for s in self.sources]
+            with clock("watch"):
+                return drawn, self.watch.ask(step, version)
+
+        return draw

@@ -74,7 +74,7 @@ def train(
         for sampler in phase.by_sampler
     ]
     progress.running = {source.sampler: source.running for source in sources}
-    with Draws(sources, prompts, run.workers, run.checkpoints) as draws:
+    with Draws(sources, prompts, run.workers, run.checkpoints, run.watch) as draws:
         for index in range(done, phase.steps):
             clock = Clock()
             steps = expected_steps(config, phase, index, progress.spent)
@@ -90,12 +90,12 @@ def train(
                 run.control.check()
                 if run.checkpoints.due(progress):
                     save(run, progress)
-                draws.take(progress.step, clock)
+                asked = draws.take(progress.step, clock)
                 with clock("watch"):
-                    run.watch.drawn(progress.step)
+                    run.watch.drawn(progress.step, asked)
                 following = draws.steps_left
                 if config.draws_ahead(phase) and index + following < steps:
-                    draws.begin(progress.step + following)
+                    draws.begin(progress.step + following, clock)
             steps = max(steps, index + 1)  # what is drawn is learnt from, whatever it cost
             version = learner.policy_version
             parts = [source.part(clock) for source in sources]

@@ -255,7 +255,9 @@ def _gradients(
     of_bias = (
         torch.zeros_like(bias, dtype=torch.float32) if needed[2] and bias is not None else None
     )
-    for rows in order if names else ():
+
+    def add(rows: Rows) -> None:
+        """One chunk's; a function, so that nothing of it is held when the next one is formed."""
         here = hidden[rows].detach()
         with torch.enable_grad():
             raw = work.head.raw(here).detach().requires_grad_()
@@ -268,7 +270,10 @@ def _gradients(
         if of_weight is not None:
             _add_product(of_weight, d_raw.T, here.to(weight.dtype))
         if of_bias is not None:
-            of_bias += d_raw.sum(0, dtype=torch.float32)
+            of_bias.add_(d_raw.sum(0, dtype=torch.float32))
+
+    for rows in order if names else ():
+        add(rows)
     return (
         of_hidden,
         None if of_weight is None else of_weight.to(weight.dtype),
@@ -345,7 +350,9 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, slope, *_):  # type: ignore[no-untyped-def]
-        return (*(None if g is None else g * slope for g in ctx.gradients), None, None, None)
+        assert ctx.gradients, "a second backward pass: the first one has scaled the gradients"
+        gradients, ctx.gradients = ctx.gradients, None
+        return (*(None if g is None else g.mul_(slope) for g in gradients), None, None, None)
 
 
 def _slopes(
@@ -414,9 +421,9 @@ def _statistics(
         divergence = DIVERGENCES[of.kind](*pair(of.temperature), *options)
         return divergence * of.temperature**2
 
-    values = {name: value(name) for name in learnt}
-    with torch.no_grad():
-        return values | {name: value(name) for name in watched}
+    with torch.no_grad():  # first, when nothing is kept for the backward pass yet
+        seen = {name: value(name) for name in watched}
+    return {name: value(name) for name in learnt} | seen
 
 
 def _gather(logprobs: Tensor, targets: Tensor) -> Tensor:

@@ -7,11 +7,17 @@ V vocabulary. Log-probabilities are natural logarithms; divergences are in nats.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+import torch
 from torch import Tensor
+
+# torch has no read-only tensors, and says so whenever one is read in place (see Shipped).
+warnings.filterwarnings("ignore", message="The given (NumPy array|buffer) is not writable")
 
 Source = Literal["student", "teacher", "dataset", "corpus"]
 
@@ -89,8 +95,39 @@ def rollout_from(values: Mapping[str, Any]) -> Rollout:
     return Rollout(**{**values, **tuples})
 
 
+class Shipped:
+    """A record whose tensors are pickled as arrays: their memory then goes beside the pickle
+    (protocol 5), so that Ray copies it once, into its object store, and a process on the same node
+    reads it there. There it is read-only: to write to such a tensor ends the process."""
+
+    __slots__ = ()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        values = (getattr(self, f.name) for f in fields(self))  # type: ignore[arg-type]
+        return _arrived, (type(self), *(_sent(v) if isinstance(v, Tensor) else v for v in values))
+
+
+class _Sent(NamedTuple):
+    bytes: np.ndarray
+    dtype: torch.dtype
+    shape: torch.Size
+
+
+def _sent(tensor: Tensor) -> _Sent:
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    return _Sent(flat.view(torch.uint8).numpy(), tensor.dtype, tensor.shape)
+
+
+def _arrived(kind: type, *values: Any) -> Any:
+    return kind(*(_tensor(v) if isinstance(v, _Sent) else v for v in values))
+
+
+def _tensor(sent: _Sent) -> Tensor:
+    return torch.from_numpy(sent.bytes).view(sent.dtype).view(sent.shape)
+
+
 @dataclass(frozen=True, slots=True)
-class TeacherScore:
+class TeacherScore(Shipped):
     """What a teacher says about one rollout: ``hidden``, or ``logprobs``, with or without the two
     ``top`` fields."""
 
@@ -110,7 +147,7 @@ class TeacherScore:
 
 
 @dataclass(frozen=True, slots=True)
-class TrainBatch:
+class TrainBatch(Shipped):
     """One micro-batch of one learner rank. The samples of a prompt are never split."""
 
     input_ids: Tensor

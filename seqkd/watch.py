@@ -12,7 +12,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from seqkd.alarms import StepAlarms, check_counts, check_trained
-from seqkd.canary import Canary, must_move
+from seqkd.canary import Asked, Canary, must_move
 from seqkd.errors import writing
 from seqkd.journal import Journal
 from seqkd.protocols import Part
@@ -43,15 +43,24 @@ class Watch:
         gave the known text the log-probs ``first``, which is kept up to date."""
         self.steps.begin()
         self.steps.replay(rows)
-        self.canary.first = first
-        self.canary.learner, self.canary.held = None, []
+        self.canary.begin(first)
         self.moved, self.checked = False, -self.every
 
-    def drawn(self, step: int) -> None:
-        """After the student's engines have taken in the learner's weights, before a step. What the
-        teachers wrote so far is then known to be theirs."""
-        if self.every and step - self.checked >= self.every:
-            self.canary.check(self.moved)
+    def ahead(self, step: int) -> None:
+        """Before the draw for ``step`` is begun beside the steps before it."""
+        if self._due(step):
+            self.canary.hold()
+
+    def ask(self, step: int, version: int) -> Asked | None:
+        """At the end of the draw for ``step``, whose engines were to have ``version`` of the
+        learner's weights: the known text, where it is due."""
+        return self.canary.ask(version) if self._due(step) else None
+
+    def drawn(self, step: int, asked: Asked | None) -> None:
+        """Before ``step`` learns from a draw at whose end that was ``asked``. What the teachers
+        wrote so far is then known to be theirs."""
+        if asked is not None:
+            self.canary.check(asked, self.moved)
             self.moved, self.checked = False, step
             for journal in self.journals:
                 journal.settle()
@@ -79,6 +88,9 @@ class Watch:
         """After its metrics are known."""
         for warning in self.steps.check(row):
             self.say(f"warning: {warning}")
+
+    def _due(self, step: int) -> bool:
+        return bool(self.every) and step - self.checked >= self.every
 
     def _keep(self, step: int, parts: Sequence[Part]) -> None:
         folder = self.directory / f"step-{step:08d}"

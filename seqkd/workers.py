@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from seqkd.protocols import Learner, Sampler, StudentSampler, Teacher
 from seqkd.several import SeveralSamplers, SeveralTeachers
+from seqkd.types import WeightVersion
 
 
 @dataclass
@@ -40,7 +41,13 @@ class Workers:
         """What was asked of the teachers' endpoints so far, for text and for scores."""
         return dict(Counter(self.teacher_sampler.usage()) + Counter(self.teacher.usage()))
 
+    def publish(self) -> WeightVersion | None:
+        """The learner's weights for the student's sampler to load; None where it has them."""
+        if self.student.policy_version == self.learner.policy_version:
+            return None
+        return self.learner.publish()
+
     def sync(self) -> None:
-        """Bring the student's sampler to the learner's weights; nothing to do where it has them."""
-        if self.student.policy_version != self.learner.policy_version:
-            self.student.load(self.learner.publish())
+        """Bring the student's sampler to the learner's weights."""
+        if version := self.publish():
+            self.student.load(version)

@@ -23,6 +23,7 @@ from actors.placement import PROCESS
 from seqkd import preflight
 from seqkd.config import Config
 from seqkd.config_roles import HfTeacher, VllmTeacher
+from seqkd.config_schema import Precision
 from seqkd.data import PromptStream
 from seqkd.errors import ActorError
 from seqkd.metrics import STAGES
@@ -30,6 +31,7 @@ from seqkd.models import expand, materialise_student
 
 ROOT = Path(__file__).resolve().parents[2]
 GIB = 2**30
+ONE_CORE = [f"{role}.cpus=1" for role in ("rollout", "teacher", "learner")]
 
 
 @dataclass
@@ -46,8 +48,9 @@ class Finished:
     """Steps that were taken, and GiB of the driver, over time."""
 
     def later(self, *stages: str) -> list[float]:
-        """Seconds in ``stages`` of every step but the first, which also compiles and allocates."""
-        return [sum(row[f"time_{stage}_s"] for stage in stages) for row in self.steps[1:]]
+        """Seconds in ``stages`` of every step but the first, which also compiles and allocates, and
+        the last, beside which nothing is drawn."""
+        return [sum(row[f"time_{stage}_s"] for stage in stages) for row in self.steps[1:-1]]
 
 
 def run(
@@ -103,34 +106,34 @@ def _watched(pid: int, metrics: Path, finished: Finished, begun: float) -> Itera
         thread.join()
 
 
-def end_to_end(file: str, config: Config, repetitions: int, best: bool) -> list[Row]:
-    """Our steps and TRL's, run by turns on the same models, prompts, lengths and divergence; in
-    float32, or with ``best`` each in bfloat16."""
-    name = "bfloat16" if best else "float32"
-    steps = Row(
-        "end to end",
-        f"a step, {name}",
-        "s",
-        "TRL's DistillationTrainer",
-        1 / (2.5 if best else 1.6),
-    )
-    learner = Row("end to end", f"memory of the learner, {name}", "GiB", "TRL's process", 1.0)
-    every = Row("end to end", f"memory of all processes, {name}", "GiB", "TRL's process")
-    overrides = [f"{role}.precision=bfloat16" for role in ("learner", "rollout", "teacher") if best]
+def end_to_end(
+    file: str, config: Config, repetitions: int, precision: Precision,
+    cluster: str, environment: Mapping[str, str],
+) -> list[Row]:  # fmt: skip
+    """Our steps and TRL's, run by turns on the same models, prompts, lengths and divergence; and
+    steps that draw the next one meanwhile. ``cluster`` as in :func:`overlap`."""
+    against = "TRL's DistillationTrainer"
+    steps = Row("end to end", f"a step, {precision}", "s", against, 1 / 1.6)
+    ahead = Row("end to end", f"a step that draws ahead, {precision}", "s", against, 1 / 2.5)
+    learner = Row("end to end", f"memory of the learner, {precision}", "GiB", "TRL's process", 1.0)
+    every = Row("end to end", f"memory of all processes, {precision}", "GiB", "TRL's process")
+    ours = [f"{role}.precision={precision}" for role in ("learner", "rollout", "teacher")]
+    beside = [*ours, *ONE_CORE, "rollout.max_staleness=1", "placement=split", f"cluster={cluster}"]
     with tempfile.TemporaryDirectory() as folder:
         student = materialise_student(config.student, "float32", Path(folder) / "student")
-        spec = _trl_spec(config, student, folder, best)
+        spec = _trl_spec(config, student, folder, precision)
         for _ in range(repetitions):
-            ours, theirs = run(file, overrides), _trl(spec, folder)
-            seconds = median(row["seconds"] for row in theirs[1:])
-            steps.add(median(ours.later("step")), seconds)
+            strict, theirs = run(file, ours), _trl(spec, folder)
+            seconds = [row["seconds"] for row in theirs[1:-1]]
+            steps.pairs(strict.later("step"), seconds)
+            ahead.pairs(run(file, beside, environment).later("step"), seconds)
             peak = max(row["peak_gib"] for row in theirs)
-            learner.add(ours.peak["learner 0"], peak)
-            every.add(sum(ours.peak.values()), peak)
-    return [steps, learner, every]
+            learner.add(strict.peak["learner 0"], peak)
+            every.add(sum(strict.peak.values()), peak)
+    return [steps, ahead, learner, every]
 
 
-def _trl_spec(config: Config, student: str, folder: str, bf16: bool) -> dict[str, Any]:
+def _trl_spec(config: Config, student: str, folder: str, precision: Precision) -> dict[str, Any]:
     assert isinstance(config.teacher, VllmTeacher | HfTeacher)
     checked = preflight.check(config)
     prompts = PromptStream(checked.train, config.seed).take(config.prompts_per_step * config.steps)
@@ -142,7 +145,7 @@ def _trl_spec(config: Config, student: str, folder: str, bf16: bool) -> dict[str
         "steps": config.steps,
         "tokens": config.rollout.max_tokens,
         "lr": config.learner.lr,
-        "bf16": bf16,
+        "bf16": precision == "bfloat16",
         "threads": config.learner.cpus,
         "directory": f"{folder}/trl",
     }
@@ -169,7 +172,7 @@ def outside(file: str, repetitions: int) -> list[Row]:
     first = Row("start-up", "to the end of the first step", "s", "a later step")
     for _ in range(repetitions):
         finished = run(file, [])
-        for row in finished.steps[1:]:
+        for row in finished.steps[1:-1]:
             stages = sum(row[f"time_{stage}_s"] for stage in STAGES)
             rest.add(row["time_step_s"] - stages, row["time_step_s"])
             checks.add(row["time_watch_s"], row["time_step_s"])
@@ -190,11 +193,11 @@ def growth(file: str, config: Config, repetitions: int) -> list[Row]:
     }
     ranks = Row("growth", "learning, two ranks of one core each", "s", "one")
     engines = Row("growth", "sampling, two engines of one core each", "s", "one")
-    cores = ["steps=6", "learner.cpus=1", "rollout.cpus=1"]
+    cores = ["learner.cpus=1", "rollout.cpus=1"]
     for _ in range(repetitions):
-        once = run(file, ["steps=6"])
+        once = run(file, [])
         for what, override in doubled.items():
-            rows[what].pairs(run(file, ["steps=6", override]).later("step"), once.later("step"))
+            rows[what].pairs(run(file, [override]).later("step"), once.later("step"))
         one, two = run(file, cores), run(file, [*cores, "learner.ranks=2", "rollout.actors=2"])
         ranks.pairs(two.later("learn"), one.later("learn"))
         engines.pairs(two.later("sample"), one.later("sample"))
@@ -208,8 +211,7 @@ def overlap(file: str, repetitions: int, cluster: str, environment: Mapping[str,
     step = Row("overlap", "a step with rollout.max_staleness 1", "s", "the slower side alone", 1.15)
     draw = Row("overlap", "a draw of 8 waves with placement split", "s", "sampling, then scoring")
     floor = Row("overlap", "the same", "s", "the slower of the two alone")
-    cores = ["steps=6", *(f"{role}.cpus=1" for role in ("rollout", "teacher", "learner"))]
-    split = [*cores, "placement=split", f"cluster={cluster}"]
+    split = [*ONE_CORE, "placement=split", f"cluster={cluster}"]
     # Two sequences at a time, and as many scored at once.
     waves = ["rollout.max_num_seqs=2", "teacher.batch_tokens=320"]
     for _ in range(repetitions):
@@ -217,7 +219,7 @@ def overlap(file: str, repetitions: int, cluster: str, environment: Mapping[str,
         ahead = run(file, [*split, "rollout.max_staleness=1"], environment)
         slower = map(max, turns.later("sample", "score"), turns.later("learn"))
         step.pairs(ahead.later("step"), slower)
-        alone, beside = run(file, [*cores, *waves]), run(file, [*split, *waves], environment)
+        alone, beside = run(file, [*ONE_CORE, *waves]), run(file, [*split, *waves], environment)
         took = beside.later("sample", "score")
         draw.pairs(took, alone.later("sample", "score"))
         floor.pairs(took, map(max, alone.later("sample"), alone.later("score")))

@@ -183,6 +183,7 @@ def stages(plan: Plan) -> Stages:
         "products": (2 * teacher.body * work.fed + teacher.attended(work.fed, seen))
         / (plan.scorers * chip.products * chip.read)
     }
+    moved = weights * chip.number / chip.moved
     passes = 4 if plan.recomputed else 3
     body = 2 * student.body * work.fed + student.attended(work.fed, seen)
     heads = 2 * work.learnt * (3 * student.head + teacher.head)
@@ -198,7 +199,7 @@ def stages(plan: Plan) -> Stages:
         sample=sampling,
         score=scoring,
         driver={"teacher's states": work.learnt * teacher.width * chip.number / chip.driver},
-        sync={"weights": weights * chip.number / chip.moved},
+        sync={"publishing": moved, "loading": moved},
         learn=learning,
     )
 
@@ -226,7 +227,7 @@ class Schedule:
     beside: float
     """Scoring beside sampling (placement: split)."""
     ahead: float
-    """And both beside learning (rollout.max_staleness: 1)."""
+    """And both, with what engines load before, beside learning (rollout.max_staleness: 1)."""
     overlapped: float
     """Share of scoring that the second hides behind sampling."""
 
@@ -248,7 +249,7 @@ def schedule(plan: Plan) -> Schedule:
     return Schedule(
         turns=sample + score + driver + sync + learn,
         beside=end + sync + learn,
-        ahead=max(end, learn) + sync,
+        ahead=of.sync["publishing"] + max(of.sync["loading"] + end, learn),
         overlapped=(sample + score + driver - end) / (score + driver),
     )
 

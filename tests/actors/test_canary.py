@@ -149,7 +149,7 @@ class Run:
         clock, version = Clock(), self.workers.learner.policy_version
         self.workers.sync()
         self.source.drawn = self.source.draw([self.prompts], self.number, clock)
-        self.canary.check(self.stepped)
+        self.canary.check(self.canary.ask(version), self.stepped)
         part = self.source.part(clock)
         result = self.workers.learner.step([part], 1e-3)
         self.stepped = must_move(1e-3, result.grad_norm)

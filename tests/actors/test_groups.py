@@ -192,6 +192,14 @@ def test_a_failure_does_not_wait_for_the_one_that_hangs(learner):
         ask(learner, "hang", "refuse")
 
 
+def test_what_it_published_is_read_while_it_is_at_work(learner, tmp_path):
+    """An engine on another node loads while the next step is taken."""
+    (tmp_path / "weights").write_bytes(b"weights")
+    learner.ranks[0].hang.remote()
+    version = WeightVersion(1, str(tmp_path / "weights"), "here", {})
+    assert ray.get(learner.published_bytes(version), timeout=60) == b"weights"
+
+
 def test_a_death_is_named_before_what_the_others_saw_of_it(learner):
     with pytest.raises(LearnerLost, match="learner step died") as caught:
         ask(learner, "fail", "die")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from pathlib import Path
 
 from seqkd.errors import ModelError
 
@@ -69,6 +70,9 @@ class Rank(Worker):
 
     def save(self, directory):
         return getattr(self, directory)()
+
+    def published_bytes(self, version):
+        return Path(version.path).read_bytes()
 
 
 class Loading(Worker):

@@ -81,16 +81,19 @@ def test_seats_are_filled_in_order():
     assert two[0, 2] == lengths[0, :2].min() + lengths[0, 2]
 
 
-def test_what_overlaps_takes_no_less_than_its_slower_side():
-    of, laid = stages(PLAN), schedule(PLAN)
+@pytest.mark.parametrize("plan", [PLAN, replace(PLAN, chip=replace(PLAN.chip, learn=0.001))])
+def test_what_overlaps_takes_no_less_than_its_slower_side(plan):
+    of, laid = stages(plan), schedule(plan)
     sample, score, driver, sync, learn = (of.seconds(name) for name in NAMES)
     assert laid.turns == pytest.approx(sample + score + driver + sync + learn)
     drawn = laid.beside - sync - learn
     assert max(sample, score + driver) <= drawn <= sample + score + driver
-    assert laid.ahead == pytest.approx(max(drawn, learn) + sync)
+    loaded = of.sync["loading"] + drawn
+    assert (loaded > learn) == (plan is PLAN)
+    assert laid.ahead == pytest.approx(of.sync["publishing"] + max(loaded, learn))
     hidden = (sample + score + driver - drawn) / (score + driver)
     assert laid.overlapped == pytest.approx(hidden)
-    at_the_end = schedule(replace(PLAN, batch_tokens=10**9))
+    at_the_end = schedule(replace(plan, batch_tokens=10**9))
     assert at_the_end.overlapped == pytest.approx(0, abs=1e-9)
 
 

@@ -92,37 +92,76 @@ class World:
         self.workers.student.policy_version += 1
         self.workers.learner.policy_version += 1
 
+    def check(self, stepped):
+        """Where nothing is drawn ahead."""
+        asked = self.canary.ask(self.workers.learner.policy_version)
+        self.canary.check(asked, stepped)
+
     def fault(self, stepped=False):
         with pytest.raises(LearningFault) as caught:
-            self.canary.check(stepped)
+            self.check(stepped)
         return str(caught.value)
 
 
 def test_a_healthy_run_raises_nothing():
     world = World()
     for stepped in (False, True, True):
-        world.canary.check(stepped)
+        world.check(stepped)
         world.step()
     assert world.asked == [("a", 2), ("b", 2)] * 3, "every actor, every time"
     before = world.learner
-    world.canary.check(True)
-    world.canary.check(False)  # a step that was skipped leaves the weights
+    world.check(True)
+    world.check(False)  # a step that was skipped leaves the weights
     assert world.learner == before
 
 
 def test_an_engine_that_waits_for_its_next_sync_is_not_compared():
     world = World()
-    world.canary.check(False)
+    world.check(False)
     old = world.engines
     world.step(by=1.0)
     world.engines, world.workers.student.policy_version = old, 0
-    world.canary.check(True)
+    world.check(True)
+
+
+def test_an_engine_that_was_asked_before_the_learner_stepped_is_held_against_what_it_was():
+    """As where a draw is taken beside the step before it: every answer is one step old."""
+    world = World()
+    world.check(False)
+    for fault in (0.0, 0.0, 0.002):
+        world.canary.hold()
+        held = world.engines
+        world.engines = [[value + fault for value in engine] for engine in held]
+        asked = world.canary.ask(world.workers.learner.policy_version)
+        world.engines = held
+        world.step(by=1.0)
+        if not fault:
+            world.canary.check(asked, True)
+    with pytest.raises(
+        LearningFault, match=r"rollout engine 0 .* other log-probs .* by 0\.002 nats"
+    ):
+        world.canary.check(asked, True)
+
+
+def test_an_engine_that_is_stale_beside_a_step_is_found():
+    world = World()
+    for _ in range(2):
+        world.canary.hold()
+        asked = world.canary.ask(world.workers.learner.policy_version)
+        old = world.engines
+        world.step(by=1e-4)
+        world.canary.check(asked, True)
+    world.engines = old  # it has acknowledged the weights and kept those before
+    asked = world.canary.ask(world.workers.learner.policy_version)
+    world.step(by=1e-4)
+    with pytest.raises(LearningFault, match="its weights are stale"):
+        world.canary.check(asked, True)
 
 
 def test_without_teachers_or_engines_the_learner_alone_is_asked():
     world = World(roles=("learner",))
     world.engines = [[math.nan] * len(ENGLISH)]
-    world.canary.check(False)
+    world.check(False)
     assert not world.asked
     assert "weights do not change" in world.fault(stepped=True)
 
@@ -135,12 +174,12 @@ def test_an_engine_with_other_weights():
     assert "by 0.002 nats a token (at most 0.001)" in message
     half = World({"rollout": {"precision": "bfloat16"}})
     half.engines[1] = world.engines[1]
-    half.canary.check(False)
+    half.check(False)
 
 
 def test_an_engine_with_stale_weights_whatever_the_size():
     world = World()
-    world.canary.check(False)
+    world.check(False)
     old = world.engines[0]
     world.step(by=1e-6)
     world.engines[0] = old
@@ -151,19 +190,19 @@ def test_an_engine_with_stale_weights_whatever_the_size():
 
 def test_a_bfloat16_engine_may_round_a_small_step_away_but_not_many():
     world = World({"rollout": {"precision": "bfloat16"}})
-    world.canary.check(False)
+    world.check(False)
     old = world.engines
     for _ in range(3):
         world.step(by=4e-4)
         world.engines = old
         if world.workers.student.policy_version < 3:
-            world.canary.check(True)
+            world.check(True)
     assert "moved by 0.0012 nats a token: its weights are stale" in world.fault(stepped=True)
 
 
 def test_an_engine_that_lost_its_weights():
     world = World()
-    world.canary.check(False)
+    world.check(False)
     world.step()
     world.engines[1] = [UNIFORM] * len(ENGLISH)
     message = world.fault(stepped=True)
@@ -174,10 +213,10 @@ def test_an_engine_that_lost_its_weights():
 def test_a_student_that_knows_nothing_yet_is_none_that_lost_its_weights():
     world = World()
     world.learner, world.engines = [UNIFORM] * 50, [[UNIFORM] * 50] * 2
-    world.canary.check(False)
+    world.check(False)
     edge = 0.9 * UNIFORM
     world.learner, world.engines = [edge + 4e-4] * 50, [[edge - 4e-4] * 50] * 2
-    world.canary.check(False)
+    world.check(False)
     world.learner, world.engines = [UNIFORM - 0.1] * 50, [[UNIFORM] * 50] * 2
     assert "other log-probs than the learner" in world.fault()
 
@@ -193,23 +232,23 @@ def test_a_step_that_rounds_to_nothing_moves_no_weights():
 
 def test_a_learner_that_is_frozen():
     world = World()
-    world.canary.check(False)
+    world.check(False)
     assert "its weights do not change" in world.fault(stepped=True)
     half = World({"learner": {"precision": "bfloat16"}})
-    half.canary.check(False)
-    half.canary.check(True)
+    half.check(False)
+    half.check(True)
 
 
 def test_a_teacher_that_is_swapped():
     world = World()
-    world.canary.check(False)
+    world.check(False)
     first = json.loads(json.dumps(world.canary.first))
     world.teachers["b"] = [world.teachers["b"][0], logprobs(-1, 3)]
     message = world.fault()
     assert message.startswith("canary: teacher b, actor 1, gives a known text other log-probs")
     again = World()
-    again.canary.first = first
-    again.canary.check(False)
+    again.canary.begin(first)
+    again.check(False)
     again.teachers["a"] = [[*world.teachers["a"][0][1:], -1.0]] * 2
     assert "teacher a, actor 0, gives" in again.fault()
 

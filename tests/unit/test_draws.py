@@ -112,6 +112,34 @@ def test_sampling_goes_on_while_the_learner_is_at_work(tmp_path, overlaps):
     assert ("time_ahead_s" in rows) == overlaps
 
 
+def test_engines_load_while_the_learner_is_at_work(tmp_path):
+    """All but what a phase begins with; what they load is what the learner was before its step."""
+    world = World(tmp_path, config=STALE)
+    learner, sampler = world.run.workers.learner, world.run.workers.student.inner
+    step, load = learner.step, sampler.load
+    learning, loaded, seen = threading.Event(), threading.Event(), []
+
+    def stepping(parts, lr):
+        learning.set()
+        assert learner.policy_version not in (3, 4) or loaded.wait(30)
+        loaded.clear()
+        result = step(parts, lr)
+        learning.clear()
+        return result
+
+    def loading(version):
+        beside = version.policy_version > 2
+        assert not beside or learning.wait(30)
+        seen.append((version.policy_version, learner.policy_version, learning.is_set()))
+        load(version)
+        loaded.set()
+
+    learner.step, sampler.load = stepping, loading
+    world.run = replace(world.run, evaluation=None)
+    world.finish()
+    assert seen == [(2, 2, False), (3, 3, True), (4, 4, True)]
+
+
 def test_whatever_call_the_driver_is_killed_at(tmp_path, in_order):
     quiet = World(tmp_path, config=STALE)
     quiet.finish()

@@ -23,9 +23,18 @@ from tests.unit.test_config import MINIMAL
 
 class Canary:
     def __init__(self):
-        self.calls, self.first = [], {}
+        self.calls, self.held = [], 0
 
-    def check(self, moved):
+    def begin(self, first):
+        pass
+
+    def hold(self):
+        self.held += 1
+
+    def ask(self, version):
+        return version
+
+    def check(self, asked, moved):
         self.calls.append(moved)
 
 
@@ -49,7 +58,7 @@ def test_the_known_text_is_scored_at_draws_whatever_their_steps(tmp_path, every,
     made, found = watch(tmp_path, every), []
     for step in (3, 5, 7, 9):
         before = len(made.canary.calls)
-        made.drawn(step)
+        made.drawn(step, made.ask(step, 5))
         found += [step] * (len(made.canary.calls) - before)
     assert found == checked
 
@@ -57,12 +66,12 @@ def test_the_known_text_is_scored_at_draws_whatever_their_steps(tmp_path, every,
 def test_it_is_told_of_steps_that_must_have_moved_the_weights(tmp_path):
     made, part = watch(tmp_path), Part([rollout("a")], {}, Counts(1, 2), ())
     learnt = PartResult({"sequences": 1, "tokens": 2}, trained=("a",))
-    made.drawn(0)
+    made.drawn(0, made.ask(0, 5))
     made.learnt(0, [part], StepResult(1.0, 1.0, (learnt,)), lr=0.1)
-    made.drawn(1)
-    made.drawn(2)
+    made.drawn(1, made.ask(1, 5))
+    made.drawn(2, made.ask(2, 5))
     made.learnt(2, [part], StepResult(1.0, 0.0, (learnt,)), lr=0.1)
-    made.drawn(3)
+    made.drawn(3, made.ask(3, 5))
     assert made.canary.calls == [False, True, False, False]
     with pytest.raises(LearningFault, match="1 were not trained on"):
         made.learnt(3, [part], StepResult(1.0, 1.0, (PartResult(),)), lr=0.1)
@@ -81,7 +90,7 @@ def test_the_batch_of_a_skipped_step_is_kept(tmp_path):
     kept = load_file(folder / "scores.safetensors")
     assert torch.equal(kept["a hidden"], states) and torch.equal(kept["b hidden"], states)
     assert "step 7 was skipped" in made.said[0]
-    made.drawn(8)
+    made.drawn(8, made.ask(8, 5))
     assert made.canary.calls == [False]
 
 
@@ -93,7 +102,7 @@ def test_a_fault_takes_back_what_the_teachers_wrote_since_they_were_last_right(t
         journal.add_scores([(address, TeacherScore(address, logprobs=torch.tensor([-1.0])))])
 
     score("right")
-    made.drawn(0)
+    made.drawn(0, made.ask(0, 5))
     score("garbage")
     made.revert()
     assert "right" in journal.scores and "garbage" not in journal.scores
