@@ -21,18 +21,9 @@ from seqkd.batching import to_device
 from seqkd.config import Term
 from seqkd.config_roles import Learner, Lora
 from seqkd.errors import writing
+from seqkd.forward import StudentModel, as_token_stats, check_head, sharing_of
 from seqkd.lora import Adapters
-from seqkd.models import (
-    StudentModel,
-    as_token_stats,
-    check_head,
-    export,
-    layers_of,
-    load_causal_lm,
-    load_head,
-    sharing_of,
-    without_dropout,
-)
+from seqkd.models import export, layers_of, load_causal_lm, load_head, without_dropout
 from seqkd.objectives import OBJECTIVES, mixture_weight
 from seqkd.token_stats import OutputHead
 from seqkd.types import (
@@ -106,7 +97,7 @@ class LearnerRank:
     ) -> int:
         """Join the group and load the student; ``teachers`` has, by the name of each teacher that
         gives hidden states, the model whose output head is kept here, frozen, and its precision.
-        Returns :func:`seqkd.models.sharing_of` the student."""
+        Returns :func:`seqkd.forward.sharing_of` the student."""
         import deepspeed
 
         self.rank = rank

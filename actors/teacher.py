@@ -11,14 +11,8 @@ from actors.host_memory import arrived, to_host
 from actors.rollout import build_engine
 from seqkd import batching
 from seqkd.config_roles import HfTeacher, VllmTeacher
-from seqkd.models import (
-    check_head,
-    expand,
-    head_of,
-    last_hidden,
-    load_causal_lm,
-    load_head,
-)
+from seqkd.forward import check_head, last_hidden
+from seqkd.models import expand, head_of, load_causal_lm, load_head
 from seqkd.token_stats import OutputHead
 from seqkd.types import Rollout, TeacherScore
 

@@ -135,7 +135,8 @@ def _repeats(teacher: ApiTeacher, first: Sequence[float], second: Sequence[float
 def _is_the_checkpoint(teacher: ApiTeacher, ids: list[int], served: list[float]) -> None:
     import torch
 
-    from seqkd.models import head_of, last_hidden, load_causal_lm, load_config
+    from seqkd.forward import last_hidden
+    from seqkd.models import head_of, load_causal_lm, load_config
 
     assert teacher.checkpoint is not None
     load_config(teacher.checkpoint, "teacher.checkpoint")

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from types import TracebackType
 
 from seqkd.canary import Asked
 from seqkd.checkpoint import Checkpoints
@@ -43,7 +42,7 @@ def prompts_of(
 
 
 class Draws:
-    """The draws of one phase, in order. A context: what is under way at its end is waited for."""
+    """The draws of one phase, in order; to be closed."""
 
     def __init__(
         self,
@@ -58,15 +57,8 @@ class Draws:
         self.under_way: Future[tuple[Draw, Clock]] | None = None
         self.thread = ThreadPoolExecutor(1)
 
-    def __enter__(self) -> Draws:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Wait for what is under way."""
         self.thread.shutdown()
 
     def begin(self, step: int, clock: Clock) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 from seqkd.budget import cost, expected_steps, spend
@@ -74,7 +75,7 @@ def train(
         for sampler in phase.by_sampler
     ]
     progress.running = {source.sampler: source.running for source in sources}
-    with Draws(sources, prompts, run.workers, run.checkpoints, run.watch) as draws:
+    with closing(Draws(sources, prompts, run.workers, run.checkpoints, run.watch)) as draws:
         for index in range(done, phase.steps):
             clock = Clock()
             steps = expected_steps(config, phase, index, progress.spent)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +12,11 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
-from seqkd import batching
 from seqkd.config_roles import Prune, Student
 from seqkd.errors import ModelError
 from seqkd.token_stats import (
-    FullTeacher,
-    KnownTeacher,
     OutputHead,
-    TopTeacher,
-    token_loss,
-    token_stats,
 )
-from seqkd.types import Divergence, Rollout, Stat, TokenStats, TrainBatch
 
 
 def dtype_of(precision: str) -> torch.dtype:
@@ -271,170 +263,6 @@ def _logit_options(config: Any) -> dict[str, Any]:
         "scale": float(scale) if scale else 1.0 / float(divisor) if divisor else 1.0,
         "softcap": getattr(config, "final_logit_softcapping", None),
     }
-
-
-def last_hidden(
-    model: nn.Module,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    position_ids: Tensor | None = None,
-) -> Tensor:
-    """[B, S] -> [B, S, H], after the final norm: what the output head reads."""
-    body: Any = model.base_model
-    positions = {} if position_ids is None else {"position_ids": position_ids}
-    hidden: Tensor = body(
-        input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions
-    ).last_hidden_state
-    return hidden
-
-
-def states_of(model: nn.Module, batch: TrainBatch) -> Tensor:
-    """[N, H], the states before every completion token."""
-    attention = batch.attention_mask
-    if batch.segment is not None:
-        attention = completions_apart(batch.segment, attention, next(model.parameters()).dtype)
-    hidden = last_hidden(model, batch.input_ids, attention, batch.position_ids)
-    return hidden[batch.state_row[:, None], batch.state_index][batch.loss_mask]
-
-
-def completions_apart(segment: Tensor, attention_mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """[R, S] of a :class:`seqkd.types.TrainBatch` -> [R, 1, S, S] to add to attention scores: a
-    token sees those before it in the prompt and in its own completion. Padding sees itself, so that
-    no row of scores is empty."""
-    size = segment.shape[1]
-    ours, theirs = segment[:, :, None], segment[:, None, :]
-    before = torch.ones(size, size, dtype=torch.bool, device=segment.device).tril()
-    seen = before & ((theirs == ours) | (theirs == 0)) & attention_mask[:, None, :].bool()
-    seen |= torch.eye(size, dtype=torch.bool, device=segment.device)
-    lowest = torch.finfo(dtype).min
-    return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, lowest)[:, None]
-
-
-# --- the student
-
-
-class StudentModel(nn.Module):
-    """A causal language model whose forward pass yields per-token statistics, not logits."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(
-        self,
-        batch: TrainBatch,
-        names: tuple[Stat, ...],
-        teacher_head: OutputHead | None,
-        objective: Callable[[dict[Stat, Tensor]], Tensor] | None = None,
-    ) -> tuple[Tensor | None, dict[Stat, Tensor]]:
-        """What ``objective`` makes of the statistics, and these, [B, T] float32 a name, 0 on
-        padding. Of the two the first is differentiable; without an objective the second is (see
-        :func:`seqkd.token_stats.token_loss` and ``token_stats``)."""
-        mask = batch.loss_mask
-        given: dict[Stat, Tensor] = (
-            {"teacher_logprob": batch.teacher_logprobs}
-            if batch.teacher_logprobs is not None
-            else {}
-        )
-
-        def laid_out(values: Mapping[Stat, Tensor]) -> dict[Stat, Tensor]:
-            return given | {
-                name: torch.zeros(mask.shape, device=value.device).masked_scatter(mask, value)
-                for name, value in values.items()
-            }
-
-        work = (
-            states_of(self.model, batch),
-            head_of(self.model),
-            batch.target_ids[mask],
-            tuple(name for name in names if name not in given),
-            known_teacher(batch, teacher_head),
-        )
-        if objective is None:
-            return None, laid_out(token_stats(*work))
-        row, position = mask.nonzero(as_tuple=True)
-        loss, values = token_loss(
-            *work, lambda values: objective(laid_out(values)), position, batch.group[row]
-        )
-        return loss, laid_out(values)
-
-
-def known_teacher(batch: TrainBatch, head: OutputHead | None) -> KnownTeacher | None:
-    """What the batch knows of the teacher's distributions."""
-    if batch.teacher_hidden is not None:
-        assert head is not None
-        return FullTeacher(batch.teacher_hidden, head)
-    if batch.teacher_top_ids is not None:
-        assert batch.teacher_top_logprobs is not None
-        return TopTeacher(batch.teacher_top_ids, batch.teacher_top_logprobs)
-    return None
-
-
-def as_token_stats(
-    batch: TrainBatch,
-    stats: Mapping[Stat, Tensor],
-    divergence: Divergence | None = None,
-    weight: Tensor | None = None,
-) -> TokenStats:
-    """What :class:`StudentModel` returns, as the record that objectives read."""
-    named = {name: value for name, value in stats.items() if isinstance(name, str)}
-    return TokenStats(
-        loss_mask=batch.loss_mask,
-        group=batch.group,
-        divergence=None if divergence is None else stats[divergence],
-        rollout_logprob=batch.rollout_logprobs,
-        weight=weight,
-        **named,
-    )
-
-
-def check_head(model: nn.Module, field: str) -> None:
-    """ModelError where head(body(x)) is not the model's own logits: an unknown logit transform
-    would otherwise be learnt silently."""
-    config: Any = model.config
-    ids = torch.arange(8, device=next(model.parameters()).device)[None] % config.vocab_size
-    mask = torch.ones_like(ids)
-    with torch.no_grad():
-        theirs = model(input_ids=ids, attention_mask=mask).logits.float()
-        head = head_of(model)
-        ours = head.finish(head.raw(last_hidden(model, ids, mask)[0]))
-    gap = (ours - theirs[0]).abs().max().item()
-    if not gap <= 1e-2 * theirs.abs().max().item():
-        raise ModelError(
-            f"{field}: the logits of this model are not its output head applied to its last "
-            f"hidden state (largest difference {gap:.3g}); its type "
-            f"{config.model_type!r} is not supported."
-        )
-
-
-def sharing_of(model: nn.Module) -> int:
-    """:attr:`seqkd.batching.Layout.sharing` of a causal language model: a matrix element costs a
-    multiplication a token, a pair of tokens two of the hidden size. 0 where it would not keep the
-    completions of a row apart: sliding windows, recurrent layers, positions of its own making."""
-    config: Any = model.config
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    windows = ("sliding_window", "window_size", "attention_window")
-    if kinds != {"full_attention"} or any(getattr(config, name, None) for name in windows):
-        return 0
-    prompt, ends = (1, 2, 3), ((4, 5, 6), (7, 8, 9, 10))
-    pair = [Rollout("", str(ids), prompt, ids, None, "dataset", 0, "length") for ids in ends]
-    device = next(model.parameters()).device
-    together, alone = (
-        batching.to_device(batching.pack(pair, {}, pair[0], layout), device)
-        for layout in (batching.Layout(1, sharing=10**9), batching.Layout(1))
-    )
-    try:
-        with torch.no_grad():
-            ours, theirs = (states_of(model, batch).float() for batch in (together, alone))
-    except (TypeError, ValueError, RuntimeError):  # it takes no such mask, or no positions
-        return 0
-    allowed = 1e-4 if next(model.parameters()).dtype == torch.float32 else 3e-2
-    if not (ours - theirs).abs().max() <= allowed * theirs.abs().max():
-        return 0
-    body: Any = model.base_model
-    embedding = body.get_input_embeddings().weight
-    matrices = sum(p.numel() for p in body.parameters()) - embedding.numel()
-    return int(matrices / config.num_hidden_layers / (2 * config.hidden_size))
 
 
 def check_prune(config: Any, init: Prune) -> None:

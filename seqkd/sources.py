@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
-from types import TracebackType
 
 import numpy as np
 import torch
@@ -33,8 +33,7 @@ class Drawn:
 
 
 class Scoring:
-    """The teacher's scores of a draw, begun while others of it are still drawn. A context: what is
-    under way at its end is waited for."""
+    """The teacher's scores of a draw, begun while others of it are still drawn; to be closed."""
 
     def __init__(
         self, score: Callable[[Sequence[Rollout]], Scores], together: int | None = None
@@ -45,15 +44,8 @@ class Scoring:
         self.begun: list[Future[Scores]] = []
         self.thread = ThreadPoolExecutor(1)
 
-    def __enter__(self) -> Scoring:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Wait for what is under way, and begin no more."""
         self.thread.shutdown(cancel_futures=True)
 
     def finished(self, rollout: Rollout) -> None:
@@ -96,7 +88,7 @@ class StepSource:
         """Sample and score, at once, what ``len(batches)`` steps from ``step`` on learn from."""
         prompts = [p for batch in batches for p in batch]
         together = self.config.scored_together if self.scored else None
-        with Scoring(self.workers.teacher.score, together) as scoring:
+        with closing(Scoring(self.workers.teacher.score, together)) as scoring:
             by_prompt = iter(self._rollouts(prompts, step, clock, scoring.finished))
             steps = [[r for _ in batch for r in next(by_prompt)] for batch in batches]
             rollouts = [r for of_step in steps for r in of_step]

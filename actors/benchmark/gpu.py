@@ -22,7 +22,8 @@ from seqkd import batching
 from seqkd.config import Term
 from seqkd.config_objectives import SequenceReverseKL
 from seqkd.config_roles import HfTeacher, Learner
-from seqkd.models import last_hidden, layers_of
+from seqkd.forward import last_hidden
+from seqkd.models import layers_of
 from seqkd.token_stats import OutputHead
 from seqkd.types import Counts, Rollout, TeacherScore, TrainBatch
 

@@ -102,7 +102,7 @@ def _loss(case: dict[str, Any]) -> tuple[Callable[[], Any], tuple[Any, Any]]:
     """The forward pass; and what is to have a gradient, the head's weight and the states."""
     import torch
 
-    from seqkd.models import as_token_stats
+    from seqkd.forward import as_token_stats
     from seqkd.objectives import OBJECTIVES
     from seqkd.token_stats import FullTeacher, OutputHead, stats_of_logits, token_loss
     from seqkd.types import Counts, TrainBatch

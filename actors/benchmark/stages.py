@@ -16,8 +16,9 @@ from actors.pool import Calls, Failure
 from seqkd import batching, preflight
 from seqkd.config import Config
 from seqkd.control import Control
+from seqkd.forward import last_hidden
 from seqkd.metrics import Clock
-from seqkd.models import last_hidden, materialise_student
+from seqkd.models import materialise_student
 from seqkd.sources import StepSource
 from seqkd.token_stats import CHUNK_ELEMENTS
 from seqkd.types import Prompt, Rollout

@@ -12,6 +12,7 @@ from pydantic import Field, StringConstraints, model_validator
 from seqkd import config as configuration
 from seqkd import run_directory
 from seqkd.config import Config
+from seqkd.config_file import read
 from seqkd.config_run import Budget
 from seqkd.config_schema import Schema
 from seqkd.errors import ConfigError
@@ -79,7 +80,7 @@ class Entry:
 
 def load(path: str | Path) -> Comparison:
     """ConfigError with one line a problem: field, value, mend."""
-    return configuration.read(path, Comparison)
+    return read(path, Comparison)
 
 
 def directory(entries: Sequence[Entry]) -> Path:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from seqkd import batching
-from seqkd.models import StudentModel, as_token_stats, head_of, last_hidden
+from seqkd.forward import StudentModel, as_token_stats, last_hidden
+from seqkd.models import head_of
 from seqkd.objectives import OBJECTIVES
 from seqkd.types import Counts, Divergence, Prompt, Rollout, TeacherScore, TokenStats, add_padded
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from seqkd import batching
-from seqkd.models import head_of, last_hidden
+from seqkd.forward import last_hidden
+from seqkd.models import head_of
 from seqkd.token_stats import FullTeacher, KnownTeacher, TopTeacher, token_stats, top_teacher
 from seqkd.types import Rollout
 

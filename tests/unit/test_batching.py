@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from seqkd import batching
-from seqkd.models import completions_apart, sharing_of
+from seqkd.forward import completions_apart, sharing_of
 from seqkd.types import Rollout, TeacherScore
 
 

@@ -10,7 +10,8 @@ import torch
 
 from seqkd import batching
 from seqkd.config import Term
-from seqkd.models import StudentModel, as_token_stats, head_of, last_hidden, load_causal_lm
+from seqkd.forward import StudentModel, as_token_stats, last_hidden
+from seqkd.models import head_of, load_causal_lm
 from seqkd.objectives import DIVERGENCES, OBJECTIVES
 from seqkd.types import Counts, Divergence, Rollout, TeacherScore, TokenStats
 

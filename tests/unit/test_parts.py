@@ -10,15 +10,8 @@ from seqkd.config import Config
 from seqkd.config_roles import Learner, Prune
 from seqkd.errors import ModelError, ResourceError
 from seqkd.evaluation.divergence import ratio
-from seqkd.models import (
-    check_head,
-    head_of,
-    last_hidden,
-    load_causal_lm,
-    load_head,
-    prune,
-    without_dropout,
-)
+from seqkd.forward import check_head, last_hidden
+from seqkd.models import head_of, load_causal_lm, load_head, prune, without_dropout
 from seqkd.running import RunningCosts, by_position
 from seqkd.schedule import learning_rate
 from tests.unit.test_config import MINIMAL
