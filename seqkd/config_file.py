@@ -1,4 +1,4 @@
-"""From a YAML file and ``key=value`` overrides to a validated schema, or to what is to be mended."""
+"""A YAML file and ``key=value`` overrides -> a validated schema, or what has to be mended."""
 
 from __future__ import annotations
 
