@@ -236,6 +236,7 @@ class LearnerGroup:
             )
             for index, rank in enumerate(self.ranks)
         ]
+        del dealt  # what was sent is in Ray's object store
         self.whole = False
         results: list[StepResult] = self._results("step", refs, self.control.check_after_grace)
         self.whole = True

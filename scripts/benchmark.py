@@ -22,7 +22,17 @@ from seqkd.config_schema import Precision
 from seqkd.errors import ConfigError, reported, writing
 
 CONFIG = "configs/benchmark.yaml"
-SECTIONS = ("stages", "objectives", "steps", "trl", "trl-bf16", "growth", "overlap", "driver")
+SECTIONS = (
+    "stages",
+    "objectives",
+    "steps",
+    "trl",
+    "trl-bf16",
+    "growth",
+    "ahead",
+    "overlap",
+    "driver",
+)
 ON_GPU = "gpu"
 """A section for itself: the losses and the learner on a GPU, without Ray and vLLM."""
 
@@ -61,9 +71,9 @@ def measure(sections: tuple[str, ...] | list[str], args: argparse.Namespace) -> 
     file, repeat = args.config, args.repeat
     config = configuration.load(file)
 
-    def overlap() -> list[Row]:
+    def split(measured: Callable[..., list[Row]]) -> list[Row]:
         with three_slots() as cluster:
-            return runs.overlap(file, repeat, cluster, ENVIRONMENT)
+            return measured(file, repeat, cluster, ENVIRONMENT)
 
     def trl(precision: Precision) -> list[Row]:
         with three_slots() as cluster:
@@ -76,7 +86,8 @@ def measure(sections: tuple[str, ...] | list[str], args: argparse.Namespace) -> 
         "trl": lambda: trl("float32"),
         "trl-bf16": lambda: trl("bfloat16"),
         "growth": lambda: runs.growth(file, config, repeat),
-        "overlap": overlap,
+        "ahead": lambda: split(runs.ahead),
+        "overlap": lambda: split(runs.overlap),
         "driver": lambda: [*runs.driver(1000), traffic.measure(repeat)],
         ON_GPU: lambda: on_gpu(repeat),
     }

@@ -218,8 +218,10 @@ def _driver(config: Config, student: Size, teachers: Mapping[str, Size]) -> Need
             for _, phase in config.phases
         )
         widest = max(size.hidden for size in teachers.values())
-        # Float32, at the driver and in Ray's object store.
-        under_way = completions * config.rollout.max_tokens * widest * 4 * 2
+        # Float32: as the teacher sent them, packed for the ranks, and on the way to these; and,
+        # where it is drawn ahead, the next draw's.
+        copies = 4 if any(config.draws_ahead(phase) for _, phase in config.phases) else 3
+        under_way = completions * config.rollout.max_tokens * widest * 4 * copies
     published = student.parameters * BYTES[config.learner.precision]
     return _need("driver", 1, {"published weights": published, "scores under way": under_way})
 

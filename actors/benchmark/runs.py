@@ -111,7 +111,7 @@ def end_to_end(
     cluster: str, environment: Mapping[str, str],
 ) -> list[Row]:  # fmt: skip
     """Our steps and TRL's, run by turns on the same models, prompts, lengths and divergence; and
-    steps that draw the next one meanwhile. ``cluster`` as in :func:`overlap`."""
+    steps that draw the next one meanwhile. ``cluster`` as in :func:`ahead`."""
     against = "TRL's DistillationTrainer"
     steps = Row("end to end", f"a step, {precision}", "s", against, 1 / 1.6)
     ahead = Row("end to end", f"a step that draws ahead, {precision}", "s", against, 1 / 2.5)
@@ -204,26 +204,33 @@ def growth(file: str, config: Config, repetitions: int) -> list[Row]:
     return [*rows.values(), ranks, engines]
 
 
-def overlap(file: str, repetitions: int, cluster: str, environment: Mapping[str, str]) -> list[Row]:
+def ahead(file: str, repetitions: int, cluster: str, environment: Mapping[str, str]) -> list[Row]:
     """A step that draws the next one meanwhile, each role on its own core, against the slower of
-    drawing and learning where they take turns; and scoring beside sampling. ``cluster`` has a slot
-    for each of three roles, of which no more than two are at work at once in either."""
-    step = Row("overlap", "a step with rollout.max_staleness 1", "s", "the slower side alone", 1.15)
-    draw = Row("overlap", "a draw of 8 waves with placement split", "s", "sampling, then scoring")
-    floor = Row("overlap", "the same", "s", "the slower of the two alone")
+    drawing and learning where they take turns. ``cluster`` has a slot for each of three roles, of
+    which no more than two are at work at once, here as in :func:`overlap`."""
+    row = Row("overlap", "a step with rollout.max_staleness 1", "s", "the slower side alone", 1.15)
     split = [*ONE_CORE, "placement=split", f"cluster={cluster}"]
-    # Two sequences at a time, and as many scored at once.
-    waves = ["rollout.max_num_seqs=2", "teacher.batch_tokens=320"]
     for _ in range(repetitions):
         turns = run(file, split, environment)
-        ahead = run(file, [*split, "rollout.max_staleness=1"], environment)
+        beside = run(file, [*split, "rollout.max_staleness=1"], environment)
         slower = map(max, turns.later("sample", "score"), turns.later("learn"))
-        step.pairs(ahead.later("step"), slower)
-        alone, beside = run(file, [*ONE_CORE, *waves]), run(file, [*split, *waves], environment)
+        row.pairs(beside.later("step"), slower)
+    return [row]
+
+
+def overlap(file: str, repetitions: int, cluster: str, environment: Mapping[str, str]) -> list[Row]:
+    """Scoring beside sampling, each on its own core."""
+    draw = Row("overlap", "a draw of 8 waves with placement split", "s", "sampling, then scoring")
+    floor = Row("overlap", "the same", "s", "the slower of the two alone")
+    # Two sequences at a time, and as many scored at once.
+    waves = [*ONE_CORE, "rollout.max_num_seqs=2", "teacher.batch_tokens=320"]
+    split = [*waves, "placement=split", f"cluster={cluster}"]
+    for _ in range(repetitions):
+        alone, beside = run(file, waves), run(file, split, environment)
         took = beside.later("sample", "score")
         draw.pairs(took, alone.later("sample", "score"))
         floor.pairs(took, map(max, alone.later("sample"), alone.later("score")))
-    return [step, draw, floor]
+    return [draw, floor]
 
 
 def driver(steps: int) -> list[Row]:

@@ -94,9 +94,11 @@ def test_engines_and_what_passes_through_the_driver(smollm):
     assert found["rollout"].parts["KV cache"] == 1.0
     assert found["rollout"].total == 2 * found["rollout"].each
     assert found["teacher"].parts["KV cache"] == 0.25
-    # 4 prompts x 4 samples x 100 tokens x 576 numbers, twice.
-    under_way = found["driver"].parts["scores under way"]
-    assert under_way == pytest.approx(4 * 4 * 100 * 576 * 4 * 2 / GIB)
+    # 4 prompts x 4 samples x 100 tokens x 576 numbers, three times; and those drawn ahead.
+    once, under_way = 4 * 4 * 100 * 576 * 4 / GIB, found["driver"].parts["scores under way"]
+    assert under_way == pytest.approx(3 * once)
+    ahead = {"placement": "split", "rollout": {"max_tokens": 100, "max_staleness": 1}}
+    assert needs(smollm, **ahead)["driver"].parts["scores under way"] == pytest.approx(4 * once)
     scores = {"kind": "vllm", "model": "t", "scores": "top_k"}
     found = needs(smollm, teacher=scores)
     assert found["learner"].parts["teachers' heads"] == 0
