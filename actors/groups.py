@@ -14,7 +14,7 @@ from actors.pool import READING, Calls, Failure, Pool, is_alive, reap
 from seqkd.alarms import check_drawn
 from seqkd.batching import Layout, pack, partition
 from seqkd.control import Control
-from seqkd.errors import ActorError, LearnerLost, SyncError
+from seqkd.errors import ActorError, LearnerLost
 from seqkd.protocols import Finished, Measured, Part, Scores
 from seqkd.types import (
     PartResult,
@@ -38,6 +38,8 @@ class RolloutGroup:
         self.policy_version: int | None = 0
         self.loaded: WeightVersion | None = None
         pool.catch_up = self._load_again
+        if learner is not None:  # without it there are no weights to load
+            pool.blame = learner.alive
 
     def sample(
         self,
@@ -100,8 +102,6 @@ class RolloutGroup:
     def _load_again(self, index: int) -> None:
         """What the others of the group have, into a new engine."""
         if self.loaded is not None:
-            assert self.learner is not None
-            self.learner.alive()  # else there is nothing to load from, and that is the cause
             self._load(self.loaded, [index])
 
     def _load(self, version: WeightVersion, engines: Sequence[int]) -> None:
@@ -110,16 +110,12 @@ class RolloutGroup:
         remote = None
         if {nodes[i] for i in engines} != {version.node_id}:
             remote = self.learner.published_bytes(version)
-        try:
-            self._each(
-                engines,
-                "load",
-                lambda i: (version, None if nodes[i] == version.node_id else remote),
-                "weight sync",
-            )
-        except (SyncError, ActorError):
-            self.learner.alive()  # if it is gone, that is the cause
-            raise
+        self._each(
+            engines,
+            "load",
+            lambda i: (version, None if nodes[i] == version.node_id else remote),
+            "weight sync",
+        )
 
     def _each(
         self,

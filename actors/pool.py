@@ -222,6 +222,8 @@ class Pool:
         self.control, self.create, self.starting = control or Control(), create, starting
         self.catch_up: Callable[[int], None] = lambda index: None
         """Brings a new process to where the others are, once it has started."""
+        self.blame: Callable[[], None] = lambda: None
+        """Raises what else is lost, where that is the cause: then none of these is replaced."""
 
     def ask(
         self,
@@ -302,6 +304,7 @@ class Pool:
         import ray
 
         while True:
+            self.blame()
             cause = failure.cause
             again = not failure.gone and raised.get(index) == str(cause)
             if self.create is None or failure.for_the_user or again:

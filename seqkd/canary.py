@@ -62,9 +62,11 @@ class Asked:
 class Answers:
     """[T] log-probs of the known text's tokens."""
 
+    version: int
+    """Of the weights that the engines were to have."""
     learner: Tensor
     drawer: Tensor
-    """The learner's, with the weights that the engines were to have."""
+    """The learner's with that version."""
     engines: list[Tensor]
     teachers: dict[str, list[Tensor]]
     """By name, one for every actor."""
@@ -129,7 +131,7 @@ class Canary:
     def check_learner(self) -> None:
         """LearningFault where the learner gives the known text what is no number."""
         logprobs = self._learner()
-        if found := self._not_numbers(Answers(logprobs, logprobs, [], {})):
+        if found := self._not_numbers(Answers(0, logprobs, logprobs, [], {})):
             raise LearningFault("\n".join(found))
 
     def _learner(self) -> Tensor:
@@ -137,21 +139,23 @@ class Canary:
         return torch.tensor(measured[self.own[0].sample_id]["student_logprob"])
 
     def _answers(self, asked: Asked) -> Answers:
-        texts = [text for of in self.texts.values() for text in of] or self.own
+        texts = [text for of in self.texts.values() for text in of]
         every = {i: score for of in asked.scores.values() for i, score in of.items()}
-        measured = self.workers.learner.measure(texts, every)
+        measured = self.workers.learner.measure(texts, every) if texts else {}
 
-        def of(text: Rollout, stat: str) -> Tensor:
-            return torch.tensor(measured[text.sample_id][stat])
+        def teachers(texts: Sequence[Rollout]) -> list[Tensor]:
+            return [torch.tensor(measured[text.sample_id]["teacher_logprob"]) for text in texts]
 
-        text, before = self.own[0], self.said
-        self.said = {self.workers.learner.policy_version: of(text, "student_logprob")}
-        (learner,) = self.said.values()
+        # Always the text alone: in other company its log-probs differ in their last bits.
+        learner, before = self._learner(), self.said
+        self.said = {self.workers.learner.policy_version: learner}
+        tokens = len(self.own[0].completion_ids)
         return Answers(
+            asked.version,
             learner,
             (before | self.said)[asked.version],
-            [torch.tensor(e[-len(text.completion_ids) :]) for e in asked.engines],
-            {n: [of(t, "teacher_logprob") for t in texts] for n, texts in self.texts.items()},
+            [torch.tensor(engine[-tokens:]) for engine in asked.engines],
+            {name: teachers(texts) for name, texts in self.texts.items()},
         )
 
     def _keep(self, now: Answers) -> None:
@@ -203,7 +207,7 @@ class Canary:
             gap = distance(engine, now.drawer)
             fault = self._lost(engine, now.drawer) if gap > most else None
             fault = fault or self._stale(engine, now.drawer, index)
-            fault = fault or (self._differs(gap, most) if gap > most else None)
+            fault = fault or (self._differs(gap, most, now.version) if gap > most else None)
             if fault:
                 found.append(f"canary: rollout engine {index} {fault}")
         return found
@@ -231,11 +235,11 @@ class Canary:
             "engine anew."
         )
 
-    def _differs(self, gap: float, most: float) -> str:
+    def _differs(self, gap: float, most: float, version: int) -> str:
         rollout, trained = self.config.rollout.precision, self.config.learner.precision
         return (
             f"gives a known text other log-probs than the learner, by {gap:.3g} nats a token (at "
-            f"most {most:g}), though it has taken in version {self.workers.student.policy_version} "
+            f"most {most:g}), though it has taken in version {version} "
             "of the weights: it does not hold the learner's weights. A sync went wrong in the "
             f"engine, or a precision of {rollout} and {trained} is too coarse for this model. "
             f"{GO_ON}; if it comes again, set rollout.precision and learner.precision to float32."

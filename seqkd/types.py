@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -105,6 +105,14 @@ class Shipped:
     def __reduce__(self) -> tuple[Any, ...]:
         values = (getattr(self, f.name) for f in fields(self))  # type: ignore[arg-type]
         return _arrived, (type(self), *(_sent(v) if isinstance(v, Tensor) else v for v in values))
+
+
+    def kept(self) -> Self:
+        """The same in memory of its own: what is read in place takes room in Ray's object store for
+        as long as it is held."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        tensors: dict[str, Any] = {n: v.clone() for n, v in values.items() if isinstance(v, Tensor)}
+        return replace(self, **tensors)  # type: ignore[type-var]
 
 
 class _Sent(NamedTuple):

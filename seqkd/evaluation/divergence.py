@@ -152,7 +152,8 @@ class HeldOut:
         self.workers, self.prompts, self.seed, self.shown = workers, prompts, seed, shown
         self.samples = [samples] * len(prompts)
         self.teacher_rollouts = workers.teacher_sampler.sample(prompts, self.samples, seed)
-        self.teacher_scores = self._scores(self.teacher_rollouts)
+        scores = self._scores(self.teacher_rollouts)
+        self.teacher_scores = {sample_id: score.kept() for sample_id, score in scores.items()}
 
     def measure(self) -> Measurement:
         """The student as it is now; the same random numbers every time."""

@@ -143,9 +143,10 @@ def test_a_new_engine_gets_the_weights_that_the_others_have(local_ray, tmp_path)
     def create(index):
         return remote(Loading).options(num_cpus=0).remote(file)
 
-    pool = Pool("rollout", [create(0), create(1)], Control(SOON), create)
+    said, lost = [], []
+    pool = Pool("rollout", [create(0), create(1)], Control(SOON, said.append), create)
     pool.each("start")
-    learner = SimpleNamespace(alive=lambda: None)
+    learner = SimpleNamespace(alive=lambda: lost and lost_learner())
     group = groups.RolloutGroup(pool, 1, learner)
     group.load(WeightVersion(6, "/published", "here", {}))
     group.loaded = replace(group.loaded, path="/gone")
@@ -155,9 +156,11 @@ def test_a_new_engine_gets_the_weights_that_the_others_have(local_ray, tmp_path)
     assert pool.call("loaded", [(1,), None]) == [7, None]
     assert group.policy_version == 7
     file.write_text("x")  # an engine and the learner at once: the weights are gone with it
-    learner.alive = lost_learner
+    lost.append(True)
+    assert len(said) == 2
     with pytest.raises(LearnerLost, match="learner died"):
         pool.call("loaded", [(1,), None])
+    assert len(said) == 2, "a new engine is no help"
     group.forget()
     assert group.policy_version is None
     pool.kill()

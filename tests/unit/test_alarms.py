@@ -158,6 +158,26 @@ def test_an_engine_that_is_stale_beside_a_step_is_found():
         world.canary.check(asked, True)
 
 
+def test_what_the_learner_reads_beside_the_text_makes_no_engine_stale():
+    """In a batch its log-probs differ in their last bits, by more than an engine may lag behind."""
+    world = World()
+    measure = world.workers.learner.measure
+
+    def measured(rollouts, scores, ends=()):
+        given = measure(rollouts, scores, ends)
+        if len(rollouts) > 1:
+            for of in given.values():
+                of["student_logprob"] = [value + 1e-6 for value in of["student_logprob"]]
+        return given
+
+    world.workers.learner.measure = measured
+    world.check(False)
+    world.canary.hold()  # beside a step that is skipped
+    asked = world.canary.ask(world.workers.learner.policy_version)
+    world.step(by=0.0)
+    world.canary.check(asked, False)
+
+
 def test_without_teachers_or_engines_the_learner_alone_is_asked():
     world = World(roles=("learner",))
     world.engines = [[math.nan] * len(ENGLISH)]

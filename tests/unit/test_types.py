@@ -52,6 +52,13 @@ def test_no_more_than_its_own_tensors_travel_and_none_within_the_pickle():
             assert torch.equal(value, getattr(score, field.name))
 
 
+def test_what_is_kept_is_a_copy():
+    score = TeacherScore("a", hidden=torch.randn(10, 4), teacher="t")
+    kept = score.kept()
+    assert torch.equal(kept.hidden, score.hidden) and (kept.teacher, kept.logprobs) == ("t", None)
+    assert kept.hidden.data_ptr() != score.hidden.data_ptr()
+
+
 def test_it_is_read_where_it_lies():
     score = TeacherScore("a", hidden=torch.randn(10, 4))
     read, _, (memory,) = shipped(score)
