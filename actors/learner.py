@@ -123,7 +123,7 @@ class LearnerRank:
         if self.config.compile:
             for layer in layers_of(student):
                 layer.compile(dynamic=True)  # micro-batches are of many shapes
-        module = StudentModel(student)
+        module = StudentModel(student, self.config.compile)
         self.engine, *_ = deepspeed.initialize(
             model=module,
             model_parameters=[p for p in module.parameters() if p.requires_grad],
@@ -272,6 +272,7 @@ def deepspeed_config(config: Learner) -> dict[str, Any]:
                 "betas": list(config.betas),
                 "weight_decay": config.weight_decay,
                 "torch_adam": True,
+                "fused": True,
             },
         },
         "zero_force_ds_cpu_optimizer": False,

@@ -62,9 +62,10 @@ def completions_apart(segment: Tensor, attention_mask: Tensor, dtype: torch.dtyp
 class StudentModel(nn.Module):
     """A causal language model whose forward pass yields per-token statistics, not logits."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, fused: bool = False) -> None:
+        """``fused``: as in :func:`seqkd.token_stats.token_stats`."""
         super().__init__()
-        self.model = model
+        self.model, self.fused = model, fused
 
     def forward(
         self,
@@ -97,10 +98,14 @@ class StudentModel(nn.Module):
             known_teacher(batch, teacher_head),
         )
         if objective is None:
-            return None, laid_out(token_stats(*work))
+            return None, laid_out(token_stats(*work, fused=self.fused))
         row, position = mask.nonzero(as_tuple=True)
         loss, values = token_loss(
-            *work, lambda values: objective(laid_out(values)), position, batch.group[row]
+            *work,
+            lambda values: objective(laid_out(values)),
+            position,
+            batch.group[row],
+            fused=self.fused,
         )
         return loss, laid_out(values)
 

@@ -121,6 +121,7 @@ def token_stats(
     targets: Tensor,
     names: tuple[Stat, ...],
     teacher: KnownTeacher | None = None,
+    fused: bool = False,
 ) -> dict[Stat, Tensor]:
     """Per-token statistics, [N] float32 each, differentiable in ``hidden`` and ``head``; the
     backward pass forms the logits again.
@@ -130,12 +131,13 @@ def token_stats(
         names: which of :data:`STATS`, divergences or :class:`seqkd.types.EndLogprob`; the first
             two need the teacher, but for :data:`STUDENT_ONLY`, and ``teacher_logprob`` needs a
             :class:`FullTeacher`.
+        fused: what is done to logits is compiled first, as it always is on a GPU.
 
     Where one vocabulary is padded beyond the other, both are read up to the shorter.
     """
     if not names:
         return {}
-    work = _Work(head, targets, names, teacher)
+    work = _Work(head, targets, names, teacher, fused)
     values = _Statistics.apply(hidden, head.weight, head.bias, work)
     return dict(zip(names, values, strict=True))
 
@@ -153,6 +155,7 @@ def token_loss(
     objective: Objective,
     position: Tensor,
     group: Tensor,
+    fused: bool = False,
 ) -> tuple[Tensor, dict[Stat, Tensor]]:
     """What ``objective`` makes of the statistics of :func:`token_stats`, differentiable in
     ``hidden`` and ``head``; and the statistics, which are not.
@@ -166,7 +169,7 @@ def token_loss(
     sequence) the walk is taken again with the right ones: the result is exact for every objective,
     and six products with a head in place of four are the price.
     """
-    work = _Work(head, targets, names, teacher)
+    work = _Work(head, targets, names, teacher, fused)
     order = _from_the_end(position, group, _chunk(head.weight))
     loss, *values = _Loss.apply(hidden, head.weight, head.bias, work, objective, order)
     return loss, dict(zip(names, values, strict=True))
@@ -188,6 +191,7 @@ class _Work:
     targets: Tensor
     names: tuple[Stat, ...]
     teacher: KnownTeacher | None
+    fused: bool
 
     def values(
         self, raw: Tensor, rows: Rows, learnt: tuple[Stat, ...], watched: tuple[Stat, ...] = ()
@@ -199,7 +203,7 @@ class _Work:
         if isinstance(teacher, FullTeacher) and not STUDENT_ONLY.issuperset(learnt + watched):
             with torch.no_grad():
                 theirs = teacher.head.raw(teacher.hidden)
-        read = _fused() if raw.is_cuda else _read
+        read = _fused() if raw.is_cuda or self.fused else _read
         values = read(self.head, teacher, raw, theirs, self.targets[rows], learnt, watched)
         return dict(zip(learnt + watched, values, strict=True))
 
@@ -406,6 +410,8 @@ def _statistics(
             teacher / temperature, -1
         )
 
+    values: dict[Stat, Tensor] = {}
+
     def value(name: Stat) -> Tensor:
         if isinstance(name, EndLogprob):
             return log_q[:, list(name.token_ids)].logsumexp(-1)
@@ -417,13 +423,18 @@ def _statistics(
         if name == "entropy":
             return -(log_q.exp() * log_q).sum(-1)
         of = name if isinstance(name, Divergence) else Divergence(MONITORED[name])
+        if of in values:  # the objective's own is reported too
+            return values[of]
         options = () if of.coefficient is None else (of.coefficient,)
         divergence = DIVERGENCES[of.kind](*pair(of.temperature), *options)
         return divergence * of.temperature**2
 
-    with torch.no_grad():  # first, when nothing is kept for the backward pass yet
-        seen = {name: value(name) for name in watched}
-    return {name: value(name) for name in learnt} | seen
+    for name in learnt:
+        values[name] = value(name)
+    with torch.no_grad():
+        for name in watched:
+            values[name] = value(name)
+    return values
 
 
 def _gather(logprobs: Tensor, targets: Tensor) -> Tensor:

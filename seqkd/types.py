@@ -106,7 +106,6 @@ class Shipped:
         values = (getattr(self, f.name) for f in fields(self))  # type: ignore[arg-type]
         return _arrived, (type(self), *(_sent(v) if isinstance(v, Tensor) else v for v in values))
 
-
     def kept(self) -> Self:
         """The same in memory of its own: what is read in place takes room in Ray's object store for
         as long as it is held."""

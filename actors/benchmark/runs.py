@@ -114,11 +114,13 @@ def end_to_end(
     steps that draw the next one meanwhile. ``cluster`` as in :func:`ahead`."""
     against = "TRL's DistillationTrainer"
     steps = Row("end to end", f"a step, {precision}", "s", against, 1 / 1.6)
-    ahead = Row("end to end", f"a step that draws ahead, {precision}", "s", against, 1 / 2.5)
+    compiled = Row("end to end", "the same with learner.compile", "s", against, 1 / 1.6)
+    ahead = Row("end to end", "and drawing ahead", "s", against, 1 / 2.5)
     learner = Row("end to end", f"memory of the learner, {precision}", "GiB", "TRL's process", 1.0)
     every = Row("end to end", f"memory of all processes, {precision}", "GiB", "TRL's process")
     ours = [f"{role}.precision={precision}" for role in ("learner", "rollout", "teacher")]
-    beside = [*ours, *ONE_CORE, "rollout.max_staleness=1", "placement=split", f"cluster={cluster}"]
+    fast = [*ours, "learner.compile=true"]
+    beside = [*fast, *ONE_CORE, "rollout.max_staleness=1", "placement=split", f"cluster={cluster}"]
     with tempfile.TemporaryDirectory() as folder:
         student = materialise_student(config.student, "float32", Path(folder) / "student")
         spec = _trl_spec(config, student, folder, precision)
@@ -126,11 +128,12 @@ def end_to_end(
             strict, theirs = run(file, ours), _trl(spec, folder)
             seconds = [row["seconds"] for row in theirs[1:-1]]
             steps.pairs(strict.later("step"), seconds)
+            compiled.pairs(run(file, fast).later("step"), seconds)
             ahead.pairs(run(file, beside, environment).later("step"), seconds)
             peak = max(row["peak_gib"] for row in theirs)
             learner.add(strict.peak["learner 0"], peak)
             every.add(sum(strict.peak.values()), peak)
-    return [steps, ahead, learner, every]
+    return [steps, compiled, ahead, learner, every]
 
 
 def _trl_spec(config: Config, student: str, folder: str, precision: Precision) -> dict[str, Any]:
