@@ -338,8 +338,9 @@ class Learner(Schema):
     )
     compile: bool = Field(
         False,
-        description="Fuse the student's layers (torch.compile): on a GPU faster steps for a slower "
-        "first one. Not with zero_stage 3 or adapters.",
+        description="Fuse the student's layers, and on a CPU what is done to logits, as a GPU "
+        "always does (torch.compile): faster steps for a slower first one. Not with zero_stage 3 "
+        "or adapters.",
     )
     micro_batch_tokens: int = Field(
         4096,

@@ -331,6 +331,16 @@ def test_a_loss_of_no_tokens(setup):
     assert s["weight"].grad.abs().sum() == 0
 
 
+def test_a_second_backward_pass_is_refused(setup):
+    """The first one has scaled the gradients where they are."""
+    s, places = setup, (POSITION, GROUP)
+    args = (s["hidden"], OutputHead(s["weight"]), s["targets"], ("student_logprob",), None)
+    loss, _ = token_loss(*args, lambda v: v["student_logprob"].sum(), *places)
+    loss.backward(retain_graph=True)
+    with pytest.raises(AssertionError, match="a second backward pass"):
+        loss.backward()
+
+
 KNOWN = {
     "hidden": teacher,
     "top k": lambda s: TopTeacher(
@@ -340,10 +350,30 @@ KNOWN = {
 }
 
 
+@pytest.mark.parametrize(("temperature", "same"), [(1.0, True), (2.0, False)])
+def test_what_is_learnt_and_reported_is_one_number(setup, temperature, same):
+    """Where it is the same: each of both has its gradient."""
+    s, head = setup, OutputHead(setup["weight"], setup["bias"])
+    known = KNOWN["hidden"](s)
+    wanted = Divergence("token_reverse_kl", temperature=temperature)
+
+    def gradient(*names):
+        found = token_stats(s["hidden"], head, s["targets"], names, known)
+        return found, torch.autograd.grad(sum(found[n].sum() for n in names), s["hidden"])[0]
+
+    both, together = gradient(wanted, "reverse_kl")
+    (one, ours), (other, theirs) = gradient(wanted), gradient("reverse_kl")
+    assert torch.equal(both[wanted], one[wanted])
+    assert torch.allclose(both["reverse_kl"], other["reverse_kl"])
+    assert torch.allclose(together, ours + theirs, atol=1e-6)
+    assert torch.equal(both[wanted], both["reverse_kl"]) == same
+
+
 @pytest.mark.parametrize("known", KNOWN)
 def test_fused_kernels_compute_the_same(setup, monkeypatch, known):
-    """What a GPU runs, here compiled for the processor: statistics and gradients."""
-    s = setup
+    """What a GPU always runs, here compiled for the processor: statistics and gradients."""
+    s, compiled, asked = setup, torch.compile(module._read, fullgraph=True), []
+    monkeypatch.setattr(module, "_fused", lambda: asked.append(True) or compiled)
     names = {
         "hidden": (*STATS, Divergence("gjsd", 0.5), EndLogprob((3, 5))),
         "top k": ("student_logprob", "entropy", "reverse_kl", "forward_kl"),
@@ -351,14 +381,15 @@ def test_fused_kernels_compute_the_same(setup, monkeypatch, known):
     }[known]
     head = OutputHead(s["weight"], s["bias"], scale=0.5, softcap=4.0)
 
-    def gradients():
-        found = token_stats(s["hidden"], head, s["targets"], names, KNOWN[known](s))
+    def gradients(fused):
+        found = token_stats(s["hidden"], head, s["targets"], names, KNOWN[known](s), fused)
         total = sum((i + 1) * found[n].sum() for i, n in enumerate(names))
         return found, torch.autograd.grad(total, (s["hidden"], s["weight"], s["bias"]))
 
-    expected, theirs = gradients()
-    monkeypatch.setattr(module, "_read", torch.compile(module._read, fullgraph=True))
-    found, ours = gradients()
+    expected, theirs = gradients(fused=False)
+    assert not asked
+    found, ours = gradients(fused=True)
+    assert asked
     for name in names:
         assert torch.allclose(found[name], expected[name], atol=1e-5), name
     for a, b in zip(ours, theirs, strict=True):
