@@ -76,8 +76,7 @@ def measure(sections: tuple[str, ...] | list[str], args: argparse.Namespace) -> 
             return measured(file, repeat, cluster, ENVIRONMENT)
 
     def trl(precision: Precision) -> list[Row]:
-        with three_slots() as cluster:
-            return runs.end_to_end(file, config, repeat, precision, cluster, ENVIRONMENT)
+        return runs.end_to_end(file, config, repeat, precision, three_slots, ENVIRONMENT)
 
     work: dict[str, Callable[[], Iterable[Row]]] = {
         "stages": lambda: stages.measure(config, repeat),

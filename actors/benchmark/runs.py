@@ -9,8 +9,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -108,10 +108,11 @@ def _watched(pid: int, metrics: Path, finished: Finished, begun: float) -> Itera
 
 def end_to_end(
     file: str, config: Config, repetitions: int, precision: Precision,
-    cluster: str, environment: Mapping[str, str],
+    slots: Callable[[], AbstractContextManager[str]], environment: Mapping[str, str],
 ) -> list[Row]:  # fmt: skip
     """Our steps and TRL's, run by turns on the same models, prompts, lengths and divergence; and
-    steps that draw the next one meanwhile. ``cluster`` as in :func:`ahead`."""
+    steps that draw the next one meanwhile, on a cluster as in :func:`ahead`, which ``slots`` starts
+    for them alone: even an idle one would slow the others down."""
     against = "TRL's DistillationTrainer"
     steps = Row("end to end", f"a step, {precision}", "s", against, 1 / 1.6)
     compiled = Row("end to end", "the same with learner.compile", "s", against, 1 / 1.6)
@@ -120,7 +121,7 @@ def end_to_end(
     every = Row("end to end", f"memory of all processes, {precision}", "GiB", "TRL's process")
     ours = [f"{role}.precision={precision}" for role in ("learner", "rollout", "teacher")]
     fast = [*ours, "learner.compile=true"]
-    beside = [*fast, *ONE_CORE, "rollout.max_staleness=1", "placement=split", f"cluster={cluster}"]
+    beside = [*fast, *ONE_CORE, "rollout.max_staleness=1", "placement=split"]
     with tempfile.TemporaryDirectory() as folder:
         student = materialise_student(config.student, "float32", Path(folder) / "student")
         spec = _trl_spec(config, student, folder, precision)
@@ -129,7 +130,9 @@ def end_to_end(
             seconds = [row["seconds"] for row in theirs[1:-1]]
             steps.pairs(strict.later("step"), seconds)
             compiled.pairs(run(file, fast).later("step"), seconds)
-            ahead.pairs(run(file, beside, environment).later("step"), seconds)
+            with slots() as cluster:
+                drawn = run(file, [*beside, f"cluster={cluster}"], environment)
+            ahead.pairs(drawn.later("step"), seconds)
             peak = max(row["peak_gib"] for row in theirs)
             learner.add(strict.peak["learner 0"], peak)
             every.add(sum(strict.peak.values()), peak)
