@@ -172,7 +172,8 @@ def test_what_the_learner_reads_beside_the_text_makes_no_engine_stale():
 
     world.workers.learner.measure = measured
     world.check(False)
-    world.canary.hold()  # beside a step that is skipped
+    world.step(by=0.0)  # skipped
+    world.canary.hold()
     asked = world.canary.ask(world.workers.learner.policy_version)
     world.step(by=0.0)
     world.canary.check(asked, False)
