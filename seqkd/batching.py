@@ -9,7 +9,7 @@ of which sees the prompt and itself alone: what a prompt gives is then computed 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -141,7 +141,7 @@ def pack(
     if not rollouts:
         batch = replace(batch, loss_mask=torch.zeros_like(loss_mask))
         # No state, but tensors of the widths that the others have: all ranks run the same code.
-        given = [_nothing(next(iter(scores.values())))] if scores else []
+        given = [s.changed(lambda t: t[:0]) for s in list(scores.values())[:1]]
     return _with_scores(batch, given) if given else batch
 
 
@@ -203,16 +203,7 @@ def _with_scores(batch: TrainBatch, scores: list[TeacherScore]) -> TrainBatch:
 
 def to_device(batch: TrainBatch, device: torch.device | str) -> TrainBatch:
     """The same with every tensor there."""
-    values = {f.name: getattr(batch, f.name) for f in fields(batch)}
-    moved: dict[str, Any] = {k: v.to(device) for k, v in values.items() if isinstance(v, Tensor)}
-    return replace(batch, **moved)
-
-
-def _nothing(score: TeacherScore) -> TeacherScore:
-    """A score of no tokens, in the form of ``score``."""
-    values = {f.name: getattr(score, f.name) for f in fields(score)}
-    nothing: dict[str, Any] = {n: v[:0] for n, v in values.items() if isinstance(v, Tensor)}
-    return replace(score, **nothing)
+    return batch.changed(lambda tensor: tensor.to(device))
 
 
 def _padded_logprobs(rows: list[Rollout]) -> Tensor | None:

@@ -8,7 +8,7 @@ V vocabulary. Log-probabilities are natural logarithms; divergences are in nats.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, NamedTuple, Self
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 # torch has no read-only tensors, and says so whenever one is read in place (see Shipped).
-warnings.filterwarnings("ignore", message="The given (NumPy array|buffer) is not writable")
+warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
 Source = Literal["student", "teacher", "dataset", "corpus"]
 
@@ -106,11 +106,10 @@ class Shipped:
         values = (getattr(self, f.name) for f in fields(self))  # type: ignore[arg-type]
         return _arrived, (type(self), *(_sent(v) if isinstance(v, Tensor) else v for v in values))
 
-    def kept(self) -> Self:
-        """The same in memory of its own: what is read in place takes room in Ray's object store for
-        as long as it is held."""
+    def changed(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """The same with what ``change`` makes of each tensor."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
-        tensors: dict[str, Any] = {n: v.clone() for n, v in values.items() if isinstance(v, Tensor)}
+        tensors: dict[str, Any] = {n: change(v) for n, v in values.items() if isinstance(v, Tensor)}
         return replace(self, **tensors)  # type: ignore[type-var]
 
 

@@ -68,9 +68,12 @@ def _passes(case: dict[str, Any]) -> dict[str, float]:
     small().backward()  # what torch imports at first use
     (loss, learnt), on_gpu = _loss(case), case["device"] == "cuda"
 
-    def seconds() -> float:
+    def forget() -> None:
         for tensor in learnt:
             tensor.grad = None
+
+    def seconds() -> float:
+        forget()
         start = time.perf_counter()
         loss().backward()
         if on_gpu:
@@ -79,8 +82,7 @@ def _passes(case: dict[str, Any]) -> dict[str, float]:
 
     if on_gpu:
         seconds()  # compiles
-        for tensor in learnt:
-            tensor.grad = None
+        forget()
         torch.cuda.reset_peak_memory_stats()
     else:  # what was made on the way to here is no peak of the loss
         Path("/proc/self/clear_refs").write_text("5")

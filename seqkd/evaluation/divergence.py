@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from torch import Tensor
 
 from seqkd.protocols import Measured, Scores
 from seqkd.types import Prompt, Rollout
@@ -153,7 +154,8 @@ class HeldOut:
         self.samples = [samples] * len(prompts)
         self.teacher_rollouts = workers.teacher_sampler.sample(prompts, self.samples, seed)
         scores = self._scores(self.teacher_rollouts)
-        self.teacher_scores = {sample_id: score.kept() for sample_id, score in scores.items()}
+        # Copied: what is read in place takes room in Ray's object store for as long as it is held.
+        self.teacher_scores = {i: score.changed(Tensor.clone) for i, score in scores.items()}
 
     def measure(self) -> Measurement:
         """The student as it is now; the same random numbers every time."""

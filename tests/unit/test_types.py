@@ -52,11 +52,12 @@ def test_no_more_than_its_own_tensors_travel_and_none_within_the_pickle():
             assert torch.equal(value, getattr(score, field.name))
 
 
-def test_what_is_kept_is_a_copy():
-    score = TeacherScore("a", hidden=torch.randn(10, 4), teacher="t")
-    kept = score.kept()
-    assert torch.equal(kept.hidden, score.hidden) and (kept.teacher, kept.logprobs) == ("t", None)
-    assert kept.hidden.data_ptr() != score.hidden.data_ptr()
+def test_every_tensor_is_changed_and_nothing_else():
+    score = TeacherScore("a", hidden=torch.ones(3, 4), logprobs=torch.ones(3), teacher="t")
+    changed = score.changed(lambda tensor: 2 * tensor[:1])
+    assert torch.equal(changed.hidden, torch.full((1, 4), 2.0))
+    assert torch.equal(changed.logprobs, torch.tensor([2.0]))
+    assert (changed.sample_id, changed.teacher, changed.top_ids) == ("a", "t", None)
 
 
 def test_it_is_read_where_it_lies():
