@@ -22,10 +22,10 @@ from seqkd.config import Term
 from seqkd.config_roles import Learner, Lora
 from seqkd.errors import writing
 from seqkd.forward import StudentModel, as_token_stats, check_head, sharing_of
+from seqkd.heads import OutputHead
 from seqkd.lora import Adapters
 from seqkd.models import export, layers_of, load_causal_lm, load_head, without_dropout
 from seqkd.objectives import OBJECTIVES, mixture_weight
-from seqkd.token_stats import OutputHead
 from seqkd.types import (
     Counts,
     Divergence,

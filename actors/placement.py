@@ -14,6 +14,10 @@ Role = Literal["learner", "rollout", "teacher", "teacher_sampler"]
 PROCESS = "SEQKD_PROCESS"
 """Environment variable in which each process has its name: role, teacher, index."""
 
+KEEP_FREED = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**28)}
+"""For glibc, in a process that computes on CPU cores: up to 256 MiB that was freed stay with it.
+Else temporaries of some MiB go back to the kernel, which clears pages for the next ones."""
+
 KEYS: dict[Role, tuple[str, str]] = {
     "learner": ("learner", "ranks"),
     "rollout": ("rollout", "actors"),
@@ -63,6 +67,7 @@ class ActorPlan:
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "VLLM_NO_USAGE_STATS": "1",
             "DS_ACCELERATOR": "cuda" if self.gpus else "cpu",
+            **({} if self.gpus else KEEP_FREED),
         }
 
 

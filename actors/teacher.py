@@ -12,8 +12,8 @@ from actors.rollout import build_engine
 from seqkd import batching
 from seqkd.config_roles import HfTeacher, VllmTeacher
 from seqkd.forward import check_head, last_hidden
+from seqkd.heads import OutputHead
 from seqkd.models import expand, head_of, load_causal_lm, load_head
-from seqkd.token_stats import OutputHead
 from seqkd.types import Rollout, TeacherScore
 
 

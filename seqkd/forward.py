@@ -10,15 +10,9 @@ from torch import Tensor, nn
 
 from seqkd import batching
 from seqkd.errors import ModelError
+from seqkd.heads import FullTeacher, KnownTeacher, OutputHead, TopTeacher
 from seqkd.models import head_of
-from seqkd.token_stats import (
-    FullTeacher,
-    KnownTeacher,
-    OutputHead,
-    TopTeacher,
-    token_loss,
-    token_stats,
-)
+from seqkd.token_stats import token_loss, token_stats
 from seqkd.types import Divergence, Rollout, Stat, TokenStats, TrainBatch
 
 

@@ -26,15 +26,15 @@ import torch
 from seqkd.config import Config
 from seqkd.config_roles import ApiTeacher, Engine, HfTeacher, Prune, Student, VllmTeacher
 from seqkd.errors import ResourceError
+from seqkd.heads import BLOCK_ELEMENTS, CHUNK_ELEMENTS
 from seqkd.lora import adapted_layers
 from seqkd.models import prune, skeleton
-from seqkd.token_stats import CHUNK_ELEMENTS
 
 GIB = 2**30
 BYTES = {"float32": 4, "bfloat16": 2}
-CHUNK_BYTES = 14 * CHUNK_ELEMENTS["cuda"]
-"""What a GPU holds of a chunk of states at once, beside the float32 sum of the head's gradient and
-its copy: measured with vocabularies of 49,152 and 151,936."""
+LOSS_BYTES = {"cpu": 8 + 80 * BLOCK_ELEMENTS["cpu"] / CHUNK_ELEMENTS["cpu"], "cuda": 14}
+"""What a loss holds of a chunk of states at once, by logit, beside the float32 sum of the head's
+gradient and its copy: measured with vocabularies of 49,152 and 151,936."""
 LIBRARIES = {"torch": 0.45, "vllm": 0.7}
 """GiB of a process on a CPU beside what it holds, measured with models of a few weights; pages that
 processes share are counted once."""
@@ -155,6 +155,9 @@ def _learner(config: Config, student: Size, teachers: Mapping[str, Size]) -> Nee
         group = config.samples_per_prompt(phase) * longest
         of_rank = -(-phase.prompts_per_step // ranks) * group
         tokens = max(tokens, min(of_rank, max(group, learner.micro_batch_tokens)))
+    device = "cuda" if learner.gpus else "cpu"
+    logits = min(CHUNK_ELEMENTS[device], tokens * student.head // student.hidden)
+    head = 0 if student.adapters else student.head  # what learns of it
     saved = student.saved
     if learner.gradient_checkpointing:
         saved = student.layers * student.hidden + saved // student.layers
@@ -166,8 +169,7 @@ def _learner(config: Config, student: Size, teachers: Mapping[str, Size]) -> Nee
         # Made on the host when weights are published.
         "merged weights": 0 if learner.gpus else student.adapted * width,
         "activations": tokens * saved * width,
-        # On a CPU chunks are so small that they do not count.
-        "loss": (CHUNK_BYTES + student.head * (4 + width)) if learner.gpus else 0,
+        "loss": LOSS_BYTES[device] * logits + head * (4 + (width if width < 4 else 0)),
         "teachers' heads": sum(
             size.head * BYTES[config.teachers[name].precision]
             for name, size in teachers.items()

@@ -14,9 +14,7 @@ from torch import Tensor, nn
 
 from seqkd.config_roles import Prune, Student
 from seqkd.errors import ModelError
-from seqkd.token_stats import (
-    OutputHead,
-)
+from seqkd.heads import OutputHead
 
 
 def dtype_of(precision: str) -> torch.dtype:

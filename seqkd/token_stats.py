@@ -1,118 +1,40 @@
 """From hidden states and output heads to per-token log-probabilities and divergences, and to a loss
 made of them.
 
-The logits of a few hundred tokens at a time are formed, reduced to one number a token and thrown
-away. Peak memory is a constant number of [chunk, V] tensors, so it grows with N and never with
-N x V. A loss (:func:`token_loss`) sends its gradient back while a chunk's logits are there, so that
-they are formed once: four products with a head in all, of student, teacher and two gradients.
+The logits of a few hundred tokens at a time are formed, reduced to one number a token, some tokens
+at a time, and thrown away. Peak memory is two [chunk, V] tensors and some [block, V] ones (see
+:mod:`seqkd.heads`), so it grows with N and never with N x V. A loss (:func:`token_loss`) sends its
+gradient back while a chunk's logits are there, so that they are formed once: four products with a
+head in all, of student, teacher and two gradients.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
 
+from seqkd.heads import (
+    FullTeacher,
+    KnownTeacher,
+    OutputHead,
+    TopTeacher,
+    block_rows,
+    blocks_of,
+    chunk_rows,
+    chunks_of,
+    gather,
+)
 from seqkd.objectives import DIVERGENCES
 from seqkd.types import Divergence, EndLogprob, Stat
 
-CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**27}
-"""Elements of one [chunk, V] tensor. On a CPU 16 MiB in float32: from 32 MiB on, glibc maps fresh
-pages for every temporary and the kernel clears them, a third of the step. On a GPU enough rows to
-fill it, and few enough chunks that adding each one's [V, H] gradient costs little."""
-
 STUDENT_ONLY = frozenset({"student_logprob", "entropy"})
 STATS = ("student_logprob", "teacher_logprob", "reverse_kl", "forward_kl", "entropy")
-Rows = slice | Tensor
-"""Which of N states: a range, or their indices."""
 MONITORED = {"reverse_kl": "token_reverse_kl", "forward_kl": "token_forward_kl"}
 """Divergences that have a name of their own, being reported whatever the objective."""
-
-
-@dataclass(frozen=True)
-class OutputHead:
-    """The map from the last hidden state to logits: ``softcap(scale * (W h + b))``."""
-
-    weight: Tensor
-    """[V, H]"""
-    bias: Tensor | None = None
-    """[V]"""
-    scale: float = 1.0
-    softcap: float | None = None
-
-    def first(self, rows: int) -> OutputHead:
-        """The same for the first ``rows`` tokens alone."""
-        bias = None if self.bias is None else self.bias[:rows]
-        return OutputHead(self.weight[:rows], bias, self.scale, self.softcap)
-
-    def raw(self, hidden: Tensor) -> Tensor:
-        """[n, H] -> [n, V] W h, in the weight's precision."""
-        return hidden.to(self.weight) @ self.weight.T
-
-    def finish(self, raw: Tensor) -> Tensor:
-        """[n, V] W h -> the logits, float32."""
-        raw = raw.float() if self.bias is None else raw.float() + self.bias.float()
-        logits = raw * self.scale if self.scale != 1.0 else raw
-        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
-
-    @torch.no_grad()
-    def logprobs(
-        self, hidden: Tensor, targets: Tensor, top_k: int = 0
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """[n, H], [n] -> [n] float32 log-probability of each target, and with ``top_k`` what
-        :func:`top_teacher` makes of each distribution; in chunks."""
-        chosen = hidden.new_empty(len(hidden), dtype=torch.float32)
-        ids = torch.empty(len(hidden), top_k, dtype=torch.int32, device=hidden.device)
-        top = chosen.new_empty(len(hidden), top_k + 1)
-        for rows in _rows(len(hidden), self.weight):
-            logprobs = torch.log_softmax(self.finish(self.raw(hidden[rows])), -1)
-            chosen[rows] = _gather(logprobs, targets[rows])
-            if top_k:
-                ids[rows], top[rows] = top_teacher(logprobs, top_k)
-        return (chosen, ids, top) if top_k else (chosen, None, None)
-
-
-@dataclass(frozen=True)
-class FullTeacher:
-    """A teacher known by its hidden states: its whole distribution at every state."""
-
-    hidden: Tensor
-    """[N, H']"""
-    head: OutputHead
-    """Frozen."""
-
-    def rows(self, rows: Rows) -> FullTeacher:
-        """The teacher at some of the states."""
-        return FullTeacher(self.hidden[rows], self.head)
-
-
-@dataclass(frozen=True)
-class TopTeacher:
-    """A teacher known by its k most probable tokens. Divergences are those between the two
-    distributions over k + 1 events, the k tokens and all others (the tail): true divergences, never
-    negative, and never above the divergence of the whole distributions."""
-
-    ids: Tensor
-    """[N, k]"""
-    logprobs: Tensor
-    """[N, k + 1], the tail last."""
-
-    def rows(self, rows: Rows) -> TopTeacher:
-        """The teacher at some of the states."""
-        return TopTeacher(self.ids[rows], self.logprobs[rows])
-
-
-KnownTeacher = FullTeacher | TopTeacher
-
-
-def top_teacher(logprobs: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """[N, V] log-probs -> ([N, k] int32, [N, k + 1]): the k largest, and the rest as one event."""
-    values, ids = logprobs.topk(k)
-    rest = logprobs.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
-    return ids.to(torch.int32), torch.cat([values, rest], -1)
 
 
 def token_stats(
@@ -170,7 +92,7 @@ def token_loss(
     and six products with a head in place of four are the price.
     """
     work = _Work(head, targets, names, teacher, fused)
-    order = _from_the_end(position, group, _chunk(head.weight))
+    order = _from_the_end(position, group, head.weight)
     loss, *values = _Loss.apply(hidden, head.weight, head.bias, work, objective, order)
     return loss, dict(zip(names, values, strict=True))
 
@@ -185,6 +107,10 @@ def stats_of_logits(
     return {name: value.view(targets.shape) for name, value in values.items()}
 
 
+Block = tuple[Tensor, Tensor, Tensor | None]
+"""Indices of n states, and [n, V] of student and teacher: products with their heads."""
+
+
 @dataclass(frozen=True)
 class _Work:
     head: OutputHead
@@ -193,16 +119,29 @@ class _Work:
     teacher: KnownTeacher | None
     fused: bool
 
+    def chunks(
+        self, hidden: Tensor, order: Sequence[Tensor], names: tuple[Stat, ...]
+    ) -> Iterator[tuple[Tensor, Tensor, list[Block]]]:
+        """A product after the other over the blocks of ``order``: indices of its states,
+        :meth:`OutputHead.raw` of them ([n, V], gone with the next), and its blocks."""
+        known = None if STUDENT_ONLY.issuperset(names) else self.teacher
+        room, more = self.head.room(len(hidden)), None
+        if isinstance(known, FullTeacher):
+            more = known.head.room(len(hidden))
+        for chunk in chunks_of(order, self.head.weight):
+            rows, sizes = torch.cat(chunk), list(map(len, chunk))
+            raw = self.head.raw(hidden[rows], room)
+            theirs: Sequence[Tensor | None] = [None] * len(chunk)
+            if isinstance(known, FullTeacher):
+                theirs = known.head.raw(known.hidden[rows], more).split(sizes)
+            yield rows, raw, list(zip(chunk, raw.split(sizes), theirs, strict=True))
+
     def values(
-        self, raw: Tensor, rows: Rows, learnt: tuple[Stat, ...], watched: tuple[Stat, ...] = ()
+        self, block: Block, learnt: tuple[Stat, ...], watched: tuple[Stat, ...] = ()
     ) -> dict[Stat, Tensor]:
-        """[n] a name, of the states ``rows`` whose :meth:`OutputHead.raw` is given; ``learnt`` are
-        differentiable in it."""
-        teacher = None if self.teacher is None else self.teacher.rows(rows)
-        theirs = None
-        if isinstance(teacher, FullTeacher) and not STUDENT_ONLY.issuperset(learnt + watched):
-            with torch.no_grad():
-                theirs = teacher.head.raw(teacher.hidden)
+        """[n] a name, of one block; ``learnt`` are differentiable in the student's part."""
+        rows, raw, theirs = block
+        teacher = self.teacher.rows(rows) if isinstance(self.teacher, TopTeacher) else self.teacher
         read = _fused() if raw.is_cuda or self.fused else _read
         values = read(self.head, teacher, raw, theirs, self.targets[rows], learnt, watched)
         return dict(zip(learnt + watched, values, strict=True))
@@ -244,9 +183,9 @@ def _gradients(
     work: _Work,
     hidden: Tensor,
     needed: Sequence[bool],
-    order: Sequence[Rows],
+    order: Sequence[Tensor],
     names: tuple[Stat, ...],
-    slopes_at: Callable[[Rows, Mapping[Stat, Tensor]], Slopes],
+    slopes_at: Callable[[Tensor, Mapping[Stat, Tensor]], Slopes],
     watched: tuple[Stat, ...] = (),
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Of hidden states, weight and bias, where ``needed``: what is frozen costs nothing (the head
@@ -260,24 +199,33 @@ def _gradients(
         torch.zeros_like(bias, dtype=torch.float32) if needed[2] and bias is not None else None
     )
 
-    def add(rows: Rows) -> None:
-        """One chunk's; a function, so that nothing of it is held when the next one is formed."""
-        here = hidden[rows].detach()
+    def gradient(block: Block) -> Tensor:
+        """[n, V] of one block's products."""
+        rows, raw, theirs = block
+        raw = raw.detach().requires_grad_()
         with torch.enable_grad():
-            raw = work.head.raw(here).detach().requires_grad_()
-            values = work.values(raw, rows, names, watched)
+            values = work.values((rows, raw, theirs), names, watched)
             slopes = slopes_at(rows, values)
             learnt, by = [values[name] for name in names], [slopes[name][rows] for name in names]
-            (d_raw,) = torch.autograd.grad(learnt, raw, by)
-        if of_hidden is not None:
-            of_hidden[rows] = (d_raw @ weight).to(hidden.dtype)
-        if of_weight is not None:
-            _add_product(of_weight, d_raw.T, here.to(weight.dtype))
-        if of_bias is not None:
-            of_bias.add_(d_raw.sum(0, dtype=torch.float32))
+            return torch.autograd.grad(learnt, raw, by)[0]
 
-    for rows in order if names else ():
-        add(rows)
+    def add(rows: Tensor, raw: Tensor, blocks: list[Block]) -> None:
+        """One chunk's; a function, so that nothing of it is held when the next one is formed."""
+        if len(blocks) == 1:
+            raw = gradient(blocks[0])
+        else:  # in place of the products, which nobody reads again
+            for block in blocks:
+                block[1].copy_(gradient(block))
+        if of_hidden is not None:
+            of_hidden[rows] = (raw @ weight).to(hidden.dtype)
+        if of_weight is not None:
+            _add_product(of_weight, raw.T, hidden[rows].to(weight.dtype))
+        if of_bias is not None:
+            of_bias.add_(raw.sum(0, dtype=torch.float32))
+
+    if names:
+        for chunk in work.chunks(hidden, order, names + watched):
+            add(*chunk)
     return (
         of_hidden,
         None if of_weight is None else of_weight.to(weight.dtype),
@@ -302,10 +250,10 @@ class _Statistics(torch.autograd.Function):
         ctx.work = work
         ctx.set_materialize_grads(False)
         out = {name: hidden.new_empty(len(hidden), dtype=torch.float32) for name in work.names}
-        for rows in _rows(len(hidden), weight):
-            values = work.values(work.head.raw(hidden[rows]), rows, work.names)
-            for name, value in values.items():
-                out[name][rows] = value
+        for *_, blocks in work.chunks(hidden, blocks_of(len(hidden), weight), work.names):
+            for block in blocks:
+                for name, value in work.values(block, work.names).items():
+                    out[name][block[0]] = value
         return tuple(out[name] for name in work.names)
 
     @staticmethod
@@ -314,7 +262,7 @@ class _Statistics(torch.autograd.Function):
         hidden, weight, _ = ctx.saved_tensors
         slopes = {n: g for n, g in zip(work.names, grads, strict=True) if g is not None}
         slopes.pop("teacher_logprob", None)
-        order = _rows(len(hidden), weight)
+        order = blocks_of(len(hidden), weight)
         needed, names = ctx.needs_input_grad, tuple(slopes)
         return (*_gradients(work, hidden, needed, order, names, lambda *_: slopes), None)
 
@@ -331,7 +279,7 @@ class _Loss(torch.autograd.Function):
         watched = tuple(name for name in work.names if name not in learnt)
         used = {name: torch.zeros_like(known[name]) for name in learnt}
 
-        def as_known_so_far(rows: Rows, values: Mapping[Stat, Tensor]) -> Slopes:
+        def as_known_so_far(rows: Tensor, values: Mapping[Stat, Tensor]) -> Slopes:
             for name, value in values.items():
                 known[name][rows] = value.detach()
             slopes = _slopes(objective, known)[1]
@@ -416,10 +364,10 @@ def _statistics(
         if isinstance(name, EndLogprob):
             return log_q[:, list(name.token_ids)].logsumexp(-1)
         if name == "student_logprob":
-            return _gather(log_q, targets)
+            return gather(log_q, targets)
         if name == "teacher_logprob":
             assert log_p is not None
-            return _gather(log_p, targets)
+            return gather(log_p, targets)
         if name == "entropy":
             return -(log_q.exp() * log_q).sum(-1)
         of = name if isinstance(name, Divergence) else Divergence(MONITORED[name])
@@ -437,28 +385,16 @@ def _statistics(
     return values
 
 
-def _gather(logprobs: Tensor, targets: Tensor) -> Tensor:
-    return logprobs.gather(-1, targets[:, None]).squeeze(-1)
-
-
-def _chunk(weight: Tensor) -> int:
-    return max(1, CHUNK_ELEMENTS[weight.device.type] // weight.shape[0])
-
-
-def _rows(count: int, weight: Tensor) -> list[slice]:
-    size = _chunk(weight)
-    return [slice(low, low + size) for low in range(0, count, size)]
-
-
-def _from_the_end(position: Tensor, group: Tensor, size: int) -> list[Tensor]:
-    """Indices of all states from the last position to the first, in chunks of about ``size``: the
-    samples of a prompt at one position are in one chunk, unless they alone are more."""
+def _from_the_end(position: Tensor, group: Tensor, weight: Tensor) -> list[Tensor]:
+    """Indices of all states from the last position to the first, block by block: the samples of a
+    prompt at one position are in one, unless they alone are more than a chunk."""
     key = group - position * (int(group.max()) + 1 if len(group) else 1)
     order = key.argsort(stable=True)
     _, counts = torch.unique_consecutive(key[order], return_counts=True)
     sizes = [0]
     for count in counts.tolist():
-        if sizes[-1] and sizes[-1] + count > size:
+        if sizes[-1] and sizes[-1] + count > block_rows(weight):
             sizes.append(0)
         sizes[-1] += count
-    return [part for whole in order.split(sizes) for part in whole.split(size) if len(part)]
+    most = chunk_rows(weight)
+    return [part for whole in order.split(sizes) for part in whole.split(most) if len(part)]

@@ -23,8 +23,8 @@ from seqkd.config import Term
 from seqkd.config_objectives import SequenceReverseKL
 from seqkd.config_roles import HfTeacher, Learner
 from seqkd.forward import last_hidden
+from seqkd.heads import OutputHead
 from seqkd.models import layers_of
-from seqkd.token_stats import OutputHead
 from seqkd.types import Counts, Rollout, TeacherScore, TrainBatch
 
 SECTION = "learner on the GPU"

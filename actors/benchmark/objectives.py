@@ -7,6 +7,7 @@ JSON: only so is its peak known.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from statistics import median
 from typing import Any
 
 from actors.benchmark.rows import Row
+from actors.placement import KEEP_FREED
 
 GIB = 2**30
 CASES = {
@@ -54,7 +56,8 @@ def _measured(case: dict[str, Any]) -> dict[str, float]:
     if case["device"] == "cuda":
         return _passes(case)
     command = [sys.executable, "-m", "actors.benchmark.objectives", json.dumps(case)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    environment = {**os.environ, **KEEP_FREED}  # as an actor has it
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
 
@@ -109,8 +112,9 @@ def _loss(case: dict[str, Any]) -> tuple[Callable[[], Any], tuple[Any, Any]]:
     import torch
 
     from seqkd.forward import as_token_stats
+    from seqkd.heads import FullTeacher, OutputHead
     from seqkd.objectives import OBJECTIVES
-    from seqkd.token_stats import FullTeacher, OutputHead, stats_of_logits, token_loss
+    from seqkd.token_stats import stats_of_logits, token_loss
     from seqkd.types import Counts, TrainBatch
 
     torch.manual_seed(0)

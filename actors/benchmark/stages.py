@@ -17,10 +17,10 @@ from seqkd import batching, preflight
 from seqkd.config import Config
 from seqkd.control import Control
 from seqkd.forward import last_hidden
+from seqkd.heads import chunk_rows
 from seqkd.metrics import Clock
 from seqkd.models import materialise_student
 from seqkd.sources import StepSource
-from seqkd.token_stats import CHUNK_ELEMENTS
 from seqkd.types import Prompt, Rollout
 from seqkd.workers import Workers
 
@@ -139,7 +139,7 @@ def floor(rank: Any, rollouts: Sequence[Rollout], products: int) -> float:
     weight = model.get_output_embeddings().weight.detach()
     count = sum(len(r.completion_ids) for r in rollouts)
     states = torch.randn(count, weight.shape[1], dtype=weight.dtype)
-    chunks = states.split(CHUNK_ELEMENTS["cpu"] // len(weight))
+    chunks = states.split(chunk_rows(weight))
     start = time.perf_counter()
     for ids, mask in padded:
         last_hidden(model, ids, mask).sum().backward()

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from seqkd import batching
 from seqkd.forward import last_hidden
+from seqkd.heads import FullTeacher, KnownTeacher, TopTeacher, top_teacher
 from seqkd.models import head_of
-from seqkd.token_stats import FullTeacher, KnownTeacher, TopTeacher, token_stats, top_teacher
+from seqkd.token_stats import token_stats
 from seqkd.types import Rollout
 
 

@@ -5,17 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from seqkd import heads
 from seqkd import token_stats as module
-from seqkd.token_stats import (
-    STATS,
-    FullTeacher,
-    OutputHead,
-    TopTeacher,
-    stats_of_logits,
-    token_loss,
-    token_stats,
-    top_teacher,
-)
+from seqkd.heads import FullTeacher, OutputHead, TopTeacher, top_teacher
+from seqkd.token_stats import STATS, stats_of_logits, token_loss, token_stats
 from seqkd.types import Divergence, EndLogprob
 
 N, H, V = 11, 6, 17
@@ -46,14 +39,23 @@ def setup():
     }
 
 
+def read_at_once(monkeypatch, chunk, block):
+    """So many states in one product, of which so many are read at a time."""
+    monkeypatch.setitem(heads.CHUNK_ELEMENTS, "cpu", chunk * V)
+    monkeypatch.setitem(heads.BLOCK_ELEMENTS, "cpu", block * V)
+
+
 def teacher(s):
     return FullTeacher(s["teacher_hidden"], OutputHead(s["teacher_weight"]))
 
 
-@pytest.mark.parametrize("rows", [1, 4, 100])
+AT_ONCE = [(1, 1), (4, 4), (5, 2), (100, 3), (100, 100)]
+
+
+@pytest.mark.parametrize("at_once", AT_ONCE)
 @pytest.mark.parametrize("options", [{}, {"scale": 0.5}, {"softcap": 2.0}], ids=str)
-def test_values_and_gradients(setup, monkeypatch, rows, options):
-    monkeypatch.setitem(module.CHUNK_ELEMENTS, "cpu", rows * V)
+def test_values_and_gradients(setup, monkeypatch, at_once, options):
+    read_at_once(monkeypatch, *at_once)
     s = setup
     head = OutputHead(s["weight"], s["bias"], **options)
     found = token_stats(s["hidden"], head, s["targets"], STATS, teacher(s))
@@ -207,7 +209,7 @@ def test_top_k_is_the_definition_over_k_plus_one_events(setup):
 
 
 def test_an_output_head_names_its_most_probable_tokens(setup, monkeypatch):
-    monkeypatch.setitem(module.CHUNK_ELEMENTS, "cpu", 4 * V)
+    read_at_once(monkeypatch, 4, 3)
     s = setup
     head = OutputHead(s["weight"].detach())
     every = torch.log_softmax(s["hidden"].detach() @ s["weight"].detach().T, -1)
@@ -286,14 +288,14 @@ def of_the_whole(values):
     return (whole * laid["student_logprob"]).sum()
 
 
-@pytest.mark.parametrize("rows", [1, 2, 5, 100])
+@pytest.mark.parametrize("at_once", [(1, 1), (2, 1), (5, 2), (5, 5), (100, 1), (100, 100)])
 @pytest.mark.parametrize(
     ("objective", "walks"), [(of_the_future, 1), (of_costs_from_here_on, 1), (of_the_whole, 2)]
 )
-def test_a_loss_forms_logits_as_often_as_it_must(setup, monkeypatch, objective, walks, rows):
+def test_a_loss_forms_logits_as_often_as_it_must(setup, monkeypatch, objective, walks, at_once):
     """Loss, gradients and statistics are those of plain automatic differentiation, with every
     state's logits formed once where the objective allows it."""
-    monkeypatch.setitem(module.CHUNK_ELEMENTS, "cpu", rows * V)
+    read_at_once(monkeypatch, *at_once)
     s, head = setup, OutputHead(setup["weight"], setup["bias"])
     expected = reference(
         s["hidden"] @ s["weight"].T + s["bias"],
@@ -302,17 +304,19 @@ def test_a_loss_forms_logits_as_often_as_it_must(setup, monkeypatch, objective, 
     )
     formed, raw = [], OutputHead.raw
 
-    def counted(head, hidden):
+    def counted(head, hidden, room=None):
         formed.append(len(hidden))
-        return raw(head, hidden)
+        return raw(head, hidden, room)
 
     monkeypatch.setattr(OutputHead, "raw", counted)
     args = (s["hidden"], head, s["targets"], STATS, teacher(s), objective, POSITION, GROUP)
     loss, found = token_loss(*args)
     leaves = (s["hidden"], s["weight"], s["bias"])
     ours = torch.autograd.grad(3 * loss, leaves)
-    # Chunks of one or two states cut the two samples of a prompt at one position apart.
-    assert sum(formed) <= 2 * N * (2 if rows < 2 else walks)
+    # A chunk of one state cuts the two samples of a prompt at one position apart.
+    assert sum(formed) <= 2 * N * (2 if at_once == (1, 1) else walks)
+    # Of as many as may be but one, which a pair would not fit in; however few are read at a time.
+    assert max(1, min(at_once[0], N) - 1) <= max(formed) <= at_once[0]
     values = {name: v.detach() if name == "teacher_logprob" else v for name, v in expected.items()}
     theirs = torch.autograd.grad(3 * objective(values), leaves)
     assert loss.item() == pytest.approx(objective(values).item(), rel=1e-5)
