@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
 def measure(sections: tuple[str, ...] | list[str], args: argparse.Namespace) -> int:
     """Each section in turn; what there is so far is in the file."""
     quiet()
-    from actors.benchmark import objectives, runs, stages, traffic
+    from actors.benchmark import objectives, runs, stages, traffic, turns
     from seqkd import environment
 
     file, repeat = args.config, args.repeat
@@ -75,8 +75,8 @@ def measure(sections: tuple[str, ...] | list[str], args: argparse.Namespace) -> 
         with three_slots() as cluster:
             return measured(file, repeat, cluster, ENVIRONMENT)
 
-    def trl(precision: Precision) -> list[Row]:
-        return runs.end_to_end(file, config, repeat, precision, three_slots, ENVIRONMENT)
+    def trl(precision: Precision) -> Iterator[Row]:
+        return turns.end_to_end(file, config, repeat, precision, three_slots, ENVIRONMENT)
 
     work: dict[str, Callable[[], Iterable[Row]]] = {
         "stages": lambda: stages.measure(config, repeat),

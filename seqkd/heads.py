@@ -105,10 +105,6 @@ class FullTeacher:
     head: OutputHead
     """Frozen."""
 
-    def rows(self, rows: Tensor) -> FullTeacher:
-        """The teacher at some of the states."""
-        return FullTeacher(self.hidden[rows], self.head)
-
 
 @dataclass(frozen=True)
 class TopTeacher:

@@ -10,7 +10,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -20,14 +20,9 @@ import psutil
 
 from actors.benchmark.rows import Row
 from actors.placement import PROCESS
-from seqkd import preflight
 from seqkd.config import Config
-from seqkd.config_roles import HfTeacher, VllmTeacher
-from seqkd.config_schema import Precision
-from seqkd.data import PromptStream
 from seqkd.errors import ActorError
 from seqkd.metrics import STAGES
-from seqkd.models import expand, materialise_student
 
 ROOT = Path(__file__).resolve().parents[2]
 GIB = 2**30
@@ -69,7 +64,7 @@ def run(
         )  # fmt: skip
         finished = Finished([], 0.0)
         metrics = Path(folder) / "run" / "metrics.jsonl"
-        with _watched(process.pid, metrics, finished, begun):
+        with _followed(process.pid, metrics, finished, begun):
             said, _ = process.communicate()
         if process.returncode:
             raise ActorError(f"a run of the benchmark failed: {said.strip().splitlines()[-1]}")
@@ -78,24 +73,39 @@ def run(
 
 
 @contextmanager
-def _watched(pid: int, metrics: Path, finished: Finished, begun: float) -> Iterator[None]:
+def _followed(pid: int, metrics: Path, finished: Finished, begun: float) -> Iterator[None]:
+    """How far a run is, while the block runs, and its processes' memory."""
+
+    def look(driver: psutil.Process) -> None:
+        if not finished.first_step_s and metrics.exists() and metrics.stat().st_size:
+            finished.first_step_s = time.perf_counter() - begun
+        taken = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+        finished.driver.append((taken, driver.memory_info().rss / GIB))
+
+    with watched(pid, finished.peak, look):
+        yield
+
+
+@contextmanager
+def watched(
+    pid: int, peak: dict[str, float], look: Callable[[psutil.Process], None] = lambda process: None
+) -> Iterator[None]:
+    """While the block runs, twice a second: ``look``; and GiB of resident memory at most, by
+    process, "driver" being ``pid`` and the others its children, into ``peak``."""
     over = threading.Event()
 
     def watch() -> None:
         driver = psutil.Process(pid)
         names: dict[int, str] = {pid: "driver"}
         while not over.wait(0.5):
-            if not finished.first_step_s and metrics.exists() and metrics.stat().st_size:
-                finished.first_step_s = time.perf_counter() - begun
             with suppress(psutil.Error):
-                taken = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
-                finished.driver.append((taken, driver.memory_info().rss / GIB))
+                look(driver)
                 for process in (driver, *driver.children(recursive=True)):
                     if not names.get(process.pid):  # Ray starts a worker before it names it
                         names[process.pid] = process.environ().get(PROCESS, "")
                     name = names[process.pid] or f"Ray's {process.pid}"
                     size = process.memory_info().rss / GIB
-                    finished.peak[name] = max(finished.peak.get(name, 0.0), size)
+                    peak[name] = max(peak.get(name, 0.0), size)
 
     thread = threading.Thread(target=watch)
     thread.start()
@@ -104,71 +114,6 @@ def _watched(pid: int, metrics: Path, finished: Finished, begun: float) -> Itera
     finally:
         over.set()
         thread.join()
-
-
-def end_to_end(
-    file: str, config: Config, repetitions: int, precision: Precision,
-    slots: Callable[[], AbstractContextManager[str]], environment: Mapping[str, str],
-) -> list[Row]:  # fmt: skip
-    """Our steps and TRL's, run by turns on the same models, prompts, lengths and divergence; and
-    steps that draw the next one meanwhile, on a cluster as in :func:`ahead`, which ``slots`` starts
-    for them alone: even an idle one would slow the others down."""
-    against = "TRL's DistillationTrainer"
-    steps = Row("end to end", f"a step, {precision}", "s", against, 1 / 1.6)
-    compiled = Row("end to end", "the same with learner.compile", "s", against, 1 / 1.6)
-    ahead = Row("end to end", "and drawing ahead", "s", against, 1 / 2.5)
-    learner = Row("end to end", f"memory of the learner, {precision}", "GiB", "TRL's process", 1.0)
-    every = Row("end to end", f"memory of all processes, {precision}", "GiB", "TRL's process")
-    ours = [f"{role}.precision={precision}" for role in ("learner", "rollout", "teacher")]
-    fast = [*ours, "learner.compile=true"]
-    beside = [*fast, *ONE_CORE, "rollout.max_staleness=1", "placement=split"]
-    with tempfile.TemporaryDirectory() as folder:
-        student = materialise_student(config.student, "float32", Path(folder) / "student")
-        spec = _trl_spec(config, student, folder, precision)
-        for _ in range(repetitions):
-            strict, theirs = run(file, ours), _trl(spec, folder)
-            seconds = [row["seconds"] for row in theirs[1:-1]]
-            steps.pairs(strict.later("step"), seconds)
-            compiled.pairs(run(file, fast).later("step"), seconds)
-            with slots() as cluster:
-                drawn = run(file, [*beside, f"cluster={cluster}"], environment)
-            ahead.pairs(drawn.later("step"), seconds)
-            peak = max(row["peak_gib"] for row in theirs)
-            learner.add(strict.peak["learner 0"], peak)
-            every.add(sum(strict.peak.values()), peak)
-    return [steps, compiled, ahead, learner, every]
-
-
-def _trl_spec(config: Config, student: str, folder: str, precision: Precision) -> dict[str, Any]:
-    assert isinstance(config.teacher, VllmTeacher | HfTeacher)
-    checked = preflight.check(config)
-    prompts = PromptStream(checked.train, config.seed).take(config.prompts_per_step * config.steps)
-    return {
-        "student": student,
-        "teacher": expand(config.teacher.model),
-        "prompts": [[{"role": r, "content": c} for r, c in p.messages] for p in prompts],
-        "batch": config.prompts_per_step,
-        "steps": config.steps,
-        "tokens": config.rollout.max_tokens,
-        "lr": config.learner.lr,
-        "bf16": precision == "bfloat16",
-        "threads": config.learner.cpus,
-        "directory": f"{folder}/trl",
-    }
-
-
-def _trl(spec: Mapping[str, Any], folder: str) -> list[dict[str, float]]:
-    file = Path(folder) / "spec.json"
-    file.write_text(json.dumps(spec))
-    environment = {**os.environ, "OMP_NUM_THREADS": str(spec["threads"]), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "actors.benchmark.trl", str(file)],
-        capture_output=True, text=True, check=False, env=environment, cwd=ROOT,
-    )  # fmt: skip
-    if done.returncode:
-        last = (done.stderr.strip() or "no message").splitlines()[-1]
-        raise ActorError(f"TRL failed: {last}. Install it: pip install -e .[benchmark]")
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"seconds')]
 
 
 def outside(file: str, repetitions: int) -> list[Row]:

@@ -1,14 +1,14 @@
-"""The same work in TRL's DistillationTrainer, in a process of its own:
-python -m actors.benchmark.trl SPEC.json, which prints a JSON line a step."""
+"""The same work in TRL's DistillationTrainer, which waits for its turn before each step (see
+actors.benchmark.turns): python -m actors.benchmark.trl SPEC.json"""
 
 from __future__ import annotations
 
 import json
-import resource
 import sys
-import time
 from pathlib import Path
 from typing import Any
+
+from actors.benchmark.turns import wait_for_turn
 
 
 def main(spec: dict[str, Any]) -> None:
@@ -20,19 +20,14 @@ def main(spec: dict[str, Any]) -> None:
 
     torch.set_num_threads(spec["threads"])
 
-    class Seconds(TrainerCallback):
-        """From the end of one step to that of the next."""
-
-        last = 0.0
+    class Turn(TrainerCallback):
+        """From the beginning of one step to that of the next, or to the end."""
 
         def on_step_begin(self, *_: Any, **__: Any) -> None:
-            self.last = self.last or time.perf_counter()
+            wait_for_turn()
 
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            now = time.perf_counter()
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-            print(json.dumps({"seconds": now - self.last, "peak_gib": peak}), flush=True)
-            self.last = now
+        def on_train_end(self, *_: Any, **__: Any) -> None:
+            wait_for_turn()
 
     dtype = "bfloat16" if spec["bf16"] else "float32"
     arguments = DistillationConfig(
@@ -58,7 +53,7 @@ def main(spec: dict[str, Any]) -> None:
         args=arguments,
         train_dataset=Dataset.from_list([{"prompt": m} for m in spec["prompts"]]),
         processing_class=AutoTokenizer.from_pretrained(spec["teacher"]),
-        callbacks=[Seconds()],
+        callbacks=[Turn()],
     )
     trainer.train()
 

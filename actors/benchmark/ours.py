@@ -1,0 +1,48 @@
+"""A run that waits for its turn before each step (see actors.benchmark.turns):
+python -m actors.benchmark.ours DIRECTORY CONFIG [key=value ...]"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from actors import build, placement
+from actors.benchmark.turns import wait_for_turn
+from seqkd import config as configuration
+from seqkd import preflight, recovery
+from seqkd.control import Control
+from seqkd.evaluation.divergence import Measurement
+from seqkd.metrics import Recorder
+from seqkd.models import materialise_student
+
+
+class Turn:
+    """In place of the evaluation, which comes between steps, when no draw is under way."""
+
+    def measure(self) -> Measurement:
+        """Nothing; but the next step does not begin before its turn."""
+        wait_for_turn()
+        return Measurement({}, (), ())
+
+
+def main(directory: Path, file: str, overrides: list[str]) -> None:
+    """The run's records are left in ``directory``."""
+    config = configuration.load(file, [*overrides, "evaluation.every_steps=1"])
+    checked = preflight.check(config)
+    student = materialise_student(config.student, config.learner.precision, directory / "student")
+    roles, control, turn = placement.needed(config), Control(), Turn()
+    evaluation: Any = turn
+    with (
+        build.connect(config, verbose=False),
+        closing(Recorder(directory, config, sys.stderr)) as recorder,
+        build.workers(config, student, checked, roles, control) as workers,
+    ):
+        run = recovery.prepare(directory, config, checked, workers, roles, {}, recorder, control)
+        recovery.finish(replace(run, evaluation=evaluation, publish=lambda measured: None))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])

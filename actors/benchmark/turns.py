@@ -1,0 +1,146 @@
+"""Whole steps of ours and of TRL's by turns, on the same models, prompts, lengths and divergence.
+Both are processes that live through the measurement; while one takes a step, the other waits: what
+the machine does from one minute to the next is the same for both."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+from actors.benchmark.rows import Row
+from actors.benchmark.runs import ONE_CORE, ROOT, watched
+from seqkd import preflight
+from seqkd.config import Config
+from seqkd.config_roles import HfTeacher, VllmTeacher
+from seqkd.config_schema import Precision
+from seqkd.data import PromptStream
+from seqkd.errors import ActorError
+from seqkd.models import expand, materialise_student
+
+READY = "waiting for its turn"
+
+
+def wait_for_turn() -> None:
+    """In such a process: say that the step before is done, and wait for the word to take one."""
+    print(READY, flush=True)
+    sys.stdin.readline()
+
+
+class Contender:
+    """A process that takes a step when it is told to."""
+
+    def __init__(self, process: subprocess.Popen[str], errors: Path) -> None:
+        self.process, self.errors = process, errors
+        self._wait()
+
+    def step(self) -> float:
+        """Seconds of one."""
+        assert self.process.stdin is not None
+        begun = time.perf_counter()
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        self._wait()
+        return time.perf_counter() - begun
+
+    def _wait(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.strip() == READY:
+                return
+        said = self.errors.read_text(errors="replace").strip() or "no message"
+        raise ActorError(f"{self.process.args[2]!r} ended: {said.splitlines()[-1]}")  # type: ignore[index]
+
+
+@contextmanager
+def contender(
+    module: str, arguments: Sequence[str], environment: Mapping[str, str], peak: dict[str, float]
+) -> Iterator[Contender]:
+    """``python -m module arguments``, once it is ready; ``peak``: see :func:`runs.watched`."""
+    with tempfile.TemporaryDirectory() as folder:
+        errors = Path(folder) / "stderr"
+        with errors.open("w") as stderr:
+            process = subprocess.Popen(
+                [sys.executable, "-m", module, *arguments],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True,
+                env={**os.environ, **environment}, cwd=ROOT,
+            )  # fmt: skip
+        try:
+            with watched(process.pid, peak):
+                yield Contender(process, errors)
+        except BaseException:
+            process.terminate()
+            raise
+        finally:
+            process.communicate()
+
+
+def end_to_end(
+    file: str, config: Config, repetitions: int, precision: Precision,
+    slots: Callable[[], AbstractContextManager[str]], environment: Mapping[str, str],
+) -> Iterator[Row]:  # fmt: skip
+    """A step as the configuration has it; in the fastest way of a step that is strictly on-policy;
+    and drawing the next one meanwhile, on a cluster as in :func:`runs.ahead`."""
+    against = "TRL's DistillationTrainer"
+    ours = [f"{role}.precision={precision}" for role in ("learner", "rollout", "teacher")]
+    fast = [*ours, "learner.compile=true", "rollout.enforce_eager=false"]
+    beside = [*fast, *ONE_CORE, "rollout.max_staleness=1", "placement=split"]
+    step = Row("end to end", f"a step, {precision}", "s", against, 1 / 1.6)
+    compiled = Row("end to end", "the same, compiled", "s", against, 1 / 1.6)
+    ahead = Row("end to end", "and drawing ahead", "s", against, 1 / 2.5)
+    learner = Row("end to end", f"memory of the learner, {precision}", "GiB", "TRL's process", 1.0)
+    every = Row("end to end", f"memory of all processes, {precision}", "GiB", "TRL's process")
+    with tempfile.TemporaryDirectory() as folder:
+        spec = _trl_spec(config, folder, precision)
+
+        def by_turns(row: Row, overrides: Sequence[str], extra: Mapping[str, str]) -> None:
+            with tempfile.TemporaryDirectory() as records:
+                mine, other = dict[str, float](), dict[str, float]()
+                threads = {"OMP_NUM_THREADS": str(config.learner.cpus), "HF_HUB_OFFLINE": "1"}
+                with (
+                    contender(
+                        "actors.benchmark.ours", [records, file, *overrides], extra, mine
+                    ) as we,
+                    contender("actors.benchmark.trl", [spec], threads, other) as they,
+                ):
+                    pairs = [(we.step(), they.step()) for _ in range(config.steps)]
+            # The first also compiles and allocates, the last draws nothing ahead and exports.
+            row.pairs(*zip(*pairs[1:-1], strict=True))
+            if row is step:
+                learner.add(mine["learner 0"], other["driver"])
+                every.add(sum(mine.values()), other["driver"])
+
+        for _ in range(repetitions):
+            by_turns(step, ours, {})
+            by_turns(compiled, fast, {})
+            with slots() as cluster:
+                by_turns(ahead, [*beside, f"cluster={cluster}"], environment)
+    yield from (step, compiled, ahead, learner, every)
+
+
+def _trl_spec(config: Config, folder: str, precision: Precision) -> str:
+    assert isinstance(config.teacher, VllmTeacher | HfTeacher)
+    checked = preflight.check(config)
+    prompts = PromptStream(checked.train, config.seed).take(config.prompts_per_step * config.steps)
+    spec: dict[str, Any] = {
+        "student": materialise_student(config.student, "float32", Path(folder) / "student"),
+        "teacher": expand(config.teacher.model),
+        "prompts": [[{"role": r, "content": c} for r, c in p.messages] for p in prompts],
+        "batch": config.prompts_per_step,
+        "steps": config.steps,
+        "tokens": config.rollout.max_tokens,
+        "lr": config.learner.lr,
+        "bf16": precision == "bfloat16",
+        "threads": config.learner.cpus,
+        "directory": f"{folder}/trl",
+    }
+    file = Path(folder) / "spec.json"
+    file.write_text(json.dumps(spec))
+    return str(file)
