@@ -106,7 +106,7 @@ def end_to_end(
     """A step as the configuration has it; in the fastest way of a step that is strictly on-policy;
     and drawing the next one meanwhile, on a cluster as in :func:`runs.ahead`."""
     against = "TRL's DistillationTrainer"
-    ours = [f"{role}.precision={precision}" for role in ("learner", "rollout", "teacher")]
+    ours = [file, *(f"{role}.precision={precision}" for role in ("learner", "rollout", "teacher"))]
     fast = [*ours, "learner.compile=true", "rollout.enforce_eager=false"]
     beside = [*fast, *ONE_CORE, "rollout.max_staleness=1", "placement=split"]
     step = Row("end to end", f"a step, {precision}", "s", against, 1 / 1.6)
@@ -116,34 +116,39 @@ def end_to_end(
     every = Row("end to end", f"memory of all processes, {precision}", "GiB", "TRL's process")
     with tempfile.TemporaryDirectory() as folder:
         spec = _trl_spec(config, folder, precision)
-
-        def by_turns(row: Row, overrides: Sequence[str], extra: Mapping[str, str]) -> None:
-            with tempfile.TemporaryDirectory() as records:
-                mine, other = dict[str, float](), dict[str, float]()
-                threads = {"OMP_NUM_THREADS": str(config.learner.cpus), "HF_HUB_OFFLINE": "1"}
-                with (
-                    contender(
-                        "actors.benchmark.ours", [records, file, *overrides], extra, mine
-                    ) as we,
-                    contender("actors.benchmark.trl", [spec], threads, other) as they,
-                ):
-                    for number in range(config.steps):
-                        seconds = we.step()
-                        with all_else_stopped(they):
-                            others = they.step()
-                        # The first also compiles and allocates, the last exports and draws nothing.
-                        if 0 < number < config.steps - 1:
-                            row.add(seconds, others)
-            if row is step:
-                learner.add(mine["learner 0"], other["driver"])
-                every.add(sum(mine.values()), other["driver"])
-
         for _ in range(repetitions):
-            by_turns(step, ours, {})
-            by_turns(compiled, fast, {})
+            mine, other = _by_turns(step, config, ours, {}, spec)
+            learner.add(mine["learner 0"], other["driver"])
+            every.add(sum(mine.values()), other["driver"])
+        yield from (step, learner, every)
+        for _ in range(repetitions):
+            _by_turns(compiled, config, fast, {}, spec)
+        yield compiled
+        for _ in range(repetitions):
             with slots() as cluster:
-                by_turns(ahead, [*beside, f"cluster={cluster}"], environment)
-    yield from (step, compiled, ahead, learner, every)
+                _by_turns(ahead, config, [*beside, f"cluster={cluster}"], environment, spec)
+        yield ahead
+
+
+def _by_turns(
+    row: Row, config: Config, ours: Sequence[str], environment: Mapping[str, str], spec: str
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Into ``row`` every step but the first, which also compiles and allocates, and the last, which
+    exports and draws nothing ahead; returns the peak memory of both, see :func:`runs.watched`."""
+    mine, other = dict[str, float](), dict[str, float]()
+    trls = {"OMP_NUM_THREADS": str(config.learner.cpus), "HF_HUB_OFFLINE": "1"}
+    with (
+        tempfile.TemporaryDirectory() as records,
+        contender("actors.benchmark.ours", [records, *ours], environment, mine) as we,
+        contender("actors.benchmark.trl", [spec], trls, other) as they,
+    ):
+        for number in range(config.steps):
+            seconds = we.step()
+            with all_else_stopped(they):
+                others = they.step()
+            if 0 < number < config.steps - 1:
+                row.add(seconds, others)
+    return mine, other
 
 
 def _trl_spec(config: Config, folder: str, precision: Precision) -> str:
