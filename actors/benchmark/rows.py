@@ -35,8 +35,8 @@ class Row:
 
     @property
     def ratio(self) -> float:
-        """Of the medians."""
-        return median(self.ours) / median(self.others)
+        """The median of the pairs': both of a pair are of the same minutes."""
+        return median(a / b for a, b in zip(self.ours, self.others, strict=True))
 
     @property
     def met(self) -> bool | None:
@@ -52,7 +52,7 @@ class Row:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Medians and ratios, a line each."""
+    """Medians, and the median ratio, a line each."""
     lines = []
     width = max(len(row.what) for row in rows)
     for section in dict.fromkeys(row.section for row in rows):
