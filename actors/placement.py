@@ -15,8 +15,8 @@ PROCESS = "SEQKD_PROCESS"
 """Environment variable in which each process has its name: role, teacher, index."""
 
 KEEP_FREED = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**28)}
-"""For glibc, in a process that computes on CPU cores: up to 256 MiB that was freed stay with it.
-Else temporaries of some MiB go back to the kernel, which clears pages for the next ones."""
+"""For glibc, in a process that computes on CPU cores: what was freed last stays with it, up to 256
+MiB. Else temporaries of some MiB go back to the kernel, which clears pages for the next ones."""
 
 KEYS: dict[Role, tuple[str, str]] = {
     "learner": ("learner", "ranks"),

@@ -13,7 +13,8 @@ CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**27}
 chunks that adding each one's [V, H] gradient costs little."""
 BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**27}
 """Of those, what is read at a time: some thirty operations, each of which reads and writes a tensor
-of this size. On a CPU they stay in its cache; a GPU runs them as one."""
+of this size. On a CPU they stay in its cache; a GPU runs them as one. More where a prompt's samples
+at one position are: those are read together."""
 
 
 def chunk_rows(weight: Tensor) -> int:
@@ -28,7 +29,8 @@ def block_rows(weight: Tensor) -> int:
 
 def blocks_of(count: int, weight: Tensor) -> list[Tensor]:
     """The indices of ``count`` states, block by block."""
-    return list(torch.arange(count, device=weight.device).split(block_rows(weight)))
+    every = torch.arange(count, device=weight.device).split(block_rows(weight))
+    return list(every) if count else []
 
 
 def chunks_of(blocks: Sequence[Tensor], weight: Tensor) -> Iterator[list[Tensor]]:

@@ -7,9 +7,9 @@ what allocators and DeepSpeed's communication buffers take, an engine's activati
 the driver loads and frees before the first step, and GPU processes' memory on the host. Nothing is
 read: a model's size is that of its architecture.
 
-Against a run of the quickstart's models on a CPU (proportional set size, largest of a process):
-learner 3.9 GiB, 4.1 by estimate; the student's engine 1.6, 1.9 while it takes in weights, and 1.5;
-the teacher 1.7 and 1.6, its sampler 1.5 and 1.6; everything at once, Ray included, 9.4 and 9.5.
+Against a run of configs/benchmark.yaml on a CPU (resident memory, largest of a process; pages of
+libraries that processes share count in each): learner 2.4 GiB, 2.2 by estimate; the student's
+engine 1.8 and 1.3; the teacher 2.0 and 1.6; the driver 0.7 and 0.7.
 On an H100 the learner of a model of Qwen2.5-1.5B's shape (bfloat16, ZeRO 0, 6,136 tokens at once)
 had 44.1 GiB at most, 39.2 with compiled layers, 47.7 by estimate.
 """
@@ -32,9 +32,9 @@ from seqkd.models import prune, skeleton
 
 GIB = 2**30
 BYTES = {"float32": 4, "bfloat16": 2}
-LOSS_BYTES = {"cpu": 8 + 80 * BLOCK_ELEMENTS["cpu"] / CHUNK_ELEMENTS["cpu"], "cuda": 14}
-"""What a loss holds of a chunk of states at once, by logit, beside the float32 sum of the head's
-gradient and its copy: measured with vocabularies of 49,152 and 151,936."""
+LOSS_BYTES = {"cpu": (8, 80), "cuda": (14, 0)}
+"""What a loss holds of a chunk of states and of a block of it, by logit, beside the float32 sum of
+the head's gradient and its copy: measured with vocabularies of 49,152 and 151,936."""
 LIBRARIES = {"torch": 0.45, "vllm": 0.7}
 """GiB of a process on a CPU beside what it holds, measured with models of a few weights; pages that
 processes share are counted once."""
@@ -150,13 +150,16 @@ def _learner(config: Config, student: Size, teachers: Mapping[str, Size]) -> Nee
     if stage or learner.precision == "bfloat16":
         of_states += 8 / (ranks if stage else 1)
     longest = config.data.max_prompt_tokens + config.rollout.max_tokens
-    tokens = 0
+    tokens = samples = 0
     for _, phase in config.phases:
+        samples = max(samples, config.samples_per_prompt(phase))
         group = config.samples_per_prompt(phase) * longest
         of_rank = -(-phase.prompts_per_step // ranks) * group
         tokens = max(tokens, min(of_rank, max(group, learner.micro_batch_tokens)))
-    device = "cuda" if learner.gpus else "cpu"
-    logits = min(CHUNK_ELEMENTS[device], tokens * student.head // student.hidden)
+    device, vocabulary = "cuda" if learner.gpus else "cpu", student.head // student.hidden
+    chunk = min(CHUNK_ELEMENTS[device], tokens * vocabulary)
+    block = min(chunk, max(BLOCK_ELEMENTS[device], samples * vocabulary))
+    of_chunk, of_block = LOSS_BYTES[device]
     head = 0 if student.adapters else student.head  # what learns of it
     saved = student.saved
     if learner.gradient_checkpointing:
@@ -169,7 +172,7 @@ def _learner(config: Config, student: Size, teachers: Mapping[str, Size]) -> Nee
         # Made on the host when weights are published.
         "merged weights": 0 if learner.gpus else student.adapted * width,
         "activations": tokens * saved * width,
-        "loss": LOSS_BYTES[device] * logits + head * (4 + (width if width < 4 else 0)),
+        "loss": of_chunk * chunk + of_block * block + head * (4 + (width if width < 4 else 0)),
         "teachers' heads": sum(
             size.head * BYTES[config.teachers[name].precision]
             for name, size in teachers.items()

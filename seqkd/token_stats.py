@@ -127,7 +127,7 @@ class _Work:
         known = None if STUDENT_ONLY.issuperset(names) else self.teacher
         room, more = self.head.room(len(hidden)), None
         if isinstance(known, FullTeacher):
-            more = known.head.room(len(hidden))
+            more = known.head.weight.new_empty(len(room), len(known.head.weight))
         for chunk in chunks_of(order, self.head.weight):
             rows, sizes = torch.cat(chunk), list(map(len, chunk))
             raw = self.head.raw(hidden[rows], room)

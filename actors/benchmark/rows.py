@@ -35,7 +35,7 @@ class Row:
 
     @property
     def ratio(self) -> float:
-        """The median of the pairs': both of a pair are of the same minutes."""
+        """The median of the pairs', both of which are of the same time where that can be."""
         return median(a / b for a, b in zip(self.ours, self.others, strict=True))
 
     @property

@@ -17,7 +17,7 @@ from seqkd import batching, preflight
 from seqkd.config import Config
 from seqkd.control import Control
 from seqkd.forward import last_hidden
-from seqkd.heads import chunk_rows
+from seqkd.heads import OutputHead, chunk_rows
 from seqkd.metrics import Clock
 from seqkd.models import materialise_student
 from seqkd.sources import StepSource
@@ -139,15 +139,17 @@ def floor(rank: Any, rollouts: Sequence[Rollout], products: int) -> float:
     weight = model.get_output_embeddings().weight.detach()
     count = sum(len(r.completion_ids) for r in rollouts)
     states = torch.randn(count, weight.shape[1], dtype=weight.dtype)
-    chunks = states.split(chunk_rows(weight))
+    chunks, room = states.split(chunk_rows(weight)), OutputHead(weight).room(count)
     start = time.perf_counter()
     for ids, mask in padded:
         last_hidden(model, ids, mask).sum().backward()
     into = torch.zeros_like(weight)
     for part in chunks:
-        logits = [part @ weight.T for _ in range(products - 2)]
-        (logits[0] @ weight).sum()
-        into.addmm_(logits[1].T, part)
+        logits = room[: len(part)]
+        for _ in range(products - 2):
+            torch.mm(part, weight.T, out=logits)
+        logits @ weight
+        into.addmm_(logits.T, part)
     seconds = time.perf_counter() - start
     model.zero_grad()
     return seconds

@@ -11,8 +11,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,11 @@ READY = "waiting for its turn"
 
 
 def wait_for_turn() -> None:
-    """In such a process: say that the step before is done, and wait for the word to take one."""
+    """In such a process: say that the step before is done, and wait for the word to take one. Ends
+    the process where there is no one to say it any more."""
     print(READY, flush=True)
-    sys.stdin.readline()
+    if not sys.stdin.readline():
+        sys.exit()
 
 
 class Contender:
@@ -48,8 +50,9 @@ class Contender:
         """Seconds of one."""
         assert self.process.stdin is not None
         begun = time.perf_counter()
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
+        with suppress(BrokenPipeError):  # what has ended says why
+            self.process.stdin.write("\n")
+            self.process.stdin.flush()
         self._wait()
         return time.perf_counter() - begun
 
@@ -59,7 +62,10 @@ class Contender:
             if line.strip() == READY:
                 return
         said = self.errors.read_text(errors="replace").strip() or "no message"
-        raise ActorError(f"{self.process.args[2]!r} ended: {said.splitlines()[-1]}")  # type: ignore[index]
+        raise ActorError(
+            f"a process of the benchmark ended: {said.splitlines()[-1]} (TRL is in the extra: "
+            "pip install -e .[benchmark])"
+        )
 
 
 @contextmanager
@@ -90,13 +96,17 @@ def all_else_stopped(spared: Contender) -> Iterator[None]:
     """While the block runs, every process that this one has started, but ``spared``'s."""
     mine, left = psutil.Process(), psutil.Process(spared.process.pid)
     every = {*mine.children(recursive=True)} - {left, *left.children(recursive=True)}
-    for process in every:
-        process.suspend()
     try:
+        _each(every, psutil.Process.suspend)
         yield
     finally:
-        for process in every:
-            process.resume()
+        _each(every, psutil.Process.resume)
+
+
+def _each(processes: Iterable[psutil.Process], do: Callable[[psutil.Process], None]) -> None:
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):  # it has ended since
+            do(process)
 
 
 def end_to_end(

@@ -114,7 +114,10 @@ def test_no_tokens(setup):
     assert s["weight"].grad.abs().sum() == 0
 
 
-def test_padded_vocabularies_are_read_up_to_the_shorter(setup):
+@pytest.mark.parametrize("chunk", [4, 100])
+@pytest.mark.filterwarnings("error")
+def test_padded_vocabularies_are_read_up_to_the_shorter(setup, monkeypatch, chunk):
+    read_at_once(monkeypatch, chunk, 2)
     s = setup
     wider = OutputHead(torch.cat([s["teacher_weight"], torch.randn(4, 5)]))
     args = (s["hidden"], OutputHead(s["weight"]), s["targets"], STATS)
