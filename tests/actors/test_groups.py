@@ -24,6 +24,8 @@ from tests.actors.ray_calls import wait
 from tests.actors.workers import Drawing, Late, Loading, Rank, Scorer, Worker
 
 SOON = Recovery(restarts=3, backoff_s=0.01, heartbeat_s=10, stall_s=60, grace_s=0.5)
+PATIENT = SOON.model_copy(update={"heartbeat_s": 60})
+"""Where a slow machine must not count as a lost process."""
 SOON_STALLED = SOON.model_copy(update={"stall_s": 15})
 
 
@@ -144,7 +146,7 @@ def test_a_new_engine_gets_the_weights_that_the_others_have(local_ray, tmp_path)
         return remote(Loading).options(num_cpus=0).remote(file)
 
     said, lost = [], []
-    pool = Pool("rollout", [create(0), create(1)], Control(SOON, said.append), create)
+    pool = Pool("rollout", [create(0), create(1)], Control(PATIENT, said.append), create)
     pool.each("start")
     learner = SimpleNamespace(alive=lambda: lost and lost_learner())
     group = groups.RolloutGroup(pool, 1, learner)
