@@ -3,12 +3,23 @@ to nothing to import before it starts."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import threading
 from pathlib import Path
 
 from seqkd.errors import ModelError
+
+
+def take(file):
+    """Whether there is a letter in ``file``, which has one less then; several processes may ask at
+    once."""
+    with file.open("r+") as letters:
+        fcntl.flock(letters, fcntl.LOCK_EX)
+        left = letters.read()
+        letters.truncate(max(0, len(left) - 1))
+    return bool(left)
 
 
 class Worker:
@@ -40,9 +51,7 @@ class Worker:
 
     def once(self, number, how):
         """``number``, but for as many calls as ``file`` has letters, each of which fails."""
-        left = self.file.read_text() if how else ""
-        if left:
-            self.file.write_text(left[1:])
+        if how and take(self.file):
             getattr(self, how)()
         assert self.started
         return number
@@ -52,9 +61,7 @@ class Late(Worker):
     """Stopped while it is being made, as often as ``file`` has letters."""
 
     def __init__(self, file):
-        left = file.read_text()
-        if left:
-            file.write_text(left[1:])
+        if take(file):
             self.stop()
         super().__init__(file)
 
