@@ -189,7 +189,7 @@ def _gradients(
     watched: tuple[Stat, ...] = (),
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Of hidden states, weight and bias, where ``needed``: what is frozen costs nothing (the head
-    of a student with adapters is). ``slopes_at`` is asked for each chunk of states in turn, whose
+    of a student with adapters is). ``slopes_at`` is asked for each block of states in turn, whose
     statistics ``names`` and ``watched`` it is given."""
     weight, bias = work.head.weight, work.head.bias
     of_hidden = torch.zeros_like(hidden) if needed[0] else None

@@ -33,8 +33,8 @@ def main(directory: Path, file: str, overrides: list[str]) -> None:
     config = configuration.load(file, [*overrides, "evaluation.every_steps=1"])
     checked = preflight.check(config)
     student = materialise_student(config.student, config.learner.precision, directory / "student")
-    roles, control, turn = placement.needed(config), Control(), Turn()
-    evaluation: Any = turn
+    roles, control = placement.needed(config), Control()
+    evaluation: Any = Turn()
     with (
         build.connect(config, verbose=False),
         closing(Recorder(directory, config, sys.stderr)) as recorder,
