@@ -129,6 +129,9 @@ class LearnerRank:
             model_parameters=[p for p in module.parameters() if p.requires_grad],
             config=deepspeed_config(self.config),
         )
+        if self.config.ranks == 1 and not self.config.zero_stage:
+            # It copies every gradient to one buffer and back, and there is no other rank's to add.
+            self.engine.enable_backward_allreduce = False
         if self.config.zero_stage == 3:
             # The head is read by the wrapper, outside the layer that owns it.
             layer = student.get_output_embeddings()  # type: ignore[operator]
