@@ -113,7 +113,7 @@ def build_engine(model: str, engine: Engine, max_model_len: int, **options: Any)
         "dtype": engine.precision,
         "max_model_len": max_model_len,
         "max_num_seqs": engine.max_num_seqs,
-        "enforce_eager": engine.enforce_eager,
+        "enforce_eager": engine.eager,
         "tensor_parallel_size": engine.tensor_parallel_size,
         # Within a placement group vLLM would choose Ray and ask for a bundle of its own per GPU.
         "distributed_executor_backend": "mp" if engine.tensor_parallel_size > 1 else None,

@@ -88,9 +88,16 @@ class Engine(Actors):
     kv_cache_gib: float = Field(1.0, gt=0, description="KV cache of an engine on a CPU.")
     gpu_memory_utilization: float = Field(0.45, gt=0, le=1, description="Share of each GPU.")
     max_num_seqs: int = Field(64, ge=1, description="Sequences an engine runs at once.")
-    enforce_eager: bool = Field(
-        True, description="Nothing compiled, no CUDA graphs: starts sooner, samples slower."
+    enforce_eager: bool | None = Field(
+        None,
+        description="Nothing compiled, no CUDA graphs: starts sooner, samples slower; left out: on "
+        "a CPU alone.",
     )
+
+    @property
+    def eager(self) -> bool:
+        """Whether nothing is compiled."""
+        return not self.gpus if self.enforce_eager is None else self.enforce_eager
 
     @model_validator(mode="after")
     def _gpus_cover_tensor_parallel(self) -> Engine:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,13 +22,26 @@ from tests.actors.ray_calls import completions, wait
 PLAN = ActorPlan("rollout", 0, threads=1, gpus=0, share=1, bundle=0)
 
 
-@pytest.fixture(scope="module")
-def engine(local_ray, tiny):
+@contextmanager
+def started(ray, tiny, **options):
     environment = {"env_vars": PLAN.environment()}
     actor = remote(RolloutActor).options(runtime_env=environment).remote((0,), "student")
-    wait(actor.start.remote(tiny["student"], Engine(kv_cache_gib=0.1), 512))
+    wait(actor.start.remote(tiny["student"], Engine(kv_cache_gib=0.1, **options), 512))
     yield actor
-    local_ray.kill(actor)
+    ray.kill(actor)
+
+
+@pytest.fixture(scope="module")
+def engine(local_ray, tiny):
+    with started(local_ray, tiny) as actor:
+        yield actor
+
+
+@pytest.fixture(scope="module")
+def compiled(local_ray, tiny):
+    """As one on a GPU is."""
+    with started(local_ray, tiny, enforce_eager=False) as actor:
+        yield actor
 
 
 @pytest.fixture
@@ -97,9 +111,11 @@ def test_logprobs_are_of_the_distribution_that_drew(engine, model, prompts):
     assert list(r.rollout_logprobs) == pytest.approx(expected, abs=1e-3)
 
 
-def test_after_a_sync_the_engine_has_the_new_weights(engine, model, prompts, tiny):
+@pytest.mark.parametrize("kind", ["engine", "compiled"])
+def test_after_a_sync_the_engine_has_the_new_weights(request, kind, model, prompts, tiny):
     """Every parameter changed, the tied output head included, and nothing cached of the old: the
     last prompt fills several blocks of the cache."""
+    engine = request.getfixturevalue(kind)
     prompts = [*prompts, Prompt("long", tuple(5 + i % 250 for i in range(400)), "")]
     sample(engine, prompts)
     with torch.no_grad():

@@ -11,6 +11,7 @@ import yaml
 from seqkd.comparison import plan
 from seqkd.config import Config, dump, load
 from seqkd.config_objectives import SequenceReverseKL
+from seqkd.config_roles import Engine
 from seqkd.errors import ConfigError
 from tests.conftest import ROOT
 
@@ -263,6 +264,14 @@ def test_bad_input_is_one_clear_message(path, overrides, field, mend):
     assert mend in message
     assert len(message.splitlines()) == 1
     assert "BaseModel" not in message
+
+
+@pytest.mark.parametrize(
+    ("said", "gpus", "eager"),
+    [(None, 0, True), (None, 0.5, False), (True, 1, True), (False, 0, False)],
+)
+def test_engines_on_gpus_are_compiled_where_nothing_is_said(said, gpus, eager):
+    assert Engine(enforce_eager=said, gpus=gpus).eager is eager
 
 
 def test_every_problem_is_listed_at_once(path):

@@ -121,7 +121,7 @@ def test_what_a_tracker_is_told_of_the_run(registered, tmp_path):
     assert made.calls == ["start", "finish"]
     told = made.configuration
     assert told["seed"] == 7 and told["student.model"] == "a" and told["warmup"] is None
-    assert told["learner.betas"] == "[0.8, 0.9]" and told["rollout.enforce_eager"] is True
+    assert told["learner.betas"] == "[0.8, 0.9]" and told["rollout.mask_truncated"] is False
     assert all(isinstance(v, str | int | float | None) for v in told.values())
 
 
