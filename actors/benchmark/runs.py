@@ -131,7 +131,7 @@ def outside(file: str, repetitions: int) -> list[Row]:
     return [rest, checks, first]
 
 
-def growth(file: str, config: Config, repetitions: int) -> list[Row]:
+def growth(file: str, config: Config, repetitions: int) -> Iterator[Row]:
     """What twice the work costs, and what a second process with a core of its own gains. The
     pruned student's completions go on to the limit, so that it says how long they are."""
     doubled = {
@@ -142,17 +142,19 @@ def growth(file: str, config: Config, repetitions: int) -> list[Row]:
     rows = {
         what: Row("growth", f"a step, twice the {what}", "s", "as it is", 2.1) for what in doubled
     }
-    ranks = Row("growth", "learning, two ranks of one core each", "s", "one")
-    engines = Row("growth", "sampling, two engines of one core each", "s", "one")
-    cores = ["learner.cpus=1", "rollout.cpus=1"]
     for _ in range(repetitions):
         once = run(file, [])
         for what, override in doubled.items():
             rows[what].pairs(run(file, [override]).later("step"), once.later("step"))
+    yield from rows.values()
+    ranks = Row("growth", "learning, two ranks of one core each", "s", "one")
+    engines = Row("growth", "sampling, two engines of one core each", "s", "one")
+    cores = ["learner.cpus=1", "rollout.cpus=1"]
+    for _ in range(repetitions):
         one, two = run(file, cores), run(file, [*cores, "learner.ranks=2", "rollout.actors=2"])
         ranks.pairs(two.later("learn"), one.later("learn"))
         engines.pairs(two.later("sample"), one.later("sample"))
-    return [*rows.values(), ranks, engines]
+    yield from (ranks, engines)
 
 
 def ahead(file: str, repetitions: int, cluster: str, environment: Mapping[str, str]) -> list[Row]:
