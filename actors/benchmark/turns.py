@@ -1,6 +1,6 @@
 """Whole steps of ours and of TRL's by turns, on the same models, prompts, lengths and divergence.
-Both are processes that live through the measurement; while one takes its turn, the other waits:
-what the machine does from one minute to the next is the same for both. TRL waits for a line of its
+Both are processes that live through the measurement; while one takes a step, the other waits: what
+the machine does from one minute to the next is the same for both. TRL waits for a line of its
 input; of ours every process is stopped, as an idle Ray takes a tenth of a core."""
 
 from __future__ import annotations
@@ -29,10 +29,6 @@ from seqkd.errors import ActorError
 from seqkd.models import expand, materialise_student
 
 READY = "waiting for its turn"
-TURNS = 6
-"""In the first one compiles and allocates: it is not counted."""
-STEPS = 2
-"""In a turn, of which the last is counted: the first finds everything cold."""
 
 
 def wait_for_turn() -> None:
@@ -148,41 +144,34 @@ def end_to_end(
 def _by_turns(
     row: Row, config: Config, ours: Sequence[str], environment: Mapping[str, str], spec: str
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Into ``row`` a step of each turn; returns the peak memory of both, see
-    :func:`runs.watched`."""
+    """Into ``row`` every step but the first, which also compiles and allocates, and the last, which
+    exports and draws nothing ahead; returns the peak memory of both, see :func:`runs.watched`."""
     mine, other = dict[str, float](), dict[str, float]()
     trls = {"OMP_NUM_THREADS": str(config.learner.cpus), "HF_HUB_OFFLINE": "1"}
-    # Of ours the last step, which would draw nothing ahead, is never taken.
-    steps = f"steps={TURNS * STEPS + 1}"
     with (
         tempfile.TemporaryDirectory() as records,
-        contender("actors.benchmark.ours", [records, *ours, steps], environment, mine) as we,
+        contender("actors.benchmark.ours", [records, *ours], environment, mine) as we,
         contender("actors.benchmark.trl", [spec], trls, other) as they,
     ):
-        for turn in range(TURNS):
-            seconds = _last_of_a_turn(we)
+        for number in range(config.steps):
+            seconds = we.step()
             with all_else_stopped(they):
-                others = _last_of_a_turn(they)
-            if turn:
+                others = they.step()
+            if 0 < number < config.steps - 1:
                 row.add(seconds, others)
     return mine, other
-
-
-def _last_of_a_turn(contender: Contender) -> float:
-    return [contender.step() for _ in range(STEPS)][-1]
 
 
 def _trl_spec(config: Config, folder: str, precision: Precision) -> str:
     assert isinstance(config.teacher, VllmTeacher | HfTeacher)
     checked = preflight.check(config)
-    steps = TURNS * STEPS
-    prompts = PromptStream(checked.train, config.seed).take(config.prompts_per_step * steps)
+    prompts = PromptStream(checked.train, config.seed).take(config.prompts_per_step * config.steps)
     spec: dict[str, Any] = {
         "student": materialise_student(config.student, "float32", Path(folder) / "student"),
         "teacher": expand(config.teacher.model),
         "prompts": [[{"role": r, "content": c} for r, c in p.messages] for p in prompts],
         "batch": config.prompts_per_step,
-        "steps": steps,
+        "steps": config.steps,
         "tokens": config.rollout.max_tokens,
         "lr": config.learner.lr,
         "bf16": precision == "bfloat16",
