@@ -130,7 +130,7 @@ class LearnerRank:
             config=deepspeed_config(self.config),
         )
         if self.config.ranks == 1 and not self.config.zero_stage:
-            # It copies every gradient to one buffer and back, and there is no other rank's to add.
+            # DeepSpeed would copy every gradient to a buffer and back, with no other rank's to add.
             self.engine.enable_backward_allreduce = False
         if self.config.zero_stage == 3:
             # The head is read by the wrapper, outside the layer that owns it.
