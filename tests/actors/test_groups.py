@@ -243,7 +243,7 @@ def test_a_signal_ends_a_wait_and_a_second_one_the_process(learner):
 
 @pytest.fixture
 def engines(local_ray, tmp_path):
-    """Two that read ``engines.file``; ``engines.said`` is what was said of them."""
+    """Two that wait for ``engines.file``; ``engines.said`` is what was said of them."""
     file, said = tmp_path / "engines", []
 
     def create(index):
@@ -259,16 +259,23 @@ def engines(local_ray, tmp_path):
 EIGHT = [Prompt(str(i), (i,), "") for i in range(8)]
 
 
-def test_completions_are_told_while_others_are_drawn(engines):
-    engines.file.write_text("wait")
+def draw(engines, letters):
+    """What was told, and what was given back; the engines wait until twelve are told."""
     told = []
 
     def finished(rollout):
         told.append(rollout)
-        if len(told) == 12:  # all that come before the engines wait
-            engines.file.write_text("")
+        if len(told) == 12:
+            written = engines.file.with_suffix(".written")
+            written.write_text(letters)
+            written.rename(engines.file)  # it is there with its letters or not at all
 
-    drawn = groups.RolloutGroup(engines, 1).sample(EIGHT, [2] * 8, seed=0, finished=finished)
+    sample = groups.RolloutGroup(engines, 1).sample
+    return told, sample(EIGHT, [2] * 8, seed=0, finished=finished)
+
+
+def test_completions_are_told_while_others_are_drawn(engines):
+    told, drawn = draw(engines, letters="")
     assert {r.prompt_id for r in told[:12]} == {"2", "3", "4", "5", "6", "7"}
     assert [r.prompt_id for r in drawn] == [str(i) for i in range(8) for _ in range(2)]
     assert sorted(told, key=lambda r: r.sample_id) == sorted(drawn, key=lambda r: r.sample_id)
@@ -276,10 +283,7 @@ def test_completions_are_told_while_others_are_drawn(engines):
 
 def test_what_a_lost_engine_had_told_stays_and_is_told_once(engines):
     """It may have been scored: what is given back in the end must be the same."""
-    engines.file.write_text("die")
-    told = []
-    sample = groups.RolloutGroup(engines, 1).sample
-    drawn = sample(EIGHT, [2] * 8, seed=0, finished=told.append)
+    told, drawn = draw(engines, letters="x")
     assert len(engines.said) == 1, "an engine was lost"
     assert sorted(told, key=lambda r: r.sample_id) == sorted(drawn, key=lambda r: r.sample_id)
     assert len({r.source for r in drawn}) == 3, "of two, and the rest of one by its successor"

@@ -112,17 +112,17 @@ class Scorer:
 
 class Drawing(Worker):
     """One that answers with the prompt's own id, the last prompt first. Before it tells of the
-    first it dies if ``file`` says so, or waits as long as it does."""
+    first it waits until ``file`` is there, and dies if that has a letter."""
 
     def sample(self, prompts, seeds, samples, max_tokens, temperature, top_p):
         from seqkd.types import Rollout
 
         for place in reversed(range(len(prompts))):
-            if place == 0 and self.file and self.file.read_text() == "die":
-                self.file.write_text("")
-                self.die()
-            while place == 0 and self.file and self.file.read_text() == "wait":
-                threading.Event().wait(0.01)
+            if place == 0 and self.file:
+                while not self.file.exists():
+                    threading.Event().wait(0.01)
+                if take(self.file):
+                    self.die()
             prompt, seed = prompts[place], seeds[place]
             for i in range(samples[place]):
                 yield place, i, Rollout(
