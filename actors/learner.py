@@ -26,6 +26,7 @@ from seqkd.heads import OutputHead
 from seqkd.lora import Adapters
 from seqkd.models import export, layers_of, load_causal_lm, load_head, without_dropout
 from seqkd.objectives import OBJECTIVES, mixture_weight
+from seqkd.onednn import use_onednn
 from seqkd.types import (
     Counts,
     Divergence,
@@ -112,6 +113,8 @@ class LearnerRank:
         # compilation leaves a lock for which every later process waits without end.
         deepspeed.ops.__compatible_ops__ = {}
         deepspeed.init_distributed("nccl" if self.config.gpus else "gloo", verbose=False)
+        if not self.config.gpus:
+            use_onednn()
         student = load_causal_lm(model, self.config.precision, "student.model")
         self.adapters = Adapters(student, self.lora, self.seed) if self.lora else None
         student.to(self.device)

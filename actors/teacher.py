@@ -14,6 +14,7 @@ from seqkd.config_roles import HfTeacher, VllmTeacher
 from seqkd.forward import check_head, last_hidden
 from seqkd.heads import OutputHead
 from seqkd.models import expand, head_of, load_causal_lm, load_head
+from seqkd.onednn import use_onednn
 from seqkd.types import Rollout, TeacherScore
 
 
@@ -92,6 +93,8 @@ class HfStates:
         # Over as many GPUs as the actor has; on the CPU where it has none.
         self.model = load_causal_lm(config.model, config.precision, "teacher.model", "auto")
         self.device = next(self.model.parameters()).device
+        if self.device.type == "cpu":
+            use_onednn()
         check_head(self.model, "teacher.model")
 
     @torch.inference_mode()
