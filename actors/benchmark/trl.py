@@ -1,24 +1,27 @@
 """The same work in TRL's DistillationTrainer, which waits for its turn before each step (see
-actors.benchmark.turns): python -m actors.benchmark.trl SPEC.json"""
+actors.benchmark.turns): python -m actors.benchmark.trl SPEC, in JSON"""
 
 from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 from actors.benchmark.turns import wait_for_turn
 
 
 def main(spec: dict[str, Any]) -> None:
-    """``spec``: student, teacher, prompts (messages), batch, steps, tokens, lr, bf16."""
+    """``spec``: student, teacher, prompts (messages), batch, steps, tokens, lr, bf16, onednn."""
     import torch
     from datasets import Dataset
     from transformers import AutoTokenizer, TrainerCallback
     from trl import DistillationConfig, DistillationTrainer
 
+    from seqkd.onednn import use_onednn
+
     torch.set_num_threads(spec["threads"])
+    if spec["onednn"]:
+        use_onednn()
 
     class Turn(TrainerCallback):
         """From the beginning of one step to that of the next, or to the end."""
@@ -59,4 +62,4 @@ def main(spec: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main(json.loads(Path(sys.argv[1]).read_text()))
+    main(json.loads(sys.argv[1]))

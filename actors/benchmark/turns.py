@@ -114,7 +114,8 @@ def end_to_end(
     slots: Callable[[], AbstractContextManager[str]], environment: Mapping[str, str],
 ) -> Iterator[Row]:  # fmt: skip
     """A step as the configuration has it; in the fastest way of a step that is strictly on-policy;
-    and drawing the next one meanwhile, on a cluster as in :func:`runs.ahead`."""
+    and drawing the next one meanwhile, on a cluster as in :func:`runs.ahead`. TRL as it comes; and
+    at last with :func:`seqkd.onednn.use_onednn`, which is not in its configuration."""
     against = "TRL's DistillationTrainer"
     ours = [file, *(f"{role}.precision={precision}" for role in ("learner", "rollout", "teacher"))]
     fast = [*ours, "learner.compile=true"]
@@ -123,10 +124,12 @@ def end_to_end(
     step = Row("end to end", f"a step, {precision}", "s", against, 1 / 1.6)
     compiled = Row("end to end", "the same, compiled", "s", against, 1 / 1.6)
     ahead = Row("end to end", "and drawing ahead", "s", against, 1 / 2.5)
+    products = Row("end to end", "the same", "s", "TRL's, its products by oneDNN too")
     learner = Row("end to end", f"memory of the learner, {precision}", "GiB", "TRL's process", 1.0)
     every = Row("end to end", f"memory of all processes, {precision}", "GiB", "TRL's process")
     with tempfile.TemporaryDirectory() as folder:
         spec = _trl_spec(config, folder, precision)
+        with_onednn = {**spec, "onednn": True}
         for _ in range(repetitions):
             mine, other = _by_turns(step, config, ours, {}, spec)
             learner.add(mine["learner 0"], other["driver"])
@@ -135,14 +138,19 @@ def end_to_end(
         for _ in range(repetitions):
             _by_turns(compiled, config, fast, {}, spec)
         yield compiled
-        for _ in range(repetitions):
-            with slots() as cluster:
-                _by_turns(ahead, config, [*beside, f"cluster={cluster}"], environment, spec)
-        yield ahead
+        for row, theirs in ((ahead, spec), (products, with_onednn)):
+            for _ in range(repetitions):
+                with slots() as cluster:
+                    _by_turns(row, config, [*beside, f"cluster={cluster}"], environment, theirs)
+            yield row
 
 
 def _by_turns(
-    row: Row, config: Config, ours: Sequence[str], environment: Mapping[str, str], spec: str
+    row: Row,
+    config: Config,
+    ours: Sequence[str],
+    environment: Mapping[str, str],
+    spec: Mapping[str, Any],
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Into ``row`` every step but the first, which also compiles and allocates, and the last, which
     exports and draws nothing ahead; returns the peak memory of both, see :func:`runs.watched`."""
@@ -151,7 +159,7 @@ def _by_turns(
     with (
         tempfile.TemporaryDirectory() as records,
         contender("actors.benchmark.ours", [records, *ours], environment, mine) as we,
-        contender("actors.benchmark.trl", [spec], trls, other) as they,
+        contender("actors.benchmark.trl", [json.dumps(spec)], trls, other) as they,
     ):
         for number in range(config.steps):
             seconds = we.step()
@@ -162,11 +170,11 @@ def _by_turns(
     return mine, other
 
 
-def _trl_spec(config: Config, folder: str, precision: Precision) -> str:
+def _trl_spec(config: Config, folder: str, precision: Precision) -> dict[str, Any]:
     assert isinstance(config.teacher, VllmTeacher | HfTeacher)
     checked = preflight.check(config)
     prompts = PromptStream(checked.train, config.seed).take(config.prompts_per_step * config.steps)
-    spec: dict[str, Any] = {
+    return {
         "student": materialise_student(config.student, "float32", Path(folder) / "student"),
         "teacher": expand(config.teacher.model),
         "prompts": [[{"role": r, "content": c} for r, c in p.messages] for p in prompts],
@@ -175,9 +183,7 @@ def _trl_spec(config: Config, folder: str, precision: Precision) -> str:
         "tokens": config.rollout.max_tokens,
         "lr": config.learner.lr,
         "bf16": precision == "bfloat16",
+        "onednn": False,
         "threads": config.learner.cpus,
         "directory": f"{folder}/trl",
     }
-    file = Path(folder) / "spec.json"
-    file.write_text(json.dumps(spec))
-    return str(file)
