@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+CPUS = Path("/proc/cpuinfo")
 SMALLEST = 2**20
 """Multiplications below which it does not matter who makes them."""
 SLICE_ELEMENTS = 2**22
@@ -23,10 +24,9 @@ SLICE_ELEMENTS = 2**22
 @cache
 def use_onednn() -> Any:
     """From here on in this process, where that is faster. What is returned keeps it so."""
-    cpus = Path("/proc/cpuinfo")
     if (
-        cpus.exists()
-        and "AuthenticAMD" in cpus.read_text()
+        CPUS.exists()
+        and "AuthenticAMD" in CPUS.read_text()
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
         and torch.backends.mkl.is_available()
         and torch.backends.mkldnn.is_available()

@@ -135,3 +135,33 @@ def test_a_layer_learns_the_same(bias):
         found, [wide.grad, *(p.grad for p in exactly.parameters())], strict=True
     ):
         assert (ours.double() - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("vendor", "capability", "taken"),
+    [
+        ("AuthenticAMD", "AVX512", True),
+        ("AuthenticAMD", "AVX2", False),
+        ("GenuineIntel", "AVX512", False),
+        (None, "AVX512", False),
+    ],
+)
+def test_it_is_taken_where_mkl_is_slow(vendor, capability, taken, tmp_path, monkeypatch):
+    cpus = tmp_path / "cpuinfo"
+    if vendor:
+        cpus.write_text(f"processor\t: 0\nvendor_id\t: {vendor}\n")
+    monkeypatch.setattr(onednn, "CPUS", cpus)
+    monkeypatch.setattr(onednn, "install", lambda: "installed")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    assert onednn.use_onednn.__wrapped__() == ("installed" if taken else None)
+
+
+def test_a_teacher_on_cores_takes_it(tiny, monkeypatch):
+    from actors import teacher
+    from seqkd.config_roles import HfTeacher
+
+    called = []
+    monkeypatch.setattr(teacher, "use_onednn", lambda: called.append(True))
+    teacher.HfStates(HfTeacher(kind="hf", model=tiny["teacher"]), 64)
+    assert called == [True]
