@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 CPUS = Path("/proc/cpuinfo")
+"""Where Linux says whose processor this is."""
 SMALLEST = 2**20
 """Multiplications below which it does not matter who makes them."""
 SLICE_ELEMENTS = 2**22
@@ -102,7 +103,7 @@ KERNELS: dict[str, Callable[..., Tensor]] = {
 def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     weight = b.t()
     if not (b.is_contiguous() or weight.is_contiguous()):
-        weight = weight.contiguous()  # oneDNN would take minutes
+        weight = weight.contiguous()  # oneDNN is slow where neither lies together
     made: Tensor = torch.ops.mkldnn._linear_pointwise(a, weight, bias, "none", [], "")
     return made
 

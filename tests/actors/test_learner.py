@@ -578,6 +578,15 @@ def test_nothing_is_compiled_so_that_no_lock_is_waited_for(new, tiny, tmp_path):
     assert [file for file in tmp_path.rglob("*") if file.is_file()] == [lock]
 
 
+def test_on_cores_it_takes_onednns_products_where_they_are_faster(learners, local_ray, tiny):
+    def asked(rank):
+        from seqkd.onednn import use_onednn
+
+        return use_onednn.cache_info().currsize
+
+    assert local_ray.get(learners(tiny).ranks[0].__ray_call__.remote(asked)) == 1
+
+
 def test_published_weights_end_with_the_learner_that_is_killed(new, local_ray, tiny):
     learner = new(tiny)
     learner.publish()
