@@ -80,6 +80,7 @@ class LearnerRank:
         self.teacher_heads: dict[str, OutputHead] = {}
         self.policy_version = 0
         self.published: BinaryIO | None = None
+        """What publishing writes to."""
 
     def rendezvous(self) -> tuple[str, int]:
         """Address and free port of this rank, for the others to meet at."""
@@ -190,19 +191,17 @@ class LearnerRank:
         return results
 
     def publish(self) -> WeightVersion | None:
-        """Write the weights for the engines; every rank takes part, rank 0 returns the version. The
-        previous one goes: every engine has taken it in."""
+        """Write the weights for the engines over the previous ones, which every engine has taken
+        in; every rank takes part, rank 0 returns the version."""
         import ray
 
         state = self._gathered()
         if self.rank:
             return None
         node = ray.get_runtime_context().get_node_id()
-        if self.published:
-            self.published.close()
         if self.adapters:
             state = self.adapters.published(state)
-        self.published = weight_sync.memory_file()
+        self.published = self.published or weight_sync.memory_file()
         return weight_sync.publish(state, self.policy_version, self.published, node)
 
     def published_bytes(self, version: WeightVersion) -> bytes:

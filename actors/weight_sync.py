@@ -2,9 +2,10 @@
 
 The learner writes one safetensors file into anonymous memory, which ends with the process; every
 engine on that node reads it there, an engine elsewhere gets the file's bytes through Ray's object
-store and holds them likewise. Each tensor's digest is compared as vLLM takes it in. That proves
-what arrived, not what the engine computes with: the log-prob gap of each step (metrics.jsonl) shows
-that.
+store and holds them likewise. The next weights are written over the last ones, whose memory the
+system would otherwise take back and clear anew, which takes longer than writing does. Each tensor's
+digest is compared as vLLM takes it in. That proves what arrived, not what the engine computes with:
+the log-prob gap of each step (metrics.jsonl) shows that.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ def path_of(file: BinaryIO) -> str:
 def publish(
     state: dict[str, Tensor], policy_version: int, file: BinaryIO, node_id: str
 ) -> WeightVersion:
-    """Write ``state`` to ``file``, to be kept open until every engine has taken it in: as
-    safetensors, whose own writer puts a new file in the place of the one it is given."""
+    """Write ``state`` to ``file``, over what it had, to be left alone until every engine has taken
+    it in: as safetensors, whose own writer puts a new file in the place of the one it is given."""
     header, end = {}, 0
     for name, tensor in state.items():
         start, end = end, end + tensor.nbytes
@@ -53,13 +54,14 @@ def publish(
         }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
+    file.seek(0)
     file.write(len(text).to_bytes(8, "little") + text)
     digests = {}
     for name, tensor in state.items():
         content = _bytes(tensor)  # of a tensor on a GPU a copy
         file.write(content)
         digests[name] = xxhash.xxh3_128_hexdigest(content)
-    file.flush()
+    file.truncate()
     return WeightVersion(policy_version, path_of(file), node_id, digests)
 
 

@@ -144,6 +144,27 @@ def test_what_is_not_published_stays_as_it_is(engine, model, prompts, tiny):
     restore(engine, tiny, 4)
 
 
+def test_the_next_weights_are_written_over_those_taken_in(engine, model, prompts, tiny):
+    """The engine keeps nothing of the file, and takes the next ones from it."""
+    state = {name: p.detach() for name, p in model.named_parameters()}
+    with weight_sync.memory_file() as file:
+        first = weight_sync.publish(state, 7, file, "here")
+        wait(engine.load.remote(first, None))
+        expected = sample(engine, prompts)
+        state["model.norm.weight"] = state["model.norm.weight"] * 1.5
+        second = weight_sync.publish(state, 8, file, "here")
+        assert second.path == first.path
+        assert sample(engine, prompts) == expected
+        wait(engine.load.remote(second, None))
+        now = sample(engine, prompts)
+    assert [r.rollout_logprobs for r in now] != [r.rollout_logprobs for r in expected]
+    with torch.no_grad():
+        model.model.norm.weight.mul_(1.5)
+    for r in now:
+        assert list(r.rollout_logprobs) == pytest.approx(drawn(model, r), abs=1e-3)
+    restore(engine, tiny, 9)
+
+
 @pytest.mark.parametrize("fault", ["changed", "missing", "unknown"])
 def test_weights_that_are_not_the_published_ones_are_refused(engine, model, tiny, fault):
     with weight_sync.memory_file() as file:
@@ -183,11 +204,13 @@ def test_scoring_a_fixed_sequence(engine, model):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_published_file_is_read_as_it_was(dtype):
-    """By safetensors itself, in whatever shapes and memory layout the tensors are."""
+    """By safetensors itself, in whatever shapes and memory layout the tensors are, and whatever was
+    in the file."""
     base = torch.arange(12.0).view(3, 4).to(dtype)
     state = {"b": base.T, "a": base[1], "none": base[:0], "one": base[2, 3]}
     with weight_sync.memory_file() as file:
-        version = weight_sync.publish(state, 0, file, "here")
+        weight_sync.publish({"before": torch.zeros(999)}, 0, file, "here")
+        version = weight_sync.publish(state, 1, file, "here")
         found = load_file(version.path)
     assert found.keys() == state.keys()
     for name, tensor in state.items():
