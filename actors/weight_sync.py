@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -105,11 +106,16 @@ class VerifiedReload:
         arrived: set[str] = set()
 
         def tensors() -> Iterator[tuple[str, Tensor]]:
-            with safe_open(path, framework="pt") as reader:
-                for name in reader.keys():  # noqa: SIM118 (a reader is no mapping)
+            with safe_open(path, framework="pt") as reader, ThreadPoolExecutor(1) as ahead:
+
+                def verified(name: str) -> tuple[str, Tensor]:
                     tensor = reader.get_tensor(name)
                     if digest(tensor) != digests.get(name):
                         raise SyncError(f"weight sync: {name} differs from what the learner sent.")
+                    return name, tensor
+
+                # While vLLM takes one in the next are read and verified.
+                for name, tensor in ahead.map(verified, reader.keys()):
                     arrived.add(name)
                     yield name, tensor
 

@@ -76,10 +76,11 @@ def measure(config: Config, repetitions: int) -> list[Row]:
                 part = source.part(clock)
                 with clock("learn"):
                     learner.step([part], config.learner.lr)
-                learning = {count: _asked(rank, floor, drawn, count) for count in (6, 4)}
-                _asked(rank, save, f"{shared}/model.safetensors")
                 with clock("sync"):
                     workers.sync()
+                # A reload of the same weights, after the learner has been at work as well.
+                learning = {count: _asked(rank, floor, drawn, count) for count in (6, 4)}
+                _asked(rank, save, f"{shared}/model.safetensors")
                 reloading = _asked(engine, reload, shared)
                 took = clock.seconds
                 if repetition:  # the first is warm-up: kernels, allocators
