@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import threading
 import time
@@ -23,9 +24,15 @@ from actors.placement import PROCESS
 from seqkd.config import Config
 from seqkd.errors import ActorError
 from seqkd.metrics import STAGES
+from seqkd.models import expand
 
 ROOT = Path(__file__).resolve().parents[2]
 GIB = 2**30
+COMPILED = [
+    "learner.compile=true",
+    *(f"{role}.enforce_eager=false" for role in ("rollout", "teacher")),
+]
+"""The fastest way of a step that is strictly on-policy."""
 ONE_CORE = [f"{role}.cpus=1" for role in ("rollout", "teacher", "learner")]
 
 
@@ -117,7 +124,7 @@ def watched(
 
 
 def outside(file: str, repetitions: int) -> list[Row]:
-    """What a step takes beside its stages."""
+    """What a step takes beside its stages; and the way to the first one's end."""
     rest = Row("end to end", "a step outside its stages", "s", "the whole step", 0.05)
     checks = Row("end to end", "the known text and other checks", "s", "the whole step")
     first = Row("start-up", "to the end of the first step", "s", "a later step")
@@ -129,6 +136,32 @@ def outside(file: str, repetitions: int) -> list[Row]:
             checks.add(row["time_watch_s"], row["time_step_s"])
         first.add(finished.first_step_s, median(finished.later("step")))
     return [rest, checks, first]
+
+
+def start_up(file: str, config: Config, repetitions: int) -> list[Row]:
+    """Compiled as in :func:`turns.end_to_end`, where nothing was compiled before and nothing of the
+    libraries and models is in memory, but what this process has itself mapped of them; and again
+    with what the first left behind."""
+    row = Row("start-up", "compiled, cold: to the end of the first step", "s", "the same, warm")
+    models = [expand(config.student.model), *(expand(t.model) for t in config.teachers.values())]
+    for _ in range(repetitions):
+        with tempfile.TemporaryDirectory() as caches:
+            left = {
+                "TORCHINDUCTOR_CACHE_DIR": f"{caches}/torch",
+                "VLLM_CACHE_ROOT": f"{caches}/vllm",
+            }
+            _evict(*sysconfig.get_paths().values(), *models)
+            cold, warm = (run(file, [*COMPILED, "steps=1"], left) for _ in range(2))
+        row.add(cold.first_step_s, warm.first_step_s)
+    return [row]
+
+
+def _evict(*folders: str) -> None:
+    """Every file below them from the page cache."""
+    for path in {path for folder in folders for path in Path(folder).rglob("*")}:
+        if path.is_file() and os.access(path, os.R_OK):
+            with path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def growth(file: str, config: Config, repetitions: int) -> Iterator[Row]:

@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 
 from actors.benchmark.rows import Row
-from actors.benchmark.runs import ONE_CORE, ROOT, watched
+from actors.benchmark.runs import COMPILED, ONE_CORE, ROOT, watched
 from seqkd import preflight
 from seqkd.config import Config
 from seqkd.config_roles import HfTeacher, VllmTeacher
@@ -115,11 +115,10 @@ def end_to_end(
 ) -> Iterator[Row]:  # fmt: skip
     """A step as the configuration has it; in the fastest way of a step that is strictly on-policy;
     and drawing the next one meanwhile, on a cluster as in :func:`runs.ahead`. TRL as it comes; and
-    at last with :func:`seqkd.onednn.use_onednn`, which is not in its configuration."""
+    at last, in float32, with :func:`seqkd.onednn.use_onednn`, which is not in its configuration."""
     against = "TRL's DistillationTrainer"
     ours = [file, *(f"{role}.precision={precision}" for role in ("learner", "rollout", "teacher"))]
-    fast = [*ours, "learner.compile=true"]
-    fast += [f"{role}.enforce_eager=false" for role in ("rollout", "teacher")]
+    fast = [*ours, *COMPILED]
     beside = [*fast, *ONE_CORE, "rollout.max_staleness=1", "placement=split"]
     step = Row("end to end", f"a step, {precision}", "s", against, 1 / 1.6)
     compiled = Row("end to end", "the same, compiled", "s", against, 1 / 1.6)
@@ -129,7 +128,6 @@ def end_to_end(
     every = Row("end to end", f"memory of all processes, {precision}", "GiB", "TRL's process")
     with tempfile.TemporaryDirectory() as folder:
         spec = _trl_spec(config, folder, precision)
-        with_onednn = {**spec, "onednn": True}
         for _ in range(repetitions):
             mine, other = _by_turns(step, config, ours, {}, spec)
             learner.add(mine["learner 0"], other["driver"])
@@ -138,7 +136,10 @@ def end_to_end(
         for _ in range(repetitions):
             _by_turns(compiled, config, fast, {}, spec)
         yield compiled
-        for row, theirs in ((ahead, spec), (products, with_onednn)):
+        rows = [(ahead, spec)]
+        if precision == "float32":  # in others torch itself takes oneDNN
+            rows.append((products, {**spec, "onednn": True}))
+        for row, theirs in rows:
             for _ in range(repetitions):
                 with slots() as cluster:
                     _by_turns(row, config, [*beside, f"cluster={cluster}"], environment, theirs)

@@ -111,6 +111,16 @@ def test_logprobs_are_of_the_distribution_that_drew(engine, model, prompts):
     assert list(r.rollout_logprobs) == pytest.approx(expected, abs=1e-3)
 
 
+@pytest.mark.parametrize(("kind", "eager"), [("engine", True), ("compiled", False)])
+def test_an_engine_is_compiled_where_that_is_asked(request, kind, eager):
+    engine = request.getfixturevalue(kind)
+
+    def is_eager(actor):
+        return actor.llm.llm_engine.model_config.enforce_eager
+
+    assert wait(engine.__ray_call__.remote(is_eager)) is eager
+
+
 @pytest.mark.parametrize("kind", ["engine", "compiled"])
 def test_after_a_sync_the_engine_has_the_new_weights(request, kind, model, prompts, tiny):
     """Every parameter changed, the tied output head included, and nothing cached of the old: the
