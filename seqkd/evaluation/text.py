@@ -9,9 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from rouge_score.rouge_scorer import RougeScorer
-from rouge_score.tokenizers import DefaultTokenizer
-from sacrebleu.metrics.bleu import BLEU
 
 from seqkd.evaluation.divergence import Interval, Ratio
 from seqkd.metrics import repetition
@@ -78,6 +75,9 @@ def rouge(predictions: Sequence[Sequence[str]], references: Sequence[Sequence[st
     reference without words (to ROUGE: runs of a-z and 0-9) is none; a prompt without any is left
     out.
     """
+    from rouge_score.rouge_scorer import RougeScorer  # a second, which a run need not wait for
+    from rouge_score.tokenizers import DefaultTokenizer
+
     scorer = RougeScorer(list(ROUGE), use_stemmer=True)
     words = DefaultTokenizer(use_stemmer=True).tokenize
     rows: list[list[float] | None] = []
@@ -98,6 +98,8 @@ def self_bleu(samples: Sequence[Sequence[str]]) -> PerPrompt:
     Args:
         samples: [P] texts of each prompt. A prompt with one sample is left out.
     """
+    from sacrebleu.metrics.bleu import BLEU
+
     bleu = BLEU(effective_order=True)
 
     def score(texts: Sequence[str], i: int) -> float:
