@@ -18,6 +18,10 @@ KEEP_FREED = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": st
 """For glibc, in a process that computes on CPU cores: what was freed last stays with it, up to 256
 MiB. Else temporaries of some MiB go back to the kernel, which clears pages for the next ones."""
 
+NO_AOT = {"VLLM_USE_AOT_COMPILE": "0"}
+"""For vLLM on CPU cores, which of what it compiled ahead of time keeps a form that it cannot load
+(0.32): it compiles from the start each time, where without it torch's own cache is found."""
+
 KEYS: dict[Role, tuple[str, str]] = {
     "learner": ("learner", "ranks"),
     "rollout": ("rollout", "actors"),
@@ -67,7 +71,7 @@ class ActorPlan:
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "VLLM_NO_USAGE_STATS": "1",
             "DS_ACCELERATOR": "cuda" if self.gpus else "cpu",
-            **({} if self.gpus else KEEP_FREED),
+            **({} if self.gpus else KEEP_FREED | NO_AOT),
         }
 
 

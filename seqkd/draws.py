@@ -4,7 +4,7 @@ completions and scores. Where it is allowed, the next one is drawn while the lea
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from seqkd.canary import Asked
 from seqkd.checkpoint import Checkpoints
@@ -77,9 +77,10 @@ class Draws:
         self.under_way = self.thread.submit(timed)
 
     def wait(self) -> None:
-        """Until nothing is under way; before that no one else may ask the samplers or teachers."""
+        """Until nothing is under way; before that no one else may ask the samplers or teachers, or
+        publish. Raises what ended it: another engine may still be loading what was published."""
         if self.under_way is not None:
-            wait([self.under_way])
+            self.under_way.result()
 
     def take(self, step: int, clock: Clock) -> Asked | None:
         """Give every source what was begun, or what is drawn now; and what was then asked of the

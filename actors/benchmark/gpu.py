@@ -134,17 +134,17 @@ def publishing(repetitions: int) -> list[Row]:
         model = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16)
     state = {name: p.detach() for name, p in model.named_parameters()}
     size = sum(p.nbytes for p in state.values()) / 1e9
+    with weight_sync.memory_file() as file:
 
-    def publish() -> None:
-        gathered = {name: to_host(p) for name, p in state.items()}
-        arrived("cuda")
-        with weight_sync.memory_file() as file:
+        def publish() -> None:
+            gathered = {name: to_host(p) for name, p in state.items()}
+            arrived("cuda")
             weight_sync.publish(gathered, 0, file, "here")
 
-    for repetition in range(repetitions + 1):
-        ours, floor = _seconds(publish), _seconds(lambda: [p.cpu() for p in state.values()])
-        if repetition:
-            row.add(size / ours, size / floor)
+        for repetition in range(repetitions + 1):
+            ours, floor = _seconds(publish), _seconds(lambda: [p.cpu() for p in state.values()])
+            if repetition:
+                row.add(size / ours, size / floor)
     return [row]
 
 

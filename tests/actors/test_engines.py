@@ -154,24 +154,25 @@ def test_what_is_not_published_stays_as_it_is(engine, model, prompts, tiny):
     restore(engine, tiny, 4)
 
 
-def test_the_next_weights_are_written_over_those_taken_in(engine, model, prompts, tiny):
+@pytest.mark.parametrize("kind", ["engine", "compiled"])
+def test_the_next_weights_are_written_over_those_taken_in(request, kind, model, prompts, tiny):
     """The engine keeps nothing of the file, and takes the next ones from it."""
-    state = {name: p.detach() for name, p in model.named_parameters()}
+    engine = request.getfixturevalue(kind)
     with weight_sync.memory_file() as file:
-        first = weight_sync.publish(state, 7, file, "here")
+        first = publish(model, 7, file)
         wait(engine.load.remote(first, None))
         expected = sample(engine, prompts)
-        state["model.norm.weight"] = state["model.norm.weight"] * 1.5
-        second = weight_sync.publish(state, 8, file, "here")
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(1.5)
+        second = publish(model, 8, file)
         assert second.path == first.path
         assert sample(engine, prompts) == expected
         wait(engine.load.remote(second, None))
         now = sample(engine, prompts)
-    assert [r.rollout_logprobs for r in now] != [r.rollout_logprobs for r in expected]
-    with torch.no_grad():
-        model.model.norm.weight.mul_(1.5)
     for r in now:
         assert list(r.rollout_logprobs) == pytest.approx(drawn(model, r), abs=1e-3)
+    assert [r.rollout_logprobs for r in now] != [r.rollout_logprobs for r in expected]
     restore(engine, tiny, 9)
 
 

@@ -168,20 +168,29 @@ def test_whatever_call_the_learner_is_lost_at(tmp_path, in_order):
             assert not {w for w, n in world.asked.items() if n > 1 and "h" not in str(w[1])}
 
 
-def test_a_draw_that_fails_beside_the_learner_ends_the_run_after_its_step(tmp_path):
-    """And what was learnt is saved: the run goes on from there."""
-    world = World(tmp_path, config=STALE)
-    sampler = world.run.workers.student.inner
-    sample = sampler.sample
+@pytest.mark.parametrize("measured_every", [None, 4])
+def test_a_draw_that_fails_beside_the_learner_ends_the_run_after_its_step(tmp_path, measured_every):
+    """Before anything is published again, over what other engines may still be loading. And what
+    was learnt is saved: the run goes on from there."""
+    evaluation = STALE.evaluation.model_copy(update={"every_steps": measured_every})
+    world = World(tmp_path, config=STALE.model_copy(update={"evaluation": evaluation}))
+    sampler, learner = world.run.workers.student.inner, world.run.workers.learner
+    sample, publish, failed, published = sampler.sample, learner.publish, threading.Event(), []
 
     def failing(prompts, samples, seed, *rest, **early):
         if seed == 1_000_003 + 4:
+            failed.set()
             raise ActorError("rollout sampling failed: no")
         return sample(prompts, samples, seed, *rest, **early)
 
-    sampler.sample = failing
+    def publishing():
+        published.append(failed.is_set())
+        return publish()
+
+    sampler.sample, learner.publish = failing, publishing
     with pytest.raises(ActorError, match="rollout sampling failed: no"):
         world.finish()
+    assert published and not any(published)
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
     second = World(tmp_path, config=STALE)
     second.finish()
