@@ -91,7 +91,7 @@ class RolloutGroup:
 
     def load(self, version: WeightVersion) -> None:
         """See :class:`seqkd.protocols.StudentSampler`."""
-        self.loaded = version  # over what was published before: a new engine needs this one
+        self.loaded = version  # has overwritten the one before: a new engine needs this one
         self._load(version, range(len(self.pool.actors)))
         self.policy_version = version.policy_version
 

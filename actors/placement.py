@@ -19,8 +19,8 @@ KEEP_FREED = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": st
 MiB. Else temporaries of some MiB go back to the kernel, which clears pages for the next ones."""
 
 NO_AOT = {"VLLM_USE_AOT_COMPILE": "0"}
-"""For vLLM on CPU cores, which of what it compiled ahead of time keeps a form that it cannot load
-(0.32): it compiles from the start each time, where without it torch's own cache is found."""
+"""For vLLM on CPU cores: what it compiles ahead of time and saves it cannot load again (0.32), so
+each start compiles anew. Without that it finds torch's own cache."""
 
 KEYS: dict[Role, tuple[str, str]] = {
     "learner": ("learner", "ranks"),

@@ -121,6 +121,15 @@ def test_an_engine_is_compiled_where_that_is_asked(request, kind, eager):
     assert wait(engine.__ray_call__.remote(is_eager)) is eager
 
 
+def test_an_engine_on_cores_saves_nothing_that_it_cannot_load(compiled):
+    def ahead_of_time(actor):
+        from vllm import envs
+
+        return envs.VLLM_USE_AOT_COMPILE
+
+    assert wait(compiled.__ray_call__.remote(ahead_of_time)) is False
+
+
 @pytest.mark.parametrize("kind", ["engine", "compiled"])
 def test_after_a_sync_the_engine_has_the_new_weights(request, kind, model, prompts, tiny):
     """Every parameter changed, the tied output head included, and nothing cached of the old: the
