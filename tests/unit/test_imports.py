@@ -1,4 +1,4 @@
-"""scripts -> actors -> seqkd, never back; seqkd knows no ray, vllm or deepspeed."""
+"""Packages import only lower layers; seqkd imports no ray, vllm or deepspeed."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import ast
 import pytest
 
 from tests.conftest import ROOT
+from tests.import_graph import graph, levels, upward
 
 FORBIDDEN = {
     "seqkd": {"ray", "vllm", "deepspeed", "actors", "scripts"},
@@ -37,6 +38,14 @@ def test_import_direction(package):
     assert files
     for file in files:
         assert not FORBIDDEN[package] & set(imported(file)), file
+
+
+def test_no_package_imports_a_higher_layer():
+    assert not upward(graph(ROOT))
+
+
+def test_modules_do_not_import_each_other():
+    assert levels(graph(ROOT))
 
 
 def test_only_weight_sync_knows_the_reload_interface():
