@@ -11,7 +11,7 @@ import torch
 
 from seqkd import batching
 from seqkd.api_client import ApiClient, Reply, Request, Scored
-from seqkd.config_roles import ApiTeacher
+from seqkd.config.teacher import EndpointTeacherConfig
 from seqkd.errors import ModelError
 from seqkd.models import load_tokenizer
 from seqkd.types import Prompt, Rollout, TeacherScore
@@ -28,7 +28,7 @@ class ApiSampler:
     def __init__(self, stop_ids: tuple[int, ...]) -> None:
         self.stop_ids = stop_ids
 
-    def start(self, config: ApiTeacher, key: str, tokenizer_from: str) -> None:
+    def start(self, config: EndpointTeacherConfig, key: str, tokenizer_from: str) -> None:
         """Load the student's tokenizer. Apart from the constructor, so that a failure keeps its
         cause; ``key`` comes from the driver's environment."""
         self.client = ApiClient(config, key)
@@ -88,7 +88,7 @@ class ApiSampler:
 class ApiScorer:
     """Asks an endpoint what it thinks of completions, token by token."""
 
-    def start(self, config: ApiTeacher, key: str, vocabulary: int) -> None:
+    def start(self, config: EndpointTeacherConfig, key: str, vocabulary: int) -> None:
         """Apart from the constructor, as with the other actors; the student has ``vocabulary``
         tokens. The served model's distribution is over its own, padding included."""
         self.client, self.vocabulary = ApiClient(config, key), vocabulary

@@ -14,8 +14,8 @@ from actors import placement
 from actors.groups import LearnerGroup, RolloutGroup, TeacherGroup
 from actors.pool import Pool, remote
 from seqkd.api_client import key_of
-from seqkd.config import Config
-from seqkd.config_roles import ApiTeacher, OneTeacher
+from seqkd.config.run import Config
+from seqkd.config.teacher import EndpointTeacherConfig, SingleTeacherConfig
 from seqkd.control import Control
 from seqkd.errors import LearnerLost, ResourceError
 from seqkd.models import expand
@@ -205,14 +205,14 @@ def _student_engine(config: Config, student_path: str, checked: Checked) -> _Act
 
 
 def _teacher_actors(
-    config: Config, teacher: OneTeacher, checked: Checked
+    config: Config, teacher: SingleTeacherConfig, checked: Checked
 ) -> tuple[_Actors, _Actors]:
     """Those that score and those that write."""
     from actors.api_teacher import ApiSampler, ApiScorer
     from actors.rollout import RolloutActor
     from actors.teacher import TeacherActor
 
-    if isinstance(teacher, ApiTeacher):
+    if isinstance(teacher, EndpointTeacherConfig):
         key = key_of(teacher)
         writing = (teacher, key, expand(config.student.model))
         return (

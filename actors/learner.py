@@ -18,8 +18,9 @@ from actors import weight_sync
 from actors.host_memory import arrived, to_host
 from actors.learner_state import TrainingState
 from seqkd.batching import to_device
-from seqkd.config import Term
-from seqkd.config_roles import Learner, Lora
+from seqkd.config.learner import LearnerConfig
+from seqkd.config.phases import TermConfig
+from seqkd.config.student import LoraConfig
 from seqkd.errors import writing
 from seqkd.forward import StudentModel, as_token_stats, check_head, sharing_of
 from seqkd.heads import OutputHead
@@ -45,7 +46,7 @@ class RankPart:
 
     micro_batches: list[TrainBatch]
     counts: Counts
-    terms: tuple[Term, ...]
+    terms: tuple[TermConfig, ...]
     teacher_fraction: float | None
 
     def weight(self, batch: TrainBatch, stats: Mapping[Stat, Tensor]) -> Tensor | None:
@@ -73,7 +74,9 @@ class RankPart:
 class LearnerRank:
     """One rank of the data-parallel learner."""
 
-    def __init__(self, config: Learner, lora: Lora | None = None, seed: int = 0) -> None:
+    def __init__(
+        self, config: LearnerConfig, lora: LoraConfig | None = None, seed: int = 0
+    ) -> None:
         """With ``lora`` adapters learn, which begin as ``seed`` says, and all else stays."""
         self.config, self.lora, self.seed = config, lora, seed
         self.device = "cuda" if config.gpus else "cpu"
@@ -262,7 +265,7 @@ class LearnerRank:
         return state
 
 
-def deepspeed_config(config: Learner) -> dict[str, Any]:
+def deepspeed_config(config: LearnerConfig) -> dict[str, Any]:
     """DeepSpeed's own configuration. Accumulation is driven by the rank, so it is 1 here."""
     return {
         "train_micro_batch_size_per_gpu": 1,
@@ -285,7 +288,7 @@ def deepspeed_config(config: Learner) -> dict[str, Any]:
     }
 
 
-def _names(batch: TrainBatch, terms: tuple[Term, ...]) -> tuple[Stat, ...]:
+def _names(batch: TrainBatch, terms: tuple[TermConfig, ...]) -> tuple[Stat, ...]:
     """What the terms read and everything else that this batch's teacher allows."""
     names: list[Stat] = ["student_logprob", "entropy"]
     for term in terms:

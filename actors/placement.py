@@ -6,8 +6,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from seqkd.config import Config
-from seqkd.config_roles import Actors, ApiTeacher
+from seqkd.config.resources import ActorsConfig
+from seqkd.config.run import Config
+from seqkd.config.teacher import EndpointTeacherConfig
 from seqkd.errors import ResourceError
 
 Role = Literal["learner", "rollout", "teacher", "teacher_sampler"]
@@ -156,19 +157,19 @@ def recording(config: Config) -> set[Role]:
     return roles
 
 
-Spec = tuple[Role, str, Actors]
+Spec = tuple[Role, str, ActorsConfig]
 """Of one role, of one teacher where there are several: its processes."""
 
 
 def plan(config: Config, roles: set[Role] | None = None) -> Plan:
     """Processes and bundles of ``config``: of what it needs, or of ``roles``."""
     chosen = needed(config) if roles is None else roles
-    learner = Actors(
+    learner = ActorsConfig(
         actors=config.learner.ranks, cpus=config.learner.cpus, gpus=config.learner.gpus
     )
     specs: list[Spec] = [("learner", "", learner), ("rollout", "", config.rollout)]
     for name, teacher in config.teachers.items():
-        scoring = Actors() if isinstance(teacher, ApiTeacher) else teacher
+        scoring = ActorsConfig() if isinstance(teacher, EndpointTeacherConfig) else teacher
         specs += [("teacher_sampler", name, teacher.generation), ("teacher", name, scoring)]
     specs = [spec for spec in specs if spec[0] in chosen]
     return _split(specs) if config.placement == "split" else _colocated(specs)
@@ -199,7 +200,7 @@ def _colocated(specs: list[Spec]) -> Plan:
     return Plan(actors, (_bundle(cores, sum(actor.gpus for actor in actors)),))
 
 
-def _processes(specs: list[Spec]) -> list[tuple[Role, str, Actors, int]]:
+def _processes(specs: list[Spec]) -> list[tuple[Role, str, ActorsConfig, int]]:
     return [(role, name, spec, i) for role, name, spec in specs for i in range(spec.actors)]
 
 

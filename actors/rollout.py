@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from actors import weight_sync
-from seqkd.config_roles import Engine
+from seqkd.config.resources import EngineConfig
 from seqkd.types import Prompt, Rollout, Source, WeightVersion
 
 
@@ -18,7 +18,7 @@ class RolloutActor:
         self.source: Source = source
         self.policy_version = 0
 
-    def start(self, model: str, engine: Engine, max_model_len: int) -> None:
+    def start(self, model: str, engine: EngineConfig, max_model_len: int) -> None:
         """Build the engine. Apart from the constructor, so that a failure keeps its cause."""
         self.llm = build_engine(model, engine, max_model_len)
 
@@ -100,7 +100,7 @@ class RolloutActor:
         ]
 
 
-def build_engine(model: str, engine: Engine, max_model_len: int, **options: Any) -> Any:
+def build_engine(model: str, engine: EngineConfig, max_model_len: int, **options: Any) -> Any:
     """A vLLM engine on token ids alone; ``options`` go to ``vllm.LLM``."""
     from vllm import LLM
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from actors.host_memory import arrived, to_host
 from actors.rollout import build_engine
 from seqkd import batching
-from seqkd.config_roles import HfTeacher, VllmTeacher
+from seqkd.config.teacher import HfTeacherConfig, VllmTeacherConfig
 from seqkd.forward import check_head, last_hidden
 from seqkd.heads import OutputHead
 from seqkd.models import expand, head_of, load_causal_lm, load_head
@@ -21,7 +21,9 @@ from seqkd.types import Rollout, TeacherScore
 class TeacherActor:
     """Scores rollouts with one frozen model."""
 
-    def start(self, config: VllmTeacher | HfTeacher, max_model_len: int, vocabulary: int) -> None:
+    def start(
+        self, config: VllmTeacherConfig | HfTeacherConfig, max_model_len: int, vocabulary: int
+    ) -> None:
         """Load the model. Apart from the constructor, so that a failure keeps its cause. Scores are
         over the first ``vocabulary`` tokens: what is beyond is padding of one of the two models."""
         self.top_k = config.top_k if config.scores == "top_k" else 0
@@ -53,7 +55,7 @@ class TeacherActor:
 class VllmStates:
     """Final-norm hidden states from vLLM's pooling runner."""
 
-    def __init__(self, config: VllmTeacher, max_model_len: int) -> None:
+    def __init__(self, config: VllmTeacherConfig, max_model_len: int) -> None:
         from vllm.config import PoolerConfig
 
         self.config = config
@@ -88,7 +90,7 @@ class VllmStates:
 class HfStates:
     """Hidden states from a transformers forward pass."""
 
-    def __init__(self, config: HfTeacher, max_model_len: int) -> None:
+    def __init__(self, config: HfTeacherConfig, max_model_len: int) -> None:
         self.batch_tokens = max(config.batch_tokens, max_model_len)
         # Over as many GPUs as the actor has; on the CPU where it has none.
         self.model = load_causal_lm(config.model, config.precision, "teacher.model", "auto")

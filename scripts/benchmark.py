@@ -17,8 +17,8 @@ from quickstart import ENVIRONMENT, local_head
 from train import quiet
 
 from actors.benchmark.rows import Row, table
-from seqkd import config as configuration
-from seqkd.config_schema import Precision
+from seqkd.config import run as configuration
+from seqkd.config.base import Precision
 from seqkd.errors import ConfigError, reported, writing
 
 CONFIG = "configs/benchmark.yaml"

@@ -123,7 +123,7 @@ def real_models(args: argparse.Namespace) -> None:
     import torch
     import transformers
 
-    from seqkd.config_data import Data
+    from seqkd.config.data import DataConfig
     from seqkd.data import Reader
     from seqkd.errors import SeqkdError
     from seqkd.models import load_causal_lm, load_tokenizer
@@ -134,7 +134,7 @@ def real_models(args: argparse.Namespace) -> None:
     path = args.prompts or Path("~/.cache/seqkd/data/chat_train.jsonl").expanduser()
     try:
         tokenizer = load_tokenizer(args.student, "--student")
-        data = Data(path=str(path), system="Answer in one short sentence.")
+        data = DataConfig(path=str(path), system="Answer in one short sentence.")
         source = Source("--prompts", data.path)
         prompts = Reader(source, data, tokenizer, 0, limit=args.groups).read().table()
         student = load_causal_lm(args.student, "float32", "--student")

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from train import quiet
 
-from seqkd import config as configuration
-from seqkd.config import Config
+from seqkd.config import run as configuration
+from seqkd.config.run import Config
 from seqkd.errors import ConfigError, SeqkdError, reported, say
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from train import quiet
 
-from seqkd import config as configuration
-from seqkd.config import Config
+from seqkd.config import run as configuration
+from seqkd.config.run import Config
 from seqkd.data import DataSets, read_data
 from seqkd.errors import DataError, reported
 from seqkd.models import end_of_sequence_ids, load_config, load_tokenizer

@@ -8,8 +8,9 @@ import time
 
 from train import quiet
 
-from seqkd import config as configuration
-from seqkd.config import Config, Phase
+from seqkd.config import run as configuration
+from seqkd.config.phases import PhaseConfig
+from seqkd.config.run import Config
 from seqkd.errors import ConfigError, reported, say
 
 
@@ -101,7 +102,7 @@ def size(config: Config, scored: bool) -> str:
     )
 
 
-def samples(config: Config, phase: Phase) -> int:
+def samples(config: Config, phase: PhaseConfig) -> int:
     """Completions of one prompt."""
     return config.samples_per_prompt(phase) if config.source("journal") == "teacher" else 1
 

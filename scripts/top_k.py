@@ -10,8 +10,8 @@ from pathlib import Path
 
 from train import quiet
 
-from seqkd import config as configuration
-from seqkd.config import Config
+from seqkd.config import run as configuration
+from seqkd.config.run import Config
 from seqkd.errors import reported
 
 KS = (1, 4, 16, 64, 256, 1024, 4096)

@@ -8,9 +8,9 @@ import time
 from contextlib import closing
 from typing import TYPE_CHECKING
 
-from seqkd import config as configuration
 from seqkd import run_directory, trackers
-from seqkd.config import Config
+from seqkd.config import run as configuration
+from seqkd.config.run import Config
 from seqkd.errors import LearnerLost, SeqkdError, StorageError, reported, say
 
 if TYPE_CHECKING:

@@ -13,9 +13,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from seqkd.config import Config
-from seqkd.config_alarms import Level
-from seqkd.config_roles import ApiTeacher
+from seqkd.config.alarms import AlarmConfig
+from seqkd.config.run import Config
+from seqkd.config.teacher import EndpointTeacherConfig
 from seqkd.errors import LearningFault
 from seqkd.known_text import tolerance
 from seqkd.protocols import Part
@@ -192,7 +192,7 @@ class StepAlarms:
     def _check_levels(self, prefix: str) -> list[str]:
         warnings = []
         for watched in WATCHED:
-            level: Level = getattr(self.alarms, watched.name)
+            level: AlarmConfig = getattr(self.alarms, watched.name)
             key = prefix + watched.metric
             value = self.histories.get(key, History()).figure(watched.relative)
             if value is None:
@@ -281,6 +281,6 @@ def _gap_tolerance(config: Config, sampler: str) -> float:
     if sampler != "student":
         for teacher in config.teachers.values():
             precisions.append(teacher.precision)
-            if not isinstance(teacher, ApiTeacher):
+            if not isinstance(teacher, EndpointTeacherConfig):
                 precisions.append(teacher.generation.precision)
     return tolerance(*precisions)

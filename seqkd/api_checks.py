@@ -9,8 +9,8 @@ from contextlib import suppress
 from typing import Any
 
 from seqkd.api_client import UNREADABLE, ApiClient, Request, cause, key_of, same_model
-from seqkd.config import Config
-from seqkd.config_roles import ApiTeacher
+from seqkd.config.run import Config
+from seqkd.config.teacher import EndpointTeacherConfig
 from seqkd.errors import ModelError
 
 TEXT = (
@@ -26,7 +26,7 @@ UNIFORM = 0.1
 COMPARED_TOKENS = 64
 
 
-def check_endpoint(config: ApiTeacher) -> ApiClient:
+def check_endpoint(config: EndpointTeacherConfig) -> ApiClient:
     """A client for the other checks; ModelError unless the endpoint answers, takes the key and
     serves the model."""
     import openai
@@ -120,7 +120,9 @@ def _reads_all_text(client: ApiClient, tokenizer: Any, longest: int) -> None:
         )
 
 
-def _repeats(teacher: ApiTeacher, first: Sequence[float], second: Sequence[float]) -> None:
+def _repeats(
+    teacher: EndpointTeacherConfig, first: Sequence[float], second: Sequence[float]
+) -> None:
     differences = [abs(a - b) for a, b in zip(first, second, strict=True)]
     mean, tolerance = sum(differences) / len(differences), TOLERANCE[teacher.precision][0]
     if mean > tolerance:
@@ -132,7 +134,7 @@ def _repeats(teacher: ApiTeacher, first: Sequence[float], second: Sequence[float
         )
 
 
-def _is_the_checkpoint(teacher: ApiTeacher, ids: list[int], served: list[float]) -> None:
+def _is_the_checkpoint(teacher: EndpointTeacherConfig, ids: list[int], served: list[float]) -> None:
     import torch
 
     from seqkd.forward import last_hidden

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 from urllib.parse import urlsplit
 
-from seqkd.config_roles import ApiTeacher
+from seqkd.config.teacher import EndpointTeacherConfig
 from seqkd.errors import ActorError, ModelError
 
 T = TypeVar("T")
@@ -77,7 +77,7 @@ class _Call(Generic[T]):
     read: Callable[[Any], T]
 
 
-def key_of(config: ApiTeacher) -> str:
+def key_of(config: EndpointTeacherConfig) -> str:
     """The key from the environment. A server on this machine needs none; ModelError elsewhere."""
     key = os.environ.get(config.key_env, "").strip()
     if not (key.isascii() and key.isprintable()):
@@ -106,7 +106,7 @@ class ApiClient:
     Everything it returns is in order and whole: an answer that cannot be read is asked for again,
     and ActorError is raised where one has failed for good."""
 
-    def __init__(self, config: ApiTeacher, key: str) -> None:
+    def __init__(self, config: EndpointTeacherConfig, key: str) -> None:
         self.config, self.key = config, key
         self.used: Counter[str] = Counter()
         """requests, unreadable (answers, asked for again), prompt_tokens, completion_tokens."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from seqkd.config import Config, Phase
-from seqkd.config_schema import BudgetKind
+from seqkd.config.base import BudgetKind
+from seqkd.config.phases import PhaseConfig
+from seqkd.config.run import Config
 from seqkd.protocols import Part
 from seqkd.types import Rollout
 
@@ -14,7 +15,7 @@ Spent = dict[str, Cost]
 """By phase."""
 
 
-def cost(phase: Phase, parts: Sequence[Part], seconds: float) -> Cost:
+def cost(phase: PhaseConfig, parts: Sequence[Part], seconds: float) -> Cost:
     """Of one step of ``phase`` that took ``seconds``. What a journal gave counts as if it had been
     asked for now, and a completion that was drawn and left out of the loss counts as drawn."""
     drawn = [(part, r) for part in parts for r in (*part.rollouts, *part.masked)]
@@ -34,7 +35,7 @@ def spend(spent: Spent, name: str, costs: Cost) -> None:
     spent[name] = {kind: before.get(kind, 0.0) + costs[kind] for kind in costs}
 
 
-def expected_steps(config: Config, phase: Phase, taken: int, spent: Spent) -> int:
+def expected_steps(config: Config, phase: PhaseConfig, taken: int, spent: Spent) -> int:
     """How many steps ``phase`` will have had at its end, by what the ``taken`` ones cost; ``taken``
     where it ends now. Only the main phase has a budget, of which the warm-up leaves a part."""
     budget = config.budget

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from seqkd.config import Config
-from seqkd.config_roles import ApiTeacher
+from seqkd.config.run import Config
+from seqkd.config.teacher import EndpointTeacherConfig
 from seqkd.errors import LearningFault
 from seqkd.known_text import (
     UNIFORM,
@@ -289,7 +289,7 @@ class Canary:
 
     def _actors(self, name: str) -> int:
         teacher = self.config.teachers[name]
-        return 1 if isinstance(teacher, ApiTeacher) else teacher.actors
+        return 1 if isinstance(teacher, EndpointTeacherConfig) else teacher.actors
 
     def _called(self, name: str) -> str:
         return f"teacher {name}" if name else "the teacher"

@@ -13,7 +13,7 @@ import torch
 
 from seqkd import checkpoint_files
 from seqkd.budget import Spent
-from seqkd.config import Config
+from seqkd.config.run import Config
 from seqkd.control import Control
 from seqkd.errors import CheckpointError
 from seqkd.evaluation.divergence import Measurement, Shown

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from seqkd.config_run import Recovery
+from seqkd.config.lifecycle import RecoveryConfig
 from seqkd.errors import ActorError, SeqkdError, Stopped
 
 LONGEST_PAUSE_S = 60.0
@@ -21,9 +21,9 @@ class Control:
     """Asked by everything that waits."""
 
     def __init__(
-        self, recovery: Recovery | None = None, say: Callable[[str], None] = lambda text: None
+        self, recovery: RecoveryConfig | None = None, say: Callable[[str], None] = lambda text: None
     ) -> None:
-        self.recovery, self.say = recovery or Recovery(), say
+        self.recovery, self.say = recovery or RecoveryConfig(), say
         self.restarts = 0
         """Since the last checkpoint."""
         self.first: SeqkdError | None = None

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeGuard
 
-from seqkd.config_data import Data
-from seqkd.config_messages import shown
+from seqkd.config.data import DataConfig
+from seqkd.config.messages import shown
 from seqkd.errors import DataError
 
 Message = tuple[str, str]
@@ -67,7 +67,7 @@ def digest(data: bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=8).digest()
 
 
-def spread(row: dict[str, Any], data: Data) -> Iterator[dict[str, Any]]:
+def spread(row: dict[str, Any], data: DataConfig) -> Iterator[dict[str, Any]]:
     """The row; one that has several instances, or several answers to choose from, as a row for
     each."""
     instances = row.get(INSTANCES) if "instruction" in row else None
@@ -84,7 +84,7 @@ def spread(row: dict[str, Any], data: Data) -> Iterator[dict[str, Any]]:
         yield row
 
 
-def detect(row: dict[str, Any], data: Data, where: str) -> Format:
+def detect(row: dict[str, Any], data: DataConfig, where: str) -> Format:
     """The format that ``data.format`` names, or the first that fits the row's columns."""
     answer = data.reference_key or next((key for key in ANSWERS if key in row), None)
     context = next((key for key in CONTEXTS if key in row), None)
@@ -107,7 +107,7 @@ def _has(row: dict[str, Any]) -> str:
     return f"; it has {', '.join(map(shown, row)) or 'none':.300}."
 
 
-def conversation(row: dict[str, Any], form: Format, data: Data, where: str) -> Conversation:
+def conversation(row: dict[str, Any], form: Format, data: DataConfig, where: str) -> Conversation:
     """One row; DataError names what is wrong with it."""
     if form.prompt not in row:
         raise DataError(

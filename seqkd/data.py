@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from seqkd.config import Config
-from seqkd.config_data import Data
-from seqkd.config_messages import shown
+from seqkd.config.data import DataConfig
+from seqkd.config.messages import shown
+from seqkd.config.run import Config
 from seqkd.conversations import (
     Conversation,
     Format,
@@ -84,7 +84,7 @@ class Summary:
             f"{self.prompts} {'prompts' if self.format else 'pieces'}"
         )
 
-    def losses(self, data: Data, longest: int) -> list[str]:
+    def losses(self, data: DataConfig, longest: int) -> list[str]:
         """What was left out or cut, a line each with its count; ``longest`` answers in tokens."""
         lines = (
             (self.long_prompts, f"prompts left out, longer than data.max_prompt_tokens = "
@@ -158,7 +158,7 @@ def read_data(config: Config, tokenizer: Any, stop_ids: tuple[int, ...]) -> Data
     return DataSets(tables[0], found, corpus, heldout.answers, tuple(summaries), tuple(warnings))
 
 
-def _heldout_source(data: Data) -> Source:
+def _heldout_source(data: DataConfig) -> Source:
     key = "path" if data.heldout_path else "split" if data.heldout_split else "fraction"
     return Source(
         f"data.heldout_{key}",
@@ -214,7 +214,7 @@ class Reader:
     def __init__(
         self,
         source: Source,
-        data: Data,
+        data: DataConfig,
         tokenizer: Any,
         eos_id: int,
         longest: int = 0,
@@ -385,7 +385,7 @@ class Reader:
                 yield None, False
 
 
-def read_corpus(data: Data, tokenizer: Any, eos_id: int) -> tuple[PromptTable, Summary]:
+def read_corpus(data: DataConfig, tokenizer: Any, eos_id: int) -> tuple[PromptTable, Summary]:
     """Pieces of plain text, at most ``data.corpus_tokens`` tokens each: the first token is the
     prompt, the others its completion. A text ends with the end-of-sequence token."""
     assert data.corpus_path is not None

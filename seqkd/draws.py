@@ -8,8 +8,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from seqkd.canary import Asked
 from seqkd.checkpoint import Checkpoints
-from seqkd.config import Phase
-from seqkd.config_schema import SamplerName
+from seqkd.config.base import SamplerName
+from seqkd.config.phases import PhaseConfig
 from seqkd.data import PromptStream
 from seqkd.metrics import Clock
 from seqkd.sources import Drawn, StepSource
@@ -26,7 +26,7 @@ Draw = tuple[list[Drawn], Asked | None]
 
 
 def prompts_of(
-    phase: Phase, stream: PromptStream, texts: PromptStream, done: int = 0
+    phase: PhaseConfig, stream: PromptStream, texts: PromptStream, done: int = 0
 ) -> Iterator[Batches]:
     """The prompts of each draw of ``phase``. ``stream`` and ``texts`` go on from where they are,
     past those of the ``done`` steps."""

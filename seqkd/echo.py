@@ -13,8 +13,8 @@ import psutil
 import torch
 from torch import Tensor
 
-from seqkd.config import Config
-from seqkd.config_roles import ApiTeacher, HfTeacher, VllmTeacher
+from seqkd.config.run import Config
+from seqkd.config.teacher import EndpointTeacherConfig, HfTeacherConfig, VllmTeacherConfig
 from seqkd.errors import ModelError
 from seqkd.known_text import (
     UNIFORM,
@@ -51,7 +51,7 @@ def check_workers(
     if "rollout" in roles:
         errors += _student_agrees(config, checked, workers)
     for name, teacher in config.teachers.items():
-        if "teacher" in roles and not isinstance(teacher, ApiTeacher):
+        if "teacher" in roles and not isinstance(teacher, EndpointTeacherConfig):
             echo = _Echo(name, teacher, config, checked, workers)
             errors += echo.errors(sampling="teacher_sampler" in roles)
             warnings += echo.warnings
@@ -81,7 +81,7 @@ class _Echo:
     def __init__(
         self,
         name: str,
-        teacher: VllmTeacher | HfTeacher,
+        teacher: VllmTeacherConfig | HfTeacherConfig,
         config: Config,
         checked: Checked,
         workers: Workers,
@@ -202,7 +202,7 @@ class _Echo:
 
     @property
     def _without_engine(self) -> str:
-        engine = isinstance(self.teacher, VllmTeacher)
+        engine = isinstance(self.teacher, VllmTeacherConfig)
         return ", or set teacher.kind to hf to leave the engine out" if engine else ""
 
     @property
@@ -227,7 +227,7 @@ def _draw(sampler: Sampler, checked: Checked, engines: int) -> list[Rollout]:
 
 
 def _forward(
-    teacher: VllmTeacher | HfTeacher, config: Any, vocabulary: int, rollout: Rollout
+    teacher: VllmTeacherConfig | HfTeacherConfig, config: Any, vocabulary: int, rollout: Rollout
 ) -> Tensor | None:
     """[T] log-probs by transformers, from the checkpoint; None where that would be too large."""
     from seqkd.memory import BYTES, GIB, size_of

@@ -22,8 +22,9 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from seqkd.config import Config
-from seqkd.config_roles import ApiTeacher, Engine, OneTeacher
+from seqkd.config.resources import EngineConfig
+from seqkd.config.run import Config
+from seqkd.config.teacher import EndpointTeacherConfig, SingleTeacherConfig
 from seqkd.errors import JournalError
 from seqkd.models import checkpoint_digest, dtype_of, export_head, load_config
 from seqkd.preflight import Checked
@@ -119,7 +120,7 @@ def open_journals(config: Config, teacher_here: bool) -> tuple[Config, dict[str,
     if not teacher_here:
         recorded = {
             name: teacher
-            if isinstance(teacher, ApiTeacher)
+            if isinstance(teacher, EndpointTeacherConfig)
             else teacher.model_copy(update={"model": journals[name].teacher})
             for name, teacher in config.teachers.items()
         }
@@ -127,7 +128,7 @@ def open_journals(config: Config, teacher_here: bool) -> tuple[Config, dict[str,
     return config, journals
 
 
-def _open(root: Path, teacher: OneTeacher, here: bool) -> Journal:
+def _open(root: Path, teacher: SingleTeacherConfig, here: bool) -> Journal:
     identity, spec = identify_teacher(teacher, here), describe_teacher(teacher)
     directory = root / identity if identity else None
     if not here and not (directory and (directory / "teacher.json").exists()):
@@ -159,18 +160,18 @@ def _description(file: Path) -> dict[str, str]:
     )
 
 
-def describe_teacher(teacher: OneTeacher) -> dict[str, str]:
+def describe_teacher(teacher: SingleTeacherConfig) -> dict[str, str]:
     """What makes a teacher another one, in a user's words."""
-    if isinstance(teacher, ApiTeacher):
+    if isinstance(teacher, EndpointTeacherConfig):
         return {"model": teacher.model, "base_url": teacher.base_url, "api": teacher.api}
     return {"model": teacher.model, "precision": teacher.precision}
 
 
-def identify_teacher(teacher: OneTeacher, here: bool) -> str | None:
+def identify_teacher(teacher: SingleTeacherConfig, here: bool) -> str | None:
     """Name of the teacher's directory: a hash of its weights, or of how it is reached. None where
     its checkpoint is not on this machine and need not be ``here``."""
     spec = describe_teacher(teacher)
-    if not isinstance(teacher, ApiTeacher):
+    if not isinstance(teacher, EndpointTeacherConfig):
         digest = checkpoint_digest(teacher.model, download=here)
         if digest is None:
             return None
@@ -190,7 +191,7 @@ def keep_teachers(config: Config, journals: Mapping[str, Journal]) -> None:
             journal.directory.mkdir(parents=True, exist_ok=True)
             partial.write_text(text + "\n", encoding="utf-8")
             sync(partial)
-            if not isinstance(teacher, ApiTeacher):
+            if not isinstance(teacher, EndpointTeacherConfig):
                 export_head(teacher.model, teacher.precision, Path(journal.teacher))
             partial.rename(description)
         except OSError as error:
@@ -321,15 +322,15 @@ class JournaledTeacher:
 
 
 def sampling_settings(
-    config: Config, teacher: OneTeacher, stop_ids: tuple[int, ...]
+    config: Config, teacher: SingleTeacherConfig, stop_ids: tuple[int, ...]
 ) -> list[object]:
     """What else a completion of the teacher depends on: other settings, other addresses."""
     generation = teacher.generation
-    precision = generation.precision if isinstance(generation, Engine) else None
+    precision = generation.precision if isinstance(generation, EngineConfig) else None
     return [config.rollout.max_tokens, stop_ids, precision]
 
 
-def score_form(teacher: OneTeacher, vocabulary: int) -> str:
+def score_form(teacher: SingleTeacherConfig, vocabulary: int) -> str:
     """What kind of score it is: one of another kind has another address."""
     if teacher.scores == "hidden":
         return teacher.scores
@@ -337,11 +338,11 @@ def score_form(teacher: OneTeacher, vocabulary: int) -> str:
     return f"{teacher.scores} {top_k}of {vocabulary}"
 
 
-def bytes_per_token(teacher: OneTeacher) -> int:
+def bytes_per_token(teacher: SingleTeacherConfig) -> int:
     """What the score of one completion token takes on disk."""
     if teacher.scores == "top_k":
         return 4 + 4 * teacher.top_k + 4 * (teacher.top_k + 1)
-    if isinstance(teacher, ApiTeacher) or teacher.scores == "logprobs":
+    if isinstance(teacher, EndpointTeacherConfig) or teacher.scores == "logprobs":
         return 4
     hidden_size: int = load_config(teacher.model, "teacher.model").hidden_size
     return hidden_size * dtype_of(teacher.precision).itemsize

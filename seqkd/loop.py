@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from seqkd.budget import cost, expected_steps, spend
 from seqkd.checkpoint import Checkpoints, Progress
-from seqkd.config import Config, Phase
+from seqkd.config.phases import PhaseConfig
+from seqkd.config.run import Config
 from seqkd.control import Control
 from seqkd.data import PromptStream
 from seqkd.draws import Draws, prompts_of
@@ -60,7 +61,7 @@ def go_on(run: Run, progress: Progress) -> dict[str, Measurement]:
 
 
 def train(
-    run: Run, progress: Progress, name: str, phase: Phase, begun: int,
+    run: Run, progress: Progress, name: str, phase: PhaseConfig, begun: int,
     stream: PromptStream, texts: PromptStream,
 ) -> None:  # fmt: skip
     """Take the steps of one phase that are not taken yet, the first of them step ``begun``."""

@@ -18,7 +18,7 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
-from seqkd.config_roles import Lora
+from seqkd.config.student import LoraConfig
 from seqkd.errors import ModelError
 from seqkd.models import skeleton
 
@@ -29,7 +29,7 @@ BASE = ".base_layer"
 """In the names of what an adapted layer had before."""
 
 
-def adapted_layers(model: nn.Module, lora: Lora) -> dict[str, nn.Linear]:
+def adapted_layers(model: nn.Module, lora: LoraConfig) -> dict[str, nn.Linear]:
     """The layers of a model without adapters that ``lora`` adapts, by their whole names; ModelError
     where it names one that is not there."""
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
@@ -54,7 +54,7 @@ def adapted_layers(model: nn.Module, lora: Lora) -> dict[str, nn.Linear]:
     return {name: layer for name, layer in linear.items() if _last(name) in wanted}
 
 
-def check_targets(config: Any, lora: Lora) -> None:
+def check_targets(config: Any, lora: LoraConfig) -> None:
     """ModelError unless a model with this transformers config has the layers that ``lora`` names;
     its weights are not read."""
     adapted_layers(skeleton(config), lora)
@@ -63,7 +63,7 @@ def check_targets(config: Any, lora: Lora) -> None:
 class Adapters:
     """The adapters of one model, which are put into it."""
 
-    def __init__(self, model: nn.Module, lora: Lora, seed: int) -> None:
+    def __init__(self, model: nn.Module, lora: LoraConfig, seed: int) -> None:
         """``model`` is a loaded causal language model, on the CPU; only its adapters require a
         gradient afterwards. The same ``seed`` gives the same values, on every rank."""
         from peft import LoraConfig, get_peft_model

@@ -23,8 +23,10 @@ from typing import Any
 import psutil
 import torch
 
-from seqkd.config import Config
-from seqkd.config_roles import ApiTeacher, Engine, HfTeacher, Prune, Student, VllmTeacher
+from seqkd.config.resources import EngineConfig
+from seqkd.config.run import Config
+from seqkd.config.student import PruneInitConfig, StudentConfig
+from seqkd.config.teacher import EndpointTeacherConfig, HfTeacherConfig, VllmTeacherConfig
 from seqkd.errors import ResourceError
 from seqkd.heads import BLOCK_ELEMENTS, CHUNK_ELEMENTS
 from seqkd.lora import adapted_layers
@@ -97,11 +99,11 @@ class Size:
     """Parameters of the weights that have one."""
 
 
-def size_of(model: Any, student: Student | None = None) -> Size:
+def size_of(model: Any, student: StudentConfig | None = None) -> Size:
     """From a transformers config, of a teacher or of the student that is made from it; the weights
     are not read."""
     built: Any = skeleton(model)
-    if student is not None and isinstance(student.init, Prune):
+    if student is not None and isinstance(student.init, PruneInitConfig):
         prune(built, student.init)
     lora = student.lora if student is not None else None
     adapted = list(adapted_layers(built, lora).values()) if lora else []
@@ -134,7 +136,7 @@ def estimate(
         needs.append(_engine("rollout", config.rollout, ours))
     for name, size in theirs.items():
         teacher = config.teachers[name]
-        assert not isinstance(teacher, ApiTeacher)
+        assert not isinstance(teacher, EndpointTeacherConfig)
         needs += [replace(need, of=name) for need in _teacher(teacher, size, roles)]
     return [*needs, _driver(config, ours, theirs)]
 
@@ -182,7 +184,7 @@ def _learner(config: Config, student: Size, teachers: Mapping[str, Size]) -> Nee
     return _need("learner", ranks, parts, learner.gpus)
 
 
-def _engine(role: str, engine: Engine, size: Size, head: int = 0) -> Need:
+def _engine(role: str, engine: EngineConfig, size: Size, head: int = 0) -> Need:
     width = BYTES[engine.precision]
     parts: dict[str, float] = {"weights": size.parameters * width, "scoring head": head}
     if engine.gpus:
@@ -195,10 +197,10 @@ def _engine(role: str, engine: Engine, size: Size, head: int = 0) -> Need:
 
 
 def _teacher(
-    teacher: VllmTeacher | HfTeacher, size: Size, roles: Collection[str]
+    teacher: VllmTeacherConfig | HfTeacherConfig, size: Size, roles: Collection[str]
 ) -> Iterator[Need]:
     width = BYTES[teacher.precision]
-    if "teacher" in roles and isinstance(teacher, HfTeacher):
+    if "teacher" in roles and isinstance(teacher, HfTeacherConfig):
         # No pass back: what one layer works on at a time.
         working = teacher.batch_tokens * size.saved // size.layers
         parts: dict[str, float] = {
@@ -207,7 +209,7 @@ def _teacher(
         }
         yield _need("teacher", teacher.actors, parts, teacher.gpus)
     elif "teacher" in roles:
-        assert isinstance(teacher, VllmTeacher)
+        assert isinstance(teacher, VllmTeacherConfig)
         head = 0 if teacher.scores == "hidden" else size.head * width
         yield _engine("teacher", teacher, size, head)
     if "teacher_sampler" in roles:

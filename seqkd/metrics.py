@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 import xxhash
 
 from seqkd.budget import Cost
-from seqkd.config import Config, Phase
+from seqkd.config.phases import PhaseConfig
+from seqkd.config.run import Config
 from seqkd.errors import writing
 from seqkd.protocols import Part
 from seqkd.trackers import Trackers
@@ -89,7 +90,7 @@ class Recorder:
         """A line for the person watching."""
         self._line(text, keep=True)
 
-    def begin(self, name: str, phase: Phase) -> None:
+    def begin(self, name: str, phase: PhaseConfig) -> None:
         """Announce a phase."""
         self.recent: list[float] = []
         terms = " + ".join(
@@ -187,7 +188,7 @@ def _whole_rows(path: Path, step: int) -> list[dict[str, Any]]:
 def describe(
     config: Config,
     name: str,
-    phase: Phase,
+    phase: PhaseConfig,
     version: int,
     lr: float,
     parts: Sequence[Part],

@@ -13,8 +13,10 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 import seqkd
-from seqkd.config import Config, Phase, Term
-from seqkd.config_roles import ApiTeacher, OneTeacher, Prune
+from seqkd.config.phases import PhaseConfig, TermConfig
+from seqkd.config.run import Config
+from seqkd.config.student import PruneInitConfig
+from seqkd.config.teacher import EndpointTeacherConfig, SingleTeacherConfig
 from seqkd.errors import writing
 from seqkd.evaluation.divergence import Interval
 from seqkd.models import expand
@@ -59,7 +61,7 @@ def metadata(config: Config, license_: Mapping[str, str]) -> ModelCardData:
     data = config.data
     paths = (data.path, data.heldout_path, data.corpus_path)
     datasets = dict.fromkeys(filter(None, (hub_name(path) for path in paths if path)))
-    pruned = ["pruned"] if isinstance(config.student.init, Prune) else []
+    pruned = ["pruned"] if isinstance(config.student.init, PruneInitConfig) else []
     more: dict[str, Any] = {"base_model_relation": "finetune"} if base else {}
     more |= license_
     return ModelCardData(
@@ -118,7 +120,7 @@ def learnt_tokens(metrics: Path) -> Counter[str]:
 def _head(config: Config, license_: Mapping[str, str]) -> str:
     init = config.student.init
     pruned = ""
-    if isinstance(init, Prune):
+    if isinstance(init, PruneInitConfig):
         first, last = init.drop_layers
         pruned = f" without decoder layers [{first}, {last})"
     teachers = " and ".join(_teacher(teacher) for teacher in config.teachers.values())
@@ -141,8 +143,8 @@ def _model(name: str) -> str:
     return f"`{Path(name).name}` (a local directory)"
 
 
-def _teacher(teacher: OneTeacher) -> str:
-    if isinstance(teacher, ApiTeacher):
+def _teacher(teacher: SingleTeacherConfig) -> str:
+    if isinstance(teacher, EndpointTeacherConfig):
         return f"`{teacher.model}` (behind an OpenAI-compatible endpoint)"
     return _model(teacher.model)
 
@@ -165,7 +167,7 @@ def _how(config: Config, tokens: Mapping[str, int]) -> str:
     return "## How\n\n" + "\n".join(lines) + "\n"
 
 
-def _phase(config: Config, phase: Phase) -> str:
+def _phase(config: Config, phase: PhaseConfig) -> str:
     terms = " + ".join(map(_term, phase.terms))
     samples = config.samples_per_prompt(phase)
     many = f", {samples} samples each" if samples > 1 and phase.sampler != "dataset" else ""
@@ -175,7 +177,7 @@ def _phase(config: Config, phase: Phase) -> str:
     )
 
 
-def _term(term: Term) -> str:
+def _term(term: TermConfig) -> str:
     given = term.objective.model_dump(exclude={"kind"}, exclude_none=True)
     options = ", ".join(f"{key} {value}" for key, value in given.items())
     weight = "" if term.weight == 1 else f"{term.weight:g} "

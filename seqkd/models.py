@@ -12,7 +12,7 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
-from seqkd.config_roles import Prune, Student
+from seqkd.config.student import PruneInitConfig, StudentConfig
 from seqkd.errors import ModelError
 from seqkd.heads import OutputHead
 
@@ -263,7 +263,7 @@ def _logit_options(config: Any) -> dict[str, Any]:
     }
 
 
-def check_prune(config: Any, init: Prune) -> None:
+def check_prune(config: Any, init: PruneInitConfig) -> None:
     """ModelError unless ``init`` leaves a part of the layers of a model with ``config``."""
     first, last = init.drop_layers
     layers = config.num_hidden_layers
@@ -280,7 +280,7 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if type(module).__name__ in names]
 
 
-def prune(model: nn.Module, init: Prune) -> None:
+def prune(model: nn.Module, init: PruneInitConfig) -> None:
     """Drop decoder layers [first, last) of a loaded model, in place."""
     first, last = init.drop_layers
     config: Any = model.config
@@ -303,10 +303,10 @@ def prune(model: nn.Module, init: Prune) -> None:
         config.layer_types = [t for i, t in enumerate(config.layer_types) if not first <= i < last]
 
 
-def materialise_student(student: Student, precision: str, directory: Path) -> str:
+def materialise_student(student: StudentConfig, precision: str, directory: Path) -> str:
     """The path of the initial student that engines and ranks load: the model itself, or
     ``directory`` once the initialisation has been written there."""
-    if not isinstance(student.init, Prune):
+    if not isinstance(student.init, PruneInitConfig):
         return expand(student.model)
     model = load_causal_lm(student.model, precision, "student.model")
     prune(model, student.init)

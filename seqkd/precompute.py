@@ -7,7 +7,8 @@ from contextlib import suppress
 
 import torch
 
-from seqkd.config import Config, Phase
+from seqkd.config.phases import PhaseConfig
+from seqkd.config.run import Config
 from seqkd.data import PromptStream
 from seqkd.draws import prompts_of
 from seqkd.errors import JournalError
@@ -27,7 +28,9 @@ from seqkd.types import Prompt, Rollout
 from seqkd.workers import Workers
 
 
-def planned(config: Config, checked: Checked) -> Iterator[tuple[int, Phase, list[list[Prompt]]]]:
+def planned(
+    config: Config, checked: Checked
+) -> Iterator[tuple[int, PhaseConfig, list[list[Prompt]]]]:
     """Every draw of sampler=journal in the run of ``config``: its first step, its phase, and the
     prompts of each step."""
     stream = PromptStream(checked.train, config.seed)

@@ -11,8 +11,14 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from seqkd.api_checks import check_answers, check_endpoint
-from seqkd.config import Config
-from seqkd.config_roles import ApiTeacher, HfTeacher, Prune, SeveralTeachers, VllmTeacher
+from seqkd.config.run import Config
+from seqkd.config.student import PruneInitConfig
+from seqkd.config.teacher import (
+    EndpointTeacherConfig,
+    HfTeacherConfig,
+    MultiTeacherConfig,
+    VllmTeacherConfig,
+)
 from seqkd.data import DataSets, read_data
 from seqkd.errors import ConfigError, DataError, ModelError, SeqkdError
 from seqkd.lora import check_targets
@@ -88,7 +94,7 @@ def check(config: Config, teacher_here: bool = True) -> Checked:
     tokenizer = found.attempt(load_tokenizer, students, "student.model") if student else None
     max_model_len = config.data.max_prompt_tokens + config.rollout.max_tokens
     found.attempt(fits_context, student, "student.model", config)
-    if isinstance(config.student.init, Prune):
+    if isinstance(config.student.init, PruneInitConfig):
         found.attempt(check_prune, student, config.student.init)
     found.attempt(check_targets, student, config.student.lora)
     stop_ids = _stop_ids(students, tokenizer, student, "student.model", found)
@@ -97,7 +103,7 @@ def check(config: Config, teacher_here: bool = True) -> Checked:
     teachers: dict[str, Any] = {}
     for name, of in config.teachers.items():
         found.where = f"teacher.members.{name}: " if name else ""
-        if not isinstance(of, ApiTeacher):
+        if not isinstance(of, EndpointTeacherConfig):
             teachers[name] = _local_teacher(config, of, student, tokenizer, stop_ids, found)
         elif teacher_here:
             _endpoint(config, of, student, tokenizer, stop_ids, found)
@@ -118,7 +124,7 @@ def check(config: Config, teacher_here: bool = True) -> Checked:
 
 def _endpoint(
     config: Config,
-    teacher: ApiTeacher,
+    teacher: EndpointTeacherConfig,
     student: Any,
     tokenizer: Any,
     stop_ids: tuple[int, ...] | None,
@@ -136,7 +142,7 @@ def _endpoint(
 
 def _local_teacher(
     config: Config,
-    of: VllmTeacher | HfTeacher,
+    of: VllmTeacherConfig | HfTeacherConfig,
     student: Any,
     tokenizer: Any,
     stop_ids: tuple[int, ...] | None,
@@ -195,7 +201,7 @@ def fits_context(model: Any, name: str, config: Config) -> None:
 
 def every_tag_has_a_teacher(config: Config, data: DataSets) -> None:
     """DataError for a row that none of several teachers may have."""
-    if not isinstance(config.teacher, SeveralTeachers):
+    if not isinstance(config.teacher, MultiTeacherConfig):
         return
     tables = (table for table in (data.train, data.heldout) if isinstance(table, PromptTable))
     tags: set[str] = set().union(*(table.tags() for table in tables))
@@ -207,7 +213,7 @@ def every_tag_has_a_teacher(config: Config, data: DataSets) -> None:
             )
 
 
-def top_k_fits(model: Any, teacher: VllmTeacher | HfTeacher) -> None:
+def top_k_fits(model: Any, teacher: VllmTeacherConfig | HfTeacherConfig) -> None:
     """ModelError unless the teacher's vocabulary has more than ``top_k`` tokens."""
     if teacher.scores == "top_k" and teacher.top_k >= model.vocab_size:
         raise ModelError(

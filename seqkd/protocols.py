@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from seqkd.config import Term
+from seqkd.config.phases import TermConfig
 from seqkd.types import Counts, Prompt, Rollout, StepResult, TeacherScore, WeightVersion
 
 Scores = Mapping[str, TeacherScore]
@@ -70,7 +70,7 @@ class Part:
     rollouts: Sequence[Rollout]
     scores: Scores
     counts: Counts
-    terms: tuple[Term, ...]
+    terms: tuple[TermConfig, ...]
     teacher_fraction: float | None = None
     """The share of teacher samples in a mixture, whose sequences are weighted; else None."""
     usage: Mapping[str, int] = field(default_factory=dict)

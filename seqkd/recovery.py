@@ -10,7 +10,7 @@ from seqkd import loop, summary
 from seqkd.alarms import StepAlarms
 from seqkd.canary import Canary
 from seqkd.checkpoint import Checkpoints, Progress
-from seqkd.config import Config
+from seqkd.config.run import Config
 from seqkd.control import Control
 from seqkd.errors import LearnerLost, LearningFault, SeqkdError
 from seqkd.evaluation.divergence import HeldOut, Measurement

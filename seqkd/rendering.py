@@ -7,7 +7,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from seqkd.config_data import Data
+from seqkd.config.data import DataConfig
 from seqkd.conversations import Message
 from seqkd.errors import DataError
 
@@ -15,7 +15,7 @@ from seqkd.errors import DataError
 class Renderer:
     """Messages -> the text that the student is given, and its tokens."""
 
-    def __init__(self, data: Data, tokenizer: Any) -> None:
+    def __init__(self, data: DataConfig, tokenizer: Any) -> None:
         self.data, self.tokenizer = data, tokenizer
         self.options = {} if data.thinking is None else {"enable_thinking": data.thinking}
         if data.chat and tokenizer.chat_template is None:

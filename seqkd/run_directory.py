@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from seqkd.config import Config, dump, load
+from seqkd.config.run import Config, dump, load
 from seqkd.errors import ConfigError
 
 PACKAGED = "working_dir_files"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from seqkd.config import Config
+from seqkd.config.run import Config
 from seqkd.journal import Journal, address_of, score_form
 from seqkd.protocols import Finished, Sampler, StudentSampler, Teacher
 from seqkd.shards import Shards

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-from seqkd.config_roles import Learner
+from seqkd.config.learner import LearnerConfig
 
 
-def learning_rate(learner: Learner, peak: float, step: int, steps: int) -> float:
+def learning_rate(learner: LearnerConfig, peak: float, step: int, steps: int) -> float:
     """Rate of step ``step`` (from 0) of ``steps``: linear warm-up to ``peak``, then decay to
     ``peak * min_lr_ratio`` at the last step."""
     warmup = min(learner.lr_warmup_steps, steps - 1)

@@ -10,7 +10,7 @@ from seqkd.protocols import Finished, Sampler, Teacher
 from seqkd.types import Prompt, Rollout, TeacherScore
 
 Choose = Callable[[str, str], str]
-"""(tag, prompt_id) -> the teacher's name; see :meth:`seqkd.config.Config.teacher_of`."""
+"""(tag, prompt_id) -> the teacher's name; see :meth:`seqkd.config.run.Config.teacher_of`."""
 
 
 class SeveralSamplers:

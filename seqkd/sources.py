@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from seqkd.config import Config, Phase
-from seqkd.config_schema import SamplerName
+from seqkd.config.base import SamplerName
+from seqkd.config.phases import PhaseConfig
+from seqkd.config.run import Config
 from seqkd.metrics import Clock
 from seqkd.objectives import mixture_weight
 from seqkd.protocols import Finished, Part, Sampler, Scores
@@ -68,7 +69,7 @@ class StepSource:
     def __init__(
         self,
         config: Config,
-        phase: Phase,
+        phase: PhaseConfig,
         sampler: SamplerName,
         workers: Workers,
         running: RunningCosts | None = None,

@@ -10,7 +10,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from seqkd.config_data import Data
+from seqkd.config.data import DataConfig
 from seqkd.errors import ModelError
 
 PROBES = (
@@ -168,7 +168,9 @@ def _named(ids: Any, tokenizer: Any) -> str:
 # --- chat templates
 
 
-def check_same_template(student: Any, teacher: Any, other_template: bool, data: Data) -> str | None:
+def check_same_template(
+    student: Any, teacher: Any, other_template: bool, data: DataConfig
+) -> str | None:
     """ModelError with a diff where the two chat templates render a prompt differently; only a
     warning with ``teacher.other_template``. Both models get the student's rendering, so a teacher
     with another one would judge and write in a form that it was not trained on.

@@ -14,8 +14,8 @@ from os import environ
 from pathlib import Path
 from typing import Any
 
-from seqkd.config import Config
-from seqkd.config_schema import TrackerName
+from seqkd.config.base import TrackerName
+from seqkd.config.run import Config
 from seqkd.errors import ConfigError
 from seqkd.run_directory import flat
 

@@ -9,7 +9,7 @@ import numpy as np
 import yaml
 
 from seqkd.comparison import plan
-from seqkd.config import dump
+from seqkd.config.run import dump
 from tests.report_runs import ENVIRONMENT, MAIN, TEXTS, WARMUP, configuration, example, row
 
 PROMPTS = 64

@@ -5,12 +5,13 @@ from __future__ import annotations
 import ast
 import sys
 from collections import defaultdict
+from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 LAYERS = (
     ("seqkd.types", "seqkd.errors", "seqkd.files"),
-    ("seqkd.config",),
+    ("seqkd.config.run",),
     ("seqkd.objectives", "seqkd.data", "seqkd.models", "seqkd.protocols"),
     ("seqkd.learner", "seqkd.workers"),
     ("seqkd.evaluation",),
@@ -48,10 +49,17 @@ def modules(root: Path) -> dict[str, Path]:
     return found
 
 
+def _executed(node: ast.AST) -> Iterator[ast.AST]:
+    for child in ast.iter_child_nodes(node):
+        if not (isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)):
+            yield child
+            yield from _executed(child)
+
+
 def imports(file: Path, known: set[str]) -> set[str]:
-    """Modules of ``known`` that a file imports, anywhere in it."""
+    """Modules of ``known`` that a file imports, in functions too, but not for type checkers."""
     found = set()
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in _executed(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -105,8 +113,7 @@ def main() -> None:
     for title, of in (("modules", edges), ("packages", rooms(edges))):
         depth = levels(of)
         print(
-            f"{title}: {len(of)}, levels: {depth or 'a cycle'}, "
-            f"edges: {sum(map(len, of.values()))}"
+            f"{title}: {len(of)}, levels: {depth or 'a cycle'}, edges: {sum(map(len, of.values()))}"
         )
     print("\n".join(["upward edges: " + str(len(upward(edges))), *upward(edges)]))
 

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import yaml
 
-from seqkd.config import Config, dump
+from seqkd.config.run import Config, dump
 
 WARMUP, MAIN = 20, 40
 SKIPPED = 33

@@ -209,11 +209,12 @@ class Terse:
 
 def record(file, overrides) -> None:
     """What scripts/precompute.py leaves of a configuration, from a :class:`Terse` teacher."""
-    from seqkd import config, precompute, preflight
+    from seqkd import precompute, preflight
+    from seqkd.config import run
     from seqkd.journal import attach, keep_teachers, open_journals
     from seqkd.workers import Workers
 
-    read = config.load(file, overrides)
+    read = run.load(file, overrides)
     checked = preflight.check(read)
     _, journals = open_journals(read, teacher_here=True)
     teacher = {"": Terse()}

@@ -19,9 +19,10 @@ from actors.benchmark.rows import Row
 from actors.host_memory import arrived, to_host
 from actors.learner import LearnerRank, RankPart
 from seqkd import batching
-from seqkd.config import Term
-from seqkd.config_objectives import SequenceReverseKL
-from seqkd.config_roles import HfTeacher, Learner
+from seqkd.config.learner import LearnerConfig
+from seqkd.config.objectives import SequenceReverseKLConfig
+from seqkd.config.phases import TermConfig
+from seqkd.config.teacher import HfTeacherConfig
 from seqkd.forward import last_hidden
 from seqkd.heads import OutputHead
 from seqkd.models import layers_of
@@ -57,7 +58,7 @@ def measure(repetitions: int) -> list[Row]:
     rank, pays = _started()
     rollouts, scores = _texts()
     tokens = sum(len(r.completion_ids) for r in rollouts)
-    terms = (Term(objective=SequenceReverseKL()),)
+    terms = (TermConfig(objective=SequenceReverseKLConfig()),)
     counts = Counts(len(rollouts), tokens, rate=1.0, length=COMPLETION)
 
     def batches(sharing: int) -> list[TrainBatch]:
@@ -98,7 +99,9 @@ def teacher(repetitions: int) -> list[Row]:
     rate = Row("teacher on the GPU", "its products", "TFLOP/s", "a product of large matrices")
     with tempfile.TemporaryDirectory() as folder:
         _write_random(Qwen2Config(**TEACHER), folder)
-        config = HfTeacher(model=folder, precision="bfloat16", gpus=1, batch_tokens=MICRO_BATCH)
+        config = HfTeacherConfig(
+            model=folder, precision="bfloat16", gpus=1, batch_tokens=MICRO_BATCH
+        )
         states = HfStates(config, PROMPT + COMPLETION)
     rollouts, _ = _texts()
     sequences = [batching.fed_tokens(r) for r in rollouts]
@@ -163,7 +166,7 @@ def _started() -> tuple[LearnerRank, int]:
     os.environ["DS_ACCELERATOR"] = "cuda"  # as placement tells an actor
     torch.manual_seed(0)
     # ZeRO 0: the floor goes backward without DeepSpeed, which hooks that reduce would not bear.
-    rank = LearnerRank(Learner(gpus=1, zero_stage=0, precision="bfloat16", compile=True))
+    rank = LearnerRank(LearnerConfig(gpus=1, zero_stage=0, precision="bfloat16", compile=True))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         master = probe.getsockname()

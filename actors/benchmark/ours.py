@@ -11,8 +11,8 @@ from typing import Any
 
 from actors import build, placement
 from actors.benchmark.turns import wait_for_turn
-from seqkd import config as configuration
 from seqkd import preflight, recovery
+from seqkd.config import run as configuration
 from seqkd.control import Control
 from seqkd.evaluation.divergence import Measurement
 from seqkd.metrics import Recorder

@@ -21,7 +21,7 @@ import psutil
 
 from actors.benchmark.rows import Row
 from actors.placement import PROCESS
-from seqkd.config import Config
+from seqkd.config.run import Config
 from seqkd.errors import ActorError
 from seqkd.metrics import STAGES
 from seqkd.models import expand

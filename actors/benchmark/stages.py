@@ -14,7 +14,7 @@ import torch
 from actors.benchmark.rows import Row
 from actors.pool import Calls, Failure
 from seqkd import batching, preflight
-from seqkd.config import Config
+from seqkd.config.run import Config
 from seqkd.control import Control
 from seqkd.forward import last_hidden
 from seqkd.heads import OutputHead, chunk_rows

@@ -21,9 +21,9 @@ import psutil
 from actors.benchmark.rows import Row
 from actors.benchmark.runs import COMPILED, ONE_CORE, ROOT, watched
 from seqkd import preflight
-from seqkd.config import Config
-from seqkd.config_roles import HfTeacher, VllmTeacher
-from seqkd.config_schema import Precision
+from seqkd.config.base import Precision
+from seqkd.config.run import Config
+from seqkd.config.teacher import HfTeacherConfig, VllmTeacherConfig
 from seqkd.data import PromptStream
 from seqkd.errors import ActorError
 from seqkd.models import expand, materialise_student
@@ -172,7 +172,7 @@ def _by_turns(
 
 
 def _trl_spec(config: Config, folder: str, precision: Precision) -> dict[str, Any]:
-    assert isinstance(config.teacher, VllmTeacher | HfTeacher)
+    assert isinstance(config.teacher, VllmTeacherConfig | HfTeacherConfig)
     checked = preflight.check(config)
     prompts = PromptStream(checked.train, config.seed).take(config.prompts_per_step * config.steps)
     return {

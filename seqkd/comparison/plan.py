@@ -9,12 +9,12 @@ from typing import Annotated
 
 from pydantic import Field, StringConstraints, model_validator
 
-from seqkd import config as configuration
 from seqkd import run_directory
-from seqkd.config import Config
-from seqkd.config_file import read
-from seqkd.config_run import Budget
-from seqkd.config_schema import Schema
+from seqkd.config import run as configuration
+from seqkd.config.base import BaseConfig
+from seqkd.config.lifecycle import BudgetConfig
+from seqkd.config.loading import read
+from seqkd.config.run import Config
 from seqkd.errors import ConfigError
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
@@ -22,7 +22,7 @@ UNLIMITED = 1_000_000
 """Steps, where nothing but the budget is to end a run."""
 
 
-class Comparison(Schema):
+class Comparison(BaseConfig):
     """Methods, and what each may spend."""
 
     name: str = Field(
@@ -31,7 +31,7 @@ class Comparison(Schema):
     config: str = Field(
         description="Configuration of every method that names no other; from this file's directory."
     )
-    budget: Budget
+    budget: BudgetConfig
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(
         (0, 1, 2), min_length=1, description="Every method is run with each."
     )

@@ -11,7 +11,7 @@ from typing import Any, get_args
 from seqkd import summary
 from seqkd.comparison.plan import Comparison, Entry
 from seqkd.comparison.statistics import Estimate, difference, estimate, holm
-from seqkd.config_schema import BudgetKind
+from seqkd.config.base import BudgetKind
 from seqkd.errors import DataError, writing
 from seqkd.evaluation import table
 from seqkd.evaluation.divergence import Ratio

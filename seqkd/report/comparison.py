@@ -14,7 +14,7 @@ from urllib.parse import quote
 from seqkd.comparison.plan import Entry
 from seqkd.comparison.results import FIRST, INITIAL, KINDS, TEACHER, Result, Tables
 from seqkd.comparison.statistics import Estimate
-from seqkd.config_run import Budget
+from seqkd.config.lifecycle import BudgetConfig
 from seqkd.evaluation.divergence import Interval
 from seqkd.report import comparison_plots, samples, tables, words
 from seqkd.report.comparison_plots import Mark
@@ -147,7 +147,7 @@ def facts(result: Result, known: Sequence[Method]) -> dict[str, str]:
     }
 
 
-def budget(of: Budget) -> str:
+def budget(of: BudgetConfig) -> str:
     """In words, e.g. "30 000 completion tokens learnt from"."""
     if of.kind == "seconds":
         return f"{words.duration(of.amount)} of training steps"

@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from seqkd.config_schema import BudgetKind
+from seqkd.config.base import BudgetKind
 from seqkd.report.source import Row, Run, number
 
 Array = np.ndarray

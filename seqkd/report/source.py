@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from seqkd import run_directory
-from seqkd.config import Config, load
-from seqkd.config_schema import BudgetKind
+from seqkd.config.base import BudgetKind
+from seqkd.config.run import Config, load
 from seqkd.errors import DataError, SeqkdError
 from seqkd.evaluation.divergence import Interval, Ratio
 
@@ -139,7 +139,7 @@ class Run:
         return spent or self.done == steps
 
     def costs(self, kind: BudgetKind) -> list[float]:
-        """[N] of each row; see :class:`seqkd.config_run.Budget`."""
+        """[N] of each row; see :class:`seqkd.config.lifecycle.BudgetConfig`."""
         key = "time_step_s" if kind == "seconds" else kind
         return [number(row, key) or 0.0 for row in self.rows]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from seqkd.config import Config
+from seqkd.config.run import Config
 from seqkd.evaluation import table
 from seqkd.evaluation.divergence import Interval
 from seqkd.report.series import column

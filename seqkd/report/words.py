@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import PurePath
 
-from seqkd.config import Config, Term
-from seqkd.config_objectives import SequenceReverseKL
-from seqkd.config_roles import Prune, SeveralTeachers
+from seqkd.config.objectives import SequenceReverseKLConfig
+from seqkd.config.phases import TermConfig
+from seqkd.config.run import Config
+from seqkd.config.student import PruneInitConfig
+from seqkd.config.teacher import MultiTeacherConfig
 from seqkd.evaluation.divergence import Interval
 
 OBJECTIVE = {
@@ -31,12 +33,12 @@ SAMPLES = {
 }
 
 
-def objective(term: Term) -> str:
+def objective(term: TermConfig) -> str:
     """E.g. "token-level forward KL on the teacher's samples"; options where they differ from what
     they are when left out."""
     of = term.objective
     options = of.model_dump(exclude_defaults=True, exclude={"kind"})
-    if isinstance(of, SequenceReverseKL):
+    if isinstance(of, SequenceReverseKLConfig):
         options = {
             name: getattr(of, name) for name in ("estimator", "baseline", "normalization")
         } | options
@@ -58,9 +60,9 @@ def models(config: Config) -> tuple[str, str]:
     """Short names of the teacher and the student."""
     init = config.student.init
     student = _short(config.student.model)
-    if isinstance(init, Prune):
+    if isinstance(init, PruneInitConfig):
         student += f" without layers {init.drop_layers[0]} to {init.drop_layers[1] - 1}"
-    if isinstance(config.teacher, SeveralTeachers):
+    if isinstance(config.teacher, MultiTeacherConfig):
         return " + ".join(_short(t.model) for t in config.teachers.values()), student
     return _short(config.teacher.model), student
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ray
 from ray.exceptions import RayTaskError
 
-from seqkd.config import Config
+from seqkd.config.run import Config
 from seqkd.errors import SeqkdError
 
 PROMPT, COMPLETION = 64, 32

@@ -17,7 +17,8 @@ from actors.rollout import RolloutActor
 from actors.teacher import TeacherActor
 from seqkd.alarms import StepAlarms, check_counts
 from seqkd.canary import Canary, must_move
-from seqkd.config_roles import Engine, Learner
+from seqkd.config.learner import LearnerConfig
+from seqkd.config.resources import EngineConfig
 from seqkd.errors import LearningFault
 from seqkd.known_text import as_rollout
 from seqkd.metrics import Clock, describe
@@ -103,7 +104,7 @@ def crew(local_ray, tiny):
         return remote(cls).options(runtime_env=environment).remote(*args)
 
     learner = LearnerGroup(
-        lambda: [create(FaultyLearner, Learner(zero_stage=0))],
+        lambda: [create(FaultyLearner, LearnerConfig(zero_stage=0))],
         (tiny["student"], {"": (tiny["teacher"], "float32")}),
         2,
         tiny["student"],
@@ -111,7 +112,7 @@ def crew(local_ray, tiny):
     learner.ready()
     teacher = create(FaultyTeacher)
     engines = [create(FaultyEngine, (0,), "student") for _ in range(2)]
-    start = tiny["student"], Engine(kv_cache_gib=0.1), 512
+    start = tiny["student"], EngineConfig(kv_cache_gib=0.1), 512
     wait([engine.start.remote(*start) for engine in engines])
     yield learner, teacher, engines
     learner.kill()

@@ -13,7 +13,8 @@ from actors.placement import ActorPlan
 from actors.pool import Pool, remote
 from actors.rollout import RolloutActor
 from actors.teacher import TeacherActor
-from seqkd.config_roles import Engine, Learner
+from seqkd.config.learner import LearnerConfig
+from seqkd.config.resources import EngineConfig
 from seqkd.echo import check_workers
 from seqkd.errors import ActorError, ModelError
 from seqkd.preflight import check
@@ -71,7 +72,7 @@ def crew(local_ray, tiny):
         return remote(cls).options(runtime_env=environment).remote(*args)
 
     learner = LearnerGroup(
-        lambda: [create(LearnerRank, Learner(zero_stage=0))],
+        lambda: [create(LearnerRank, LearnerConfig(zero_stage=0))],
         (tiny["student"], {"": (tiny["teacher"], "float32")}),
         2,
         tiny["student"],
@@ -79,7 +80,7 @@ def crew(local_ray, tiny):
     learner.ready()
     teacher = create(FaultyTeacher)
     engine = create(RolloutActor, (0,), "student")
-    start = (tiny["student"], Engine(kv_cache_gib=0.1), PROMPT + COMPLETION)
+    start = (tiny["student"], EngineConfig(kv_cache_gib=0.1), PROMPT + COMPLETION)
     wait(engine.start.remote(*start))
     yield learner, teacher, engine
     learner.kill()

@@ -13,7 +13,7 @@ from actors import weight_sync
 from actors.placement import ActorPlan
 from actors.pool import remote
 from actors.rollout import RolloutActor
-from seqkd.config_roles import Engine
+from seqkd.config.resources import EngineConfig
 from seqkd.errors import SyncError
 from seqkd.models import load_causal_lm
 from seqkd.types import Prompt
@@ -26,7 +26,7 @@ PLAN = ActorPlan("rollout", 0, threads=1, gpus=0, share=1, bundle=0)
 def started(ray, tiny, **options):
     environment = {"env_vars": PLAN.environment()}
     actor = remote(RolloutActor).options(runtime_env=environment).remote((0,), "student")
-    wait(actor.start.remote(tiny["student"], Engine(kv_cache_gib=0.1, **options), 512))
+    wait(actor.start.remote(tiny["student"], EngineConfig(kv_cache_gib=0.1, **options), 512))
     yield actor
     ray.kill(actor)
 

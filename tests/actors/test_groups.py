@@ -16,14 +16,14 @@ import ray
 from actors import groups
 from actors.placement import PROCESS, ActorPlan
 from actors.pool import Pool, reap, remote
-from seqkd.config_run import Recovery
+from seqkd.config.lifecycle import RecoveryConfig
 from seqkd.control import Control
 from seqkd.errors import ActorError, LearnerLost, ModelError, Stopped
 from seqkd.types import Prompt, Rollout, WeightVersion
 from tests.actors.ray_calls import wait
 from tests.actors.workers import Drawing, Late, Loading, Rank, Scorer, Worker
 
-SOON = Recovery(restarts=3, backoff_s=0.01, heartbeat_s=10, stall_s=60, grace_s=0.5)
+SOON = RecoveryConfig(restarts=3, backoff_s=0.01, heartbeat_s=10, stall_s=60, grace_s=0.5)
 PATIENT = SOON.model_copy(update={"heartbeat_s": 60})
 """Where a slow machine must not count as a lost process."""
 SOON_STALLED = SOON.model_copy(update={"stall_s": 15})

@@ -17,15 +17,15 @@ from actors.groups import LearnerGroup
 from actors.learner import LearnerRank
 from actors.placement import ActorPlan
 from actors.pool import remote
-from seqkd.config import Term
-from seqkd.config_objectives import GJSD, SequenceReverseKL, TokenForwardKL
-from seqkd.config_roles import Learner
+from seqkd.config.learner import LearnerConfig
+from seqkd.config.objectives import GJSDConfig, SequenceReverseKLConfig, TokenForwardKLConfig
+from seqkd.config.phases import TermConfig
 from seqkd.errors import ModelError
 from seqkd.models import load_causal_lm
 from seqkd.protocols import Part
 from seqkd.types import Counts, Rollout, TeacherScore
 
-TERMS = (Term(objective=SequenceReverseKL(normalization="rate")),)
+TERMS = (TermConfig(objective=SequenceReverseKLConfig(normalization="rate")),)
 LR, STEPS = 1e-3, 2
 KEPT = 5
 """Groups whose processes wait for another test."""
@@ -85,7 +85,7 @@ def counts(batch):
 def start(models, heads=None, environment=None, **options):
     """A learner group of new processes."""
     one = {"": (models["teacher"], "float32")}
-    config = Learner(lr=LR, max_grad_norm=1.0, **options)
+    config = LearnerConfig(lr=LR, max_grad_norm=1.0, **options)
     plan = ActorPlan("learner", 0, threads=1, gpus=0, share=1, bundle=0)
     cls = remote(LearnerRank).options(
         runtime_env={"env_vars": plan.environment() | (environment or {})}
@@ -295,14 +295,14 @@ def test_terms_of_several_samplers_and_a_mixture(learners, tiny, batch):
     mixed, others = rollouts[:4], [replace(r, source="dataset") for r in rollouts[4:]]
     mixed = [replace(r, source="teacher") if i % 2 else r for i, r in enumerate(mixed)]
     counts = Counts(sequences=4, tokens=20, rate=1.5, length=5.0)
-    reverse = Term(
+    reverse = TermConfig(
         sampler="mixture",
-        objective=SequenceReverseKL(estimator="reward_to_go", normalization="rate"),
+        objective=SequenceReverseKLConfig(estimator="reward_to_go", normalization="rate"),
         weight=0.5,
     )
     terms = (
-        Term(sampler="dataset", weight=2.0),
-        Term(sampler="dataset", objective=GJSD(beta=0.3, temperature=2.0), weight=2.0),
+        TermConfig(sampler="dataset", weight=2.0),
+        TermConfig(sampler="dataset", objective=GJSDConfig(beta=0.3, temperature=2.0), weight=2.0),
     )
     model, teacher = (load_causal_lm(tiny[m], "float32", "model") for m in ("student", "teacher"))
 
@@ -522,7 +522,7 @@ def test_a_loss_that_is_not_finite_though_its_gradient_is(learners, tiny, batch,
     }
     learner = learners(tiny, ranks=2, zero_stage=2, micro_batch_tokens=1)
     before = published(learner)
-    terms = (Term(objective=TokenForwardKL()),)
+    terms = (TermConfig(objective=TokenForwardKLConfig()),)
     result = learner.step([Part(rollouts, scores, counts, terms)], LR)
     assert result.skipped and math.isnan(result.loss)
     same(published(learner), before)

@@ -17,7 +17,9 @@ from actors.learner import LearnerRank
 from actors.placement import ActorPlan
 from actors.pool import remote
 from actors.rollout import RolloutActor
-from seqkd.config_roles import Engine, Learner, Lora
+from seqkd.config.learner import LearnerConfig
+from seqkd.config.resources import EngineConfig
+from seqkd.config.student import LoraConfig
 from seqkd.errors import ModelError
 from seqkd.lora import Adapters
 from seqkd.models import load_causal_lm
@@ -26,7 +28,7 @@ from seqkd.types import Counts
 from tests.actors.ray_calls import completions, wait
 from tests.actors.test_learner import LR, STEPS, TERMS, scored
 
-LORA = Lora(rank=4, alpha=12, targets=("q_proj", "v_proj", "down_proj"))
+LORA = LoraConfig(rank=4, alpha=12, targets=("q_proj", "v_proj", "down_proj"))
 SEED = 5
 PLAN = ActorPlan("learner", 0, threads=1, gpus=0, share=1, bundle=0)
 OPTIONS: dict[int, dict[str, Any]] = {
@@ -66,7 +68,7 @@ def start(local_ray):
     started: list = []
 
     def start(models, lora=LORA, seed=SEED, **options):
-        config = Learner(lr=LR, max_grad_norm=1.0, **options)
+        config = LearnerConfig(lr=LR, max_grad_norm=1.0, **options)
         cls = remote(OpenRank).options(runtime_env={"env_vars": PLAN.environment()})
         group = LearnerGroup(
             lambda: [cls.remote(config, lora, seed) for _ in range(config.ranks)],
@@ -418,7 +420,7 @@ def engine(local_ray, exported):
     """Of the exported student, whose adapted layers are not the model's."""
     environment = {"env_vars": PLAN.environment()}
     actor = remote(RolloutActor).options(runtime_env=environment).remote((0,), "student")
-    wait(actor.start.remote(str(exported), Engine(kv_cache_gib=0.1), 512))
+    wait(actor.start.remote(str(exported), EngineConfig(kv_cache_gib=0.1), 512))
     yield actor
     local_ray.kill(actor)
 

@@ -10,13 +10,13 @@ from actors.groups import TeacherGroup
 from actors.placement import ActorPlan
 from actors.pool import Pool, is_alive, remote
 from actors.teacher import TeacherActor
-from seqkd.config_roles import HfTeacher, VllmTeacher
+from seqkd.config.teacher import HfTeacherConfig, VllmTeacherConfig
 from seqkd.errors import ActorError
 from seqkd.models import head_of, load_causal_lm
 from seqkd.types import Rollout
 from tests.actors.ray_calls import wait
 
-KINDS = {"vllm": VllmTeacher, "hf": HfTeacher}
+KINDS = {"vllm": VllmTeacherConfig, "hf": HfTeacherConfig}
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def test_the_most_probable_tokens_and_the_rest(start, tiny, rollouts):
 def test_a_failure_shows_its_first_cause(local_ray, rollouts):
     actor = remote(TeacherActor).remote()
     with pytest.raises(ActorError, match=r"teacher start failed: \w+: .*nowhere"):
-        Pool("teacher", [actor]).each("start", HfTeacher(model="/nowhere"), 64, 320)
+        Pool("teacher", [actor]).each("start", HfTeacherConfig(model="/nowhere"), 64, 320)
     local_ray.kill(actor)
     with pytest.raises(RayActorError):  # it ends a moment later
         while True:

@@ -22,7 +22,7 @@ import yaml
 
 from actors.api_teacher import ApiSampler, ApiScorer
 from actors.teacher import TeacherActor
-from seqkd.config_roles import ApiTeacher, HfTeacher
+from seqkd.config.teacher import EndpointTeacherConfig, HfTeacherConfig
 from tests.conftest import ROOT
 
 
@@ -197,11 +197,11 @@ def test_three_in_ten_requests_fail(failing, tiny, tmp_path, overrides, scored, 
 def test_scores_are_those_of_the_same_model_here(server, tiny, prompts):
     """Of what the endpoint wrote itself by token id, and of what it was told when it wrote it."""
     options = {"model": "black-box", "base_url": server, "api": "completions", "scores": "top_k"}
-    endpoint = ApiTeacher(**options, tokenizer=tiny["teacher"], precision="float32")
+    endpoint = EndpointTeacherConfig(**options, tokenizer=tiny["teacher"], precision="float32")
     sampler, scorer, local = ApiSampler((0,)), ApiScorer(), TeacherActor()
     sampler.start(endpoint, "key", tiny["student"])
     scorer.start(endpoint, "key", 320)
-    local.start(HfTeacher(model=tiny["teacher"], scores="top_k", top_k=319), 512, 320)
+    local.start(HfTeacherConfig(model=tiny["teacher"], scores="top_k", top_k=319), 512, 320)
     rollouts = [r for _, _, r in sampler.sample(prompts, [1, 2, 3, 4], [8] * 4, 64, 1.0, 1.0)]
     assert {r.finish_reason for r in rollouts} == {"stop", "length"}
     assert all((r.completion_ids[-1] == 0) == (r.finish_reason == "stop") for r in rollouts)

@@ -13,14 +13,14 @@ import yaml
 
 from seqkd.alarms import StepAlarms, check_counts, check_drawn, check_trained
 from seqkd.canary import SMALLEST_LR, Canary, must_move
-from seqkd.config import Config, load
-from seqkd.config_alarms import Alarms, Level
+from seqkd.config.alarms import AlarmConfig, AlarmsConfig
+from seqkd.config.run import Config, load
 from seqkd.errors import ConfigError, LearningFault
 from seqkd.metrics import describe, repetition
 from seqkd.protocols import Part
 from seqkd.types import Counts, PartResult, Prompt, Rollout, StepResult, TeacherScore
 from tests.conftest import ROOT
-from tests.unit.test_config import MINIMAL, path  # noqa: F401 (a fixture)
+from tests.unit.config.test_config import MINIMAL, path  # noqa: F401 (a fixture)
 
 V = 1000
 PROMPT = Prompt("p", tuple(range(40)), "")
@@ -402,7 +402,7 @@ def test_levels(name, metric, bad):
     relative = name in ("length_growth", "entropy_fraction")
     assert bool(watch.said) != relative, "a phase has a start of its own"
 
-    level = getattr(Alarms(), name).warn
+    level = getattr(AlarmsConfig(), name).warn
     watch = alarms(alarms={name: {"stop": level}})
     rows = [row()] * 5 + [row(**{metric: bad})] * 4
     watch.replay([json.loads(json.dumps(r)) for r in rows])  # as a run that goes on reads them
@@ -429,10 +429,10 @@ def test_a_warning_after_the_stop_is_refused(path):  # noqa: F811
 def test_the_page_has_every_level_with_its_defaults():
     page = (ROOT / "docs" / "alarms.md").read_text()
     (text,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
-    assert Config.model_validate({**MINIMAL, **yaml.safe_load(text)}).alarms != Alarms()
-    for name, level in Alarms():
+    assert Config.model_validate({**MINIMAL, **yaml.safe_load(text)}).alarms != AlarmsConfig()
+    for name, level in AlarmsConfig():
         assert f"`{name}`" in page or f"`alarms.{name}`" in page
-        if isinstance(level, Level):
+        if isinstance(level, AlarmConfig):
             warn, stop = (yaml.safe_dump(v).split()[0] for v in (level.warn, level.stop))
             assert re.search(
                 rf"^\| `{name}` .* \| {float(warn):g} \| {stop} \|", page, re.MULTILINE

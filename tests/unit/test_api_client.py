@@ -15,11 +15,11 @@ import torch
 from actors.api_teacher import ApiSampler, ApiScorer
 from seqkd.api_checks import check_answers, check_endpoint
 from seqkd.api_client import ApiClient, Request, key_of
-from seqkd.config import Config
-from seqkd.config_roles import ApiTeacher
+from seqkd.config.run import Config
+from seqkd.config.teacher import EndpointTeacherConfig
 from seqkd.errors import ActorError, ModelError
 from seqkd.types import Prompt, Rollout
-from tests.unit.test_config import MINIMAL
+from tests.unit.config.test_config import MINIMAL
 
 VOCABULARY = 320
 
@@ -183,7 +183,7 @@ def peer():
 
 def config(server, **options):
     port = server.server_address[1]
-    return ApiTeacher(model="t", base_url=f"http://127.0.0.1:{port}/v1", **options)
+    return EndpointTeacherConfig(model="t", base_url=f"http://127.0.0.1:{port}/v1", **options)
 
 
 def ask(server, number=1, **options):
@@ -252,13 +252,15 @@ def test_the_endpoint_is_checked_before_the_run(peer):
 
 
 def test_nothing_listens(monkeypatch):
-    nowhere = ApiTeacher(model="t", base_url="http://127.0.0.1:9/v1")
+    nowhere = EndpointTeacherConfig(model="t", base_url="http://127.0.0.1:9/v1")
     with pytest.raises(ModelError, match=r"teacher\.base_url: .*APIConnectionError"):
         check_endpoint(nowhere)
 
 
 def test_the_key_comes_from_the_environment(monkeypatch):
-    remote = ApiTeacher(model="t", base_url="https://api.example.com/v1", key_env="SOME_KEY")
+    remote = EndpointTeacherConfig(
+        model="t", base_url="https://api.example.com/v1", key_env="SOME_KEY"
+    )
     monkeypatch.delenv("SOME_KEY", raising=False)
     with pytest.raises(ModelError, match=r"teacher\.key_env: .*SOME_KEY is not set"):
         key_of(remote)
@@ -268,7 +270,9 @@ def test_the_key_comes_from_the_environment(monkeypatch):
 
 @pytest.mark.parametrize("value", ["sk-secret\u2026", "sk-\x07secret"])
 def test_what_is_no_key_is_refused_without_being_shown(monkeypatch, value):
-    remote = ApiTeacher(model="t", base_url="https://api.example.com/v1", key_env="SOME_KEY")
+    remote = EndpointTeacherConfig(
+        model="t", base_url="https://api.example.com/v1", key_env="SOME_KEY"
+    )
     monkeypatch.setenv("SOME_KEY", value)
     with pytest.raises(ModelError, match="SOME_KEY holds is no key") as caught:
         key_of(remote)
@@ -286,7 +290,7 @@ def test_a_key_that_an_endpoint_repeats_is_not_shown(peer):
 
 def test_a_page_in_place_of_a_model_list(peer):
     port = peer.server_address[1]
-    page = ApiTeacher(model="t", base_url=f"http://127.0.0.1:{port}/page")
+    page = EndpointTeacherConfig(model="t", base_url=f"http://127.0.0.1:{port}/page")
     with pytest.raises(ModelError, match=r"teacher\.base_url: .*ends in /v1"):
         check_endpoint(page)
 

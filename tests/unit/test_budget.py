@@ -8,11 +8,11 @@ import math
 import pytest
 
 from seqkd.budget import cost, expected_steps
-from seqkd.config import Config
+from seqkd.config.run import Config
 from seqkd.errors import ActorError, LearnerLost
 from seqkd.protocols import Part
 from seqkd.types import Counts, Rollout
-from tests.unit.test_config import MINIMAL
+from tests.unit.config.test_config import MINIMAL
 from tests.unit.test_recovery import CONFIG, Crash, World, left
 
 

@@ -16,7 +16,7 @@ from seqkd.comparison.statistics import Estimate, difference, estimate, holm
 from seqkd.errors import ConfigError, DataError
 from seqkd.evaluation.divergence import Ratio
 from tests.comparison_runs import write_comparison, write_evaluation
-from tests.unit.test_config import MINIMAL
+from tests.unit.config.test_config import MINIMAL
 
 FILE = {
     "name": "some",

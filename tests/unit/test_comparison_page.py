@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from seqkd.comparison import plan, results
-from seqkd.config_run import Budget
+from seqkd.config.lifecycle import BudgetConfig
 from seqkd.errors import StorageError
 from seqkd.report import comparison as page
 from seqkd.report import comparison_plots, drawing
@@ -219,7 +219,7 @@ def test_costs_are_those_of_the_rows(whole):
     ],
 )
 def test_a_budget_in_words(kind, amount, said):
-    assert page.budget(Budget(kind=kind, amount=amount)) == said
+    assert page.budget(BudgetConfig(kind=kind, amount=amount)) == said
 
 
 def measured_run(parent, name, seconds, taken, values):

@@ -11,14 +11,14 @@ import pytest
 from pydantic import ValidationError
 from tokenizers import processors
 
-from seqkd.config import Config
-from seqkd.config_data import Data
+from seqkd.config.data import DataConfig
+from seqkd.config.run import Config
 from seqkd.data import PromptStream, Reader, read_corpus, read_data
 from seqkd.errors import DataError
 from seqkd.rows import Source
 from seqkd.sources import given
 from seqkd.types import Prompt
-from tests.unit.test_config import MINIMAL
+from tests.unit.config.test_config import MINIMAL
 
 EOS = 0
 TURNS = ["q1", "a1", "q2", "a2"]
@@ -49,7 +49,7 @@ def reader(tmp_path, tokenizer):
     def read(rows, longest=0, **options):
         path = jsonl(tmp_path / "rows.jsonl", rows)
         source = Source("data.path", path)
-        return Reader(source, Data(path=path, **options), tokenizer, EOS, longest).read()
+        return Reader(source, DataConfig(path=path, **options), tokenizer, EOS, longest).read()
 
     return read
 
@@ -232,7 +232,7 @@ def test_plain_text_begins_as_the_model_knows_it_and_a_template_writes_its_own(
     path = jsonl(tmp_path / "rows.jsonl", [{"prompt": "abcdef", "reference": "x"}])
 
     def shown(**options):
-        data = Data(path=path, **options)
+        data = DataConfig(path=path, **options)
         (prompt,) = Reader(Source("data.path", path), data, with_begin, EOS, 8).read().table()
         return [with_begin.decode(ids) for ids in (prompt.token_ids, prompt.reference_ids)]
 
@@ -334,7 +334,7 @@ def test_held_out_answers_are_kept_as_text_by_prompt(tmp_path, tokenizer):
     ]
     path = jsonl(tmp_path / "rows.jsonl", rows)
     source = Source("data.heldout_path", path)
-    heldout = Reader(source, Data(path=path), tokenizer, EOS, limit=3).read()
+    heldout = Reader(source, DataConfig(path=path), tokenizer, EOS, limit=3).read()
     assert [(p.text, heldout.answers.get(p.prompt_id)) for p in heldout.table()] == [
         ("a", ["1", "one"]), ("b", ["x", "y"]), ("c", None)
     ]  # fmt: skip
@@ -493,7 +493,7 @@ def test_held_out_prompts_beyond_those_wanted_are_not_read_but_checked(split):
 )
 def test_options_that_do_not_fit(options, message):
     with pytest.raises(ValidationError, match=message):
-        Data(path="a", **options)
+        DataConfig(path="a", **options)
 
 
 @pytest.mark.parametrize(
@@ -538,7 +538,7 @@ def test_a_stream_over_a_table(reader):
 
 
 def corpus(tmp_path, tokenizer, rows, **options):
-    data = Data(path="unused", corpus_path=jsonl(tmp_path / "texts.jsonl", rows), **options)
+    data = DataConfig(path="unused", corpus_path=jsonl(tmp_path / "texts.jsonl", rows), **options)
     return read_corpus(data, tokenizer, EOS)
 
 

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from seqkd.budget import cost
-from seqkd.config import Config
+from seqkd.config.run import Config
 from seqkd.evaluation.divergence import FIGURES
 from seqkd.metrics import Clock, Recorder, describe
 from seqkd.objectives import OBJECTIVES
@@ -21,7 +21,7 @@ from seqkd.protocols import Part
 from seqkd.run_directory import flat
 from seqkd.types import Counts, PartResult, Rollout, StepResult
 from tests.conftest import ROOT
-from tests.unit.test_config import MINIMAL
+from tests.unit.config.test_config import MINIMAL
 
 OBJECTIVES_PAGE = (ROOT / "docs" / "objectives.md").read_text()
 

@@ -12,11 +12,11 @@ from dataclasses import replace
 import pytest
 
 from seqkd import draws, sources
-from seqkd.config import Config
-from seqkd.config_run import Recovery
+from seqkd.config.lifecycle import RecoveryConfig
+from seqkd.config.run import Config
 from seqkd.control import Control
 from seqkd.errors import ActorError, LearnerLost, Stopped
-from tests.unit.test_config import MINIMAL
+from tests.unit.config.test_config import MINIMAL
 from tests.unit.test_recovery import CONFIG, Crash, World, left
 
 STALE = Config.model_validate(
@@ -199,7 +199,7 @@ def test_a_draw_that_fails_beside_the_learner_ends_the_run_after_its_step(tmp_pa
 
 
 def test_a_stop_leaves_a_draw_beside_the_learner_its_grace():
-    control = Control(Recovery(grace_s=1000))
+    control = Control(RecoveryConfig(grace_s=1000))
     control.signal, control._asked = signal.SIGTERM, time.monotonic()
     with pytest.raises(Stopped):
         control.check()

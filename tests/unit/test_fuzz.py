@@ -19,14 +19,14 @@ from hypothesis import assume, event, example, given
 from hypothesis import strategies as st
 
 from seqkd.checkpoint_files import newest, save
-from seqkd.config import Config, dump, load
+from seqkd.config.run import Config, dump, load
 from seqkd.data import read_data
 from seqkd.errors import ConfigError, DataError, JournalError
 from seqkd.journal import describe_teacher, identify_teacher, keep_teachers, open_journals
 from seqkd.rows import Source
 from seqkd.shards import Shards
 from tests.conftest import ROOT
-from tests.unit.test_config import MINIMAL
+from tests.unit.config.test_config import MINIMAL
 
 TINY = ROOT / "configs" / "tiny.yaml"
 DOCUMENTS = [yaml.safe_load(f.read_text()) for f in (TINY, ROOT / "configs/recipes/dolly.yaml")]

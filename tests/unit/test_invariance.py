@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from seqkd import batching
-from seqkd.config import Term
+from seqkd.config.phases import TermConfig
 from seqkd.forward import StudentModel, as_token_stats, last_hidden
 from seqkd.models import head_of, load_causal_lm
 from seqkd.objectives import DIVERGENCES, OBJECTIVES
@@ -172,7 +172,7 @@ def test_every_case_is_an_objective_of_the_configuration():
         objective = {"kind": kind, **options}
         for sampler in ("student", "teacher", "dataset"):
             try:
-                assert Term.model_validate({"sampler": sampler, "objective": objective})
+                assert TermConfig.model_validate({"sampler": sampler, "objective": objective})
                 break
             except ValueError:
                 continue

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from seqkd.config import Config
+from seqkd.config.run import Config
 from seqkd.errors import JournalError
 from seqkd.journal import (
     Journal,
@@ -23,7 +23,7 @@ from seqkd.journal import (
 from seqkd.models import load_head
 from seqkd.precompute import check_recorded
 from seqkd.types import Prompt, Rollout, TeacherScore
-from tests.unit.test_config import MINIMAL
+from tests.unit.config.test_config import MINIMAL
 
 PROMPTS = [Prompt(f"p{i}", (i, 9), f"prompt {i}") for i in range(4)]
 

@@ -10,8 +10,8 @@ import yaml
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from seqkd import heads
-from seqkd.config import Config, dump, load
-from seqkd.config_roles import Lora, Prune, Student
+from seqkd.config.run import Config, dump, load
+from seqkd.config.student import LoraConfig, PruneInitConfig, StudentConfig
 from seqkd.errors import ConfigError, ModelError
 from seqkd.heads import OutputHead
 from seqkd.lora import Adapters, adapted_layers, check_targets
@@ -20,7 +20,7 @@ from seqkd.models import load_causal_lm
 from seqkd.preflight import check
 from seqkd.token_stats import token_stats
 from tests.conftest import ROOT
-from tests.unit.test_config import MINIMAL
+from tests.unit.config.test_config import MINIMAL
 
 NAMES = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
 IDS = torch.arange(5, 25)[None]
@@ -53,7 +53,9 @@ def test_it_is_off_by_default_and_reads_back(tmp_path):
     assert Config.model_validate(MINIMAL).student.lora is None
     given = ({}, {"rank": 4, "targets": ["q_proj", "v_proj"]})
     for lora, expected in zip(
-        given, (Lora(rank=16, alpha=32, targets="all-linear"), Lora(**given[1])), strict=True
+        given,
+        (LoraConfig(rank=16, alpha=32, targets="all-linear"), LoraConfig(**given[1])),
+        strict=True,
     ):
         config = Config.model_validate({**MINIMAL, "student": {"model": "a", "lora": lora}})
         assert config.student.lora == expected
@@ -65,7 +67,7 @@ def test_it_is_off_by_default_and_reads_back(tmp_path):
 def test_the_configuration_on_the_page_is_read():
     (text,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "lora.md").read_text(), re.DOTALL)
     config = Config.model_validate({**MINIMAL, **yaml.safe_load(text)})
-    assert config.student.lora == Lora()
+    assert config.student.lora == LoraConfig()
 
 
 @pytest.mark.parametrize(
@@ -104,7 +106,7 @@ def test_a_model_without_linear_layers():
 
     config = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=32)
     with pytest.raises(ModelError, match=r"student\.lora\.targets: 'all-linear' finds no linear"):
-        check_targets(config, Lora())
+        check_targets(config, LoraConfig())
 
 
 # --- the adapters
@@ -112,17 +114,17 @@ def test_a_model_without_linear_layers():
 
 def test_all_linear_is_every_layer_but_the_head_and_alone_requires_a_gradient(tiny):
     model = student(tiny)
-    layers = adapted_layers(model, Lora())
+    layers = adapted_layers(model, LoraConfig())
     blocks = {
         n: "mlp" if n in ("down_proj", "gate_proj", "up_proj") else "self_attn" for n in NAMES
     }
     every = [f"model.layers.{i}.{block}.{n}" for i in range(2) for n, block in blocks.items()]
     assert sorted(layers) == sorted(every)
-    assert list(adapted_layers(model, Lora(targets=("q_proj",)))) == [
+    assert list(adapted_layers(model, LoraConfig(targets=("q_proj",)))) == [
         "model.layers.0.self_attn.q_proj",
         "model.layers.1.self_attn.q_proj",
     ]
-    Adapters(model, Lora(rank=3), seed=0)
+    Adapters(model, LoraConfig(rank=3), seed=0)
     learning = {name for name, p in model.named_parameters() if p.requires_grad}
     assert learning == {f"{n}.lora_{k}.default.weight" for n in layers for k in "AB"}
 
@@ -130,7 +132,7 @@ def test_all_linear_is_every_layer_but_the_head_and_alone_requires_a_gradient(ti
 def test_the_student_begins_as_the_model(tiny):
     model = student(tiny)
     before, logits = values(model), model(IDS).logits
-    adapters = Adapters(model, Lora(rank=4), seed=0)
+    adapters = Adapters(model, LoraConfig(rank=4), seed=0)
     assert torch.equal(model(IDS).logits, logits)
     merged = adapters.merged(values(model))
     assert merged.keys() == before.keys()
@@ -140,7 +142,7 @@ def test_the_student_begins_as_the_model(tiny):
 def test_the_first_values_follow_from_the_seed_alone(tiny):
     def begun(seed, precision="float32", **options):
         model = student(tiny, precision)
-        Adapters(model, Lora(rank=4, **options), seed)
+        Adapters(model, LoraConfig(rank=4, **options), seed)
         return values(model)
 
     torch.manual_seed(1)
@@ -166,7 +168,9 @@ def test_merged_weights_are_those_of_the_definition(tiny, precision):
     """W + (alpha / rank) B A; in bfloat16 too, where they round once."""
     model = student(tiny, precision)
     base = values(model)
-    adapters = Adapters(model, Lora(rank=4, alpha=12, targets=("q_proj", "down_proj")), seed=0)
+    adapters = Adapters(
+        model, LoraConfig(rank=4, alpha=12, targets=("q_proj", "down_proj")), seed=0
+    )
     fill(model)
     state = values(model)
     merged = adapters.merged(state)
@@ -191,7 +195,7 @@ def test_merged_weights_are_those_of_the_definition(tiny, precision):
 def test_what_is_published_is_every_layer_beside_an_adapted_one(tiny, targets, modules):
     model = student(tiny)
     names = [name for name in values(model) if any(module in name for module in modules)]
-    adapters = Adapters(model, Lora(rank=4, targets=targets), seed=0)
+    adapters = Adapters(model, LoraConfig(rank=4, targets=targets), seed=0)
     fill(model)
     merged, published = adapters.merged(values(model)), adapters.published(values(model))
     assert sorted(published) == sorted(names)
@@ -202,7 +206,7 @@ def test_what_is_exported_is_read_by_peft(tiny, tmp_path):
     from peft import PeftModel
 
     model = student(tiny)
-    adapters = Adapters(model, Lora(rank=4, targets=("v_proj", "up_proj")), seed=0)
+    adapters = Adapters(model, LoraConfig(rank=4, targets=("v_proj", "up_proj")), seed=0)
     fill(model)
     adapters.export(values(model), tmp_path / "adapter")
     assert {p.name for p in tmp_path.rglob("*") if p.is_file()} == {
@@ -220,7 +224,7 @@ def test_what_is_exported_is_read_by_peft(tiny, tmp_path):
 def test_the_identity_of_what_the_adapters_belong_to(tiny):
     def identity(which="student", precision="float32", **options):
         model = load_causal_lm(tiny[which], precision, "model")
-        return Adapters(model, Lora(**options), seed=0).identity
+        return Adapters(model, LoraConfig(**options), seed=0).identity
 
     one = identity()
     assert one == identity(precision="bfloat16") == identity(targets=tuple(NAMES))
@@ -261,7 +265,7 @@ def test_the_memory_of_a_learner_with_adapters(tiny, stage):
     assert parts["optimizer"] == pytest.approx(adapters * per[2] / GIB)
     assert parts["merged weights"] == pytest.approx(2 * sum(i * o for i, o in shapes) * 4 / GIB)
     built = student(tiny)
-    Adapters(built, Lora(rank=4), seed=0)
+    Adapters(built, LoraConfig(rank=4), seed=0)
     counted = sum(p.numel() for p in built.parameters() if p.requires_grad)
     assert counted == adapters
 
@@ -270,9 +274,11 @@ def test_adapters_are_of_the_layers_that_pruning_leaves(tiny):
     from transformers import AutoConfig
 
     model = AutoConfig.from_pretrained(tiny["teacher"])
-    lora = Lora(rank=2, targets=("q_proj",))
-    whole = size_of(model, Student(model="s", lora=lora))
-    pruned = size_of(model, Student(model="s", lora=lora, init=Prune(drop_layers=(1, 2))))
+    lora = LoraConfig(rank=2, targets=("q_proj",))
+    whole = size_of(model, StudentConfig(model="s", lora=lora))
+    pruned = size_of(
+        model, StudentConfig(model="s", lora=lora, init=PruneInitConfig(drop_layers=(1, 2)))
+    )
     assert (whole.adapters, pruned.adapters) == (4 * 2 * 128, 3 * 2 * 128)
 
 

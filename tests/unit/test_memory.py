@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from seqkd.config import Config
-from seqkd.config_roles import Prune, Student
+from seqkd.config.run import Config
+from seqkd.config.student import PruneInitConfig, StudentConfig
 from seqkd.errors import ResourceError
 from seqkd.memory import GIB, Need, check_memory, estimate, size_of
 from seqkd.models import load_causal_lm, load_config
@@ -50,8 +50,10 @@ def test_the_size_of_a_model(smollm, tiny):
     assert size_of(smollm).parameters == PARAMETERS
     assert size_of(smollm).head == 49152 * 576
     layer = 576 * (576 + 2 * 192 + 576) + 3 * 576 * 1536 + 2 * 576
-    pruned = Prune(drop_layers=(10, 18))
-    assert size_of(smollm, Student(model="s", init=pruned)).parameters == PARAMETERS - 8 * layer
+    pruned = PruneInitConfig(drop_layers=(10, 18))
+    assert (
+        size_of(smollm, StudentConfig(model="s", init=pruned)).parameters == PARAMETERS - 8 * layer
+    )
     assert smollm.num_hidden_layers == 30, "the given config stays as it is"
     model = load_causal_lm(tiny["teacher"], "float32", "model")
     found = size_of(load_config(tiny["teacher"], "model"))

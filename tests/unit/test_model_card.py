@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import seqkd
 from seqkd import model_card
-from seqkd.config import Config
+from seqkd.config.run import Config
 from seqkd.evaluation.divergence import Measurement
 from seqkd.models import export, load_causal_lm
 from seqkd.summary import LABELS, evaluation_json
-from tests.unit.test_config import MINIMAL
+from tests.unit.config.test_config import MINIMAL
 
 TEXT = "What is rain for?"
 

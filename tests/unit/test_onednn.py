@@ -159,9 +159,9 @@ def test_it_is_taken_where_mkl_is_slow(vendor, capability, taken, tmp_path, monk
 
 def test_a_teacher_on_cores_takes_it(tiny, monkeypatch):
     from actors import teacher
-    from seqkd.config_roles import HfTeacher
+    from seqkd.config.teacher import HfTeacherConfig
 
     called = []
     monkeypatch.setattr(teacher, "use_onednn", lambda: called.append(True))
-    teacher.HfStates(HfTeacher(kind="hf", model=tiny["teacher"]), 64)
+    teacher.HfStates(HfTeacherConfig(kind="hf", model=tiny["teacher"]), 64)
     assert called == [True]

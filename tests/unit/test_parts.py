@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from seqkd.config import Config
-from seqkd.config_roles import Learner, Prune
+from seqkd.config.learner import LearnerConfig
+from seqkd.config.run import Config
+from seqkd.config.student import PruneInitConfig
 from seqkd.errors import ModelError, ResourceError
 from seqkd.evaluation.divergence import ratio
 from seqkd.forward import check_head, last_hidden
 from seqkd.models import head_of, load_causal_lm, load_head, prune, without_dropout
 from seqkd.running import RunningCosts, by_position
 from seqkd.schedule import learning_rate
-from tests.unit.test_config import MINIMAL
+from tests.unit.config.test_config import MINIMAL
 
 
 def config(**changes):
@@ -26,16 +27,16 @@ def config(**changes):
 
 
 def test_schedule_warms_up_and_decays():
-    learner = Learner(lr_warmup_steps=2, min_lr_ratio=0.1, schedule="linear")
+    learner = LearnerConfig(lr_warmup_steps=2, min_lr_ratio=0.1, schedule="linear")
     rates = [learning_rate(learner, 3.0, step, 7) for step in range(7)]
     assert rates[:3] == pytest.approx([1, 2, 3])
     assert rates[-1] == pytest.approx(0.3)
     assert np.diff(rates[2:]) == pytest.approx([-0.675] * 4)
-    constant = Learner(schedule="constant")
+    constant = LearnerConfig(schedule="constant")
     assert {learning_rate(constant, 2.0, step, 5) for step in range(5)} == {2.0}
-    cosine = Learner(schedule="cosine", min_lr_ratio=0.0)
+    cosine = LearnerConfig(schedule="cosine", min_lr_ratio=0.0)
     assert learning_rate(cosine, 1.0, 2, 5) == pytest.approx(0.5)
-    assert learning_rate(Learner(lr_warmup_steps=9), 1.0, 0, 1) == 1.0
+    assert learning_rate(LearnerConfig(lr_warmup_steps=9), 1.0, 0, 1) == 1.0
 
 
 def test_running_costs_never_see_their_own_batch():
@@ -199,7 +200,7 @@ def test_without_dropout_training_mode_computes_what_evaluation_mode_does():
 
 def test_pruning_drops_the_named_layers(tiny):
     model, whole = (load_causal_lm(tiny["teacher"], "float32", "model") for _ in range(2))
-    prune(model, Prune(drop_layers=(1, 3)))
+    prune(model, PruneInitConfig(drop_layers=(1, 3)))
     assert model.config.num_hidden_layers == 2
     kept = [whole.model.layers[0], whole.model.layers[3]]
     for ours, theirs in zip(model.model.layers, kept, strict=True):
@@ -217,4 +218,6 @@ def test_pruning_drops_the_named_layers(tiny):
 @pytest.mark.parametrize("layers", [(2, 5), (0, 4)])
 def test_pruning_beyond_the_model(tiny, layers):
     with pytest.raises(ModelError, match="4 layers"):
-        prune(load_causal_lm(tiny["teacher"], "float32", "model"), Prune(drop_layers=layers))
+        prune(
+            load_causal_lm(tiny["teacher"], "float32", "model"), PruneInitConfig(drop_layers=layers)
+        )

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import yaml
 
-from seqkd.config import load
+from seqkd.config.run import load
 from seqkd.errors import ConfigError, ModelError
 from seqkd.preflight import check
 from seqkd.tokenizers import check_same_tokenizer

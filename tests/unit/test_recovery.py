@@ -17,7 +17,7 @@ import xxhash
 
 from seqkd import loop, recovery, run_journal
 from seqkd.checkpoint import Progress
-from seqkd.config import Config
+from seqkd.config.run import Config
 from seqkd.control import Control
 from seqkd.errors import (
     ActorError,
@@ -37,7 +37,7 @@ from seqkd.types import (
     WeightVersion,
 )
 from seqkd.workers import Workers
-from tests.unit.test_config import MINIMAL
+from tests.unit.config.test_config import MINIMAL
 
 PROMPTS = [Prompt(f"p{i}", (i + 1, 9), f"prompt {i}") for i in range(60)]
 HELDOUT = [Prompt("h", (77, 9), "held out")]

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from seqkd.config_data import Data
+from seqkd.config.data import DataConfig
 from seqkd.data import Reader
 from seqkd.errors import DataError
 from seqkd.rows import Source
@@ -92,7 +92,7 @@ def test_splits_of_a_directory(hub):
 
 
 def test_messages_of_a_parquet_data_set(hub, tokenizer):
-    data = Data(path=str(hub), split="train_sft", heldout_split="test_sft")
+    data = DataConfig(path=str(hub), split="train_sft", heldout_split="test_sft")
     source = Source("data.path", data.path, None, data.split)
     (first, *others) = Reader(source, data, tokenizer, 0, longest=32).read().table()
     assert first.messages == (("user", "train_sft 0"),)
@@ -157,4 +157,4 @@ def test_a_bad_row_of_a_table_is_named(tmp_path, tokenizer):
     pq.write_table(table, tmp_path / "a.parquet")
     path = str(tmp_path / "a.parquet")
     with pytest.raises(DataError, match=r"a\.parquet: row 2: 'prompt' is None, not text"):
-        Reader(Source("data.path", path), Data(path=path), tokenizer, 0).read()
+        Reader(Source("data.path", path), DataConfig(path=path), tokenizer, 0).read()

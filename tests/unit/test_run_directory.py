@@ -9,11 +9,11 @@ import multiprocessing
 import pytest
 
 from seqkd import run_directory
-from seqkd.config import Config
+from seqkd.config.run import Config
 from seqkd.errors import ConfigError, StorageError
 from seqkd.metrics import Clock, Recorder
 from seqkd.prompt_table import PromptTable, batch_of
-from tests.unit.test_config import MINIMAL
+from tests.unit.config.test_config import MINIMAL
 
 
 def config(**changes):

@@ -8,12 +8,12 @@ from collections import Counter
 import pytest
 
 from seqkd import batching
-from seqkd.config import Config, load
+from seqkd.config.run import Config, load
 from seqkd.errors import ConfigError
 from seqkd.preflight import check
 from seqkd.several import SeveralSamplers, SeveralTeachers
 from seqkd.types import Prompt, Rollout, TeacherScore
-from tests.unit.test_config import MINIMAL
+from tests.unit.config.test_config import MINIMAL
 from tests.unit.test_preflight import config  # noqa: F401
 
 MEMBERS = {

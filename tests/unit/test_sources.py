@@ -9,12 +9,12 @@ from unittest.mock import Mock
 
 import pytest
 
-from seqkd.config import Config
+from seqkd.config.run import Config
 from seqkd.errors import ActorError
 from seqkd.metrics import Clock
 from seqkd.sources import StepSource
 from seqkd.types import Prompt, Rollout, TeacherScore
-from tests.unit.test_config import MINIMAL
+from tests.unit.config.test_config import MINIMAL
 
 PROMPTS = [Prompt(str(i), (i,), "", (7, 0)) for i in range(12)]
 

@@ -17,13 +17,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer import event_file_writer
 
 from seqkd import trackers
-from seqkd.config import Config
-from seqkd.config_schema import TrackerName
+from seqkd.config.base import TrackerName
+from seqkd.config.run import Config
 from seqkd.errors import ConfigError
 from seqkd.evaluation.divergence import Measurement
 from seqkd.metrics import Clock, Recorder
 from tests.conftest import ROOT
-from tests.unit.test_config import MINIMAL
+from tests.unit.config.test_config import MINIMAL
 from tests.unit.test_recovery import CONFIG, World
 
 ROW = {"phase": "main", "tokens": 4, "loss": 1.0, "length": 2.0}

@@ -11,14 +11,14 @@ import torch
 from safetensors.torch import load_file
 
 from seqkd.alarms import StepAlarms
-from seqkd.config import Config
+from seqkd.config.run import Config
 from seqkd.errors import LearningFault
 from seqkd.journal import Journal
 from seqkd.protocols import Part
 from seqkd.shards import Shards
 from seqkd.types import Counts, PartResult, Rollout, StepResult, TeacherScore, rollout_from
 from seqkd.watch import Watch
-from tests.unit.test_config import MINIMAL
+from tests.unit.config.test_config import MINIMAL
 
 
 class Canary:

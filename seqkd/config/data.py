@@ -6,10 +6,10 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from seqkd.config_schema import Schema
+from seqkd.config.base import BaseConfig
 
 
-class Data(Schema):
+class DataConfig(BaseConfig):
     """Prompts, with answers or without; held-out prompts; plain text."""
 
     path: str = Field(
@@ -72,7 +72,7 @@ class Data(Schema):
         return bool(self.heldout_path or self.heldout_split or self.heldout_fraction)
 
     @model_validator(mode="after")
-    def _one_way_to_hold_out(self) -> Data:
+    def _one_way_to_hold_out(self) -> DataConfig:
         for key in ("heldout_path", "heldout_split"):
             if self.heldout_fraction and getattr(self, key) is not None:
                 raise ValueError(
@@ -87,7 +87,7 @@ class Data(Schema):
         return self
 
     @model_validator(mode="after")
-    def _options_fit(self) -> Data:
+    def _options_fit(self) -> DataConfig:
         if self.streaming and self.rows is None:
             raise ValueError(
                 "streaming fetches the first rows of a data set, but rows is not set. Set rows to "

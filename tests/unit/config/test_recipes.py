@@ -12,7 +12,7 @@ import pytest
 import yaml
 from transformers import Qwen2Config, Qwen3Config
 
-from seqkd.config import Config, load
+from seqkd.config.run import Config, load
 from seqkd.memory import size_of
 from seqkd.preflight import check
 from tests import stand_ins

@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 from seqkd.comparison import plan
-from seqkd.config import Config, dump, load
-from seqkd.config_objectives import SequenceReverseKL
-from seqkd.config_roles import Engine
+from seqkd.config.objectives import SequenceReverseKLConfig
+from seqkd.config.resources import EngineConfig
+from seqkd.config.run import Config, dump, load
 from seqkd.errors import ConfigError
 from tests.conftest import ROOT
 
@@ -72,7 +72,7 @@ def test_the_sampler_alone_flips_a_run(path, sampler, objective):
 
 def test_a_partial_objective_keeps_the_natural_kind(path):
     objective = load(path, ["objective.estimator=single_step"]).objective
-    assert isinstance(objective, SequenceReverseKL)
+    assert isinstance(objective, SequenceReverseKLConfig)
     assert objective.estimator == "single_step"
 
 
@@ -271,7 +271,7 @@ def test_bad_input_is_one_clear_message(path, overrides, field, mend):
     [(None, 0, True), (None, 0.5, False), (True, 1, True), (False, 0, False)],
 )
 def test_engines_on_gpus_are_compiled_where_nothing_is_said(said, gpus, eager):
-    assert Engine(enforce_eager=said, gpus=gpus).eager is eager
+    assert EngineConfig(enforce_eager=said, gpus=gpus).eager is eager
 
 
 def test_every_problem_is_listed_at_once(path):
@@ -298,7 +298,7 @@ def test_a_missing_file(tmp_path):
 def test_reading_a_config_imports_nothing_heavy():
     code = (
         "import sys; sys.argv = ['train.py']; sys.path.insert(0, 'scripts'); import train; "
-        "from seqkd.config import load; load('configs/tiny.yaml'); "
+        "from seqkd.config.run import load; load('configs/tiny.yaml'); "
         "print([m for m in ('torch', 'ray', 'vllm', 'deepspeed', 'transformers', 'numpy') "
         "if m in sys.modules])"
     )

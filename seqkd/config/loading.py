@@ -10,11 +10,11 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
-from seqkd.config_messages import explain, shown
-from seqkd.config_schema import Schema
+from seqkd.config.base import BaseConfig
+from seqkd.config.messages import explain, shown
 from seqkd.errors import ConfigError
 
-Read = TypeVar("Read", bound=Schema)
+Read = TypeVar("Read", bound=BaseConfig)
 
 
 def read(path: str | Path, schema: type[Read], overrides: Sequence[str] = ()) -> Read:

@@ -8,12 +8,12 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from seqkd.config_schema import SamplerName, Schema, TeacherNeed
+from seqkd.config.base import BaseConfig, SamplerName, TeacherNeed
 
 ANY: tuple[SamplerName, ...] = ("student", "teacher", "mixture", "dataset", "journal")
 
 
-class _Objective(Schema):
+class _ObjectiveConfig(BaseConfig):
     samplers: ClassVar[tuple[SamplerName, ...]]
 
     def options(self) -> dict[str, Any]:
@@ -47,7 +47,7 @@ class _Objective(Schema):
         return "logprobs" if "teacher_logprob" in names else "nothing"
 
 
-class _PolicyGradient(_Objective):
+class _PolicyGradientConfig(_ObjectiveConfig):
     """On the student's own samples, or on a mixture that is weighted back to them."""
 
     clip_ratio: float | None = Field(
@@ -63,13 +63,13 @@ class _PolicyGradient(_Objective):
         return True
 
     @model_validator(mode="after")
-    def _one_correction(self) -> _PolicyGradient:
+    def _one_correction(self) -> _PolicyGradientConfig:
         if self.clip_ratio is not None and self.truncated_is is not None:
             raise ValueError("clip_ratio and truncated_is both correct for older samples. Set one.")
         return self
 
 
-class SequenceReverseKL(_PolicyGradient):
+class SequenceReverseKLConfig(_PolicyGradientConfig):
     """KL(q || p) of whole sequences, by policy gradient."""
 
     kind: Literal["sequence_reverse_kl"] = "sequence_reverse_kl"
@@ -95,7 +95,7 @@ class SequenceReverseKL(_PolicyGradient):
     discount: float = Field(1.0, ge=0, le=1, description="Of a cost, per token ahead.")
 
     @model_validator(mode="after")
-    def _options_fit_the_estimator(self) -> SequenceReverseKL:
+    def _options_fit_the_estimator(self) -> SequenceReverseKLConfig:
         if self.normalization == "minillm" and self.estimator in ("reinforce", "reward_to_go"):
             raise ValueError(
                 f"normalization 'minillm' divides the future return R_(t+1), which estimator "
@@ -128,7 +128,7 @@ class SequenceReverseKL(_PolicyGradient):
         }[self.estimator]
 
 
-class SampledToken(_PolicyGradient):
+class SampledTokenConfig(_PolicyGradientConfig):
     """Token-level reverse KL by policy gradient on the sampled token alone."""
 
     kind: Literal["sampled_token"] = "sampled_token"
@@ -137,7 +137,7 @@ class SampledToken(_PolicyGradient):
         return ("student_logprob", "teacher_logprob")
 
 
-class SequenceForwardKL(_Objective):
+class SequenceForwardKLConfig(_ObjectiveConfig):
     """KL(p || q) of whole sequences on teacher samples: -log q(y), y ~ p."""
 
     kind: Literal["sequence_forward_kl"] = "sequence_forward_kl"
@@ -147,7 +147,7 @@ class SequenceForwardKL(_Objective):
         return ("student_logprob",)
 
 
-class SFT(_Objective):
+class SFTConfig(_ObjectiveConfig):
     """Mean over tokens of -log q(y_t) on given text."""
 
     kind: Literal["sft"] = "sft"
@@ -157,7 +157,7 @@ class SFT(_Objective):
         return ("student_logprob",)
 
 
-class _TokenLevel(_Objective):
+class _TokenLevelConfig(_ObjectiveConfig):
     """Mean over tokens of a divergence at each state; the states come from any source."""
 
     temperature: float = Field(
@@ -179,19 +179,19 @@ class _TokenLevel(_Objective):
         return (str(self.kind), self.coefficient(), self.temperature)  # type: ignore[attr-defined]
 
 
-class TokenForwardKL(_TokenLevel):
+class TokenForwardKLConfig(_TokenLevelConfig):
     """KL(p || q) at each state."""
 
     kind: Literal["token_forward_kl"] = "token_forward_kl"
 
 
-class TokenReverseKL(_TokenLevel):
+class TokenReverseKLConfig(_TokenLevelConfig):
     """KL(q || p) at each state."""
 
     kind: Literal["token_reverse_kl"] = "token_reverse_kl"
 
 
-class GJSD(_TokenLevel):
+class GJSDConfig(_TokenLevelConfig):
     """Generalised Jensen-Shannon divergence at each state."""
 
     kind: Literal["gjsd"] = "gjsd"
@@ -201,42 +201,42 @@ class GJSD(_TokenLevel):
         return self.beta
 
 
-class _Skew(_TokenLevel):
+class _SkewConfig(_TokenLevelConfig):
     skew: float = Field(0.1, gt=0, lt=1, description="Lambda: each one's share in its mixture.")
 
     def coefficient(self) -> float:
         return self.skew
 
 
-class SkewKL(_Skew):
+class SkewKLConfig(_SkewConfig):
     """KL(p || lambda p + (1 - lambda) q) at each state."""
 
     kind: Literal["skew_kl"] = "skew_kl"
 
 
-class SkewReverseKL(_Skew):
+class SkewReverseKLConfig(_SkewConfig):
     """KL(q || lambda q + (1 - lambda) p) at each state."""
 
     kind: Literal["skew_reverse_kl"] = "skew_reverse_kl"
 
 
-class TotalVariation(_TokenLevel):
+class TotalVariationConfig(_TokenLevelConfig):
     """Half the L1 distance at each state."""
 
     kind: Literal["total_variation"] = "total_variation"
 
 
-Objective = Annotated[
-    SequenceReverseKL
-    | SequenceForwardKL
-    | SampledToken
-    | SFT
-    | TokenForwardKL
-    | TokenReverseKL
-    | GJSD
-    | SkewKL
-    | SkewReverseKL
-    | TotalVariation,
+ObjectiveConfig = Annotated[
+    SequenceReverseKLConfig
+    | SequenceForwardKLConfig
+    | SampledTokenConfig
+    | SFTConfig
+    | TokenForwardKLConfig
+    | TokenReverseKLConfig
+    | GJSDConfig
+    | SkewKLConfig
+    | SkewReverseKLConfig
+    | TotalVariationConfig,
     Field(discriminator="kind"),
 ]
 

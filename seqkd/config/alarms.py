@@ -6,13 +6,13 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field, model_validator
 
-from seqkd.config_schema import Schema
+from seqkd.config.base import BaseConfig
 
 Warned = Annotated[float | None, Field(description="From here on the run is warned of it.")]
 Stopped = Annotated[float | None, Field(description="From here on the run ends.")]
 
 
-class Level(Schema):
+class AlarmConfig(BaseConfig):
     """Where a figure is said to be bad, and where the run ends for it; null for neither. The figure
     is the mean over the last five steps."""
 
@@ -27,7 +27,7 @@ class Level(Schema):
         return value <= level if self.low_is_bad else value >= level
 
     @model_validator(mode="after")
-    def _warns_before_it_stops(self) -> Level:
+    def _warns_before_it_stops(self) -> AlarmConfig:
         if self.warn is not None and self.stop is not None and self.reached(self.stop, self.warn):
             if self.warn == self.stop:
                 return self
@@ -39,39 +39,39 @@ class Level(Schema):
         return self
 
 
-class TruncationRate(Level):
+class TruncationRateConfig(AlarmConfig):
     """Share of the student's completions that rollout.max_tokens cut."""
 
     warn: Warned = Field(0.98, ge=0)
 
 
-class LengthGrowth(Level):
+class LengthGrowthConfig(AlarmConfig):
     """Mean length of the student's completions, over that in the first five steps of the phase."""
 
     warn: Warned = Field(4.0, ge=0)
 
 
-class Repetition(Level):
+class RepetitionConfig(AlarmConfig):
     """Share of 4-grams of the student's completions that occurred before in the same one."""
 
     warn: Warned = Field(0.5, ge=0)
     stop: Stopped = Field(0.95, ge=0)
 
 
-class EntropyFraction(Level):
+class EntropyFractionConfig(AlarmConfig):
     """The student's entropy a token, over that in the first five steps of the phase: low is bad."""
 
     low_is_bad: ClassVar[bool] = True
     warn: Warned = Field(0.1, ge=0)
 
 
-class Alarms(Schema):
+class AlarmsConfig(BaseConfig):
     """What a run is warned of or stopped for. Faults that cannot be healthy always stop it."""
 
-    truncation_rate: TruncationRate = TruncationRate()
-    length_growth: LengthGrowth = LengthGrowth()
-    repetition: Repetition = Repetition()
-    entropy_fraction: EntropyFraction = EntropyFraction()
+    truncation_rate: TruncationRateConfig = TruncationRateConfig()
+    length_growth: LengthGrowthConfig = LengthGrowthConfig()
+    repetition: RepetitionConfig = RepetitionConfig()
+    entropy_fraction: EntropyFractionConfig = EntropyFractionConfig()
     logprob_gap: float | None = Field(
         None,
         gt=0,

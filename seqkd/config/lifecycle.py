@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from seqkd.config_schema import BudgetKind, Schema
+from seqkd.config.base import BaseConfig, BudgetKind
 
 
-class Budget(Schema):
+class BudgetConfig(BaseConfig):
     """What training may cost. The main phase ends with the step that spends it."""
 
     kind: BudgetKind = Field(
@@ -19,7 +19,7 @@ class Budget(Schema):
     amount: float = Field(gt=0, description="So much of it.")
 
 
-class Checkpoints(Schema):
+class CheckpointsConfig(BaseConfig):
     """When the run is saved. At the end of a phase it always is, and when it is told to stop."""
 
     every_steps: int = Field(
@@ -35,7 +35,7 @@ class Checkpoints(Schema):
     )
 
 
-class Recovery(Schema):
+class RecoveryConfig(BaseConfig):
     """How an actor that is lost is noticed, and how often it is replaced."""
 
     restarts: int = Field(

@@ -15,7 +15,7 @@ TrackerName = Literal[
 Precision = Literal["float32", "bfloat16"]
 
 
-class Schema(BaseModel):
+class BaseConfig(BaseModel):
     """Frozen; unknown keys and infinite numbers are refused."""
 
     model_config = ConfigDict(

@@ -1,0 +1,1 @@
+"""One YAML file, read into a validated schema. Imports no torch."""
