@@ -124,10 +124,10 @@ def real_models(args: argparse.Namespace) -> None:
     import transformers
 
     from seqkd.config.data import DataConfig
-    from seqkd.data import Reader
+    from seqkd.data.dataset import Reader
+    from seqkd.data.readers import Source
     from seqkd.errors import SeqkdError
     from seqkd.models import load_causal_lm, load_tokenizer
-    from seqkd.rows import Source
     from seqkd.studies.gradient_variance import costs_by_position, measure, sample
 
     transformers.utils.logging.disable_progress_bar()

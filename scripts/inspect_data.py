@@ -18,10 +18,10 @@ from train import quiet
 
 from seqkd.config import run as configuration
 from seqkd.config.run import Config
-from seqkd.data import DataSets, read_data
+from seqkd.data.dataset import DataSets, read_data
+from seqkd.data.prompt_table import PromptTable
 from seqkd.errors import DataError, reported
 from seqkd.models import end_of_sequence_ids, load_config, load_tokenizer
-from seqkd.prompt_table import PromptTable
 from seqkd.types import Prompt
 
 DIM, GREEN, BOLD, RESET = "\033[2m", "\033[32m", "\033[1m", "\033[0m"

@@ -10,7 +10,7 @@ from seqkd.canary import Asked
 from seqkd.checkpoint import Checkpoints
 from seqkd.config.base import SamplerName
 from seqkd.config.phases import PhaseConfig
-from seqkd.data import PromptStream
+from seqkd.data.stream import PromptStream
 from seqkd.metrics import Clock
 from seqkd.sources import Drawn, StepSource
 from seqkd.types import Prompt

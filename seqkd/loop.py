@@ -12,7 +12,7 @@ from seqkd.checkpoint import Checkpoints, Progress
 from seqkd.config.phases import PhaseConfig
 from seqkd.config.run import Config
 from seqkd.control import Control
-from seqkd.data import PromptStream
+from seqkd.data.stream import PromptStream
 from seqkd.draws import Draws, prompts_of
 from seqkd.evaluation.divergence import HeldOut, Measurement
 from seqkd.metrics import Clock, Recorder, describe

@@ -17,10 +17,10 @@ from seqkd.config.phases import PhaseConfig, TermConfig
 from seqkd.config.run import Config
 from seqkd.config.student import PruneInitConfig
 from seqkd.config.teacher import EndpointTeacherConfig, SingleTeacherConfig
+from seqkd.data.readers import JSON, TABLES
 from seqkd.errors import writing
 from seqkd.evaluation.divergence import Interval
 from seqkd.models import expand
-from seqkd.rows import JSON, TABLES
 from seqkd.run_directory import OPERATION, SECTIONS
 from seqkd.summary import LABELS
 

@@ -9,7 +9,7 @@ import torch
 
 from seqkd.config.phases import PhaseConfig
 from seqkd.config.run import Config
-from seqkd.data import PromptStream
+from seqkd.data.stream import PromptStream
 from seqkd.draws import prompts_of
 from seqkd.errors import JournalError
 from seqkd.journal import (

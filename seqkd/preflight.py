@@ -19,11 +19,11 @@ from seqkd.config.teacher import (
     MultiTeacherConfig,
     VllmTeacherConfig,
 )
-from seqkd.data import DataSets, read_data
+from seqkd.data.dataset import DataSets, read_data
+from seqkd.data.prompt_table import PromptTable
 from seqkd.errors import ConfigError, DataError, ModelError, SeqkdError
 from seqkd.lora import check_targets
 from seqkd.models import check_prune, end_of_sequence_ids, load_config, load_tokenizer
-from seqkd.prompt_table import PromptTable
 from seqkd.tokenizers import (
     check_same_stop_ids,
     check_same_template,

@@ -24,7 +24,7 @@ from seqkd import preflight
 from seqkd.config.base import Precision
 from seqkd.config.run import Config
 from seqkd.config.teacher import HfTeacherConfig, VllmTeacherConfig
-from seqkd.data import PromptStream
+from seqkd.data.stream import PromptStream
 from seqkd.errors import ActorError
 from seqkd.models import expand, materialise_student
 

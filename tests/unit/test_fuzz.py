@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 
 from seqkd.checkpoint_files import newest, save
 from seqkd.config.run import Config, dump, load
-from seqkd.data import read_data
+from seqkd.data.dataset import read_data
+from seqkd.data.readers import Source
 from seqkd.errors import ConfigError, DataError, JournalError
 from seqkd.journal import describe_teacher, identify_teacher, keep_teachers, open_journals
-from seqkd.rows import Source
 from seqkd.shards import Shards
 from tests.conftest import ROOT
 from tests.unit.config.test_config import MINIMAL

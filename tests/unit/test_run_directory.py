@@ -10,9 +10,9 @@ import pytest
 
 from seqkd import run_directory
 from seqkd.config.run import Config
+from seqkd.data.prompt_table import PromptTable, batch_of
 from seqkd.errors import ConfigError, StorageError
 from seqkd.metrics import Clock, Recorder
-from seqkd.prompt_table import PromptTable, batch_of
 from tests.unit.config.test_config import MINIMAL
 
 

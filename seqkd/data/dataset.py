@@ -4,103 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
-from typing import Any, TypeVar
+from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from seqkd.config.data import DataConfig
-from seqkd.config.messages import shown
 from seqkd.config.run import Config
-from seqkd.conversations import (
+from seqkd.data.chat_template import Renderer
+from seqkd.data.corpus import read_corpus
+from seqkd.data.formats import (
     Conversation,
-    Format,
     Message,
     conversation,
     detect,
     digest,
-    is_text,
     spread,
 )
+from seqkd.data.prompt_table import CONVERSATION, PromptTable, batch_of, part_of
+from seqkd.data.read_stats import BATCH, ReadStats
+from seqkd.data.readers import Source
 from seqkd.errors import DataError
-from seqkd.prompt_table import CONVERSATION, PromptTable, batch_of, part_of
-from seqkd.rendering import Renderer
-from seqkd.rows import Source
 from seqkd.types import Prompt
-
-T = TypeVar("T")
-BATCH = 1000
-"""Prompts tokenised at once; fast tokenizers use every core."""
-
-
-class PromptStream:
-    """Endless, shuffled anew each epoch; the same for the same seed and position."""
-
-    def __init__(self, prompts: Sequence[Prompt], seed: int) -> None:
-        self.prompts, self.seed = prompts, seed
-        self.position = 0
-        """Prompts handed out so far."""
-
-    def take(self, count: int) -> list[Prompt]:
-        """The next ``count`` prompts, across the end of an epoch where need be."""
-        size = len(self.prompts)
-        places = range(self.position, self.position + count)
-        orders = {epoch: self._order(epoch) for epoch in {p // size for p in places}}
-        self.position += count
-        return [self.prompts[int(orders[p // size][p % size])] for p in places]
-
-    def skip(self, count: int) -> None:
-        """As :meth:`take`, without the prompts."""
-        self.position += count
-
-    def _order(self, epoch: int) -> Any:
-        return np.random.default_rng([self.seed, epoch]).permutation(len(self.prompts))
-
-
-@dataclass
-class Summary:
-    """What became of the rows of one source."""
-
-    source: Source
-    format: Format | None = None
-    conversations: int = 0
-    prompts: int = 0
-    long_prompts: int = 0
-    long_answers: int = 0
-    truncated_prompts: int = 0
-    cut_answers: int = 0
-    unanswered: int = 0
-    blank: int = 0
-    duplicates: int = 0
-    otherwise: str | None = None
-    """How the chat template writes an answer, where that is not what is learnt."""
-
-    def __str__(self) -> str:
-        form = f", format {self.format}" if self.format else ""
-        unit = "conversations" if self.format else "texts"
-        return (
-            f"{self.source.field}: {self.source}{form}: {self.conversations} {unit}, "
-            f"{self.prompts} {'prompts' if self.format else 'pieces'}"
-        )
-
-    def losses(self, data: DataConfig, longest: int) -> list[str]:
-        """What was left out or cut, a line each with its count; ``longest`` answers in tokens."""
-        lines = (
-            (self.long_prompts, f"prompts left out, longer than data.max_prompt_tokens = "
-             f"{data.max_prompt_tokens}"),
-            (self.long_answers, f"prompts left out, their answers longer than rollout.max_tokens = "
-             f"{longest}"),
-            (self.truncated_prompts, "prompts lost their oldest part to have data.max_prompt_tokens"
-             f" = {data.max_prompt_tokens}"),
-            (self.cut_answers, f"answers cut at rollout.max_tokens = {longest}, without an end of "
-             "sequence"),
-            (self.unanswered, "prompts left out that have no answer"),
-            (self.blank, "texts left out that are blank"),
-            (self.duplicates, "prompts left out that are the same as an earlier one, answer "
-             "included"),
-        )  # fmt: skip
-        return [f"{self.source.field}: {count} {what}." for count, what in lines if count]
 
 
 @dataclass(frozen=True)
@@ -112,7 +36,7 @@ class DataSets:
     corpus: Sequence[Prompt]
     references: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """The data set's own answers to held-out prompts, by prompt id."""
-    summaries: tuple[Summary, ...] = ()
+    summaries: tuple[ReadStats, ...] = ()
     warnings: tuple[str, ...] = ()
 
 
@@ -223,7 +147,7 @@ class Reader:
         self.data, self.tokenizer, self.eos_id = data, tokenizer, eos_id
         self.longest, self.limit = longest, limit
         self.render = Renderer(data, tokenizer)
-        self.summary = Summary(source)
+        self.summary = ReadStats(source)
         self.identities: set[int] = set()
         """Of every conversation that was read."""
         self.answers: dict[str, list[str]] = {}
@@ -383,49 +307,3 @@ class Reader:
             else:
                 self.summary.long_answers += 1
                 yield None, False
-
-
-def read_corpus(data: DataConfig, tokenizer: Any, eos_id: int) -> tuple[PromptTable, Summary]:
-    """Pieces of plain text, at most ``data.corpus_tokens`` tokens each: the first token is the
-    prompt, the others its completion. A text ends with the end-of-sequence token."""
-    assert data.corpus_path is not None
-    source = Source("data.corpus_path", data.corpus_path, data.corpus_subset, data.corpus_split)
-    summary, batches = Summary(source), []
-    for some in _batches(source.rows(data.rows, data.streaming)):
-        texts = [_plain(row, data.text_key, where) for where, row in some]
-        kept = [text for text in texts if text.strip()]
-        summary.blank += len(texts) - len(kept)
-        rows = []
-        for number, ids in enumerate(tokenizer(kept).input_ids if kept else [], 1):
-            ids = [*ids, eos_id]
-            for low in range(0, len(ids) - 1, data.corpus_tokens):
-                piece = ids[low : low + data.corpus_tokens]
-                if len(piece) > 1:
-                    name = f"corpus/{summary.conversations + number}/{low}"
-                    cut = low + len(piece) < len(ids)
-                    rows.append((name, piece[:1], piece[1:], cut, "", None, 0, 0))
-        summary.conversations += len(kept)
-        summary.prompts += len(rows)
-        batches.append(batch_of(rows))
-    if not summary.prompts:
-        raise DataError(f"{source.field}: {source}: has no rows of text. Write one a line.")
-    return PromptTable(batches, []), summary
-
-
-def _plain(row: dict[str, Any], key: str, where: str) -> str:
-    if key not in row:
-        raise DataError(
-            f"{where}: has no column {key!r}; it has {', '.join(map(shown, row)) or 'none':.300}. "
-            "Set data.text_key."
-        )
-    text = row[key]
-    if text is None:
-        return ""
-    if not is_text(text):
-        raise DataError(f"{where}: {key!r} is {shown(text)}, not text. Mend or remove the row.")
-    return text
-
-
-def _batches(items: Iterator[T]) -> Iterator[list[T]]:
-    while some := list(islice(items, BATCH)):
-        yield some

@@ -8,7 +8,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from seqkd.config.data import DataConfig
-from seqkd.conversations import Message
+from seqkd.data.formats import Message
 from seqkd.errors import DataError
 
 

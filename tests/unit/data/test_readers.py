@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from seqkd.config.data import DataConfig
-from seqkd.data import Reader
+from seqkd.data.dataset import Reader
+from seqkd.data.readers import Source
 from seqkd.errors import DataError
-from seqkd.rows import Source
 
 ROWS = [{"prompt": f"p{i}", "reference": f"r{i}", "rank": i} for i in range(5)]
 

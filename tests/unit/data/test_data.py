@@ -13,9 +13,11 @@ from tokenizers import processors
 
 from seqkd.config.data import DataConfig
 from seqkd.config.run import Config
-from seqkd.data import PromptStream, Reader, read_corpus, read_data
+from seqkd.data.corpus import read_corpus
+from seqkd.data.dataset import Reader, read_data
+from seqkd.data.readers import Source
+from seqkd.data.stream import PromptStream
 from seqkd.errors import DataError
-from seqkd.rows import Source
 from seqkd.sources import given
 from seqkd.types import Prompt
 from tests.unit.config.test_config import MINIMAL
@@ -343,7 +345,7 @@ def test_held_out_answers_are_kept_as_text_by_prompt(tmp_path, tokenizer):
 
 def test_the_table_is_a_sequence_over_batches(reader, monkeypatch):
     whole = list(reader([{"messages": chat(f"q{i}", "a", "b", "c")} for i in range(9)]).table())
-    monkeypatch.setattr("seqkd.data.BATCH", 4)
+    monkeypatch.setattr("seqkd.data.read_stats.BATCH", 4)
     table = reader([{"messages": chat(f"q{i}", "a", "b", "c")} for i in range(9)]).table()
     assert len(table.columns["tag"].chunks) > 3
     assert list(table) == whole

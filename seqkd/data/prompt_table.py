@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-from seqkd.conversations import Message
+from seqkd.data.formats import Message
 from seqkd.types import Prompt
 
 IDS, TEXT = pa.list_(pa.int32()), pa.string()

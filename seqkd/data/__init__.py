@@ -1,0 +1,1 @@
+"""Files and hub data sets, read into tokenized prompts."""
