@@ -13,7 +13,7 @@ from seqkd import batching
 from seqkd.api_client import ApiClient, Reply, Request, Scored
 from seqkd.config.teacher import EndpointTeacherConfig
 from seqkd.errors import ModelError
-from seqkd.models import load_tokenizer
+from seqkd.models.loading import load_tokenizer
 from seqkd.types import Prompt, Rollout, TeacherScore
 
 SMALLEST_TAIL = 2.0**-23

@@ -18,7 +18,7 @@ from seqkd.config.run import Config
 from seqkd.config.teacher import EndpointTeacherConfig, SingleTeacherConfig
 from seqkd.control import Control
 from seqkd.errors import LearnerLost, ResourceError
-from seqkd.models import expand
+from seqkd.models.loading import expand
 from seqkd.preflight import Checked
 from seqkd.workers import Workers
 

@@ -23,9 +23,11 @@ from seqkd.config.phases import TermConfig
 from seqkd.config.student import LoraConfig
 from seqkd.errors import writing
 from seqkd.forward import StudentModel, as_token_stats, check_head, sharing_of
-from seqkd.heads import OutputHead
-from seqkd.lora import Adapters
-from seqkd.models import export, layers_of, load_causal_lm, load_head, without_dropout
+from seqkd.models.export import export
+from seqkd.models.loading import load_causal_lm, without_dropout
+from seqkd.models.lora import Adapters
+from seqkd.models.output_head import OutputHead, load_head
+from seqkd.models.pruning import layers_of
 from seqkd.objectives import OBJECTIVES, mixture_weight
 from seqkd.onednn import use_onednn
 from seqkd.types import (

@@ -12,8 +12,8 @@ from actors.rollout import build_engine
 from seqkd import batching
 from seqkd.config.teacher import HfTeacherConfig, VllmTeacherConfig
 from seqkd.forward import check_head, last_hidden
-from seqkd.heads import OutputHead
-from seqkd.models import expand, head_of, load_causal_lm, load_head
+from seqkd.models.loading import expand, load_causal_lm
+from seqkd.models.output_head import OutputHead, head_of, load_head
 from seqkd.onednn import use_onednn
 from seqkd.types import Rollout, TeacherScore
 

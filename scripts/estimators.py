@@ -127,7 +127,7 @@ def real_models(args: argparse.Namespace) -> None:
     from seqkd.data.dataset import Reader
     from seqkd.data.readers import Source
     from seqkd.errors import SeqkdError
-    from seqkd.models import load_causal_lm, load_tokenizer
+    from seqkd.models.loading import load_causal_lm, load_tokenizer
     from seqkd.studies.gradient_variance import costs_by_position, measure, sample
 
     transformers.utils.logging.disable_progress_bar()

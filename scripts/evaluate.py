@@ -189,7 +189,7 @@ def started(config: Config, path: str, checked: Checked, with_teacher: bool) -> 
     from actors import build
     from seqkd.control import Control
     from seqkd.echo import check_workers
-    from seqkd.models import expand
+    from seqkd.models.loading import expand
 
     roles: set[Any] = {"rollout"}
     if with_teacher:

@@ -21,7 +21,7 @@ from seqkd.config.run import Config
 from seqkd.data.dataset import DataSets, read_data
 from seqkd.data.prompt_table import PromptTable
 from seqkd.errors import DataError, reported
-from seqkd.models import end_of_sequence_ids, load_config, load_tokenizer
+from seqkd.models.loading import end_of_sequence_ids, load_config, load_tokenizer
 from seqkd.types import Prompt
 
 DIM, GREEN, BOLD, RESET = "\033[2m", "\033[32m", "\033[1m", "\033[0m"

@@ -33,13 +33,14 @@ def table(config: Config, number: int) -> int:
     import torch
 
     from seqkd import preflight
-    from seqkd.models import load_causal_lm, materialise_student
+    from seqkd.models.export import materialize_student
+    from seqkd.models.loading import load_causal_lm
     from seqkd.studies.gradient_variance import sample
     from seqkd.studies.top_k import measure
 
     checked = preflight.check(config)
     with tempfile.TemporaryDirectory() as folder:
-        path = materialise_student(config.student, "float32", Path(folder) / "student")
+        path = materialize_student(config.student, "float32", Path(folder) / "student")
         student = load_causal_lm(path, "float32", "student.model")
     teacher = load_causal_lm(config.teacher.model, "float32", "teacher.model")
     torch.manual_seed(config.seed)

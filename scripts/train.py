@@ -216,10 +216,10 @@ def learn(
     from seqkd.control import Control
     from seqkd.echo import check_workers
     from seqkd.journal import keep_teachers
-    from seqkd.models import materialise_student
+    from seqkd.models.export import materialize_student
 
     start = time.perf_counter()
-    student = materialise_student(
+    student = materialize_student(
         config.student, config.learner.precision, directory / "student_initial"
     )
     roles, control = placement.needed(config), Control(config.recovery, recorder.note)

@@ -138,7 +138,8 @@ def _is_the_checkpoint(teacher: EndpointTeacherConfig, ids: list[int], served: l
     import torch
 
     from seqkd.forward import last_hidden
-    from seqkd.models import head_of, load_causal_lm, load_config
+    from seqkd.models.loading import load_causal_lm, load_config
+    from seqkd.models.output_head import head_of
 
     assert teacher.checkpoint is not None
     load_config(teacher.checkpoint, "teacher.checkpoint")

@@ -26,7 +26,7 @@ from seqkd.known_text import (
     scored_tokens,
     tolerance,
 )
-from seqkd.models import load_causal_lm
+from seqkd.models.loading import load_causal_lm
 from seqkd.preflight import Checked
 from seqkd.protocols import Sampler
 from seqkd.types import Prompt, Rollout

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from seqkd import batching
 from seqkd.errors import ModelError
-from seqkd.heads import FullTeacher, KnownTeacher, OutputHead, TopTeacher
-from seqkd.models import head_of
+from seqkd.models.output_head import FullTeacher, KnownTeacher, OutputHead, TopTeacher, head_of
 from seqkd.token_stats import token_loss, token_stats
 from seqkd.types import Divergence, Rollout, Stat, TokenStats, TrainBatch
 

@@ -26,7 +26,9 @@ from seqkd.config.resources import EngineConfig
 from seqkd.config.run import Config
 from seqkd.config.teacher import EndpointTeacherConfig, SingleTeacherConfig
 from seqkd.errors import JournalError
-from seqkd.models import checkpoint_digest, dtype_of, export_head, load_config
+from seqkd.models.loading import dtype_of, load_config
+from seqkd.models.output_head import export_head
+from seqkd.models.weight_files import checkpoint_digest
 from seqkd.preflight import Checked
 from seqkd.protocols import Finished, Sampler, Teacher
 from seqkd.shards import Shards, sync, unwritable

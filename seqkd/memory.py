@@ -28,9 +28,10 @@ from seqkd.config.run import Config
 from seqkd.config.student import PruneInitConfig, StudentConfig
 from seqkd.config.teacher import EndpointTeacherConfig, HfTeacherConfig, VllmTeacherConfig
 from seqkd.errors import ResourceError
-from seqkd.heads import BLOCK_ELEMENTS, CHUNK_ELEMENTS
-from seqkd.lora import adapted_layers
-from seqkd.models import prune, skeleton
+from seqkd.models.loading import skeleton
+from seqkd.models.lora import adapted_layers
+from seqkd.models.output_head import BLOCK_ELEMENTS, CHUNK_ELEMENTS
+from seqkd.models.pruning import prune
 
 GIB = 2**30
 BYTES = {"float32": 4, "bfloat16": 2}

@@ -20,7 +20,7 @@ from seqkd.config.teacher import EndpointTeacherConfig, SingleTeacherConfig
 from seqkd.data.readers import JSON, TABLES
 from seqkd.errors import writing
 from seqkd.evaluation.divergence import Interval
-from seqkd.models import expand
+from seqkd.models.loading import expand
 from seqkd.run_directory import OPERATION, SECTIONS
 from seqkd.summary import LABELS
 

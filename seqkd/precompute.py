@@ -20,7 +20,7 @@ from seqkd.journal import (
     score_form,
 )
 from seqkd.metrics import Clock
-from seqkd.models import load_head
+from seqkd.models.output_head import load_head
 from seqkd.preflight import Checked
 from seqkd.protocols import Measured, Scores
 from seqkd.sources import StepSource, given

@@ -22,8 +22,9 @@ from seqkd.config.teacher import (
 from seqkd.data.dataset import DataSets, read_data
 from seqkd.data.prompt_table import PromptTable
 from seqkd.errors import ConfigError, DataError, ModelError, SeqkdError
-from seqkd.lora import check_targets
-from seqkd.models import check_prune, end_of_sequence_ids, load_config, load_tokenizer
+from seqkd.models.loading import end_of_sequence_ids, load_config, load_tokenizer
+from seqkd.models.lora import check_targets
+from seqkd.models.pruning import check_prune
 from seqkd.tokenizers import (
     check_same_stop_ids,
     check_same_template,

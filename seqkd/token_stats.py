@@ -3,7 +3,7 @@ made of them.
 
 The logits of a few hundred tokens at a time are formed, reduced to one number a token, some tokens
 at a time, and thrown away. Peak memory is two [chunk, V] tensors and some [block, V] ones (see
-:mod:`seqkd.heads`), so it grows with N and never with N x V. A loss (:func:`token_loss`) sends its
+:mod:`seqkd.models.output_head`), so it grows with N and never with N x V. A loss (:func:`token_loss`) sends its
 gradient back while a chunk's logits are there, so that they are formed once: four products with a
 head in all, of student, teacher and two gradients.
 """
@@ -17,7 +17,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from seqkd.heads import (
+from seqkd.models.output_head import (
     FullTeacher,
     KnownTeacher,
     OutputHead,

@@ -56,7 +56,7 @@ def tiny_config(tiny, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tokenizer(tiny):
-    from seqkd.models import load_tokenizer
+    from seqkd.models.loading import load_tokenizer
 
     return load_tokenizer(tiny["student"], "student.model")
 

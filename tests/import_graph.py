@@ -12,7 +12,7 @@ from pathlib import Path
 LAYERS = (
     ("seqkd.types", "seqkd.errors", "seqkd.files"),
     ("seqkd.config.run",),
-    ("seqkd.objectives", "seqkd.data.dataset", "seqkd.models", "seqkd.protocols"),
+    ("seqkd.objectives", "seqkd.data.dataset", "seqkd.models.loading", "seqkd.protocols"),
     ("seqkd.learner", "seqkd.workers"),
     ("seqkd.evaluation",),
     ("seqkd.storage",),

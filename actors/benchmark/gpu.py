@@ -24,8 +24,8 @@ from seqkd.config.objectives import SequenceReverseKLConfig
 from seqkd.config.phases import TermConfig
 from seqkd.config.teacher import HfTeacherConfig
 from seqkd.forward import last_hidden
-from seqkd.heads import OutputHead
-from seqkd.models import layers_of
+from seqkd.models.output_head import OutputHead
+from seqkd.models.pruning import layers_of
 from seqkd.types import Counts, Rollout, TeacherScore, TrainBatch
 
 SECTION = "learner on the GPU"

@@ -112,7 +112,7 @@ def _loss(case: dict[str, Any]) -> tuple[Callable[[], Any], tuple[Any, Any]]:
     import torch
 
     from seqkd.forward import as_token_stats
-    from seqkd.heads import FullTeacher, OutputHead
+    from seqkd.models.output_head import FullTeacher, OutputHead
     from seqkd.objectives import OBJECTIVES
     from seqkd.token_stats import stats_of_logits, token_loss
     from seqkd.types import Counts, TrainBatch

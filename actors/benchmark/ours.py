@@ -16,7 +16,7 @@ from seqkd.config import run as configuration
 from seqkd.control import Control
 from seqkd.evaluation.divergence import Measurement
 from seqkd.metrics import Recorder
-from seqkd.models import materialise_student
+from seqkd.models.export import materialize_student
 
 
 class Turn:
@@ -32,7 +32,7 @@ def main(directory: Path, file: str, overrides: list[str]) -> None:
     """The run's records are left in ``directory``."""
     config = configuration.load(file, [*overrides, "evaluation.every_steps=1"])
     checked = preflight.check(config)
-    student = materialise_student(config.student, config.learner.precision, directory / "student")
+    student = materialize_student(config.student, config.learner.precision, directory / "student")
     roles, control = placement.needed(config), Control()
     evaluation: Any = Turn()
     with (

@@ -24,7 +24,7 @@ from actors.placement import PROCESS
 from seqkd.config.run import Config
 from seqkd.errors import ActorError
 from seqkd.metrics import STAGES
-from seqkd.models import expand
+from seqkd.models.loading import expand
 
 ROOT = Path(__file__).resolve().parents[2]
 GIB = 2**30

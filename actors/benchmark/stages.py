@@ -17,9 +17,9 @@ from seqkd import batching, preflight
 from seqkd.config.run import Config
 from seqkd.control import Control
 from seqkd.forward import last_hidden
-from seqkd.heads import OutputHead, chunk_rows
 from seqkd.metrics import Clock
-from seqkd.models import materialise_student
+from seqkd.models.export import materialize_student
+from seqkd.models.output_head import OutputHead, chunk_rows
 from seqkd.sources import StepSource
 from seqkd.types import Prompt, Rollout
 from seqkd.workers import Workers
@@ -32,7 +32,7 @@ def live(config: Config) -> Iterator[tuple[Workers, preflight.Checked]]:
 
     checked = preflight.check(config)
     with tempfile.TemporaryDirectory() as folder, build.connect(config, verbose=False):
-        student = materialise_student(config.student, config.learner.precision, Path(folder) / "s")
+        student = materialize_student(config.student, config.learner.precision, Path(folder) / "s")
         roles = placement.needed(config)
         with build.workers(config, student, checked, roles, Control()) as workers:
             yield workers, checked

@@ -26,7 +26,8 @@ from seqkd.config.run import Config
 from seqkd.config.teacher import HfTeacherConfig, VllmTeacherConfig
 from seqkd.data.stream import PromptStream
 from seqkd.errors import ActorError
-from seqkd.models import expand, materialise_student
+from seqkd.models.export import materialize_student
+from seqkd.models.loading import expand
 
 READY = "waiting for its turn"
 
@@ -176,7 +177,7 @@ def _trl_spec(config: Config, folder: str, precision: Precision) -> dict[str, An
     checked = preflight.check(config)
     prompts = PromptStream(checked.train, config.seed).take(config.prompts_per_step * config.steps)
     return {
-        "student": materialise_student(config.student, "float32", Path(folder) / "student"),
+        "student": materialize_student(config.student, "float32", Path(folder) / "student"),
         "teacher": expand(config.teacher.model),
         "prompts": [[{"role": r, "content": c} for r, c in p.messages] for p in prompts],
         "batch": config.prompts_per_step,

@@ -16,7 +16,7 @@ import torch
 
 from seqkd.errors import ModelError
 from seqkd.evaluation.text import PerPrompt, column
-from seqkd.models import expand, first_line, load_tokenizer, read_config
+from seqkd.models.loading import expand, first_line, load_tokenizer, read_config
 
 FIELD = "--bart"
 TOKENS = 1024

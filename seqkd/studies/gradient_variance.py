@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from seqkd import batching
 from seqkd.forward import StudentModel, as_token_stats, last_hidden
-from seqkd.models import head_of
+from seqkd.models.output_head import head_of
 from seqkd.objectives import OBJECTIVES
 from seqkd.types import Counts, Divergence, Prompt, Rollout, TeacherScore, TokenStats, add_padded
 

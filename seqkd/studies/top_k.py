@@ -12,8 +12,7 @@ from torch import Tensor
 
 from seqkd import batching
 from seqkd.forward import last_hidden
-from seqkd.heads import FullTeacher, KnownTeacher, TopTeacher, top_teacher
-from seqkd.models import head_of
+from seqkd.models.output_head import FullTeacher, KnownTeacher, TopTeacher, head_of, top_teacher
 from seqkd.token_stats import token_stats
 from seqkd.types import Rollout
 

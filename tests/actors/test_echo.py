@@ -160,7 +160,8 @@ def test_another_model_under_the_right_name(examine, config, tmp_path):
 
 def test_a_head_that_was_initialised_anew(examine, config, tiny, tmp_path):
     """Everything agrees on it, so only its ignorance shows."""
-    from seqkd.models import export, load_causal_lm
+    from seqkd.models.export import export
+    from seqkd.models.loading import load_causal_lm
 
     torch.manual_seed(0)
     model = load_causal_lm(tiny["teacher"], "float32", "model")
@@ -183,7 +184,7 @@ def test_another_model_writes_than_scores(examine, config):
 
 def test_an_engine_that_has_not_the_students_weights(examine, config, crew, tiny):
     from actors import weight_sync
-    from seqkd.models import load_causal_lm
+    from seqkd.models.loading import load_causal_lm
 
     learner, _, engine = crew
     published = learner.publish()

@@ -15,7 +15,7 @@ from actors.pool import remote
 from actors.rollout import RolloutActor
 from seqkd.config.resources import EngineConfig
 from seqkd.errors import SyncError
-from seqkd.models import load_causal_lm
+from seqkd.models.loading import load_causal_lm
 from seqkd.types import Prompt
 from tests.actors.ray_calls import completions, wait
 

@@ -21,7 +21,7 @@ from seqkd.config.learner import LearnerConfig
 from seqkd.config.objectives import GJSDConfig, SequenceReverseKLConfig, TokenForwardKLConfig
 from seqkd.config.phases import TermConfig
 from seqkd.errors import ModelError
-from seqkd.models import load_causal_lm
+from seqkd.models.loading import load_causal_lm
 from seqkd.protocols import Part
 from seqkd.types import Counts, Rollout, TeacherScore
 

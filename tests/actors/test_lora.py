@@ -21,8 +21,8 @@ from seqkd.config.learner import LearnerConfig
 from seqkd.config.resources import EngineConfig
 from seqkd.config.student import LoraConfig
 from seqkd.errors import ModelError
-from seqkd.lora import Adapters
-from seqkd.models import load_causal_lm
+from seqkd.models.loading import load_causal_lm
+from seqkd.models.lora import Adapters
 from seqkd.protocols import Part
 from seqkd.types import Counts
 from tests.actors.ray_calls import completions, wait

@@ -12,7 +12,8 @@ from actors.pool import Pool, is_alive, remote
 from actors.teacher import TeacherActor
 from seqkd.config.teacher import HfTeacherConfig, VllmTeacherConfig
 from seqkd.errors import ActorError
-from seqkd.models import head_of, load_causal_lm
+from seqkd.models.loading import load_causal_lm
+from seqkd.models.output_head import head_of
 from seqkd.types import Rollout
 from tests.actors.ray_calls import wait
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from seqkd.models import load_causal_lm, load_tokenizer
+from seqkd.models.loading import load_causal_lm, load_tokenizer
 from tests.conftest import ROOT
 
 RAY = str(Path(sys.executable).parent / "ray")

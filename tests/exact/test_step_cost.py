@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from transformers import LlamaConfig, Qwen2Config
 
-from seqkd.models import skeleton
+from seqkd.models.loading import skeleton
 from seqkd.studies.step_cost import (
     LLAMA_8B,
     LLAMA_70B,

@@ -11,7 +11,8 @@ import torch
 from seqkd import batching
 from seqkd.config.phases import TermConfig
 from seqkd.forward import StudentModel, as_token_stats, last_hidden
-from seqkd.models import head_of, load_causal_lm
+from seqkd.models.loading import load_causal_lm
+from seqkd.models.output_head import head_of
 from seqkd.objectives import DIVERGENCES, OBJECTIVES
 from seqkd.types import Counts, Divergence, Rollout, TeacherScore, TokenStats
 

@@ -20,7 +20,7 @@ from seqkd.journal import (
     open_journals,
     score_form,
 )
-from seqkd.models import load_head
+from seqkd.models.output_head import load_head
 from seqkd.precompute import check_recorded
 from seqkd.types import Prompt, Rollout, TeacherScore
 from tests.unit.config.test_config import MINIMAL

@@ -8,7 +8,7 @@ from seqkd.config.run import Config
 from seqkd.config.student import PruneInitConfig, StudentConfig
 from seqkd.errors import ResourceError
 from seqkd.memory import GIB, Need, check_memory, estimate, size_of
-from seqkd.models import load_causal_lm, load_config
+from seqkd.models.loading import load_causal_lm, load_config
 
 ROLES = ("learner", "rollout", "teacher", "teacher_sampler")
 

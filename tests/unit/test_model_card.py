@@ -17,7 +17,8 @@ import seqkd
 from seqkd import model_card
 from seqkd.config.run import Config
 from seqkd.evaluation.divergence import Measurement
-from seqkd.models import export, load_causal_lm
+from seqkd.models.export import export
+from seqkd.models.loading import load_causal_lm
 from seqkd.summary import LABELS, evaluation_json
 from tests.unit.config.test_config import MINIMAL
 

@@ -16,7 +16,9 @@ from seqkd.config.student import PruneInitConfig
 from seqkd.errors import ModelError, ResourceError
 from seqkd.evaluation.divergence import ratio
 from seqkd.forward import check_head, last_hidden
-from seqkd.models import head_of, load_causal_lm, load_head, prune, without_dropout
+from seqkd.models.loading import load_causal_lm, without_dropout
+from seqkd.models.output_head import head_of, load_head
+from seqkd.models.pruning import prune
 from seqkd.running import RunningCosts, by_position
 from seqkd.schedule import learning_rate
 from tests.unit.config.test_config import MINIMAL

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from seqkd import heads
 from seqkd import token_stats as module
-from seqkd.heads import FullTeacher, OutputHead, TopTeacher, top_teacher
+from seqkd.models import output_head
+from seqkd.models.output_head import FullTeacher, OutputHead, TopTeacher, top_teacher
 from seqkd.token_stats import STATS, stats_of_logits, token_loss, token_stats
 from seqkd.types import Divergence, EndLogprob
 
@@ -41,8 +41,8 @@ def setup():
 
 def read_at_once(monkeypatch, chunk, block):
     """So many states in one product, of which so many are read at a time."""
-    monkeypatch.setitem(heads.CHUNK_ELEMENTS, "cpu", chunk * V)
-    monkeypatch.setitem(heads.BLOCK_ELEMENTS, "cpu", block * V)
+    monkeypatch.setitem(output_head.CHUNK_ELEMENTS, "cpu", chunk * V)
+    monkeypatch.setitem(output_head.BLOCK_ELEMENTS, "cpu", block * V)
 
 
 def teacher(s):

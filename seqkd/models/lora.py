@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from seqkd.config.student import LoraConfig
 from seqkd.errors import ModelError
-from seqkd.models import skeleton
+from seqkd.models.loading import skeleton
 
 ADAPTER = "default"
 """peft's own name for the only adapter of a model; in the names of its parameters."""

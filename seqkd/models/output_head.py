@@ -4,9 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from seqkd.errors import ModelError
+from seqkd.models.loading import (
+    dtype_of,
+    expand,
+    generation_config,
+    load_config,
+    load_tokenizer,
+    save_generation_config,
+)
+from seqkd.models.weight_files import _safetensors_index
 
 CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**27}
 """Logits that one product with a head forms, [chunk, V]: enough rows to be fast, and few enough
@@ -137,3 +150,60 @@ def top_teacher(logprobs: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def gather(logprobs: Tensor, targets: Tensor) -> Tensor:
     """[n, V], [n] -> [n] those of the targets."""
     return logprobs.gather(-1, targets[:, None]).squeeze(-1)
+
+
+def head_of(model: nn.Module) -> OutputHead:
+    """The output head of a loaded model, sharing its tensors."""
+    layer: Any = model.get_output_embeddings()  # type: ignore[operator]
+    return OutputHead(layer.weight, getattr(layer, "bias", None), **_logit_options(model.config))
+
+
+def load_head(model: str, precision: str) -> OutputHead:
+    """Only the output head of a checkpoint: the teacher's, frozen, for the learner."""
+    from safetensors import safe_open
+    from transformers.utils.hub import cached_file
+
+    config = load_config(model, "teacher.model")
+    files = _safetensors_index(expand(model), cached_file)
+    # A tied checkpoint stores the matrix once, under the name of the embedding.
+    ends = ("lm_head.weight", *(("embed_tokens.weight",) if config.tie_word_embeddings else ()))
+    name = next((n for end in ends for n in files if n.endswith(end)), None)
+    if name is None:
+        raise ModelError(
+            f"teacher.model: {model!r} has no {' or '.join(ends)} in its safetensors files. Set "
+            "teacher.kind to hf and teacher.scores to logprobs."
+        )
+    bias_name = name.removesuffix("weight") + "bias"
+    tensors = {}
+    for wanted in (name, bias_name):
+        if wanted in files:
+            with safe_open(files[wanted], framework="pt") as reader:
+                tensors[wanted] = reader.get_tensor(wanted).to(dtype_of(precision))
+    return OutputHead(tensors[name], tensors.get(bias_name), **_logit_options(config))
+
+
+def export_head(model: str, precision: str, directory: Path) -> None:
+    """Write a model directory with configuration, tokenizer and the output head alone: what the
+    learner and the checks read of a teacher."""
+    from safetensors.torch import save_file
+    from transformers import AutoConfig
+
+    AutoConfig.from_pretrained(expand(model)).save_pretrained(directory)
+    load_tokenizer(model, "teacher.model").save_pretrained(directory)
+    if (generation := generation_config(model)) is not None:
+        save_generation_config(generation, directory)
+    head = load_head(model, precision)
+    tensors = {"lm_head.weight": head.weight}
+    if head.bias is not None:
+        tensors["lm_head.bias"] = head.bias
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+
+
+def _logit_options(config: Any) -> dict[str, Any]:
+    """What model families do to their logits after the matrix (Cohere, Granite, Gemma)."""
+    scale = getattr(config, "logit_scale", None)
+    divisor = getattr(config, "logits_scaling", None)
+    return {
+        "scale": float(scale) if scale else 1.0 / float(divisor) if divisor else 1.0,
+        "softcap": getattr(config, "final_logit_softcapping", None),
+    }

@@ -9,14 +9,14 @@ import torch
 import yaml
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from seqkd import heads
 from seqkd.config.run import Config, dump, load
 from seqkd.config.student import LoraConfig, PruneInitConfig, StudentConfig
 from seqkd.errors import ConfigError, ModelError
-from seqkd.heads import OutputHead
-from seqkd.lora import Adapters, adapted_layers, check_targets
 from seqkd.memory import GIB, estimate, size_of
-from seqkd.models import load_causal_lm
+from seqkd.models import output_head
+from seqkd.models.loading import load_causal_lm
+from seqkd.models.lora import Adapters, adapted_layers, check_targets
+from seqkd.models.output_head import OutputHead
 from seqkd.preflight import check
 from seqkd.token_stats import token_stats
 from tests.conftest import ROOT
@@ -301,7 +301,7 @@ class Shapes(TorchDispatchMode):
 
 def test_a_frozen_head_costs_no_gradient(monkeypatch):
     """The gradient of the states is the same, and nothing as large as the head is made for it."""
-    monkeypatch.setitem(heads.CHUNK_ELEMENTS, "cpu", 4 * 17)
+    monkeypatch.setitem(output_head.CHUNK_ELEMENTS, "cpu", 4 * 17)
     torch.manual_seed(0)
     hidden, weight = torch.randn(11, 6, requires_grad=True), torch.randn(17, 6)
     bias, targets = torch.randn(17), torch.randint(17, (11,))

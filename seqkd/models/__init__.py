@@ -1,0 +1,1 @@
+"""Load, prune, adapt and export models; their output heads."""

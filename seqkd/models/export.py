@@ -1,0 +1,56 @@
+"""Write model directories that transformers and vLLM load."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from seqkd.config.student import PruneInitConfig, StudentConfig
+from seqkd.models.loading import (
+    end_of_sequence_ids,
+    expand,
+    generation_config,
+    load_causal_lm,
+    load_tokenizer,
+    save_generation_config,
+)
+from seqkd.models.pruning import prune
+
+
+def materialize_student(student: StudentConfig, precision: str, directory: Path) -> str:
+    """The path of the initial student that engines and ranks load: the model itself, or
+    ``directory`` once the initialisation has been written there."""
+    if not isinstance(student.init, PruneInitConfig):
+        return expand(student.model)
+    model = load_causal_lm(student.model, precision, "student.model")
+    prune(model, student.init)
+    export(model, None, directory, expand(student.model))
+    return str(directory)
+
+
+def export(
+    model: nn.Module, state: dict[str, Tensor] | None, directory: Path, tokenizer_from: str
+) -> None:
+    """Write a directory that transformers and vLLM load as it is: weights (safetensors), config,
+    tokenizer and chat template, and the generation config of ``tokenizer_from`` with what ends a
+    completion here."""
+    from transformers import GenerationConfig
+
+    partial = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    tokenizer = load_tokenizer(tokenizer_from, "student.model")
+    # The source's, if any, is written below.
+    model.generation_config = GenerationConfig()  # type: ignore[assignment]
+    model.save_pretrained(partial, **({"state_dict": state} if state is not None else {}))  # type: ignore[operator]
+    tokenizer.save_pretrained(partial)
+    generation = generation_config(tokenizer_from) or GenerationConfig()
+    stop_ids = end_of_sequence_ids(tokenizer_from, tokenizer, "student.model")
+    generation.eos_token_id = list(stop_ids)
+    if generation.pad_token_id is None:
+        pad = tokenizer.pad_token_id
+        generation.pad_token_id = stop_ids[0] if pad is None else pad
+    save_generation_config(generation, partial)
+    shutil.rmtree(directory, ignore_errors=True)
+    partial.rename(directory)

@@ -1,0 +1,163 @@
+"""Models and tokenizers in transformers' format: loading, output heads, depth pruning, export."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from seqkd.errors import ModelError
+
+
+def dtype_of(precision: str) -> torch.dtype:
+    """ "float32" -> torch.float32."""
+    dtype = getattr(torch, precision)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def read_config(model: str, field: str) -> Any:
+    """transformers config of any model; ModelError names ``field`` where there is none."""
+    from transformers import AutoConfig
+
+    path = Path(model).expanduser()
+    looks_local = path.is_absolute() or model.startswith((".", "~")) or path.exists()
+    if looks_local and not (path / "config.json").is_file():
+        state = "has no config.json" if path.is_dir() else "does not exist"
+        raise ModelError(
+            f"{field}: {model!r} {state}. Name a directory that save_pretrained wrote, or a hub "
+            "name."
+        )
+    try:
+        name = str(path) if looks_local else model
+        # Without an answer transformers asks at the terminal whether to run the model's own code.
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"{field}: {model!r} cannot be loaded: {first_line(error)} Name a directory that "
+            "save_pretrained wrote, or a hub name that this machine can reach."
+        ) from None
+
+
+def load_config(model: str, field: str) -> Any:
+    """transformers config of a causal language model; ModelError names ``field`` otherwise."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    config = read_config(model, field)
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ModelError(
+            f"{field}: {model!r} is of type {config.model_type!r}, which is no causal language "
+            "model. Name one that transformers' AutoModelForCausalLM loads."
+        )
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]
+    saved = config.architectures or []
+    if saved and not {known} & set(saved):
+        raise ModelError(
+            f"{field}: {model!r} was saved as {saved[0]}, which has no language-model head that "
+            f"fits {known}. Name a checkpoint of {known}."
+        )
+    return config.get_text_config()
+
+
+def load_tokenizer(model: str, field: str) -> Any:
+    """The model's tokenizer; ModelError names ``field`` where it has none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(expand(model), trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"{field}: the tokenizer of {model!r} cannot be loaded: {first_line(error)}"
+        ) from None
+
+
+def expand(model: str) -> str:
+    """A leading ~ replaced by the home directory; hub names stay as they are."""
+    return str(Path(model).expanduser()) if model.startswith("~") else model
+
+
+def load_causal_lm(
+    model: str, precision: str, field: str, device_map: str | None = None
+) -> nn.Module:
+    """The model's weights in ``precision``, in evaluation mode, on the CPU or as accelerate's
+    ``device_map`` says; ModelError names ``field`` where some are missing."""
+    from transformers import AutoModelForCausalLM
+
+    load: Any = AutoModelForCausalLM.from_pretrained
+    loaded, info = load(
+        expand(model),
+        dtype=dtype_of(precision),
+        use_safetensors=True,
+        output_loading_info=True,
+        device_map=device_map,
+    )
+    if missing := sorted(info["missing_keys"]):
+        raise ModelError(
+            f"{field}: {model!r} has no weights for {missing[0]} and {len(missing) - 1} others; "
+            "they would be random. Name a complete checkpoint."
+        )
+    assert isinstance(loaded, nn.Module)
+    return loaded.eval()
+
+
+def skeleton(config: Any) -> nn.Module:
+    """The architecture of a causal language model with this transformers config, without weights:
+    its tensors are on the meta device."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        built: nn.Module = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    return built
+
+
+def without_dropout(model: nn.Module) -> None:
+    """Set every dropout probability to 0, in place: the model that learns is the one that
+    sampled."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def end_of_sequence_ids(model: str, tokenizer: Any, field: str) -> tuple[int, ...]:
+    """Token ids that end a completion: generation_config's, then the tokenizer's."""
+    found = generation_config(model)
+    eos = found and found.eos_token_id
+    ids = eos if isinstance(eos, list) else [eos]
+    known = dict.fromkeys(i for i in (*ids, tokenizer.eos_token_id) if i is not None)
+    if not known:
+        raise ModelError(
+            f"{field}: {model!r} names no end-of-sequence token. Set eos_token_id in its "
+            "generation_config.json."
+        )
+    return tuple(known)
+
+
+def generation_config(model: str) -> Any:
+    """The model's generation_config.json; None where it has none."""
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(expand(model))
+    except OSError:
+        return None
+
+
+def save_generation_config(config: Any, directory: Path) -> None:
+    """Write generation_config.json as it is: transformers' own ``save_pretrained`` refuses what
+    some published models have (a temperature without do_sample)."""
+    config.to_json_file(directory / "generation_config.json", keys_to_pop=["compile_config"])
+
+
+# --- output heads
+
+
+def first_line(error: Exception) -> str:
+    """The first line that says something, with a full stop: what a library says of a model."""
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))
+    return line if line.endswith(".") else line + "."
