@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from seqkd import batching
 from seqkd.api_client import ApiClient, Reply, Request, Scored
 from seqkd.config.teacher import EndpointTeacherConfig
 from seqkd.errors import ModelError
+from seqkd.learner import batching
 from seqkd.models.loading import load_tokenizer
 from seqkd.types import Prompt, Rollout, TeacherScore
 

@@ -9,12 +9,12 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from actors.learner import RankPart
 from actors.pool import READING, Calls, Failure, Pool, is_alive, reap
 from seqkd.alarms import check_drawn
-from seqkd.batching import Layout, pack, partition
 from seqkd.control import Control
 from seqkd.errors import ActorError, LearnerLost
+from seqkd.learner.batching import Layout, pack, partition
+from seqkd.learner.loss import RankPart
 from seqkd.protocols import Finished, Measured, Part, Scores
 from seqkd.types import (
     PartResult,

@@ -6,7 +6,7 @@ import math
 import os
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,60 +17,25 @@ from torch import Tensor
 from actors import weight_sync
 from actors.host_memory import arrived, to_host
 from actors.learner_state import TrainingState
-from seqkd.batching import to_device
 from seqkd.config.learner import LearnerConfig
-from seqkd.config.phases import TermConfig
 from seqkd.config.student import LoraConfig
 from seqkd.errors import writing
-from seqkd.forward import StudentModel, as_token_stats, check_head, sharing_of
+from seqkd.learner.batching import to_device
+from seqkd.learner.loss import RankPart, part_result, stat_names
+from seqkd.learner.student import StudentModel, check_head, prefix_sharing_factor
 from seqkd.models.export import export
 from seqkd.models.loading import load_causal_lm, without_dropout
 from seqkd.models.lora import Adapters
 from seqkd.models.output_head import OutputHead, load_head
 from seqkd.models.pruning import layers_of
-from seqkd.objectives import OBJECTIVES, mixture_weight
 from seqkd.onednn import use_onednn
 from seqkd.types import (
-    Counts,
-    Divergence,
     EndLogprob,
     PartResult,
-    Stat,
     StepResult,
     TrainBatch,
     WeightVersion,
 )
-
-
-@dataclass(frozen=True)
-class RankPart:
-    """One rank's share of a :class:`seqkd.protocols.Part`."""
-
-    micro_batches: list[TrainBatch]
-    counts: Counts
-    terms: tuple[TermConfig, ...]
-    teacher_fraction: float | None
-
-    def weight(self, batch: TrainBatch, stats: Mapping[Stat, Tensor]) -> Tensor | None:
-        """[B] importance weights of a mixture's sequences; None where there is no mixture."""
-        if self.teacher_fraction is None:
-            return None
-        ours, theirs = (
-            (stats[name].detach() * batch.loss_mask).sum(1)
-            for name in ("student_logprob", "teacher_logprob")
-        )
-        return mixture_weight(ours, theirs, self.teacher_fraction)
-
-    def loss(self, batch: TrainBatch, stats: Mapping[Stat, Tensor]) -> Tensor:
-        """What every term makes of a micro-batch."""
-        weight = self.weight(batch, stats)
-        losses = []
-        for term in self.terms:
-            wanted = term.objective.divergence()
-            read = as_token_stats(batch, stats, Divergence(*wanted) if wanted else None, weight)
-            objective = OBJECTIVES[term.objective.kind]
-            losses.append(objective(read, self.counts, **term.objective.options()) * term.weight)
-        return torch.stack(losses).sum()
 
 
 class LearnerRank:
@@ -104,7 +69,7 @@ class LearnerRank:
     ) -> int:
         """Join the group and load the student; ``teachers`` has, by the name of each teacher that
         gives hidden states, the model whose output head is kept here, frozen, and its precision.
-        Returns :func:`seqkd.forward.sharing_of` the student."""
+        Returns :func:`seqkd.learner.student.prefix_sharing_factor` the student."""
         import deepspeed
 
         self.rank = rank
@@ -126,7 +91,7 @@ class LearnerRank:
         student.to(self.device)
         check_head(student, "student.model")
         without_dropout(student)
-        sharing = sharing_of(student)
+        sharing = prefix_sharing_factor(student)
         if self.config.gradient_checkpointing:
             student.gradient_checkpointing_enable()  # type: ignore[operator]
         if self.config.compile:
@@ -164,13 +129,13 @@ class LearnerRank:
         for number, (index, part, batch) in enumerate(pending, 1):
             self.engine.set_gradient_accumulation_boundary(number == len(pending))
             batch = to_device(batch, self.device)
-            names, head = _names(batch, part.terms), self._head(batch)
+            names, head = stat_names(batch, part.terms), self._head(batch)
             loss, stats = self.engine(batch, names, head, partial(part.loss, batch))
             # DeepSpeed averages over ranks; the loss already divides by global counts. One that is
             # not finite makes the factor NaN, and so the whole gradient on every rank.
             self.engine.backward(loss * (self.config.ranks + 0 * loss.detach()))
             total += float(loss)
-            results[index] += _result(batch, stats, part.weight(batch, stats))
+            results[index] += part_result(batch, stats, part.weight(batch, stats))
         norm, skipped = self._update()
         self.policy_version += 1
         return StepResult(total, norm, tuple(results), skipped)
@@ -186,7 +151,7 @@ class LearnerRank:
         with torch.no_grad():
             for batch in micro_batches:
                 batch = to_device(batch, self.device)
-                _, stats = self.engine(batch, (*_names(batch, ()), *extra), self._head(batch))
+                _, stats = self.engine(batch, (*stat_names(batch, ()), *extra), self._head(batch))
                 results.append(
                     {
                         name if isinstance(name, str) else "end_logprob": value.cpu()
@@ -288,69 +253,3 @@ def deepspeed_config(config: LearnerConfig) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
     }
-
-
-def _names(batch: TrainBatch, terms: tuple[TermConfig, ...]) -> tuple[Stat, ...]:
-    """What the terms read and everything else that this batch's teacher allows."""
-    names: list[Stat] = ["student_logprob", "entropy"]
-    for term in terms:
-        wanted = term.objective.divergence()
-        names += [*term.objective.stats(), *([Divergence(*wanted)] if wanted else [])]
-    if batch.teacher_hidden is not None or batch.teacher_logprobs is not None:
-        names.append("teacher_logprob")
-    if batch.teacher_hidden is not None or batch.teacher_top_ids is not None:
-        names += ["reverse_kl", "forward_kl"]
-    return tuple(dict.fromkeys(names))
-
-
-def _result(batch: TrainBatch, stats: dict[Stat, Tensor], weight: Tensor | None) -> PartResult:
-    """What a micro-batch was like."""
-    mask = batch.loss_mask
-    given = {n: v.detach() for n, v in stats.items() if isinstance(n, str)}
-    sums = {name: (value * mask).sum().item() for name, value in given.items()}
-    sums |= {"tokens": mask.sum().item(), "sequences": mask.any(1).sum().item()}
-    weights = mask.any(1).float() if weight is None else weight * mask.any(1)
-    sums |= {"weight": weights.sum().item(), "weight_squared": (weights.double() ** 2).sum().item()}
-    gap = _logprob_gap(batch, given)
-    if gap is not None:
-        sums["logprob_gap"] = gap.sum().item()
-    sums |= _ratios(batch, given["student_logprob"])
-    cost = given.get("reverse_kl")
-    if cost is None and "teacher_logprob" in given:
-        cost = given["student_logprob"] - given["teacher_logprob"]
-    return PartResult(
-        sums,
-        0.0 if gap is None else gap.max().item(),
-        None if cost is None else (cost * mask * weights[:, None]).sum(0).cpu(),
-        None if cost is None else (mask * weights[:, None]).sum(0).cpu(),
-        batch.sample_ids,
-    )
-
-
-def _ratios(batch: TrainBatch, student_logprob: Tensor) -> dict[str, float]:
-    """How far the learner is from what drew the student's completions, on them; k1 and k3 as in
-    Schulman, Approximating KL divergence (2020)."""
-    mask = batch.loss_mask & ~batch.by_teacher[:, None]
-    if batch.rollout_logprobs is None or not mask.any():
-        return {}
-    log_ratio = (student_logprob.double() - batch.rollout_logprobs).where(mask, 0.0)
-    ratio = log_ratio.sum(1)[mask.any(1)].exp()
-    return {
-        "ratio_tokens": mask.sum().item(),
-        "k1": -log_ratio.sum().item(),
-        "k3": (log_ratio.expm1() - log_ratio).sum().item(),
-        "ratio_sequences": len(ratio),
-        "ratio": ratio.sum().item(),
-        "ratio_squared": (ratio**2).sum().item(),
-    }
-
-
-def _logprob_gap(batch: TrainBatch, stats: Mapping[str, Tensor]) -> Tensor | None:
-    """[B, T] |log-prob of the drawn token here - at the sampler|, of the model that drew it; 0
-    where that is not known here."""
-    if batch.rollout_logprobs is None:
-        return None
-    drawn = batch.by_teacher[:, None]
-    here = torch.where(drawn, stats.get("teacher_logprob", torch.nan), stats["student_logprob"])
-    gap = ((here - batch.rollout_logprobs) * batch.loss_mask).abs()
-    return None if gap.isnan().all() else gap.nan_to_num(0.0)

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from actors.host_memory import arrived, to_host
 from actors.rollout import build_engine
-from seqkd import batching
 from seqkd.config.teacher import HfTeacherConfig, VllmTeacherConfig
-from seqkd.forward import check_head, last_hidden
+from seqkd.learner import batching
+from seqkd.learner.student import check_head, last_hidden
 from seqkd.models.loading import expand, load_causal_lm
 from seqkd.models.output_head import OutputHead, head_of, load_head
 from seqkd.onednn import use_onednn

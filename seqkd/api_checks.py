@@ -137,7 +137,7 @@ def _repeats(
 def _is_the_checkpoint(teacher: EndpointTeacherConfig, ids: list[int], served: list[float]) -> None:
     import torch
 
-    from seqkd.forward import last_hidden
+    from seqkd.learner.student import last_hidden
     from seqkd.models.loading import load_causal_lm, load_config
     from seqkd.models.output_head import head_of
 

@@ -18,9 +18,9 @@ from seqkd.control import Control
 from seqkd.errors import CheckpointError
 from seqkd.evaluation.divergence import Measurement, Shown
 from seqkd.journal import JournaledSampler
+from seqkd.learner.running_costs import RunningCosts
 from seqkd.protocols import Learner, Sampler
 from seqkd.run_journal import RunJournal
-from seqkd.running import RunningCosts
 from seqkd.types import rollout_from
 
 Running = dict[str, RunningCosts]

@@ -14,10 +14,10 @@ import torch
 from seqkd.config.base import SamplerName
 from seqkd.config.phases import PhaseConfig
 from seqkd.config.run import Config
+from seqkd.learner.running_costs import RunningCosts, by_position
 from seqkd.metrics import Clock
 from seqkd.objectives import mixture_weight
 from seqkd.protocols import Finished, Part, Sampler, Scores
-from seqkd.running import RunningCosts, by_position
 from seqkd.types import Prompt, Rollout, Source
 from seqkd.workers import Workers
 

@@ -205,7 +205,7 @@ class Counts:
     """Completion tokens in the whole step."""
     rate: float = 0.0
     """Estimate of J = E[sum_t KL_t] / E[L] in nats per token, from data independent of the
-    batch (but for the first step of a phase, see :mod:`seqkd.running`)."""
+    batch (but for the first step of a phase, see :mod:`seqkd.learner.running_costs`)."""
     length: float = 1.0
     """Estimate of E[L] in tokens, likewise."""
     costs: Tensor | None = None

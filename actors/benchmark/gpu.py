@@ -17,13 +17,14 @@ import torch
 from actors import weight_sync
 from actors.benchmark.rows import Row
 from actors.host_memory import arrived, to_host
-from actors.learner import LearnerRank, RankPart
-from seqkd import batching
+from actors.learner import LearnerRank
 from seqkd.config.learner import LearnerConfig
 from seqkd.config.objectives import SequenceReverseKLConfig
 from seqkd.config.phases import TermConfig
 from seqkd.config.teacher import HfTeacherConfig
-from seqkd.forward import last_hidden
+from seqkd.learner import batching
+from seqkd.learner.loss import RankPart
+from seqkd.learner.student import last_hidden
 from seqkd.models.output_head import OutputHead
 from seqkd.models.pruning import layers_of
 from seqkd.types import Counts, Rollout, TeacherScore, TrainBatch

@@ -111,10 +111,11 @@ def _loss(case: dict[str, Any]) -> tuple[Callable[[], Any], tuple[Any, Any]]:
     """The forward pass; and what is to have a gradient, the head's weight and the states."""
     import torch
 
-    from seqkd.forward import as_token_stats
-    from seqkd.models.output_head import FullTeacher, OutputHead
+    from seqkd.learner.student import as_token_stats
+    from seqkd.learner.teacher_distribution import FullTeacher
+    from seqkd.learner.token_stats import stats_of_logits, token_loss
+    from seqkd.models.output_head import OutputHead
     from seqkd.objectives import OBJECTIVES
-    from seqkd.token_stats import stats_of_logits, token_loss
     from seqkd.types import Counts, TrainBatch
 
     torch.manual_seed(0)

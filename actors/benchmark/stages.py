@@ -13,10 +13,11 @@ import torch
 
 from actors.benchmark.rows import Row
 from actors.pool import Calls, Failure
-from seqkd import batching, preflight
+from seqkd import preflight
 from seqkd.config.run import Config
 from seqkd.control import Control
-from seqkd.forward import last_hidden
+from seqkd.learner import batching
+from seqkd.learner.student import last_hidden
 from seqkd.metrics import Clock
 from seqkd.models.export import materialize_student
 from seqkd.models.output_head import OutputHead, chunk_rows

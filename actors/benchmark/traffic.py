@@ -10,7 +10,7 @@ import torch
 from actors.benchmark.rows import Row
 from actors.groups import TeacherGroup
 from actors.pool import Pool, remote
-from seqkd.batching import Layout, pack, partition
+from seqkd.learner.batching import Layout, pack, partition
 from seqkd.types import Rollout, TeacherScore
 
 SEQUENCES, PROMPT, TOKENS, WIDTH = 128, 32, 256, 2048

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from seqkd import batching
-from seqkd.forward import StudentModel, as_token_stats, last_hidden
+from seqkd.learner import batching
+from seqkd.learner.student import StudentModel, as_token_stats, last_hidden
 from seqkd.models.output_head import head_of
 from seqkd.objectives import OBJECTIVES
 from seqkd.types import Counts, Divergence, Prompt, Rollout, TeacherScore, TokenStats, add_padded

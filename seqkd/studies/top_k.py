@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqkd import batching
-from seqkd.forward import last_hidden
-from seqkd.models.output_head import FullTeacher, KnownTeacher, TopTeacher, head_of, top_teacher
-from seqkd.token_stats import token_stats
+from seqkd.learner import batching
+from seqkd.learner.student import last_hidden
+from seqkd.learner.teacher_distribution import FullTeacher, KnownTeacher, TopTeacher
+from seqkd.learner.token_stats import token_stats
+from seqkd.models.output_head import head_of, top_teacher
 from seqkd.types import Rollout
 
 

@@ -7,9 +7,9 @@ from collections import Counter
 
 import pytest
 
-from seqkd import batching
 from seqkd.config.run import Config, load
 from seqkd.errors import ConfigError
+from seqkd.learner import batching
 from seqkd.preflight import check
 from seqkd.several import SeveralSamplers, SeveralTeachers
 from seqkd.types import Prompt, Rollout, TeacherScore

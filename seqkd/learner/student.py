@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from seqkd import batching
 from seqkd.errors import ModelError
-from seqkd.models.output_head import FullTeacher, KnownTeacher, OutputHead, TopTeacher, head_of
-from seqkd.token_stats import token_loss, token_stats
+from seqkd.learner import batching
+from seqkd.learner.teacher_distribution import FullTeacher, KnownTeacher, TopTeacher
+from seqkd.learner.token_stats import token_loss, token_stats
+from seqkd.models.output_head import OutputHead, head_of
 from seqkd.types import Divergence, Rollout, Stat, TokenStats, TrainBatch
 
 
@@ -34,12 +35,12 @@ def states_of(model: nn.Module, batch: TrainBatch) -> Tensor:
     """[N, H], the states before every completion token."""
     attention = batch.attention_mask
     if batch.segment is not None:
-        attention = completions_apart(batch.segment, attention, next(model.parameters()).dtype)
+        attention = prefix_shared_mask(batch.segment, attention, next(model.parameters()).dtype)
     hidden = last_hidden(model, batch.input_ids, attention, batch.position_ids)
     return hidden[batch.state_row[:, None], batch.state_index][batch.loss_mask]
 
 
-def completions_apart(segment: Tensor, attention_mask: Tensor, dtype: torch.dtype) -> Tensor:
+def prefix_shared_mask(segment: Tensor, attention_mask: Tensor, dtype: torch.dtype) -> Tensor:
     """[R, S] of a :class:`seqkd.types.TrainBatch` -> [R, 1, S, S] to add to attention scores: a
     token sees those before it in the prompt and in its own completion. Padding sees itself, so that
     no row of scores is empty."""
@@ -56,7 +57,7 @@ class StudentModel(nn.Module):
     """A causal language model whose forward pass yields per-token statistics, not logits."""
 
     def __init__(self, model: nn.Module, fused: bool = False) -> None:
-        """``fused``: as in :func:`seqkd.token_stats.token_stats`."""
+        """``fused``: as in :func:`seqkd.learner.token_stats.token_stats`."""
         super().__init__()
         self.model, self.fused = model, fused
 
@@ -69,7 +70,7 @@ class StudentModel(nn.Module):
     ) -> tuple[Tensor | None, dict[Stat, Tensor]]:
         """What ``objective`` makes of the statistics, and these, [B, T] float32 a name, 0 on
         padding. Of the two the first is differentiable; without an objective the second is (see
-        :func:`seqkd.token_stats.token_loss` and ``token_stats``)."""
+        :func:`seqkd.learner.token_stats.token_loss` and ``token_stats``)."""
         mask = batch.loss_mask
         given: dict[Stat, Tensor] = (
             {"teacher_logprob": batch.teacher_logprobs}
@@ -151,8 +152,8 @@ def check_head(model: nn.Module, field: str) -> None:
         )
 
 
-def sharing_of(model: nn.Module) -> int:
-    """:attr:`seqkd.batching.Layout.sharing` of a causal language model: a matrix element costs a
+def prefix_sharing_factor(model: nn.Module) -> int:
+    """:attr:`seqkd.learner.batching.Layout.sharing` of a causal language model: a matrix element costs a
     multiplication a token, a pair of tokens two of the hidden size. 0 where it would not keep the
     completions of a row apart: sliding windows, recurrent layers, positions of its own making."""
     config: Any = model.config

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from seqkd import token_stats as module
+from seqkd.learner import token_stats as module
+from seqkd.learner.teacher_distribution import FullTeacher, TopTeacher
+from seqkd.learner.token_stats import STATS, stats_of_logits, token_loss, token_stats
 from seqkd.models import output_head
-from seqkd.models.output_head import FullTeacher, OutputHead, TopTeacher, top_teacher
-from seqkd.token_stats import STATS, stats_of_logits, token_loss, token_stats
+from seqkd.models.output_head import OutputHead, top_teacher
 from seqkd.types import Divergence, EndLogprob
 
 N, H, V = 11, 6, 17

@@ -17,11 +17,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from seqkd.learner.teacher_distribution import FullTeacher, KnownTeacher, TopTeacher
 from seqkd.models.output_head import (
-    FullTeacher,
-    KnownTeacher,
     OutputHead,
-    TopTeacher,
     block_rows,
     blocks_of,
     chunk_rows,

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from seqkd import batching
-from seqkd.forward import completions_apart, sharing_of
+from seqkd.learner import batching
+from seqkd.learner.student import prefix_shared_mask, prefix_sharing_factor
 from seqkd.types import Rollout, TeacherScore
 
 
@@ -107,7 +107,7 @@ def test_samples_that_share_their_prompt_follow_it_in_one_row():
 def test_a_completion_sees_the_prompt_and_itself():
     """Written out: the prompt is p, completions a (two tokens) and b (one), then padding."""
     segment, mask = torch.tensor([[0, 0, 1, 1, 2, 0]]), torch.tensor([[1, 1, 1, 1, 1, 0]])
-    added = completions_apart(segment, mask, torch.float32)
+    added = prefix_shared_mask(segment, mask, torch.float32)
     seen = ["p     ", "pp    ", "ppa   ", "ppaa  ", "pp  b ", "pp   ."]
     assert ["".join(c if c == " " else "x" for c in row) for row in seen] == [
         "".join("x" if value == 0 else " " for value in row) for row in added[0, 0].tolist()
@@ -183,7 +183,7 @@ HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 def test_which_models_share_a_prompt(kind, options, shares):
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, **TINY, **options, bos_token_id=1, eos_token_id=2)
-    sharing = sharing_of(AutoModelForCausalLM.from_config(config).eval())
+    sharing = prefix_sharing_factor(AutoModelForCausalLM.from_config(config).eval())
     assert (sharing > 0) == shares
     if kind == "llama":
         # q and o 32 x 32, k and v 32 x 16, three of 32 x 64, two norms; the last norm is no layer's

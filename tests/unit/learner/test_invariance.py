@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from seqkd import batching
 from seqkd.config.phases import TermConfig
-from seqkd.forward import StudentModel, as_token_stats, last_hidden
+from seqkd.learner import batching
+from seqkd.learner.student import StudentModel, as_token_stats, last_hidden
 from seqkd.models.loading import load_causal_lm
 from seqkd.models.output_head import head_of
 from seqkd.objectives import DIVERGENCES, OBJECTIVES

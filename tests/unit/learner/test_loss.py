@@ -15,11 +15,11 @@ from seqkd.config.run import Config
 from seqkd.config.student import PruneInitConfig
 from seqkd.errors import ModelError, ResourceError
 from seqkd.evaluation.divergence import ratio
-from seqkd.forward import check_head, last_hidden
+from seqkd.learner.running_costs import RunningCosts, by_position
+from seqkd.learner.student import check_head, last_hidden
 from seqkd.models.loading import load_causal_lm, without_dropout
 from seqkd.models.output_head import head_of, load_head
 from seqkd.models.pruning import prune
-from seqkd.running import RunningCosts, by_position
 from seqkd.schedule import learning_rate
 from tests.unit.config.test_config import MINIMAL
 

@@ -1,0 +1,1 @@
+"""What one learner rank computes: micro-batches, the student, statistics per token, the loss."""

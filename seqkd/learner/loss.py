@@ -1,0 +1,117 @@
+"""The loss of a step: terms, importance weights, and the statistics that are reported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from seqkd.config.phases import TermConfig
+from seqkd.learner.student import as_token_stats
+from seqkd.objectives import OBJECTIVES, mixture_weight
+from seqkd.types import (
+    Counts,
+    Divergence,
+    PartResult,
+    Stat,
+    TrainBatch,
+)
+
+
+@dataclass(frozen=True)
+class RankPart:
+    """One rank's share of a :class:`seqkd.protocols.Part`."""
+
+    micro_batches: list[TrainBatch]
+    counts: Counts
+    terms: tuple[TermConfig, ...]
+    teacher_fraction: float | None
+
+    def weight(self, batch: TrainBatch, stats: Mapping[Stat, Tensor]) -> Tensor | None:
+        """[B] importance weights of a mixture's sequences; None where there is no mixture."""
+        if self.teacher_fraction is None:
+            return None
+        ours, theirs = (
+            (stats[name].detach() * batch.loss_mask).sum(1)
+            for name in ("student_logprob", "teacher_logprob")
+        )
+        return mixture_weight(ours, theirs, self.teacher_fraction)
+
+    def loss(self, batch: TrainBatch, stats: Mapping[Stat, Tensor]) -> Tensor:
+        """What every term makes of a micro-batch."""
+        weight = self.weight(batch, stats)
+        losses = []
+        for term in self.terms:
+            wanted = term.objective.divergence()
+            read = as_token_stats(batch, stats, Divergence(*wanted) if wanted else None, weight)
+            objective = OBJECTIVES[term.objective.kind]
+            losses.append(objective(read, self.counts, **term.objective.options()) * term.weight)
+        return torch.stack(losses).sum()
+
+
+def stat_names(batch: TrainBatch, terms: tuple[TermConfig, ...]) -> tuple[Stat, ...]:
+    """What the terms read and everything else that this batch's teacher allows."""
+    names: list[Stat] = ["student_logprob", "entropy"]
+    for term in terms:
+        wanted = term.objective.divergence()
+        names += [*term.objective.stats(), *([Divergence(*wanted)] if wanted else [])]
+    if batch.teacher_hidden is not None or batch.teacher_logprobs is not None:
+        names.append("teacher_logprob")
+    if batch.teacher_hidden is not None or batch.teacher_top_ids is not None:
+        names += ["reverse_kl", "forward_kl"]
+    return tuple(dict.fromkeys(names))
+
+
+def part_result(batch: TrainBatch, stats: dict[Stat, Tensor], weight: Tensor | None) -> PartResult:
+    """What a micro-batch was like."""
+    mask = batch.loss_mask
+    given = {n: v.detach() for n, v in stats.items() if isinstance(n, str)}
+    sums = {name: (value * mask).sum().item() for name, value in given.items()}
+    sums |= {"tokens": mask.sum().item(), "sequences": mask.any(1).sum().item()}
+    weights = mask.any(1).float() if weight is None else weight * mask.any(1)
+    sums |= {"weight": weights.sum().item(), "weight_squared": (weights.double() ** 2).sum().item()}
+    gap = _logprob_gap(batch, given)
+    if gap is not None:
+        sums["logprob_gap"] = gap.sum().item()
+    sums |= _ratios(batch, given["student_logprob"])
+    cost = given.get("reverse_kl")
+    if cost is None and "teacher_logprob" in given:
+        cost = given["student_logprob"] - given["teacher_logprob"]
+    return PartResult(
+        sums,
+        0.0 if gap is None else gap.max().item(),
+        None if cost is None else (cost * mask * weights[:, None]).sum(0).cpu(),
+        None if cost is None else (mask * weights[:, None]).sum(0).cpu(),
+        batch.sample_ids,
+    )
+
+
+def _ratios(batch: TrainBatch, student_logprob: Tensor) -> dict[str, float]:
+    """How far the learner is from what drew the student's completions, on them; k1 and k3 as in
+    Schulman, Approximating KL divergence (2020)."""
+    mask = batch.loss_mask & ~batch.by_teacher[:, None]
+    if batch.rollout_logprobs is None or not mask.any():
+        return {}
+    log_ratio = (student_logprob.double() - batch.rollout_logprobs).where(mask, 0.0)
+    ratio = log_ratio.sum(1)[mask.any(1)].exp()
+    return {
+        "ratio_tokens": mask.sum().item(),
+        "k1": -log_ratio.sum().item(),
+        "k3": (log_ratio.expm1() - log_ratio).sum().item(),
+        "ratio_sequences": len(ratio),
+        "ratio": ratio.sum().item(),
+        "ratio_squared": (ratio**2).sum().item(),
+    }
+
+
+def _logprob_gap(batch: TrainBatch, stats: Mapping[str, Tensor]) -> Tensor | None:
+    """[B, T] |log-prob of the drawn token here - at the sampler|, of the model that drew it; 0
+    where that is not known here."""
+    if batch.rollout_logprobs is None:
+        return None
+    drawn = batch.by_teacher[:, None]
+    here = torch.where(drawn, stats.get("teacher_logprob", torch.nan), stats["student_logprob"])
+    gap = ((here - batch.rollout_logprobs) * batch.loss_mask).abs()
+    return None if gap.isnan().all() else gap.nan_to_num(0.0)
