@@ -29,13 +29,7 @@ from seqkd.models.lora import Adapters
 from seqkd.models.output_head import OutputHead, load_head
 from seqkd.models.pruning import layers_of
 from seqkd.onednn import use_onednn
-from seqkd.types import (
-    EndLogprob,
-    PartResult,
-    StepResult,
-    TrainBatch,
-    WeightVersion,
-)
+from seqkd.types import EndLogprob, PartResult, StepResult, TrainBatch, WeightVersion
 
 
 class LearnerRank:

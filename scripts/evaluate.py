@@ -21,7 +21,7 @@ from seqkd.errors import ConfigError, SeqkdError, reported, say
 
 if TYPE_CHECKING:
     from seqkd.evaluation.bartscore import BartScorer
-    from seqkd.evaluation.table import Written
+    from seqkd.evaluation.table import ModelOutputs
     from seqkd.preflight import Checked
     from seqkd.workers import Workers
 
@@ -133,7 +133,7 @@ def evaluate(asked: Request, verbose: bool) -> int:
     config, checked, with_teacher = checks(asked)
     asked.out.mkdir(parents=True, exist_ok=True)
     print(f"{len(checked.heldout)} prompts; results: {asked.out}", flush=True)
-    written: dict[str, Written] = {}
+    written: dict[str, ModelOutputs] = {}
     with build.connect(config, verbose):
         for name, path in asked.models.items():
             with started(config, path, checked, with_teacher) as workers:
@@ -206,10 +206,10 @@ def started(config: Config, path: str, checked: Checked, with_teacher: bool) -> 
 
 def answers(
     config: Config, name: str, workers: Workers, checked: Checked, with_teacher: bool, out: Path
-) -> dict[str, Written]:
+) -> dict[str, ModelOutputs]:
     """What one student wrote, and its teacher; piece by piece, each kept until all is done."""
-    from seqkd.evaluation.divergence import Answers, HeldOut
-    from seqkd.evaluation.table import Written
+    from seqkd.evaluation.heldout import Answers, HeldOut
+    from seqkd.evaluation.table import ModelOutputs
     from seqkd.journal import attach, open_journals
     from seqkd.run_journal import RunJournal
 
@@ -230,12 +230,12 @@ def answers(
             whole.measured.update(piece.measured)
         print(f"  {name}: {low + len(some)} of {len(prompts)} prompts", flush=True)
     if not with_teacher:
-        return {name: Written(student)}
-    return {"teacher": Written(teacher), name: Written(student, teacher)}
+        return {name: ModelOutputs(student)}
+    return {"teacher": ModelOutputs(teacher), name: ModelOutputs(student, teacher)}
 
 
 def measured(
-    written: Mapping[str, Written], checked: Checked, asked: Request, bart: BartScorer | None
+    written: Mapping[str, ModelOutputs], checked: Checked, asked: Request, bart: BartScorer | None
 ) -> dict[str, Any]:
     """All figures, as plain data."""
     from seqkd.evaluation import table
@@ -283,11 +283,11 @@ def decoder(checked: Checked) -> Callable[[Any], str]:
 
 
 def write(
-    out: Path, evaluation: dict[str, Any], written: Mapping[str, Written], checked: Checked
+    out: Path, evaluation: dict[str, Any], written: Mapping[str, ModelOutputs], checked: Checked
 ) -> None:
     """evaluation.json, and the texts as generations.jsonl."""
     from seqkd.evaluation.table import by_prompt
-    from seqkd.evaluation.text import spoken
+    from seqkd.evaluation.text import without_eos
 
     decode, prompts = decoder(checked), list(checked.heldout)
     groups = {name: by_prompt(of.answers.rollouts, prompts) for name, of in written.items()}
@@ -296,7 +296,7 @@ def write(
             row = {
                 "prompt": prompt.text,
                 "references": list(checked.references.get(prompt.prompt_id, ())),
-                **{name: [decode(spoken(r)) for r in of[i]] for name, of in groups.items()},
+                **{name: [decode(without_eos(r)) for r in of[i]] for name, of in groups.items()},
             }
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     text = json.dumps(evaluation, indent=2, ensure_ascii=False)
@@ -305,7 +305,7 @@ def write(
 
 def show(evaluation: dict[str, Any], asked: Request) -> None:
     """The table, what has changed, and what could not be done."""
-    from seqkd.evaluation.divergence import Interval
+    from seqkd.evaluation.intervals import Interval
     from seqkd.evaluation.table import LABELS, aligned, render
 
     named = {
@@ -331,7 +331,7 @@ def show(evaluation: dict[str, Any], asked: Request) -> None:
 
 def about(curves: dict[str, Any]) -> Iterator[str]:
     """What the curves say, in a line each."""
-    from seqkd.evaluation.divergence import Interval
+    from seqkd.evaluation.intervals import Interval
 
     ends = curves["ends"]
     yield (

@@ -16,7 +16,7 @@ from seqkd.errors import LearnerLost, SeqkdError, StorageError, reported, say
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from seqkd.evaluation.divergence import Measurement
+    from seqkd.evaluation.heldout import Measurement
     from seqkd.journal import Journal
     from seqkd.metrics import Recorder
     from seqkd.preflight import Checked
@@ -182,7 +182,8 @@ def train(config: Config, verbose: bool, resume: bool) -> int:
         print(f"--resume: {directory} holds no run yet; it begins now")
 
     from actors import build
-    from seqkd import model_card, report, summary
+    from seqkd import model_card, report
+    from seqkd.evaluation import summary
     from seqkd.metrics import Recorder
 
     with build.connect(config, verbose):

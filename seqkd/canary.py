@@ -13,14 +13,7 @@ from torch import Tensor
 from seqkd.config.run import Config
 from seqkd.config.teacher import EndpointTeacherConfig
 from seqkd.errors import LearningFault
-from seqkd.known_text import (
-    UNIFORM,
-    answers,
-    distance,
-    finite,
-    scored_tokens,
-    tolerance,
-)
+from seqkd.known_text import UNIFORM, answers, distance, finite, scored_tokens, tolerance
 from seqkd.preflight import Checked
 from seqkd.protocols import Scores
 from seqkd.types import Rollout

@@ -16,7 +16,7 @@ from seqkd.budget import Spent
 from seqkd.config.run import Config
 from seqkd.control import Control
 from seqkd.errors import CheckpointError
-from seqkd.evaluation.divergence import Measurement, Shown
+from seqkd.evaluation.heldout import Example, Measurement
 from seqkd.journal import JournaledSampler
 from seqkd.learner.running_costs import RunningCosts
 from seqkd.protocols import Learner, Sampler
@@ -167,8 +167,8 @@ def _measurement_row(measurement: Measurement) -> dict[str, Any]:
     }
 
 
-def _shown(row: dict[str, Any]) -> Shown:
-    return Shown(rollout_from(row["rollout"]), tuple(row["costs"]))
+def _shown(row: dict[str, Any]) -> Example:
+    return Example(rollout_from(row["rollout"]), tuple(row["costs"]))
 
 
 def _measurement(row: dict[str, Any]) -> Measurement:

@@ -14,7 +14,7 @@ from seqkd.config.run import Config
 from seqkd.control import Control
 from seqkd.data.stream import PromptStream
 from seqkd.draws import Draws, prompts_of
-from seqkd.evaluation.divergence import HeldOut, Measurement
+from seqkd.evaluation.heldout import HeldOut, Measurement
 from seqkd.metrics import Clock, Recorder, describe
 from seqkd.schedule import learning_rate
 from seqkd.sources import StepSource

@@ -18,12 +18,13 @@ from seqkd.budget import Cost
 from seqkd.config.phases import PhaseConfig
 from seqkd.config.run import Config
 from seqkd.errors import writing
+from seqkd.evaluation.text import repetition
 from seqkd.protocols import Part
 from seqkd.trackers import Trackers
 from seqkd.types import PartResult, Rollout, StepResult
 
 if TYPE_CHECKING:
-    from seqkd.evaluation.divergence import Measurement
+    from seqkd.evaluation.heldout import Measurement
 
 STAGES = ("sync", "sample", "score", "watch", "learn")
 
@@ -272,15 +273,3 @@ def _describe_ratios(sums: Mapping[str, float]) -> dict[str, float]:
             "ratio_effective_sample_size": ratio**2 / squared / sequences if squared else 0.0,
         }
     return row
-
-
-def repetition(rollouts: Sequence[Rollout], n: int = 4) -> float:
-    """Share of the completions' n-grams that occurred before in the same completion; 0 where all
-    are shorter."""
-    seen = repeated = 0
-    for rollout in rollouts:
-        ids = rollout.completion_ids
-        grams = [ids[i : i + n] for i in range(len(ids) - n + 1)]
-        seen += len(grams)
-        repeated += len(grams) - len(set(grams))
-    return repeated / seen if seen else 0.0

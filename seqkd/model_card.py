@@ -19,10 +19,10 @@ from seqkd.config.student import PruneInitConfig
 from seqkd.config.teacher import EndpointTeacherConfig, SingleTeacherConfig
 from seqkd.data.readers import JSON, TABLES
 from seqkd.errors import writing
-from seqkd.evaluation.divergence import Interval
+from seqkd.evaluation.intervals import Interval
+from seqkd.evaluation.summary import LABELS
 from seqkd.models.loading import expand
 from seqkd.run_directory import OPERATION, SECTIONS
-from seqkd.summary import LABELS
 
 SAMPLES = {
     "student": "its own samples",

@@ -12,13 +12,7 @@ from seqkd.config.run import Config
 from seqkd.data.stream import PromptStream
 from seqkd.draws import prompts_of
 from seqkd.errors import JournalError
-from seqkd.journal import (
-    Journal,
-    JournaledSampler,
-    JournaledTeacher,
-    sampling_settings,
-    score_form,
-)
+from seqkd.journal import Journal, JournaledSampler, JournaledTeacher, sampling_settings, score_form
 from seqkd.metrics import Clock
 from seqkd.models.output_head import load_head
 from seqkd.preflight import Checked

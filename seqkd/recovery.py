@@ -6,14 +6,15 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from seqkd import loop, summary
+from seqkd import loop
 from seqkd.alarms import StepAlarms
 from seqkd.canary import Canary
 from seqkd.checkpoint import Checkpoints, Progress
 from seqkd.config.run import Config
 from seqkd.control import Control
 from seqkd.errors import LearnerLost, LearningFault, SeqkdError
-from seqkd.evaluation.divergence import HeldOut, Measurement
+from seqkd.evaluation import summary
+from seqkd.evaluation.heldout import HeldOut, Measurement
 from seqkd.journal import Journal, attach
 from seqkd.loop import Run
 from seqkd.metrics import Recorder

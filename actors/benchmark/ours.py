@@ -14,7 +14,7 @@ from actors.benchmark.turns import wait_for_turn
 from seqkd import preflight, recovery
 from seqkd.config import run as configuration
 from seqkd.control import Control
-from seqkd.evaluation.divergence import Measurement
+from seqkd.evaluation.heldout import Measurement
 from seqkd.metrics import Recorder
 from seqkd.models.export import materialize_student
 

@@ -8,13 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from seqkd import summary
 from seqkd.comparison.plan import Comparison, Entry
 from seqkd.comparison.statistics import Estimate, difference, estimate, holm
 from seqkd.config.base import BudgetKind
 from seqkd.errors import DataError, writing
-from seqkd.evaluation import table
-from seqkd.evaluation.divergence import Ratio
+from seqkd.evaluation import summary, table
+from seqkd.evaluation.intervals import Ratio
 from seqkd.report import source
 from seqkd.report.source import Run
 from seqkd.run_directory import replace

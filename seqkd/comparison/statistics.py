@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import t as student_t
 
-from seqkd.evaluation.divergence import Array, Ratio
+from seqkd.evaluation.intervals import Array, Ratio
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,7 @@ from typing import Any
 
 from seqkd.config.data import DataConfig
 from seqkd.config.messages import shown
-from seqkd.data.formats import (
-    is_text,
-)
+from seqkd.data.formats import is_text
 from seqkd.data.prompt_table import PromptTable, batch_of
 from seqkd.data.read_stats import BATCH, ReadStats, T
 from seqkd.data.readers import Source

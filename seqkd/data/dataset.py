@@ -12,14 +12,7 @@ from seqkd.config.data import DataConfig
 from seqkd.config.run import Config
 from seqkd.data.chat_template import Renderer
 from seqkd.data.corpus import read_corpus
-from seqkd.data.formats import (
-    Conversation,
-    Message,
-    conversation,
-    detect,
-    digest,
-    spread,
-)
+from seqkd.data.formats import Conversation, Message, conversation, detect, digest, spread
 from seqkd.data.prompt_table import CONVERSATION, PromptTable, batch_of, part_of
 from seqkd.data.read_stats import BATCH, ReadStats
 from seqkd.data.readers import Source

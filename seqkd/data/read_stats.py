@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from seqkd.config.data import DataConfig
-from seqkd.data.formats import (
-    Format,
-)
+from seqkd.data.formats import Format
 from seqkd.data.readers import Source
 
 T = TypeVar("T")

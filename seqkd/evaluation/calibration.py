@@ -12,7 +12,7 @@ from itertools import pairwise
 import numpy as np
 
 from seqkd.evaluation.curves import TokenValues
-from seqkd.evaluation.divergence import Interval, ratio
+from seqkd.evaluation.intervals import Interval, ratio
 
 Array = np.ndarray
 

@@ -1,7 +1,7 @@
 """What changes along a completion: errors that pile up, and where it ends.
 
 Definitions, sources and what each metric hides: docs/evaluation.md. Intervals are 95 % percentile
-bootstraps over prompts with the same draws as :func:`seqkd.evaluation.divergence.ratio`.
+bootstraps over prompts with the same draws as :func:`seqkd.evaluation.intervals.ratio`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from seqkd.evaluation.divergence import RESAMPLES, Interval
+from seqkd.evaluation.intervals import RESAMPLES, Interval
 
 Array = np.ndarray
 

@@ -15,22 +15,9 @@ import numpy as np
 from seqkd.evaluation.bartscore import BartScorer
 from seqkd.evaluation.calibration import end_calibration
 from seqkd.evaluation.curves import Lengths, TokenValues, compare_ends, exposure_bias, length_rates
-from seqkd.evaluation.divergence import (
-    Answers,
-    Interval,
-    Ratio,
-    condense,
-    paired_change,
-    totals,
-)
-from seqkd.evaluation.text import (
-    distinct,
-    per_prompt,
-    repeated,
-    rouge,
-    self_bleu,
-    spoken,
-)
+from seqkd.evaluation.heldout import Answers, aggregate_by_prompt, totals
+from seqkd.evaluation.intervals import Interval, Ratio, paired_change
+from seqkd.evaluation.text import distinct, per_prompt, repeated, rouge, self_bleu, without_eos
 from seqkd.types import Prompt, Rollout
 
 LABELS = {
@@ -60,7 +47,7 @@ MEASURED = (*tuple(LABELS)[:5], "nll_per_token")
 
 
 @dataclass(frozen=True)
-class Written:
+class ModelOutputs:
     """What one model wrote, and all that is known of it."""
 
     answers: Answers
@@ -87,7 +74,7 @@ class Figures:
 
 
 def figures(
-    written: Written,
+    written: ModelOutputs,
     prompts: Sequence[Prompt],
     references: Sequence[Sequence[str]],
     decode: Callable[[Sequence[int]], str],
@@ -99,7 +86,7 @@ def figures(
         references: [P] the data set's own answers to each prompt, or none.
     """
     groups = by_prompt(written.answers.rollouts, prompts)
-    texts = [[decode(spoken(r)) for r in group] for group in groups]
+    texts = [[decode(without_eos(r)) for r in group] for group in groups]
     of_reference = rouge(texts, references)
     text = {name: getattr(of_reference, name) for name in ("rouge1", "rouge2", "rougeL")}
     if bart is not None:
@@ -110,12 +97,12 @@ def figures(
     rates = length_rates(_lengths(written.answers, prompts))
     text |= {"length": per_prompt(rates.length), "ended": per_prompt(rates.ended)}
     text |= {"repetition": repeated(groups), "self_bleu": self_bleu(texts)}
-    said = [spoken(r) for r in written.answers.rollouts]
+    said = [without_eos(r) for r in written.answers.rollouts]
     shares = {f"distinct{n}": distinct(said, n) for n in (1, 2, 3)}
     whole = {name: share for name, share in shares.items() if share is not None}
     ratios = {}
     if written.on_teacher is not None:
-        known = condense(prompts, written.answers, written.on_teacher).ratios()
+        known = aggregate_by_prompt(prompts, written.answers, written.on_teacher).ratios()
         ratios = {name: known[name] for name in MEASURED if name in known}
     elif costs := totals(written.answers, "teacher_logprob"):
         sums = [
@@ -135,7 +122,7 @@ def changes(before: Figures, after: Figures) -> dict[str, Interval]:
     }
 
 
-def curves(written: Written, prompts: Sequence[Prompt]) -> dict[str, Any]:
+def curves(written: ModelOutputs, prompts: Sequence[Prompt]) -> dict[str, Any]:
     """Of one student, as plain data: exposure bias, and where its completions end beside the
     teacher's; what is not known is left out."""
     assert written.on_teacher is not None

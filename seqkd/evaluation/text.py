@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from seqkd.evaluation.divergence import Interval, Ratio
-from seqkd.metrics import repetition
+from seqkd.evaluation.intervals import Interval, Ratio
 from seqkd.types import Rollout
+
+if TYPE_CHECKING:
+    pass
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
 
@@ -118,20 +121,20 @@ def distinct(completions: Sequence[Sequence[int]], n: int) -> float | None:
     in token ids; none reaches over two completions. None where all are shorter than n.
 
     Args:
-        completions: token ids, without the token that ends them (:func:`spoken`).
+        completions: token ids, without the token that ends them (:func:`without_eos`).
     """
     grams = [tuple(ids[i : i + n]) for ids in completions for i in range(len(ids) - n + 1)]
     return len(set(grams)) / len(grams) if grams else None
 
 
-def spoken(rollout: Rollout) -> tuple[int, ...]:
+def without_eos(rollout: Rollout) -> tuple[int, ...]:
     """The completion's token ids without the end-of-sequence token."""
     ids = rollout.completion_ids
     return ids[:-1] if rollout.finish_reason == "stop" else ids
 
 
 def repeated(rollouts: Sequence[Sequence[Rollout]]) -> PerPrompt:
-    """:func:`seqkd.metrics.repetition` (4-grams, 0 to 1) of the completions of each prompt.
+    """:func:`seqkd.evaluation.text.repetition` (4-grams, 0 to 1) of the completions of each prompt.
 
     Args:
         rollouts: [P] the completions of each prompt. A prompt whose completions are all shorter
@@ -147,3 +150,15 @@ def repeated(rollouts: Sequence[Sequence[Rollout]]) -> PerPrompt:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
+
+
+def repetition(rollouts: Sequence[Rollout], n: int = 4) -> float:
+    """Share of the completions' n-grams that occurred before in the same completion; 0 where all
+    are shorter."""
+    seen = repeated = 0
+    for rollout in rollouts:
+        ids = rollout.completion_ids
+        grams = [ids[i : i + n] for i in range(len(ids) - n + 1)]
+        seen += len(grams)
+        repeated += len(grams) - len(set(grams))
+    return repeated / seen if seen else 0.0

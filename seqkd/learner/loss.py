@@ -11,13 +11,7 @@ from torch import Tensor
 from seqkd.config.phases import TermConfig
 from seqkd.learner.student import as_token_stats
 from seqkd.objectives import OBJECTIVES, mixture_weight
-from seqkd.types import (
-    Counts,
-    Divergence,
-    PartResult,
-    Stat,
-    TrainBatch,
-)
+from seqkd.types import Counts, Divergence, PartResult, Stat, TrainBatch
 
 
 @dataclass(frozen=True)

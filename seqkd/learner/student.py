@@ -153,9 +153,11 @@ def check_head(model: nn.Module, field: str) -> None:
 
 
 def prefix_sharing_factor(model: nn.Module) -> int:
-    """:attr:`seqkd.learner.batching.Layout.sharing` of a causal language model: a matrix element costs a
-    multiplication a token, a pair of tokens two of the hidden size. 0 where it would not keep the
-    completions of a row apart: sliding windows, recurrent layers, positions of its own making."""
+    """Return :attr:`seqkd.learner.batching.Layout.sharing` of a causal language model.
+
+    A matrix element costs one multiplication per token, a pair of tokens two times the hidden size.
+    0 where the model would not keep the completions of a row apart: sliding windows, recurrent
+    layers, position ids that the model computes itself."""
     config: Any = model.config
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     windows = ("sliding_window", "window_size", "attention_window")

@@ -1,11 +1,11 @@
 """From hidden states and output heads to per-token log-probabilities and divergences, and to a loss
 made of them.
 
-The logits of a few hundred tokens at a time are formed, reduced to one number a token, some tokens
-at a time, and thrown away. Peak memory is two [chunk, V] tensors and some [block, V] ones (see
-:mod:`seqkd.models.output_head`), so it grows with N and never with N x V. A loss (:func:`token_loss`) sends its
-gradient back while a chunk's logits are there, so that they are formed once: four products with a
-head in all, of student, teacher and two gradients.
+The logits of a few hundred tokens at a time are formed, reduced to one number per token, block by
+block, and discarded. Peak memory is two [chunk, V] tensors and some [block, V] ones (see
+:mod:`seqkd.models.output_head`), so it grows with N and never with N x V. A loss
+(:func:`token_loss`) sends its gradient back while the logits of a chunk are in memory, so they are
+formed once: four products with a head in all, for the student, the teacher and two gradients.
 """
 
 from __future__ import annotations

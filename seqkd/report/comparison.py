@@ -15,7 +15,7 @@ from seqkd.comparison.plan import Entry
 from seqkd.comparison.results import FIRST, INITIAL, KINDS, TEACHER, Result, Tables
 from seqkd.comparison.statistics import Estimate
 from seqkd.config.lifecycle import BudgetConfig
-from seqkd.evaluation.divergence import Interval
+from seqkd.evaluation.intervals import Interval
 from seqkd.report import comparison_plots, samples, tables, words
 from seqkd.report.comparison_plots import Mark
 from seqkd.report.drawing import AXES

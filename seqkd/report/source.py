@@ -19,7 +19,7 @@ from seqkd import run_directory
 from seqkd.config.base import BudgetKind
 from seqkd.config.run import Config, load
 from seqkd.errors import DataError, SeqkdError
-from seqkd.evaluation.divergence import Interval, Ratio
+from seqkd.evaluation.intervals import Interval, Ratio
 
 Row = dict[str, Any]
 Token = tuple[str, float | None]
@@ -261,7 +261,7 @@ def _evaluation(file: Path) -> Evaluation:
 
 
 def ratios(found: Mapping[str, Any]) -> dict[str, Ratio]:
-    """As :meth:`seqkd.evaluation.divergence.Ratio.plain` wrote them, by figure."""
+    """As :meth:`seqkd.evaluation.intervals.Ratio.plain` wrote them, by figure."""
     return {
         name: Ratio(np.array(of["above"], dtype=float), np.array(of["below"], dtype=float))
         for name, of in found.items()

@@ -10,12 +10,12 @@ import numpy as np
 
 from seqkd.config.run import Config
 from seqkd.evaluation import table
-from seqkd.evaluation.divergence import Interval
+from seqkd.evaluation.intervals import Interval
+from seqkd.evaluation.summary import LABELS
 from seqkd.report.series import column
 from seqkd.report.source import Evaluation, Run
 from seqkd.report.words import between, change, stage
 from seqkd.run_directory import flat
-from seqkd.summary import LABELS
 
 RECENT = 5
 """Steps that a figure of a run under way is the mean of."""

@@ -9,7 +9,7 @@ from seqkd.config.phases import TermConfig
 from seqkd.config.run import Config
 from seqkd.config.student import PruneInitConfig
 from seqkd.config.teacher import MultiTeacherConfig
-from seqkd.evaluation.divergence import Interval
+from seqkd.evaluation.intervals import Interval
 
 OBJECTIVE = {
     "sequence_reverse_kl": "sequence-level reverse KL",

@@ -16,7 +16,8 @@ from seqkd.canary import SMALLEST_LR, Canary, must_move
 from seqkd.config.alarms import AlarmConfig, AlarmsConfig
 from seqkd.config.run import Config, load
 from seqkd.errors import ConfigError, LearningFault
-from seqkd.metrics import describe, repetition
+from seqkd.evaluation.text import repetition
+from seqkd.metrics import describe
 from seqkd.protocols import Part
 from seqkd.types import Counts, PartResult, Prompt, Rollout, StepResult, TeacherScore
 from tests.conftest import ROOT

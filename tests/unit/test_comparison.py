@@ -14,7 +14,7 @@ from scipy import stats
 from seqkd.comparison import plan, results
 from seqkd.comparison.statistics import Estimate, difference, estimate, holm
 from seqkd.errors import ConfigError, DataError
-from seqkd.evaluation.divergence import Ratio
+from seqkd.evaluation.intervals import Ratio
 from tests.comparison_runs import write_comparison, write_evaluation
 from tests.unit.config.test_config import MINIMAL
 

@@ -14,7 +14,7 @@ import yaml
 
 from seqkd.budget import cost
 from seqkd.config.run import Config
-from seqkd.evaluation.divergence import FIGURES
+from seqkd.evaluation.heldout import FIGURES
 from seqkd.metrics import Clock, Recorder, describe
 from seqkd.objectives import OBJECTIVES
 from seqkd.protocols import Part

@@ -28,14 +28,7 @@ from seqkd.errors import (
     StorageError,
 )
 from seqkd.metrics import Recorder
-from seqkd.types import (
-    PartResult,
-    Prompt,
-    Rollout,
-    StepResult,
-    TeacherScore,
-    WeightVersion,
-)
+from seqkd.types import PartResult, Prompt, Rollout, StepResult, TeacherScore, WeightVersion
 from seqkd.workers import Workers
 from tests.unit.config.test_config import MINIMAL
 

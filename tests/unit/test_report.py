@@ -19,10 +19,10 @@ import report as script
 
 from seqkd import report, run_directory
 from seqkd.errors import DataError, StorageError
-from seqkd.evaluation.divergence import Interval
+from seqkd.evaluation.intervals import Interval
+from seqkd.evaluation.summary import closing
 from seqkd.report import page, samples, series, tables, timing, words
 from seqkd.report.source import read
-from seqkd.summary import closing
 from tests import pages
 from tests.conftest import ROOT
 from tests.report_runs import HOSTILE, MAIN, SKIPPED, WARMUP, configuration, replace_yaml, write_run

@@ -20,7 +20,7 @@ from seqkd import trackers
 from seqkd.config.base import TrackerName
 from seqkd.config.run import Config
 from seqkd.errors import ConfigError
-from seqkd.evaluation.divergence import Measurement
+from seqkd.evaluation.heldout import Measurement
 from seqkd.metrics import Clock, Recorder
 from tests.conftest import ROOT
 from tests.unit.config.test_config import MINIMAL

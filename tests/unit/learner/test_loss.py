@@ -14,7 +14,7 @@ from seqkd.config.learner import LearnerConfig
 from seqkd.config.run import Config
 from seqkd.config.student import PruneInitConfig
 from seqkd.errors import ModelError, ResourceError
-from seqkd.evaluation.divergence import ratio
+from seqkd.evaluation.intervals import ratio
 from seqkd.learner.running_costs import RunningCosts, by_position
 from seqkd.learner.student import check_head, last_hidden
 from seqkd.models.loading import load_causal_lm, without_dropout

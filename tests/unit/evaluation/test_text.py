@@ -8,8 +8,8 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from seqkd.evaluation.divergence import ratio
-from seqkd.evaluation.text import distinct, per_prompt, repeated, rouge, self_bleu, spoken
+from seqkd.evaluation.intervals import ratio
+from seqkd.evaluation.text import distinct, per_prompt, repeated, rouge, self_bleu, without_eos
 from seqkd.types import Rollout
 
 
@@ -95,8 +95,8 @@ def test_distinct_by_hand():
 
 
 def test_the_token_that_ends_a_completion_is_not_spoken():
-    assert spoken(rollout([4, 5, 0])) == (4, 5)
-    assert spoken(rollout([4, 5, 6], "length")) == (4, 5, 6)
+    assert without_eos(rollout([4, 5, 0])) == (4, 5)
+    assert without_eos(rollout([4, 5, 6], "length")) == (4, 5, 6)
 
 
 def test_repetition_of_each_prompt():

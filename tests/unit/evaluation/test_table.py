@@ -7,8 +7,9 @@ import math
 import numpy as np
 import pytest
 
-from seqkd.evaluation.divergence import Answers, Interval, Ratio
-from seqkd.evaluation.table import Figures, Written, changes, curves, figures, render
+from seqkd.evaluation.heldout import Answers
+from seqkd.evaluation.intervals import Interval, Ratio
+from seqkd.evaluation.table import Figures, ModelOutputs, changes, curves, figures, render
 from seqkd.types import Prompt, Rollout
 
 PROMPTS = [Prompt("a", (1,), "a"), Prompt("b", (2,), "b")]
@@ -43,7 +44,7 @@ def student(costs=1.0):
     stats = {"reverse_kl": 2.0, "forward_kl": 3.0, "student_logprob": -1.0, "teacher_logprob": -4.0}
     ours = written(STUDENT, costs, **stats)
     theirs = written(TEACHER, costs, end_logprob=math.log(0.5), **stats)
-    return Written(ours, theirs)
+    return ModelOutputs(ours, theirs)
 
 
 def test_every_figure_by_hand():
@@ -68,7 +69,7 @@ def test_every_figure_by_hand():
 
 def test_the_teacher_has_the_figures_of_its_text():
     theirs = student().on_teacher
-    table = figures(Written(theirs), PROMPTS, REFERENCES, decode, None).table()
+    table = figures(ModelOutputs(theirs), PROMPTS, REFERENCES, decode, None).table()
     assert table["teacher_nll_per_token"].mean == 4.0
     assert table["length"].mean == ((2 + 4) / 2 + (2 + 3) / 2) / 2
     assert not {"reverse_kl_per_token", "perplexity"} & table.keys()
@@ -99,14 +100,14 @@ def test_curves_know_what_they_are_given():
     assert (ends["states"], ends["observed_ends"]) == (11, 3)
     assert ends["expected_ends"] == pytest.approx(0.5 * 11)
     assert found["ends"]["student"]["survival"][0] == 1
-    without = Written(written(STUDENT, 1.0), written(TEACHER, 1.0))
+    without = ModelOutputs(written(STUDENT, 1.0), written(TEACHER, 1.0))
     assert curves(without, PROMPTS).keys() == {"ends"}
 
 
 def test_the_table_has_a_column_a_model_and_a_dash_where_nothing_is_known():
     table = {
         "teacher": figures(
-            Written(student().on_teacher), PROMPTS, REFERENCES, decode, None
+            ModelOutputs(student().on_teacher), PROMPTS, REFERENCES, decode, None
         ).table(),
         "student": figures(student(), PROMPTS, REFERENCES, decode, None).table(),
     }

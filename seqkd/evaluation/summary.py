@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from seqkd.errors import writing
-from seqkd.evaluation.divergence import Interval, Measurement, Shown, paired_change
+from seqkd.evaluation.heldout import Example, Measurement
+from seqkd.evaluation.intervals import Interval, paired_change
 from seqkd.run_directory import replace
 from seqkd.types import Prompt
 
@@ -128,7 +129,7 @@ def _example(
     }
 
 
-def _tokens(shown: Shown, tokenizer: Any) -> list[tuple[str, float | None]]:
+def _tokens(shown: Example, tokenizer: Any) -> list[tuple[str, float | None]]:
     """Each token's own text, and what it costs. Of a character that several tokens make up, the
     last of them has it."""
     ids, found, told = shown.rollout.completion_ids, [], ""

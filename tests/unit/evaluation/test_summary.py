@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from seqkd.evaluation.divergence import Interval, Measurement, Shown
-from seqkd.summary import evaluation_json
+from seqkd.evaluation.heldout import Example, Measurement
+from seqkd.evaluation.intervals import Interval
+from seqkd.evaluation.summary import evaluation_json
 from seqkd.types import Prompt, Rollout
 
 
@@ -25,7 +26,7 @@ def test_tokens_of_an_example_make_up_its_text(tokenizer):
     rollout = Rollout("a", "a/0", (1,), ids, None, "student", 0, "length")
     ones = {"sequences": np.ones(1), "student_tokens": np.ones(1), "teacher_tokens": np.ones(1)}
     ones |= {name: np.ones(1) for name in ("student_ended", "teacher_ended", "nll")}
-    known = Measurement(ones, (Shown(rollout, costs),), (Shown(rollout),))
+    known = Measurement(ones, (Example(rollout, costs),), (Example(rollout),))
     found = evaluation_json({"initial": known}, [Prompt("a", (1,), "a")], tokenizer, 1)
     tokens = found["examples"][0]["tokens"]
     assert list(tokens) == ["teacher", "student before"], "there is no later student yet"

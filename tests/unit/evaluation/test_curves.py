@@ -11,14 +11,8 @@ import pytest
 
 from seqkd.evaluation import curves
 from seqkd.evaluation.calibration import end_calibration
-from seqkd.evaluation.curves import (
-    Lengths,
-    TokenValues,
-    compare_ends,
-    exposure_bias,
-    length_rates,
-)
-from seqkd.evaluation.divergence import Interval, ratio
+from seqkd.evaluation.curves import Lengths, TokenValues, compare_ends, exposure_bias, length_rates
+from seqkd.evaluation.intervals import Interval, ratio
 
 
 def plain(found):

@@ -13,49 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+from seqkd.evaluation.intervals import Array, Interval, Ratio
 from seqkd.protocols import Measured, Scores
 from seqkd.types import Prompt, Rollout
 from seqkd.workers import Workers
-
-RESAMPLES = 10_000
-Array = np.ndarray
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean with its 95 % bootstrap interval over prompts."""
-
-    mean: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.mean:.3g} [{self.low:.3g}, {self.high:.3g}]"
-
-    @property
-    def verdict(self) -> str:
-        """Of a difference: whether it can be told from none."""
-        return "excludes 0" if self.low > 0 or self.high < 0 else "includes 0"
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """A figure as the quotient of two sums over prompts."""
-
-    above: Array
-    """[P]"""
-    below: Array
-    """[P] 0 at prompts where the figure is not defined, which are left out."""
-
-    def interval(self) -> Interval:
-        """With a percentile bootstrap over prompts."""
-        known = self.below > 0
-        return ratio(self.above[known], self.below[known])
-
-    def plain(self) -> dict[str, list[float]]:
-        """As JSON has it."""
-        return {"above": self.above.tolist(), "below": self.below.tolist()}
-
 
 FIGURES: dict[str, tuple[str, str]] = {
     "reverse_kl_per_token": ("reverse_kl", "student_tokens"),
@@ -75,7 +36,7 @@ student's: how likely the teacher finds it."""
 
 
 @dataclass(frozen=True)
-class Shown:
+class Example:
     """A completion for people to read, and what each of its tokens costs."""
 
     rollout: Rollout
@@ -100,9 +61,9 @@ class Measurement:
     sums: dict[str, Array]
     """By the names that :data:`FIGURES` uses; divergences only where the teacher's distribution is
     known."""
-    student: tuple[Shown, ...]
+    student: tuple[Example, ...]
     """The first sample of each of the first prompts."""
-    teacher: tuple[Shown, ...]
+    teacher: tuple[Example, ...]
 
     def ratios(self) -> dict[str, Ratio]:
         """Every figure that is known (nats, tokens, shares), prompt by prompt."""
@@ -115,32 +76,6 @@ class Measurement:
     def table(self) -> dict[str, Interval]:
         """The same over all prompts."""
         return {figure: of.interval() for figure, of in self.ratios().items()}
-
-
-def ratio(numerator: Array, denominator: Array) -> Interval:
-    """sum(numerator) / sum(denominator) with a percentile bootstrap over prompts."""
-    picks = _picks(len(numerator))
-    means = numerator[picks].sum(1) / denominator[picks].sum(1)
-    low, high = np.percentile(means, (2.5, 97.5))
-    return Interval(float(numerator.sum() / denominator.sum()), float(low), float(high))
-
-
-def paired_change(before: Ratio, after: Ratio) -> Interval:
-    """Change of a figure, prompts resampled together in both, of those where both define it."""
-    known = (before.below > 0) & (after.below > 0)
-    everything = np.arange(known.sum())
-
-    def value(of: Ratio, rows: Array) -> Array:
-        return np.asarray(of.above[known][rows].sum(-1) / of.below[known][rows].sum(-1))
-
-    picks = _picks(len(everything))
-    low, high = np.percentile(value(after, picks) - value(before, picks), (2.5, 97.5))
-    change = value(after, everything) - value(before, everything)
-    return Interval(float(change), float(low), float(high))
-
-
-def _picks(prompts: int) -> Array:
-    return np.random.default_rng(0).integers(0, prompts, (RESAMPLES, prompts))
 
 
 class HeldOut:
@@ -159,7 +94,7 @@ class HeldOut:
 
     def measure(self) -> Measurement:
         """The student as it is now; the same random numbers every time."""
-        return condense(self.prompts, *self.answers(), self.shown)
+        return aggregate_by_prompt(self.prompts, *self.answers(), self.shown)
 
     def answers(self, ends: tuple[int, ...] = ()) -> tuple[Answers, Answers]:
         """The student's own and the teacher's; ``ends`` as in :class:`seqkd.protocols.Learner`."""
@@ -180,7 +115,7 @@ class HeldOut:
         return self.workers.teacher.score(rollouts) if self.workers.distribution else {}
 
 
-def condense(
+def aggregate_by_prompt(
     prompts: Sequence[Prompt], student: Answers, teacher: Answers, shown: int = 0
 ) -> Measurement:
     """All samples, as many of the one as of the other, to sums over those of each prompt; of the
@@ -219,10 +154,10 @@ def totals(answers: Answers, name: str) -> dict[str, float]:
     }
 
 
-def _first(prompts: Sequence[Prompt], answers: Answers, cost: str) -> tuple[Shown, ...]:
+def _first(prompts: Sequence[Prompt], answers: Answers, cost: str) -> tuple[Example, ...]:
     by_prompt = {r.prompt_id: r for r in reversed(answers.rollouts)}
     first = [by_prompt[p.prompt_id] for p in prompts]
-    return tuple(Shown(r, tuple(answers.measured[r.sample_id].get(cost, ()))) for r in first)
+    return tuple(Example(r, tuple(answers.measured[r.sample_id].get(cost, ()))) for r in first)
 
 
 def _lengths(answers: Answers) -> dict[str, float]:
