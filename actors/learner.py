@@ -19,7 +19,7 @@ from actors.host_memory import arrived, to_host
 from actors.learner_state import TrainingState
 from seqkd.config.learner import LearnerConfig
 from seqkd.config.student import LoraConfig
-from seqkd.errors import writing
+from seqkd.files import disk_errors
 from seqkd.learner.batching import to_device
 from seqkd.learner.loss import RankPart, part_result, stat_names
 from seqkd.learner.student import StudentModel, check_head, prefix_sharing_factor
@@ -177,7 +177,7 @@ class LearnerRank:
         and the adapters alone to ``<directory>_adapter``."""
         state = self._gathered()
         if self.rank == 0:
-            with writing(Path(directory)):
+            with disk_errors(Path(directory)):
                 if self.adapters:
                     self.adapters.export(state, Path(f"{directory}_adapter"))
                     state = self.adapters.merged(state)

@@ -19,7 +19,8 @@ from train import quiet
 from actors.benchmark.rows import Row, table
 from seqkd.config import run as configuration
 from seqkd.config.base import Precision
-from seqkd.errors import ConfigError, reported, writing
+from seqkd.errors import ConfigError, reported
+from seqkd.files import disk_errors
 
 CONFIG = "configs/benchmark.yaml"
 SECTIONS = (
@@ -67,7 +68,7 @@ def measure(sections: tuple[str, ...] | list[str], args: argparse.Namespace) -> 
     """Each section in turn; what there is so far is in the file."""
     quiet()
     from actors.benchmark import objectives, runs, stages, traffic, turns
-    from seqkd import environment
+    from seqkd.storage import environment
 
     file, repeat = args.config, args.repeat
     config = configuration.load(file)
@@ -98,7 +99,7 @@ def measure(sections: tuple[str, ...] | list[str], args: argparse.Namespace) -> 
         for row in work[section]():
             rows.append(row)
             found = {"environment": environment.describe(), "rows": [row.plain() for row in rows]}
-            with writing(Path(args.out)):
+            with disk_errors(Path(args.out)):
                 Path(args.out).write_text(json.dumps(found, indent=1), encoding="utf-8")
     print(table(rows))
     print(f"\n{args.out}")

@@ -21,7 +21,7 @@ import psutil
 from quickstart import ENVIRONMENT, RAY, ROOT, Head, free_ports, local_head
 
 from seqkd.errors import say
-from seqkd.shards import file_digest
+from seqkd.files import file_digest
 
 ROLES = {
     "rollout": "RolloutActor",

@@ -112,8 +112,7 @@ def line(text: str) -> None:
 
 def over(entry: Entry) -> bool:
     """Whether a run has come to its end. ConfigError where it was one of another configuration."""
-    from seqkd import run_directory
-    from seqkd.report import source
+    from seqkd.storage import run_directory, run_reader
 
     found = run_directory.resumption(entry.directory, entry.config, resume=True)
     if set(found.course) - {"budget.amount"}:
@@ -123,15 +122,15 @@ def over(entry: Entry) -> bool:
             + "Set these as they were, choose a new name, or remove the directory."
         )
     begun = (entry.directory / "metrics.jsonl").exists()
-    return begun and not found.course and source.read(entry.directory).over
+    return begun and not found.course and run_reader.read(entry.directory).over
 
 
 def outcome(entry: Entry) -> str:
     """The end of a run in a line."""
     from seqkd.comparison.results import FIRST, LABELS
-    from seqkd.report import source
+    from seqkd.storage import run_reader
 
-    run = source.read(entry.directory)
+    run = run_reader.read(entry.directory)
     _, figures = run.figures.get("main", (0, {}))
     shown = [f"{LABELS[name]} {figures[name].mean:.3g}" for name in FIRST if name in figures]
     return ", ".join([f"{run.done} steps in {run.seconds / 60:.0f} min", *shown])

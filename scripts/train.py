@@ -8,10 +8,11 @@ import time
 from contextlib import closing
 from typing import TYPE_CHECKING
 
-from seqkd import run_directory, trackers
+from seqkd import trackers
 from seqkd.config import run as configuration
 from seqkd.config.run import Config
 from seqkd.errors import LearnerLost, SeqkdError, StorageError, reported, say
+from seqkd.storage import run_directory
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -185,14 +186,15 @@ def train(config: Config, verbose: bool, resume: bool) -> int:
     from seqkd import model_card, report
     from seqkd.evaluation import summary
     from seqkd.metrics import Recorder
+    from seqkd.storage import run_reader
 
     with build.connect(config, verbose):
         build.check_resources(config)
-        with run_directory.hold(directory), closing(Recorder(directory, config)) as recorder:
-            run_directory.begin(directory, asked, data, resumption)
+        with run_directory.lock(directory), closing(Recorder(directory, config)) as recorder:
+            run_directory.initialize(directory, asked, data, resumption)
             print(f"run directory: {directory}\nstarting the actors", flush=True)
             measured = learn(directory, config, checked, journals, recorder)
-    evaluation = summary.read(directory) if measured else None
+    evaluation = run_reader.read_evaluation(directory) if measured else None
     if evaluation:
         print("\n" + summary.render(evaluation))
     model_card.write(directory, asked, evaluation)

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from seqkd import checkpoint_files
 from seqkd.budget import Spent
 from seqkd.config.run import Config
 from seqkd.control import Control
@@ -21,6 +20,7 @@ from seqkd.journal import JournaledSampler
 from seqkd.learner.running_costs import RunningCosts
 from seqkd.protocols import Learner, Sampler
 from seqkd.run_journal import RunJournal
+from seqkd.storage import checkpoint_dir
 from seqkd.types import rollout_from
 
 Running = dict[str, RunningCosts]
@@ -74,8 +74,8 @@ class Checkpoints:
         """Put the learner at the newest whole checkpoint, or leave it at the initial student where
         none was written; and what was skipped on the way, a line each. CheckpointError where none
         of them is whole."""
-        path, state, skipped = checkpoint_files.newest(self.directory)
-        damaged = [line for line in skipped if not line.endswith(checkpoint_files.UNFINISHED)]
+        path, state, skipped = checkpoint_dir.newest(self.directory)
+        damaged = [line for line in skipped if not line.endswith(checkpoint_dir.UNFINISHED)]
         if path is None and damaged:
             raise CheckpointError(
                 "\n".join(damaged)
@@ -125,7 +125,7 @@ class Checkpoints:
             "known_text": progress.known_text,
             **(self.unlearnt[0] if self.unlearnt else self.place()),
         }
-        checkpoint_files.save(
+        checkpoint_dir.save(
             self.directory,
             progress.step,
             lambda folder: self.learner.save(str(folder)),
@@ -133,7 +133,7 @@ class Checkpoints:
             self.config.keep_last,
         )
         self.last_step, self.last_time = progress.step, time.monotonic()
-        oldest = checkpoint_files.oldest_state(self.directory)
+        oldest = checkpoint_dir.oldest_state(self.directory)
         self.journal.prune(oldest.get("journal", {}))
         self.control.saved()
         return True

@@ -7,12 +7,9 @@ traceback.
 
 from __future__ import annotations
 
-import re
 import signal as signals
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
 from signal import SIGINT, Signals
 from typing import TextIO
 
@@ -105,27 +102,8 @@ class Stopped(SeqkdError):
         return Stopped, (self.signal,)
 
 
-DISK = re.compile(r"\[Errno [0-9]+\]|\(os error [0-9]+\)|inline_container\.cc")
-"""What another process, safetensors and torch say of a file that cannot be written."""
-
-
 class StorageError(SeqkdError):
     """A file of the run that cannot be written: no room, no permission."""
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """StorageError in place of an error of the disk while the block writes ``path``."""
-    try:
-        yield
-    except Exception as error:
-        if not isinstance(error, OSError) and not DISK.search(str(error)):
-            raise
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise StorageError(
-            f"{path}: cannot be written: {reason:.300}. What was saved before is kept. Make room, "
-            "or give permission, then go on with --resume."
-        ) from None
 
 
 def reported(action: Callable[[], int], again: str = "") -> int:

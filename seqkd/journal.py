@@ -26,12 +26,13 @@ from seqkd.config.resources import EngineConfig
 from seqkd.config.run import Config
 from seqkd.config.teacher import EndpointTeacherConfig, SingleTeacherConfig
 from seqkd.errors import JournalError
+from seqkd.files import sync, unwritable
 from seqkd.models.loading import dtype_of, load_config
 from seqkd.models.output_head import export_head
 from seqkd.models.weight_files import checkpoint_digest
 from seqkd.preflight import Checked
 from seqkd.protocols import Finished, Sampler, Teacher
-from seqkd.shards import Shards, sync, unwritable
+from seqkd.storage.arrow_store import ArrowStore
 from seqkd.types import Prompt, Rollout, TeacherScore
 from seqkd.workers import Workers
 
@@ -65,8 +66,8 @@ class Journal:
     ) -> None:
         self.directory = directory
         self.hidden_dtype = dtype_of(precision)
-        self.completions = Shards(directory / "completions", COMPLETIONS, damaged)
-        self.scores = Shards(directory / "scores", SCORES, damaged)
+        self.completions = ArrowStore(directory / "completions", COMPLETIONS, damaged)
+        self.scores = ArrowStore(directory / "scores", SCORES, damaged)
 
     @property
     def teacher(self) -> str:

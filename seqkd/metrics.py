@@ -17,8 +17,8 @@ import xxhash
 from seqkd.budget import Cost
 from seqkd.config.phases import PhaseConfig
 from seqkd.config.run import Config
-from seqkd.errors import writing
 from seqkd.evaluation.text import repetition
+from seqkd.files import disk_errors
 from seqkd.protocols import Part
 from seqkd.trackers import Trackers
 from seqkd.types import PartResult, Rollout, StepResult
@@ -77,7 +77,7 @@ class Recorder:
         """Go on with ``step``: later rows, and one that was not written to its end, are cut off.
         Returns the rows that are left."""
         self._close_file()
-        with writing(self.path):
+        with disk_errors(self.path):
             rows = _whole_rows(self.path, step)
             partial = self.path.with_suffix(".partial")
             partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -114,7 +114,7 @@ class Recorder:
             row["time_ahead_s"] = clock.ahead
         row |= {"time_step_s": total, "tokens_per_s": row["tokens"] / total}
         assert self.file is not None, "rewind first"
-        with writing(self.path):
+        with disk_errors(self.path):
             self.file.write(json.dumps({"step": step, **_finite(row)}, allow_nan=False) + "\n")
             self.file.flush()
             os.fsync(self.file.fileno())

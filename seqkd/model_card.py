@@ -18,11 +18,11 @@ from seqkd.config.run import Config
 from seqkd.config.student import PruneInitConfig
 from seqkd.config.teacher import EndpointTeacherConfig, SingleTeacherConfig
 from seqkd.data.readers import JSON, TABLES
-from seqkd.errors import writing
 from seqkd.evaluation.intervals import Interval
 from seqkd.evaluation.summary import LABELS
+from seqkd.files import disk_errors
 from seqkd.models.loading import expand
-from seqkd.run_directory import OPERATION, SECTIONS
+from seqkd.storage.run_directory import EXECUTION_KEYS, SECTIONS
 
 SAMPLES = {
     "student": "its own samples",
@@ -50,7 +50,7 @@ def write(run: Path, config: Config, evaluation: Mapping[str, Any] | None) -> No
     )
     front = metadata(config, license_).to_yaml()
     card = ModelCard(f"---\n{front}\n---\n\n" + "\n".join(sections))
-    with writing(file):
+    with disk_errors(file):
         card.save(file)
 
 
@@ -241,7 +241,9 @@ def _configuration(config: Config) -> str:
 
     def shaping(value: Any) -> Any:
         if isinstance(value, dict):
-            return {key: shaping(below) for key, below in value.items() if key not in OPERATION}
+            return {
+                key: shaping(below) for key, below in value.items() if key not in EXECUTION_KEYS
+            }
         return [shaping(below) for below in value] if isinstance(value, list) else value
 
     known = {k: v for k, v in config.model_dump(mode="json").items() if k not in SECTIONS}

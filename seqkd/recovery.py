@@ -20,6 +20,7 @@ from seqkd.loop import Run
 from seqkd.metrics import Recorder
 from seqkd.preflight import Checked
 from seqkd.run_journal import RunJournal
+from seqkd.storage import run_reader
 from seqkd.watch import Watch
 from seqkd.workers import Workers
 
@@ -74,7 +75,7 @@ def prepare(
     def publish(measured: Mapping[str, Measurement]) -> None:
         examples = config.evaluation.examples
         found = summary.evaluation_json(measured, checked.heldout, checked.tokenizer, examples)
-        summary.write(directory, found)
+        run_reader.write_evaluation(directory, found)
 
     return Run(
         config, workers, checked.train, checked.corpus, evaluation, recorder, checkpoints, watch,

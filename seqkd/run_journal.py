@@ -17,7 +17,7 @@ import pyarrow as pa
 from seqkd.config.run import Config
 from seqkd.journal import Journal, address_of, score_form
 from seqkd.protocols import Finished, Sampler, StudentSampler, Teacher
-from seqkd.shards import Shards
+from seqkd.storage.arrow_store import ArrowStore
 from seqkd.types import Prompt, Rollout, TeacherScore, WeightVersion, rollout_from
 from seqkd.workers import Workers
 
@@ -51,7 +51,7 @@ class RunJournal:
 
     def __init__(self, directory: Path, config: Config) -> None:
         self.directory, self.room = directory, int(config.checkpoints.journal_gib * 2**30)
-        self.samples = Shards(directory / SAMPLED, SAMPLES, damaged="drop")
+        self.samples = ArrowStore(directory / SAMPLED, SAMPLES, damaged="drop")
         self.scores = {
             name: Journal(directory / SCORED / name, teacher.precision, damaged="drop")
             for name, teacher in config.teachers.items()
@@ -107,7 +107,7 @@ class RunJournal:
         ]
 
     @property
-    def _shards(self) -> dict[str, Shards]:
+    def _shards(self) -> dict[str, ArrowStore]:
         scores = {f"teacher {name}": journal.scores for name, journal in self.scores.items()}
         return {"samples": self.samples, **scores}
 
@@ -115,7 +115,7 @@ class RunJournal:
 class RecordedSampler:
     """Completions that are drawn once: the same call gets the same ones again."""
 
-    def __init__(self, inner: Sampler, samples: Shards, who: str) -> None:
+    def __init__(self, inner: Sampler, samples: ArrowStore, who: str) -> None:
         self.inner, self.samples, self.who = inner, samples, who
 
     def sample(
@@ -149,7 +149,7 @@ class RecordedStudent(RecordedSampler):
 
     inner: StudentSampler
 
-    def __init__(self, inner: StudentSampler, samples: Shards) -> None:
+    def __init__(self, inner: StudentSampler, samples: ArrowStore) -> None:
         super().__init__(inner, samples, "student")
 
     @property

@@ -17,7 +17,7 @@ from typing import Any
 from seqkd.config.base import TrackerName
 from seqkd.config.run import Config
 from seqkd.errors import ConfigError
-from seqkd.run_directory import flat
+from seqkd.storage.run_directory import flat
 
 PROJECT = "seqkd"
 PACKAGES = {"comet_ml": "comet-ml", "aim": "'aim<4'"}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from seqkd.alarms import StepAlarms, check_counts, check_trained
 from seqkd.canary import Asked, Canary, must_move
-from seqkd.errors import writing
+from seqkd.files import disk_errors
 from seqkd.journal import Journal
 from seqkd.protocols import Part
 from seqkd.types import StepResult
@@ -102,7 +102,7 @@ class Watch:
             for f in fields(score)
             if isinstance(value := getattr(score, f.name), Tensor)
         }
-        with writing(folder):
+        with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             lines = "".join(json.dumps(row) + "\n" for row in rollouts)
             (folder / "rollouts.jsonl").write_text(lines, encoding="utf-8")

@@ -9,13 +9,13 @@ from typing import Annotated
 
 from pydantic import Field, StringConstraints, model_validator
 
-from seqkd import run_directory
 from seqkd.config import run as configuration
 from seqkd.config.base import BaseConfig
 from seqkd.config.lifecycle import BudgetConfig
 from seqkd.config.loading import read
 from seqkd.config.run import Config
 from seqkd.errors import ConfigError
+from seqkd.storage import run_directory
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 UNLIMITED = 1_000_000

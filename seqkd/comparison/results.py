@@ -11,12 +11,12 @@ from typing import Any, get_args
 from seqkd.comparison.plan import Comparison, Entry
 from seqkd.comparison.statistics import Estimate, difference, estimate, holm
 from seqkd.config.base import BudgetKind
-from seqkd.errors import DataError, writing
+from seqkd.errors import DataError
 from seqkd.evaluation import summary, table
 from seqkd.evaluation.intervals import Ratio
-from seqkd.report import source
-from seqkd.report.source import Run
-from seqkd.run_directory import replace
+from seqkd.files import atomic_write, disk_errors
+from seqkd.storage import run_reader
+from seqkd.storage.run_reader import Run
 
 KINDS: tuple[BudgetKind, ...] = get_args(BudgetKind)
 FIRST = ("reverse_kl_per_token", "forward_kl_per_token", "student_length", "student_eos_rate")
@@ -91,7 +91,7 @@ class Result:
 def read(comparison: Comparison, entries: Sequence[Entry]) -> Result:
     """What is there by now. DataError where the runs cannot be compared."""
     begun = [e for e in entries if (e.directory / "metrics.jsonl").exists()]
-    runs = {(e.method, e.seed): source.read(e.directory) for e in begun}
+    runs = {(e.method, e.seed): run_reader.read(e.directory) for e in begun}
     over = [e for e in begun if runs[e.method, e.seed].over]
     _refuse_other_prompts(over)
     held: dict[str, dict[int, dict[str, Ratio]]] = {}
@@ -236,8 +236,8 @@ def write(result: Result, directory: Path) -> None:
         "problems": result.problems,
     }
     file = directory / "comparison.json"
-    with writing(file):
-        replace(file, json.dumps(found, indent=2) + "\n")
+    with disk_errors(file):
+        atomic_write(file, json.dumps(found, indent=2) + "\n")
 
 
 def _plain(of: ByMethod) -> dict[str, dict[str, dict[str, Any]]]:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from seqkd.errors import writing
-from seqkd.evaluation.heldout import Example, Measurement
-from seqkd.evaluation.intervals import Interval, paired_change
-from seqkd.run_directory import replace
+import numpy as np
+
+from seqkd.evaluation.heldout import Measurement
+from seqkd.evaluation.intervals import Interval, Ratio, paired_change
 from seqkd.types import Prompt
 
 LABELS = {
@@ -56,22 +57,10 @@ def evaluation_json(
         "changes": changes,
         "per_prompt": {s: {k: v.plain() for k, v in of.items()} for s, of in ratios.items()},
         "examples": [
-            _example(i, measurements, prompts, tokenizer)
+            read_completions(i, measurements, prompts, tokenizer)
             for i in range(min(examples, len(prompts)))
         ],
     }
-
-
-def write(directory: Path, evaluation: dict[str, Any]) -> None:
-    """``evaluation.json`` of the run directory. StorageError where it cannot be written."""
-    file = directory / "evaluation.json"
-    with writing(file):
-        replace(file, json.dumps(evaluation, indent=2, ensure_ascii=False) + "\n")
-
-
-def read(directory: Path) -> dict[str, Any]:
-    """What :func:`write` wrote."""
-    return dict(json.loads((directory / "evaluation.json").read_text(encoding="utf-8")))
 
 
 def render(evaluation: dict[str, Any]) -> str:
@@ -111,7 +100,7 @@ def _stage(stage: str) -> str:
     return "before" if stage == "initial" else f"after {stage}"
 
 
-def _example(
+def read_completions(
     i: int, measurements: Mapping[str, Measurement], prompts: Sequence[Prompt], tokenizer: Any
 ) -> dict[str, Any]:
     first, last = next(iter(measurements.values())), list(measurements.values())[-1]
@@ -129,7 +118,7 @@ def _example(
     }
 
 
-def _tokens(shown: Example, tokenizer: Any) -> list[tuple[str, float | None]]:
+def _tokens(shown: Completions, tokenizer: Any) -> list[tuple[str, float | None]]:
     """Each token's own text, and what it costs. Of a character that several tokens make up, the
     last of them has it."""
     ids, found, told = shown.rollout.completion_ids, [], ""
@@ -163,4 +152,82 @@ def closing(directory: Path, stage_seconds: Mapping[str, float], seconds: float)
         + (f"adapter:     {adapter}\n" if adapter.is_dir() else "")
         + f"metrics:     {directory / 'metrics.jsonl'}\n"
         f"TensorBoard: tensorboard --logdir {directory / 'tensorboard'}"
+    )
+
+
+Token = tuple[str, float | None]
+"""Its text and its divergence in nats, None where that is not known."""
+
+
+@dataclass(frozen=True)
+class Completions:
+    """Completions of one held-out prompt, by whose they are."""
+
+    prompt: str
+    completions: dict[str, str]
+    tokens: dict[str, list[Token]]
+    """Of those completions whose divergence is known token by token."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """evaluation.json: what was measured on held-out prompts."""
+
+    prompts: int
+    interval: str
+    figures: dict[str, dict[str, Interval]]
+    """By what preceded the measurement ("initial" first), by figure."""
+    changes: dict[str, dict[str, Interval]]
+    """By figure, by "before -> after"; paired over prompts."""
+    per_prompt: dict[str, dict[str, Ratio]]
+    """As ``figures``."""
+    examples: list[Completions]
+
+
+def number(row: Mapping[str, Any], key: str) -> float | None:
+    """A figure of a row; None where it is not there or is no finite number."""
+    value = row.get(key)
+    known = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if known else None  # type: ignore[arg-type]
+
+
+def read_figures(file: Path) -> Evaluation:
+    found = json.loads(file.read_text(encoding="utf-8"))
+    return Evaluation(
+        prompts=int(found["prompts"]),
+        interval=str(found.get("interval", "")),
+        figures={stage: _intervals(of) for stage, of in found["figures"].items()},
+        changes={figure: _intervals(of) for figure, of in found.get("changes", {}).items()},
+        per_prompt={stage: ratios(of) for stage, of in found.get("per_prompt", {}).items()},
+        examples=[read_completions(example) for example in found.get("examples", [])],
+    )
+
+
+def ratios(found: Mapping[str, Any]) -> dict[str, Ratio]:
+    """As :meth:`seqkd.evaluation.intervals.Ratio.plain` wrote them, by figure."""
+    return {
+        name: Ratio(np.array(of["above"], dtype=float), np.array(of["below"], dtype=float))
+        for name, of in found.items()
+    }
+
+
+def _intervals(found: Mapping[str, Any]) -> dict[str, Interval]:
+    """Of those figures that have a mean and an interval."""
+    fields = ("mean", "low", "high")
+    return {
+        name: Interval(*(float(value[field]) for field in fields))
+        for name, value in found.items()
+        if isinstance(value, dict) and all(number(value, field) is not None for field in fields)
+    }
+
+
+def read_completions(found: Mapping[str, Any]) -> Completions:
+    tokens = found.get("tokens") or {}
+    return Completions(
+        str(found["prompt"]),
+        {who: str(text) for who, text in found["completions"].items()},
+        {
+            who: [(str(text), number({"kl": kl}, "kl")) for text, kl in of]
+            for who, of in tokens.items()
+        },
     )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from seqkd.report.page import render, save
-from seqkd.report.source import read
+from seqkd.storage.run_reader import read
 
 
 def write(directories: Sequence[Path], out: Path, refresh: float | None = None) -> bool:

@@ -11,8 +11,8 @@ from seqkd.comparison.statistics import Estimate
 from seqkd.report import drawing
 from seqkd.report.panels import Panel
 from seqkd.report.series import Array, Axis, spent
-from seqkd.report.source import Run
 from seqkd.report.svg import COLOUR, SERIES, Plot, plot, series_colour
+from seqkd.storage.run_reader import Run
 
 LINES = ("solid", (0, (4.5, 2)), (0, (1.2, 1.5)))
 """Of the first methods, of the next when the colours begin again, and of those after."""

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from seqkd.report.series import Array, Axis, Curve, curves, spent
-from seqkd.report.source import Run
 from seqkd.report.svg import COLOUR, Plot, series_colour
+from seqkd.storage.run_reader import Run
 
 AXES: dict[Axis, str] = {
     "steps": "optimizer steps taken",

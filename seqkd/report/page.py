@@ -9,11 +9,10 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
-from seqkd.errors import writing
+from seqkd.files import atomic_write, disk_errors
 from seqkd.report import panels, samples, tables, timing, words
-from seqkd.report.source import Run
 from seqkd.report.svg import SERIES
-from seqkd.run_directory import replace
+from seqkd.storage.run_reader import Run
 
 
 def render(runs: Sequence[Run], refresh: float | None) -> str:
@@ -66,8 +65,8 @@ def template(name: str) -> Template:
 def save(text: str, out: Path) -> None:
     """Readers find the page before or after, never a part of it. StorageError where it cannot be
     written."""
-    with writing(out):
-        replace(out, text)
+    with disk_errors(out):
+        atomic_write(out, text)
 
 
 def header(run: Run, index: int) -> dict[str, Any]:

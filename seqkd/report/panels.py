@@ -11,8 +11,8 @@ from markupsafe import Markup
 from seqkd.report import drawing
 from seqkd.report.drawing import Track
 from seqkd.report.series import Array, Axis, column
-from seqkd.report.source import Run
 from seqkd.report.svg import SERIES, plot
+from seqkd.storage.run_reader import Run
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from seqkd.report.source import Example, Run, Token
+from seqkd.evaluation.summary import Completions, Token
 from seqkd.report.words import printable
+from seqkd.storage.run_reader import Run
 
 BOUNDS = (0.1, 0.5, 1.0, 2.0, 4.0)
 """Nats at which the next deeper colour begins."""
@@ -66,7 +67,7 @@ def across(runs: Mapping[str, Run]) -> list[Compared]:
     return [_across(example, known) for example in first]
 
 
-def _across(example: Example, known: Mapping[str, Sequence[Example]]) -> Compared:
+def _across(example: Completions, known: Mapping[str, Sequence[Completions]]) -> Compared:
     columns = {"teacher": (example, "teacher")}
     for name, examples in known.items():
         for other in examples:
@@ -75,7 +76,7 @@ def _across(example: Example, known: Mapping[str, Sequence[Example]]) -> Compare
     return _compared(example, columns)
 
 
-def _compared(example: Example, columns: dict[str, tuple[Example, str]]) -> Compared:
+def _compared(example: Completions, columns: dict[str, tuple[Completions, str]]) -> Compared:
     shown = [
         completion(name, of.completions[who], of.tokens.get(who, []))
         for name, (of, who) in columns.items()

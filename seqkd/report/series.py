@@ -9,7 +9,8 @@ from typing import Literal
 import numpy as np
 
 from seqkd.config.base import BudgetKind
-from seqkd.report.source import Row, Run, number
+from seqkd.evaluation.summary import number
+from seqkd.storage.run_reader import Row, Run
 
 Array = np.ndarray
 Axis = Literal["steps"] | BudgetKind

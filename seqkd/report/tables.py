@@ -11,11 +11,11 @@ import numpy as np
 from seqkd.config.run import Config
 from seqkd.evaluation import table
 from seqkd.evaluation.intervals import Interval
-from seqkd.evaluation.summary import LABELS
+from seqkd.evaluation.summary import LABELS, Evaluation
 from seqkd.report.series import column
-from seqkd.report.source import Evaluation, Run
 from seqkd.report.words import between, change, stage
-from seqkd.run_directory import flat
+from seqkd.storage.run_directory import flat
+from seqkd.storage.run_reader import Run
 
 RECENT = 5
 """Steps that a figure of a run under way is the mean of."""

@@ -15,7 +15,7 @@ from seqkd.config.lifecycle import BudgetConfig
 from seqkd.errors import StorageError
 from seqkd.report import comparison as page
 from seqkd.report import comparison_plots, drawing
-from seqkd.report.source import read
+from seqkd.storage.run_reader import read
 from tests import pages
 from tests.comparison_runs import AMOUNT, METHODS, write_comparison, write_evaluation
 from tests.report_runs import HOSTILE, write_run

@@ -18,7 +18,7 @@ from seqkd.evaluation.heldout import FIGURES
 from seqkd.metrics import Clock, Recorder, describe
 from seqkd.objectives import OBJECTIVES
 from seqkd.protocols import Part
-from seqkd.run_directory import flat
+from seqkd.storage.run_directory import flat
 from seqkd.types import Counts, PartResult, Rollout, StepResult
 from tests.conftest import ROOT
 from tests.unit.config.test_config import MINIMAL

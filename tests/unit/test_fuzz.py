@@ -18,13 +18,13 @@ import yaml
 from hypothesis import assume, event, example, given
 from hypothesis import strategies as st
 
-from seqkd.checkpoint_files import newest, save
 from seqkd.config.run import Config, dump, load
 from seqkd.data.dataset import read_data
 from seqkd.data.readers import Source
 from seqkd.errors import ConfigError, DataError, JournalError
 from seqkd.journal import describe_teacher, identify_teacher, keep_teachers, open_journals
-from seqkd.shards import Shards
+from seqkd.storage.arrow_store import ArrowStore
+from seqkd.storage.checkpoint_dir import newest, save
 from tests.conftest import ROOT
 from tests.unit.config.test_config import MINIMAL
 
@@ -496,7 +496,7 @@ ROWS = [{"address": f"a{i % 3}", "value": bytes([i]) * 50} for i in range(5)]
 
 @pytest.fixture(scope="module")
 def shard(folder):
-    Shards(folder / "whole", SCHEMA).append(ROWS)
+    ArrowStore(folder / "whole", SCHEMA).append(ROWS)
     (file,) = (folder / "whole").iterdir()
     return file
 
@@ -518,13 +518,13 @@ def test_a_damaged_file_of_the_journal(folder, shard, data):
     file = directory / shard.name
     file.write_bytes(content)
     if content == whole:
-        assert len(rows_of(Shards(directory, SCHEMA))) == len(ROWS)
+        assert len(rows_of(ArrowStore(directory, SCHEMA))) == len(ROWS)
         return
     with pytest.raises(JournalError) as caught:
-        Shards(directory, SCHEMA)
+        ArrowStore(directory, SCHEMA)
     (line,) = lines_of(caught.value)
     assert f"{file} is damaged" in line
-    shards = Shards(directory, SCHEMA, damaged="drop")
+    shards = ArrowStore(directory, SCHEMA, damaged="drop")
     assert (shards.dropped, shards.places) == ([file.name], {})
 
 

@@ -178,7 +178,7 @@ def test_a_full_disk_is_said_and_leaves_no_half_file(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     j = journal(tmp_path)
-    monkeypatch.setattr("seqkd.shards.os.fsync", full)
+    monkeypatch.setattr("seqkd.storage.arrow_store.os.fsync", full)
     with pytest.raises(JournalError, match="No space left on device"):
         sampler(Sampler(), j).sample(PROMPTS[:1], [1], 0)
     assert not [p for p in (tmp_path / "j").rglob("*") if p.is_file()]

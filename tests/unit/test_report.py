@@ -17,12 +17,13 @@ import numpy as np
 import pytest
 import report as script
 
-from seqkd import report, run_directory
+from seqkd import report
 from seqkd.errors import DataError, StorageError
 from seqkd.evaluation.intervals import Interval
 from seqkd.evaluation.summary import closing
 from seqkd.report import page, samples, series, tables, timing, words
-from seqkd.report.source import read
+from seqkd.storage import run_directory
+from seqkd.storage.run_reader import read
 from tests import pages
 from tests.conftest import ROOT
 from tests.report_runs import HOSTILE, MAIN, SKIPPED, WARMUP, configuration, replace_yaml, write_run
@@ -75,7 +76,7 @@ def test_a_finished_run(directory):
 
 def test_a_run_is_over_when_nothing_more_is_to_come(directory):
     lines, all_there = lines_of(directory), (directory / "evaluation.json").read_text()
-    with run_directory.hold(directory):
+    with run_directory.lock(directory):
         keep(directory, [])
         assert read(directory).state == "starting"
         keep(directory, lines[:30])
@@ -240,7 +241,7 @@ def test_the_stages_by_hand(directory):
 def test_time_left_is_that_of_the_steps_to_come(directory):
     keep(directory, lines_of(directory)[:50])
     assert tables.time_left(read(directory)) is None  # nobody is at work
-    with run_directory.hold(directory):
+    with run_directory.lock(directory):
         run = read(directory)
         each = [row["time_step_s"] for row in run.rows[40:]]
         assert tables.time_left(run) == pytest.approx(sum(each))  # ten done, ten to come
@@ -577,8 +578,8 @@ def test_help_says_how():
 def test_a_run_leaves_what_it_started_on(tmp_path):
     config = configuration("x", runs_dir=str(tmp_path))
     directory = run_directory.locate(config)
-    with run_directory.hold(directory):
-        run_directory.begin(directory, config, {}, run_directory.Resumption(found=False))
+    with run_directory.lock(directory):
+        run_directory.initialize(directory, config, {}, run_directory.Resumption(found=False))
     found = json.loads((directory / "environment.json").read_text())
     assert found["packages"]["torch"] == version("torch")
     assert found["packages"]["ray"] == version("ray")

@@ -290,7 +290,7 @@ def test_the_variables_of_a_launcher_are_not_asked(tmp_path):
 
 
 def test_of_a_start_that_failed_the_trackers_are_no_hindrance(tmp_path):
-    from seqkd import run_directory
+    from seqkd.storage import run_directory
 
     (tmp_path / "trackers").mkdir()
     run_directory.refuse_used(tmp_path)

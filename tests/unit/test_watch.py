@@ -15,7 +15,7 @@ from seqkd.config.run import Config
 from seqkd.errors import LearningFault
 from seqkd.journal import Journal
 from seqkd.protocols import Part
-from seqkd.shards import Shards
+from seqkd.storage.arrow_store import ArrowStore
 from seqkd.types import Counts, PartResult, Rollout, StepResult, TeacherScore, rollout_from
 from seqkd.watch import Watch
 from tests.unit.config.test_config import MINIMAL
@@ -119,8 +119,8 @@ def test_a_rollout_is_the_same_after_json_and_arrow():
 
 def test_what_another_process_added_is_not_taken_back(tmp_path):
     schema = pa.schema([("address", pa.string())])
-    mine, other = Shards(tmp_path, schema), Shards(tmp_path, schema)
+    mine, other = ArrowStore(tmp_path, schema), ArrowStore(tmp_path, schema)
     mine.append([{"address": "mine"}])
     other.append([{"address": "other"}])
     mine.revert()
-    assert set(Shards(tmp_path, schema).places) == {"other"}
+    assert set(ArrowStore(tmp_path, schema).places) == {"other"}

@@ -12,14 +12,14 @@ import pyarrow as pa
 import pytest
 
 from seqkd.errors import JournalError
-from seqkd.shards import ABANDONED_S, Shards
+from seqkd.storage.arrow_store import ABANDONED_S, ArrowStore
 from tests.conftest import ROOT
 
 SCHEMA = pa.schema([("address", pa.string()), ("value", pa.large_binary())])
 
 
 def filled(directory, appends=1, rows=2):
-    shards = Shards(directory, SCHEMA)
+    shards = ArrowStore(directory, SCHEMA)
     for number in range(appends):
         shards.append([row(f"{number}/{i}") for i in range(rows)])
     return shards
@@ -39,12 +39,12 @@ def files(directory):
 
 
 def test_rows_are_read_back_in_the_order_in_which_they_were_added(tmp_path):
-    first, second = Shards(tmp_path, SCHEMA), Shards(tmp_path, SCHEMA)
+    first, second = ArrowStore(tmp_path, SCHEMA), ArrowStore(tmp_path, SCHEMA)
     for number in range(3):
         first.append([{"address": "a", "value": bytes([number])}, row("b")])
     second.append([{"address": "a", "value": b"other"}])  # counts as the first did
     assert second.count("a") == 1
-    again = Shards(tmp_path, SCHEMA)
+    again = ArrowStore(tmp_path, SCHEMA)
     values = [r["value"].as_py() for r in again.rows("a", 0, 4)]
     assert sorted(values) == [b"\0", b"\1", b"\2", b"other"]
     assert [v for v in values if v != b"other"] == [b"\0", b"\1", b"\2"]
@@ -52,9 +52,9 @@ def test_rows_are_read_back_in_the_order_in_which_they_were_added(tmp_path):
 
 
 def test_equal_rows_of_two_writers_are_both_kept(tmp_path):
-    for shards in [Shards(tmp_path, SCHEMA), Shards(tmp_path, SCHEMA)]:
+    for shards in [ArrowStore(tmp_path, SCHEMA), ArrowStore(tmp_path, SCHEMA)]:
         shards.append([row("a")])
-    assert Shards(tmp_path, SCHEMA).count("a") == 2
+    assert ArrowStore(tmp_path, SCHEMA).count("a") == 2
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "append", "zero", "name", "columns"])
@@ -78,19 +78,19 @@ def test_damage_is_named_wherever_it_is(tmp_path, damage):
     for version in versions:
         file.write_bytes(version)
         with pytest.raises(JournalError, match=rf"{file.name} is damaged: .*\. Remove it; what"):
-            Shards(tmp_path, schema)
+            ArrowStore(tmp_path, schema)
 
 
 def test_a_damaged_file_can_be_left_out(tmp_path):
     filled(tmp_path, appends=3)
     damaged = files(tmp_path)[2]
     damaged.write_bytes(damaged.read_bytes()[:-1])
-    shards = Shards(tmp_path, SCHEMA, damaged="drop")
+    shards = ArrowStore(tmp_path, SCHEMA, damaged="drop")
     assert shards.dropped == [damaged.name]
     assert sorted(shards.places) == ["0/0", "0/1", "1/0", "1/1"]
     assert shards.position == 3, "above the damaged one too"
     shards.append([row("2/0")])
-    assert value(Shards(tmp_path, SCHEMA, damaged="drop"), "2/0") == row("2/0")["value"]
+    assert value(ArrowStore(tmp_path, SCHEMA, damaged="drop"), "2/0") == row("2/0")["value"]
 
 
 def test_numbers_go_on_after_the_highest_and_old_files_can_be_removed(tmp_path):
@@ -101,7 +101,7 @@ def test_numbers_go_on_after_the_highest_and_old_files_can_be_removed(tmp_path):
     assert files(tmp_path) == [kept]
     assert sorted(shards.places) == ["3/0", "3/1"]
     assert (shards.position, value(shards, "3/1")) == (4, row("3/1")["value"])
-    again = Shards(tmp_path, SCHEMA)
+    again = ArrowStore(tmp_path, SCHEMA)
     assert again.position == 4
     again.append([row("new")])
     assert files(tmp_path)[1].name.startswith("00000004-")
@@ -114,7 +114,7 @@ def test_what_a_killed_writer_left_is_removed_and_what_one_writes_is_not(tmp_pat
         partial.write_bytes(b"half")
     long_ago = time.time() - ABANDONED_S - 60
     os.utime(old, (long_ago, long_ago))
-    assert len(Shards(tmp_path, SCHEMA).places) == 2
+    assert len(ArrowStore(tmp_path, SCHEMA).places) == 2
     assert (old.exists(), new.exists()) == (False, True)
 
 
@@ -149,7 +149,7 @@ def test_a_writer_that_is_killed_at_any_moment_loses_nothing_that_it_acknowledge
             time.sleep(moments.uniform(0, 0.004))  # anywhere within an append
             process.kill()
             acknowledged += process.stdout.read().split()
-    shards = Shards(tmp_path, SCHEMA)
+    shards = ArrowStore(tmp_path, SCHEMA)
     names = {address.partition("/")[0] for address in shards.places}
     assert set(acknowledged) <= names
     assert len(acknowledged) > 12
@@ -165,11 +165,11 @@ def test_a_disk_that_is_full_is_said_and_keeps_what_was_written(tmp_path):
     assert output.split() == ["w-0", "w-1"]
     last = errors.strip().splitlines()[-1]
     assert "cannot be written: File too large. What was written before is kept. Make room" in last
-    assert sorted(Shards(tmp_path, SCHEMA).places) == ["w-0/0", "w-0/1", "w-1/0", "w-1/1"]
+    assert sorted(ArrowStore(tmp_path, SCHEMA).places) == ["w-0/0", "w-0/1", "w-1/0", "w-1/1"]
     assert not list(tmp_path.glob("*.partial"))
 
 
 def test_a_place_that_cannot_be_written_is_said(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(JournalError, match=r"file/.*cannot be written: Not a directory"):
-        Shards(tmp_path / "file" / "below", SCHEMA).append([row("a")])
+        ArrowStore(tmp_path / "file" / "below", SCHEMA).append([row("a")])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import time
@@ -17,12 +16,13 @@ import pyarrow as pa
 import xxhash
 
 from seqkd.errors import JournalError
+from seqkd.files import file_digest, sync, unwritable
 
 ABANDONED_S = 24 * 3600.0
 """A file takes a writer seconds: one unfinished for so long belongs to none that lives."""
 
 
-class Shards:
+class ArrowStore:
     """A directory of Arrow files with one schema, whose first column is ``address``.
 
     A file is written aside, synced to disk and renamed, so that it is there whole or not at all,
@@ -115,29 +115,6 @@ class Shards:
             self.places.setdefault(address, []).append((file, index))
         self._files.append(file)
         self.position = max(self.position, _number(file) + 1)
-
-
-def file_digest(file: Path) -> str:
-    """xxh3-64 of a file's bytes. Raises OSError."""
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, xxhash.xxh3_64).hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Have a file's content, or a directory's names, on disk. Raises OSError."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def unwritable(file: Path, error: OSError) -> JournalError:
-    """The error to raise where the disk refuses ``file``."""
-    return JournalError(
-        f"{file} cannot be written: {error.strerror or error}. What was written "
-        "before is kept. Make room, or name another journal.path or runs_dir."
-    )
 
 
 def _content(rows: Sequence[dict[str, Any]], schema: pa.Schema) -> pa.Buffer:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,15 +13,16 @@ from typing import Any
 
 from seqkd.config.run import Config, dump, load
 from seqkd.errors import ConfigError
+from seqkd.files import atomic_write
 
 PACKAGED = "working_dir_files"
 """A folder in the path of every working directory that Ray unpacks for a job."""
-FIRST = (
+STARTUP_FILES = (
     "config.yaml", "data.json", "environment.json", "evaluation.json", "lock", "report.html",
     "student_initial", "student_initial.partial", "tensorboard", "trackers", "journal",
 )  # fmt: skip
 """What a run writes before its first step: a start that failed there may be tried again."""
-OPERATION = {
+EXECUTION_KEYS = {
     "name", "runs_dir", "trackers", "cluster", "placement", "examples", "every_steps", "actors",
     "cpus", "gpus", "ranks", "zero_stage", "gradient_checkpointing", "compile",
     "micro_batch_tokens", "tensor_parallel_size",
@@ -31,7 +31,7 @@ OPERATION = {
 }  # fmt: skip
 """Keys that say how a run is carried out, in whatever section; and every key of SECTIONS."""
 SECTIONS = ("checkpoints", "recovery", "alarms")
-COURSE = {
+TRAJECTORY_KEYS = {
     "steps", "budget", "budget.kind", "budget.amount", "learner.lr", "learner.schedule",
     "learner.lr_warmup_steps", "learner.min_lr_ratio", "learner.betas",
     "learner.weight_decay", "learner.max_grad_norm", "learner.precision",
@@ -66,7 +66,10 @@ def refuse_used(directory: Path) -> None:
     """ConfigError where another run, or anything else, is already there."""
     found = directory.iterdir() if directory.is_dir() else ()
     metrics = directory / "metrics.jsonl"
-    if any(path.name not in FIRST and (path != metrics or path.stat().st_size) for path in found):
+    if any(
+        path.name not in STARTUP_FILES and (path != metrics or path.stat().st_size)
+        for path in found
+    ):
         raise ConfigError(
             f"name: {directory} already holds another run. Choose a new name=…, or remove it; "
             "to go on with it, use --resume."
@@ -74,7 +77,7 @@ def refuse_used(directory: Path) -> None:
 
 
 @contextmanager
-def hold(directory: Path) -> Iterator[None]:
+def lock(directory: Path) -> Iterator[None]:
     """Make the directory, and keep other processes from it while the block runs."""
     with _written(directory):
         directory.mkdir(parents=True, exist_ok=True)
@@ -104,12 +107,13 @@ def under_way(directory: Path) -> bool | None:
     return False
 
 
-def begin(
+def initialize(
     directory: Path, config: Config, data: Mapping[str, Sequence[Any]], resumption: Resumption
 ) -> None:
     """Write the resolved configuration, what makes the data sets others, and what the run starts
     on, into the directory, after what this run must not learn from is removed."""
-    from seqkd import environment, run_journal  # here, as they import torch
+    from seqkd import run_journal  # here, as they import torch
+    from seqkd.storage import environment
 
     journal = directory / "journal"
     with _written(directory):
@@ -117,9 +121,9 @@ def begin(
             shutil.rmtree(journal, ignore_errors=True)
         if resumption.course:
             run_journal.remove(journal)
-        replace(directory / "data.json", json.dumps(_fingerprint(data), indent=2))
-        replace(directory / "environment.json", json.dumps(environment.describe(), indent=2))
-        replace(directory / "config.yaml", dump(config))
+        atomic_write(directory / "data.json", json.dumps(_fingerprint(data), indent=2))
+        atomic_write(directory / "environment.json", json.dumps(environment.describe(), indent=2))
+        atomic_write(directory / "config.yaml", dump(config))
 
 
 def resumption(directory: Path, config: Config, resume: bool) -> Resumption:
@@ -132,7 +136,7 @@ def resumption(directory: Path, config: Config, resume: bool) -> Resumption:
     before, now = flat(load(file)), flat(config)
     changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     lines = {key: f"{key}: {_shown(before, key)} -> {_shown(now, key)}" for key in changed}
-    course = [key for key in changed if key in COURSE]
+    course = [key for key in changed if key in TRAJECTORY_KEYS]
     free = [key for key in changed if _operation(key)]
     refused = [lines[key] for key in changed if key not in course and key not in free]
     if before["steps"] > config.steps:
@@ -189,22 +193,11 @@ def flat(config: Config) -> dict[str, Any]:
 
 def _operation(key: str) -> bool:
     section, *_, last = key.split(".") if "." in key else (key, key)
-    return section in SECTIONS or last in OPERATION
+    return section in SECTIONS or last in EXECUTION_KEYS
 
 
 def _shown(values: Mapping[str, Any], key: str) -> str:
     return str(values[key]) if key in values else "(none)"
-
-
-def replace(file: Path, text: str) -> None:
-    """Write a file of which readers, and a run that goes on after a crash, find all or what was
-    there before."""
-    partial = file.with_name(file.name + ".partial")
-    with partial.open("w", encoding="utf-8") as out:
-        out.write(text)
-        out.flush()
-        os.fsync(out.fileno())
-    partial.rename(file)
 
 
 @contextmanager

@@ -14,8 +14,8 @@ import time
 import pytest
 import xxhash
 
-from seqkd.checkpoint_files import load_state, newest, save
 from seqkd.errors import CheckpointError, StorageError
+from seqkd.storage.checkpoint_dir import load_state, newest, save
 from tests.conftest import ROOT
 
 STATE = {"step": 3, "loss": math.inf, "name": "ä"}

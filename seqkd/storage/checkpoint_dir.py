@@ -15,8 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from seqkd.errors import CheckpointError, writing
-from seqkd.shards import file_digest, sync
+from seqkd.errors import CheckpointError
+from seqkd.files import disk_errors, file_digest, sync
 
 STATE, MANIFEST = "state.json", "manifest.json"
 UNFINISHED = "was not finished."
@@ -36,7 +36,7 @@ def save(
     final = root / f"step-{step:08d}"
     partial, old = final.with_suffix(".partial"), final.with_suffix(".old")
     try:
-        with writing(final):
+        with disk_errors(final):
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             write(partial)

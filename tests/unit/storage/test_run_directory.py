@@ -8,11 +8,11 @@ import multiprocessing
 
 import pytest
 
-from seqkd import run_directory
 from seqkd.config.run import Config
 from seqkd.data.prompt_table import PromptTable, batch_of
 from seqkd.errors import ConfigError, StorageError
 from seqkd.metrics import Clock, Recorder
+from seqkd.storage import run_directory
 from tests.unit.config.test_config import MINIMAL
 
 
@@ -29,9 +29,9 @@ def begun(tmp_path, data=None, **changes):
     """The directory of a run with some rows of metrics."""
     c = config(runs_dir=str(tmp_path), **changes)
     directory = run_directory.locate(c)
-    with run_directory.hold(directory):
+    with run_directory.lock(directory):
         new = run_directory.Resumption(found=False)
-        run_directory.begin(directory, c, data or {"training": table("a")}, new)
+        run_directory.initialize(directory, c, data or {"training": table("a")}, new)
     (directory / "metrics.jsonl").write_text("{}\n")
     return directory
 
@@ -51,11 +51,13 @@ def test_a_start_that_failed_leaves_no_samples_to_the_next(tmp_path):
     for name in ("samples", "heldout"):
         (directory / "journal" / name).mkdir(parents=True)
     c, data = config(runs_dir=str(tmp_path)), {"training": table("a")}
-    run_directory.begin(directory, c, data, run_directory.Resumption(found=True))
+    run_directory.initialize(directory, c, data, run_directory.Resumption(found=True))
     assert (directory / "journal" / "samples").exists()
-    run_directory.begin(directory, c, data, run_directory.Resumption(True, course=("learner.lr",)))
+    run_directory.initialize(
+        directory, c, data, run_directory.Resumption(True, course=("learner.lr",))
+    )
     assert [path.name for path in (directory / "journal").iterdir()] == ["heldout"]
-    run_directory.begin(directory, c, data, run_directory.Resumption(found=False))
+    run_directory.initialize(directory, c, data, run_directory.Resumption(found=False))
     assert not (directory / "journal").exists()
 
 
@@ -150,7 +152,7 @@ def test_a_run_under_way_is_not_begun_a_second_time(tmp_path):
     ready, done = multiprocessing.Event(), multiprocessing.Event()
 
     def first():
-        with run_directory.hold(tmp_path / "x"):
+        with run_directory.lock(tmp_path / "x"):
             ready.set()
             done.wait(60)
 
@@ -159,12 +161,12 @@ def test_a_run_under_way_is_not_begun_a_second_time(tmp_path):
     assert ready.wait(60)
     with (
         pytest.raises(ConfigError, match="is that of a run that is under way"),
-        run_directory.hold(tmp_path / "x"),
+        run_directory.lock(tmp_path / "x"),
     ):
         pass
     other.kill()  # whatever ends it, the lock goes with it
     other.join()
-    with run_directory.hold(tmp_path / "x"):
+    with run_directory.lock(tmp_path / "x"):
         pass
 
 
@@ -182,7 +184,7 @@ def test_a_directory_that_cannot_be_written(tmp_path):
     c = config(runs_dir=str(tmp_path / "file"))
     with (
         pytest.raises(ConfigError, match=r"runs_dir: .*cannot be written"),
-        run_directory.hold(run_directory.locate(c)),
+        run_directory.lock(run_directory.locate(c)),
     ):
         pass
 

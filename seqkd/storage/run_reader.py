@@ -6,24 +6,22 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from seqkd import run_directory
 from seqkd.config.base import BudgetKind
 from seqkd.config.run import Config, load
 from seqkd.errors import DataError, SeqkdError
-from seqkd.evaluation.intervals import Interval, Ratio
+from seqkd.evaluation.intervals import Interval
+from seqkd.evaluation.summary import Evaluation, number, read_figures
+from seqkd.files import atomic_write, disk_errors
+from seqkd.storage import run_directory
 
 Row = dict[str, Any]
-Token = tuple[str, float | None]
-"""Its text and its divergence in nats, None where that is not known."""
 
 
 @dataclass(frozen=True)
@@ -33,31 +31,6 @@ class Span:
     name: str
     begin: int
     end: int
-
-
-@dataclass(frozen=True)
-class Example:
-    """Completions of one held-out prompt, by whose they are."""
-
-    prompt: str
-    completions: dict[str, str]
-    tokens: dict[str, list[Token]]
-    """Of those completions whose divergence is known token by token."""
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """evaluation.json: what was measured on held-out prompts."""
-
-    prompts: int
-    interval: str
-    figures: dict[str, dict[str, Interval]]
-    """By what preceded the measurement ("initial" first), by figure."""
-    changes: dict[str, dict[str, Interval]]
-    """By figure, by "before -> after"; paired over prompts."""
-    per_prompt: dict[str, dict[str, Ratio]]
-    """As ``figures``."""
-    examples: list[Example]
 
 
 @dataclass(frozen=True)
@@ -166,14 +139,7 @@ class Run:
         return self.spent("seconds")
 
 
-def number(row: Mapping[str, Any], key: str) -> float | None:
-    """A figure of a row; None where it is not there or is no finite number."""
-    value = row.get(key)
-    known = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if known else None  # type: ignore[arg-type]
-
-
-def read(directory: Path) -> Run:
+def read_evaluation(directory: Path) -> Run:
     """What is in a run directory. DataError where it is none."""
     if not any((directory / name).is_file() for name in ("config.yaml", "metrics.jsonl")):
         raise DataError(
@@ -200,13 +166,13 @@ def read(directory: Path) -> Run:
     config = attempt("config.yaml", load) if text is not None else None
     optional = {
         name: attempt(name, action) if (directory / name).exists() else None
-        for name, action in (("evaluation.json", _evaluation), ("environment.json", _environment))
+        for name, action in (("evaluation.json", read_figures), ("environment.json", _environment))
     }
     files = sorted(directory.glob("evaluation/*/evaluation.json"))
     evaluated = {
         file.parent.name: found
         for file in files
-        if (found := attempt(str(file.relative_to(directory)), _evaluation)) is not None
+        if (found := attempt(str(file.relative_to(directory)), read_figures)) is not None
     }
     rows, damaged = attempt("metrics.jsonl", _rows) or ([], 0)
     if damaged:
@@ -248,43 +214,13 @@ def _environment(file: Path) -> dict[str, Any]:
     return dict(found.items())
 
 
-def _evaluation(file: Path) -> Evaluation:
-    found = json.loads(file.read_text(encoding="utf-8"))
-    return Evaluation(
-        prompts=int(found["prompts"]),
-        interval=str(found.get("interval", "")),
-        figures={stage: _intervals(of) for stage, of in found["figures"].items()},
-        changes={figure: _intervals(of) for figure, of in found.get("changes", {}).items()},
-        per_prompt={stage: ratios(of) for stage, of in found.get("per_prompt", {}).items()},
-        examples=[_example(example) for example in found.get("examples", [])],
-    )
+def write_evaluation(directory: Path, evaluation: dict[str, Any]) -> None:
+    """``evaluation.json`` of the run directory. StorageError where it cannot be written."""
+    file = directory / "evaluation.json"
+    with disk_errors(file):
+        atomic_write(file, json.dumps(evaluation, indent=2, ensure_ascii=False) + "\n")
 
 
-def ratios(found: Mapping[str, Any]) -> dict[str, Ratio]:
-    """As :meth:`seqkd.evaluation.intervals.Ratio.plain` wrote them, by figure."""
-    return {
-        name: Ratio(np.array(of["above"], dtype=float), np.array(of["below"], dtype=float))
-        for name, of in found.items()
-    }
-
-
-def _intervals(found: Mapping[str, Any]) -> dict[str, Interval]:
-    """Of those figures that have a mean and an interval."""
-    fields = ("mean", "low", "high")
-    return {
-        name: Interval(*(float(value[field]) for field in fields))
-        for name, value in found.items()
-        if isinstance(value, dict) and all(number(value, field) is not None for field in fields)
-    }
-
-
-def _example(found: Mapping[str, Any]) -> Example:
-    tokens = found.get("tokens") or {}
-    return Example(
-        str(found["prompt"]),
-        {who: str(text) for who, text in found["completions"].items()},
-        {
-            who: [(str(text), number({"kl": kl}, "kl")) for text, kl in of]
-            for who, of in tokens.items()
-        },
-    )
+def read_evaluation(directory: Path) -> dict[str, Any]:
+    """What :func:`write_evaluation` wrote."""
+    return dict(json.loads((directory / "evaluation.json").read_text(encoding="utf-8")))

@@ -1,0 +1,1 @@
+"""Formats on disk: Arrow store, checkpoint directories, run directory, run reader."""
