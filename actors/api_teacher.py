@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from seqkd.api_client import ApiClient, Reply, Request, Scored
 from seqkd.config.teacher import EndpointTeacherConfig
 from seqkd.errors import ModelError
 from seqkd.learner import batching
 from seqkd.models.loading import load_tokenizer
+from seqkd.teachers.endpoint import EndpointClient, Reply, Request, Scored
 from seqkd.types import Prompt, Rollout, TeacherScore
 
 SMALLEST_TAIL = 2.0**-23
@@ -31,7 +31,7 @@ class ApiSampler:
     def start(self, config: EndpointTeacherConfig, key: str, tokenizer_from: str) -> None:
         """Load the student's tokenizer. Apart from the constructor, so that a failure keeps its
         cause; ``key`` comes from the driver's environment."""
-        self.client = ApiClient(config, key)
+        self.client = EndpointClient(config, key)
         self.by_id = config.scores != "none"
         self.tokenizer: Any = load_tokenizer(tokenizer_from, "student.model")
         eos = self.tokenizer.eos_token_id
@@ -91,7 +91,7 @@ class ApiScorer:
     def start(self, config: EndpointTeacherConfig, key: str, vocabulary: int) -> None:
         """Apart from the constructor, as with the other actors; the student has ``vocabulary``
         tokens. The served model's distribution is over its own, padding included."""
-        self.client, self.vocabulary = ApiClient(config, key), vocabulary
+        self.client, self.vocabulary = EndpointClient(config, key), vocabulary
         self.top_k = config.top_k if config.scores == "top_k" else 0
 
     def score(self, rollouts: list[Rollout]) -> list[TeacherScore]:

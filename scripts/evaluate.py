@@ -210,11 +210,11 @@ def answers(
     """What one student wrote, and its teacher; piece by piece, each kept until all is done."""
     from seqkd.evaluation.heldout import Answers, HeldOut
     from seqkd.evaluation.table import ModelOutputs
-    from seqkd.journal import attach, open_journals
     from seqkd.run_journal import RunJournal
+    from seqkd.teachers.cache import attach, open_caches
 
     if with_teacher:
-        attach(workers, config, checked, open_journals(config, teacher_here=True)[1])
+        attach(workers, config, checked, open_caches(config, teacher_here=True)[1])
     RunJournal(out / "journal" / name, config).attach(workers, config, checked.vocabulary)
     samples, prompts = config.evaluation.samples_per_prompt, checked.heldout
     student, teacher = Answers([], {}), Answers([], {})

@@ -42,13 +42,13 @@ def precompute(config: Config, verbose: bool) -> int:
     from seqkd import preflight
     from seqkd.control import Control
     from seqkd.echo import check_workers
-    from seqkd.journal import attach, keep_teachers, open_journals
     from seqkd.precompute import TeacherAlone, record
+    from seqkd.teachers.cache import attach, keep_teachers, open_caches
 
     checked = preflight.check(config)
     for warning in checked.warnings:
         say("warning", warning)
-    _, journals = open_journals(config, teacher_here=True)
+    _, journals = open_caches(config, teacher_here=True)
     for journal in journals.values():
         print(f"journal: {journal.directory}", flush=True)
     roles = placement.recording(config)
@@ -86,7 +86,7 @@ def precompute(config: Config, verbose: bool) -> int:
 
 def size(config: Config, scored: bool) -> str:
     """What the journal will take at most, before it is written."""
-    from seqkd.journal import bytes_per_token
+    from seqkd.teachers.cache import bytes_per_token
 
     tokens = config.rollout.max_tokens * sum(
         phase.steps * phase.prompts_per_step * samples(config, phase)

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from seqkd.evaluation.heldout import Measurement
-    from seqkd.journal import Journal
     from seqkd.metrics import Recorder
     from seqkd.preflight import Checked
+    from seqkd.teachers.cache import TeacherCache
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -53,14 +53,14 @@ def main(argv: list[str] | None = None) -> int:
     return reported(run, "go on with --resume")
 
 
-def check(config: Config) -> tuple[Config, dict[str, Journal], Checked]:
+def check(config: Config) -> tuple[Config, dict[str, TeacherCache], Checked]:
     """The configuration, with the recorded teachers where none is loaded; the journals, if any;
     and what the checks found."""
     from seqkd import preflight
-    from seqkd.journal import open_journals
     from seqkd.precompute import check_recorded
+    from seqkd.teachers.cache import open_caches
 
-    config, journals = open_journals(config, teacher_here=not config.two_step)
+    config, journals = open_caches(config, teacher_here=not config.two_step)
     checked = preflight.check(config, teacher_here=not config.two_step)
     if config.two_step:
         check_recorded(config, journals, checked)
@@ -210,7 +210,7 @@ def learn(
     directory: Path,
     config: Config,
     checked: Checked,
-    journals: dict[str, Journal],
+    journals: dict[str, TeacherCache],
     recorder: Recorder,
 ) -> dict[str, Measurement]:
     """With every actor: check them, train, and measure."""
@@ -218,8 +218,8 @@ def learn(
     from seqkd import recovery
     from seqkd.control import Control
     from seqkd.echo import check_workers
-    from seqkd.journal import keep_teachers
     from seqkd.models.export import materialize_student
+    from seqkd.teachers.cache import keep_teachers
 
     start = time.perf_counter()
     student = materialize_student(

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from seqkd.api_client import UNREADABLE, ApiClient, Request, cause, key_of, same_model
 from seqkd.config.run import Config
 from seqkd.config.teacher import EndpointTeacherConfig
 from seqkd.errors import ModelError
+from seqkd.teachers.endpoint import UNREADABLE, EndpointClient, Request, cause, key_of, same_model
 
 TEXT = (
     "Water boils at a lower temperature on a mountain, because the air there presses less. In 1648 "
@@ -26,7 +26,7 @@ UNIFORM = 0.1
 COMPARED_TOKENS = 64
 
 
-def check_endpoint(config: EndpointTeacherConfig) -> ApiClient:
+def check_endpoint(config: EndpointTeacherConfig) -> EndpointClient:
     """A client for the other checks; ModelError unless the endpoint answers, takes the key and
     serves the model."""
     import openai
@@ -38,7 +38,7 @@ def check_endpoint(config: EndpointTeacherConfig) -> ApiClient:
     try:
         served = _served(client)
     except openai.NotFoundError:  # an endpoint need not list its models
-        return ApiClient(patient, key)
+        return EndpointClient(patient, key)
     except (*UNREADABLE, openai.OpenAIError) as error:
         raise ModelError(
             f"teacher.base_url: {config.base_url} does not list its models: {cause(error, key)}. "
@@ -49,7 +49,7 @@ def check_endpoint(config: EndpointTeacherConfig) -> ApiClient:
             f"teacher.model: {config.model!r} is not served at {config.base_url}, which has "
             f"{', '.join(map(repr, served)) or 'none'}."
         )
-    return ApiClient(patient, key)
+    return EndpointClient(patient, key)
 
 
 def _served(client: Any) -> list[str]:
@@ -60,7 +60,7 @@ def _served(client: Any) -> list[str]:
     return [model.id for model in client.models.list()]
 
 
-def check_answers(client: ApiClient, tokenizer: Any, vocabulary: int, config: Config) -> None:
+def check_answers(client: EndpointClient, tokenizer: Any, vocabulary: int, config: Config) -> None:
     """At most six requests of at most one prompt and completion each. ModelError (or ActorError,
     from the client) where prompts are truncated or another model answers; where scores are wanted,
     also where they are missing, do not repeat, are near-uniform over ``vocabulary`` tokens or are
@@ -98,7 +98,7 @@ def _tokens(tokenizer: Any, length: int) -> list[int]:
     return (piece * -(-length // len(piece)))[:length]
 
 
-def _reads_all_text(client: ApiClient, tokenizer: Any, longest: int) -> None:
+def _reads_all_text(client: EndpointClient, tokenizer: Any, longest: int) -> None:
     """Of a prompt and one twice as long, the second must have as many more tokens as the first has
     more than next to nothing, in the teacher's tokens and whatever its template adds."""
 

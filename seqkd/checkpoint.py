@@ -16,11 +16,11 @@ from seqkd.config.run import Config
 from seqkd.control import Control
 from seqkd.errors import CheckpointError
 from seqkd.evaluation.heldout import Example, Measurement
-from seqkd.journal import JournaledSampler
 from seqkd.learner.running_costs import RunningCosts
 from seqkd.protocols import Learner, Sampler
 from seqkd.run_journal import RunJournal
 from seqkd.storage import checkpoint_dir
+from seqkd.teachers.cache import CachedSampler
 from seqkd.types import rollout_from
 
 Running = dict[str, RunningCosts]
@@ -59,7 +59,7 @@ class Checkpoints:
     ) -> None:
         """``samplers`` are the teachers', as they stand before the first step."""
         self.directory, self.config, self.learner = directory, config.checkpoints, learner
-        self.samplers = {n: s for n, s in samplers.items() if isinstance(s, JournaledSampler)}
+        self.samplers = {n: s for n, s in samplers.items() if isinstance(s, CachedSampler)}
         self.taken = self._taken()
         self.journal, self.control = journal, control
         self.last_step, self.last_time = 0, time.monotonic()

@@ -12,12 +12,18 @@ from seqkd.config.run import Config
 from seqkd.data.stream import PromptStream
 from seqkd.draws import prompts_of
 from seqkd.errors import JournalError
-from seqkd.journal import Journal, JournaledSampler, JournaledTeacher, sampling_settings, score_form
 from seqkd.metrics import Clock
 from seqkd.models.output_head import load_head
 from seqkd.preflight import Checked
 from seqkd.protocols import Measured, Scores
 from seqkd.sources import StepSource, given
+from seqkd.teachers.cache import (
+    CachedSampler,
+    CachedTeacher,
+    TeacherCache,
+    sampling_settings,
+    score_form,
+)
 from seqkd.types import Prompt, Rollout
 from seqkd.workers import Workers
 
@@ -59,14 +65,14 @@ def record(
             workers.teacher.score(rollouts)
 
 
-def check_recorded(config: Config, journals: Mapping[str, Journal], checked: Checked) -> None:
+def check_recorded(config: Config, journals: Mapping[str, TeacherCache], checked: Checked) -> None:
     """JournalError unless the journals have all that a run without a teacher will read of them."""
     samplers, teachers = {}, {}
     for name, teacher in config.teachers.items():
         settings = sampling_settings(config, teacher, checked.stop_ids)
-        samplers[name] = JournaledSampler(None, journals[name], settings)
+        samplers[name] = CachedSampler(None, journals[name], settings)
         form = score_form(teacher, checked.vocabulary)
-        teachers[name] = JournaledTeacher(None, journals[name], form)
+        teachers[name] = CachedTeacher(None, journals[name], form)
     prompts, completions = set(), 0
 
     def look(

@@ -15,12 +15,12 @@ from seqkd.control import Control
 from seqkd.errors import LearnerLost, LearningFault, SeqkdError
 from seqkd.evaluation import summary
 from seqkd.evaluation.heldout import HeldOut, Measurement
-from seqkd.journal import Journal, attach
 from seqkd.loop import Run
 from seqkd.metrics import Recorder
 from seqkd.preflight import Checked
 from seqkd.run_journal import RunJournal
 from seqkd.storage import run_reader
+from seqkd.teachers.cache import TeacherCache, attach
 from seqkd.watch import Watch
 from seqkd.workers import Workers
 
@@ -31,7 +31,7 @@ def prepare(
     checked: Checked,
     workers: Workers,
     roles: Collection[str],
-    journals: Mapping[str, Journal],
+    journals: Mapping[str, TeacherCache],
     recorder: Recorder,
     control: Control,
 ) -> Run:
@@ -45,7 +45,7 @@ def prepare(
         keeping = replace(workers)
         if config.journal is None:
             kept = {
-                name: Journal(directory / "journal" / "heldout" / name, teacher.precision)
+                name: TeacherCache(directory / "journal" / "heldout" / name, teacher.precision)
                 for name, teacher in config.teachers.items()
             }
             attach(keeping, config, checked, kept)

@@ -15,9 +15,9 @@ from pathlib import Path
 import pyarrow as pa
 
 from seqkd.config.run import Config
-from seqkd.journal import Journal, address_of, score_form
 from seqkd.protocols import Finished, Sampler, StudentSampler, Teacher
 from seqkd.storage.arrow_store import ArrowStore
+from seqkd.teachers.cache import TeacherCache, address_of, score_form
 from seqkd.types import Prompt, Rollout, TeacherScore, WeightVersion, rollout_from
 from seqkd.workers import Workers
 
@@ -53,7 +53,7 @@ class RunJournal:
         self.directory, self.room = directory, int(config.checkpoints.journal_gib * 2**30)
         self.samples = ArrowStore(directory / SAMPLED, SAMPLES, damaged="drop")
         self.scores = {
-            name: Journal(directory / SCORED / name, teacher.precision, damaged="drop")
+            name: TeacherCache(directory / SCORED / name, teacher.precision, damaged="drop")
             for name, teacher in config.teachers.items()
         }
         self.kept = 0

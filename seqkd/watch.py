@@ -14,8 +14,8 @@ from torch import Tensor
 from seqkd.alarms import StepAlarms, check_counts, check_trained
 from seqkd.canary import Asked, Canary, must_move
 from seqkd.files import disk_errors
-from seqkd.journal import Journal
 from seqkd.protocols import Part
+from seqkd.teachers.cache import TeacherCache
 from seqkd.types import StepResult
 
 
@@ -29,7 +29,7 @@ class Watch:
         every: int,
         say: Callable[[str], None],
         directory: Path,
-        journals: Sequence[Journal],
+        journals: Sequence[TeacherCache],
     ) -> None:
         """The known text is scored after so many steps, 0 for never. ``directory`` is where the
         batch of a step is kept that could not be taken, ``journals`` are those that the teachers

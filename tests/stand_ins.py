@@ -211,12 +211,12 @@ def record(file, overrides) -> None:
     """What scripts/precompute.py leaves of a configuration, from a :class:`Terse` teacher."""
     from seqkd import precompute, preflight
     from seqkd.config import run
-    from seqkd.journal import attach, keep_teachers, open_journals
+    from seqkd.teachers.cache import attach, keep_teachers, open_caches
     from seqkd.workers import Workers
 
     read = run.load(file, overrides)
     checked = preflight.check(read)
-    _, journals = open_journals(read, teacher_here=True)
+    _, journals = open_caches(read, teacher_here=True)
     teacher = {"": Terse()}
     workers = Workers(None, None, teacher, teacher, read.teacher_of, distribution=True)
     keep_teachers(read, journals)

@@ -22,9 +22,9 @@ from seqkd.config.run import Config, dump, load
 from seqkd.data.dataset import read_data
 from seqkd.data.readers import Source
 from seqkd.errors import ConfigError, DataError, JournalError
-from seqkd.journal import describe_teacher, identify_teacher, keep_teachers, open_journals
 from seqkd.storage.arrow_store import ArrowStore
 from seqkd.storage.checkpoint_dir import newest, save
+from seqkd.teachers.cache import describe_teacher, identify_teacher, keep_teachers, open_caches
 from tests.conftest import ROOT
 from tests.unit.config.test_config import MINIMAL
 
@@ -548,9 +548,9 @@ def test_a_damaged_description_of_a_teacher(folder, content):
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "teacher.json").write_bytes(content)
     mine = folder / "j" / str(identify_teacher(config.teacher, True))
-    assert open_journals(config, True)[1][""].directory == mine, "another's damage is another's"
+    assert open_caches(config, True)[1][""].directory == mine, "another's damage is another's"
     try:
-        _, journals = open_journals(config, False)
+        _, journals = open_caches(config, False)
     except JournalError as error:
         (line,) = lines_of(error)
         assert line.startswith(f"journal.path: {folder / 'j'}")
@@ -565,7 +565,7 @@ def test_a_place_for_a_journal_that_cannot_be_written_is_said(folder):
         **MINIMAL, "teacher": ENDPOINT, "sampler": "teacher",
         "journal": {"path": str(folder / "file" / "j")},
     })  # fmt: skip
-    _, journals = open_journals(config, True)
+    _, journals = open_caches(config, True)
     with pytest.raises(JournalError, match=r"teacher\.json cannot be written: Not a directory\."):
         keep_teachers(config, journals)
 

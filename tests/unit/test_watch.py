@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from seqkd.alarms import StepAlarms
 from seqkd.config.run import Config
 from seqkd.errors import LearningFault
-from seqkd.journal import Journal
 from seqkd.protocols import Part
 from seqkd.storage.arrow_store import ArrowStore
+from seqkd.teachers.cache import TeacherCache
 from seqkd.types import Counts, PartResult, Rollout, StepResult, TeacherScore, rollout_from
 from seqkd.watch import Watch
 from tests.unit.config.test_config import MINIMAL
@@ -95,7 +95,7 @@ def test_the_batch_of_a_skipped_step_is_kept(tmp_path):
 
 
 def test_a_fault_takes_back_what_the_teachers_wrote_since_they_were_last_right(tmp_path):
-    journal = Journal(tmp_path / "journal", "float32")
+    journal = TeacherCache(tmp_path / "journal", "float32")
     made = watch(tmp_path, journals=[journal])
 
     def score(address):
@@ -106,7 +106,7 @@ def test_a_fault_takes_back_what_the_teachers_wrote_since_they_were_last_right(t
     score("garbage")
     made.revert()
     assert "right" in journal.scores and "garbage" not in journal.scores
-    again = Journal(tmp_path / "journal", "float32").scores
+    again = TeacherCache(tmp_path / "journal", "float32").scores
     assert "right" in again and "garbage" not in again
 
 

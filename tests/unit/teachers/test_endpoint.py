@@ -14,10 +14,10 @@ import torch
 
 from actors.api_teacher import ApiSampler, ApiScorer
 from seqkd.api_checks import check_answers, check_endpoint
-from seqkd.api_client import ApiClient, Request, key_of
 from seqkd.config.run import Config
 from seqkd.config.teacher import EndpointTeacherConfig
 from seqkd.errors import ActorError, ModelError
+from seqkd.teachers.endpoint import EndpointClient, Request, key_of
 from seqkd.types import Prompt, Rollout
 from tests.unit.config.test_config import MINIMAL
 
@@ -187,7 +187,7 @@ def config(server, **options):
 
 
 def ask(server, number=1, **options):
-    client = ApiClient(config(server, **options), "key")
+    client = EndpointClient(config(server, **options), "key")
     requests = [Request((("user", f"q{i}"),), f"rendered {i}", i) for i in range(number)]
     return client, client.complete(requests, max_tokens=7, temperature=1.0, top_p=1.0)
 

@@ -100,7 +100,7 @@ def same_model(served: str, asked: str) -> bool:
     return served == asked or served.endswith(f"/{asked}")
 
 
-class ApiClient:
+class EndpointClient:
     """Asks an endpoint, ``config.concurrency`` requests at a time, and counts what they cost.
 
     Everything it returns is in order and whole: an answer that cannot be read is asked for again,

@@ -11,17 +11,17 @@ import torch
 
 from seqkd.config.run import Config
 from seqkd.errors import JournalError
-from seqkd.journal import (
-    Journal,
-    JournaledSampler,
-    JournaledTeacher,
-    bytes_per_token,
-    keep_teachers,
-    open_journals,
-    score_form,
-)
 from seqkd.models.output_head import load_head
 from seqkd.precompute import check_recorded
+from seqkd.teachers.cache import (
+    CachedSampler,
+    CachedTeacher,
+    TeacherCache,
+    bytes_per_token,
+    keep_teachers,
+    open_caches,
+    score_form,
+)
 from seqkd.types import Prompt, Rollout, TeacherScore
 from tests.unit.config.test_config import MINIMAL
 
@@ -70,11 +70,11 @@ class Teacher:
 
 
 def journal(tmp_path, precision="float32"):
-    return Journal(tmp_path / "j", precision)
+    return TeacherCache(tmp_path / "j", precision)
 
 
 def sampler(inner, journal):
-    return JournaledSampler(inner, journal, [32, (0,), "float32"])
+    return CachedSampler(inner, journal, [32, (0,), "float32"])
 
 
 def test_recorded_completions_come_first_and_only_the_rest_is_asked_for(tmp_path):
@@ -113,8 +113,8 @@ def test_without_a_teacher_completions_begin_anew_and_a_lack_is_said(tmp_path):
 def test_a_score_is_read_back_as_it_was_given_and_never_asked_for_twice(tmp_path, form):
     rollouts = Sampler().sample(PROMPTS, [1] * 4, 0)
     inner = Teacher(form)
-    given = JournaledTeacher(inner, journal(tmp_path), form).score(rollouts)
-    again = JournaledTeacher(inner, journal(tmp_path), form)
+    given = CachedTeacher(inner, journal(tmp_path), form).score(rollouts)
+    again = CachedTeacher(inner, journal(tmp_path), form)
     assert again.lacks(rollouts) == 0
     read = again.score([*reversed(rollouts), rollouts[0]])
     assert inner.scored == [r.sample_id for r in rollouts]
@@ -122,7 +122,7 @@ def test_a_score_is_read_back_as_it_was_given_and_never_asked_for_twice(tmp_path
         for name in ("hidden", "logprobs", "top_ids", "top_logprobs"):
             a, b = (getattr(s[rollout.sample_id], name) for s in (given, read))
             assert (a is None and b is None) or (a.dtype == b.dtype and torch.equal(a, b)), name
-    JournaledTeacher(inner, journal(tmp_path), "another form").score(rollouts)
+    CachedTeacher(inner, journal(tmp_path), "another form").score(rollouts)
     assert len(inner.scored) == 8
 
 
@@ -130,7 +130,7 @@ def test_the_same_answer_to_another_prompt_is_another_text(tmp_path):
     first = Sampler().sample(PROMPTS[:1], [1], 0)[0]
     other = replace(first, sample_id="other", prompt_ids=(5, 6))
     inner = Teacher()
-    JournaledTeacher(inner, journal(tmp_path), "f").score([first, other])
+    CachedTeacher(inner, journal(tmp_path), "f").score([first, other])
     assert inner.scored == [first.sample_id, "other"]
 
 
@@ -138,7 +138,7 @@ def test_one_text_under_two_names_is_scored_once(tmp_path):
     first = Sampler().sample(PROMPTS[:1], [1], 0)[0]
     twin = replace(first, sample_id="twin")
     inner = Teacher()
-    scores = JournaledTeacher(inner, journal(tmp_path), "f").score([first, twin])
+    scores = CachedTeacher(inner, journal(tmp_path), "f").score([first, twin])
     assert len(inner.scored) == 1
     assert {s.sample_id for s in scores.values()} == {first.sample_id, "twin"}
 
@@ -147,14 +147,14 @@ def test_what_the_student_wrote_is_scored_and_not_kept(tmp_path):
     rollout = Rollout("p", "s", (1,), (2, 3), None, "student", 3, "stop")
     inner = Teacher()
     for _ in range(2):
-        assert JournaledTeacher(inner, journal(tmp_path), "f").score([rollout])["s"] is not None
+        assert CachedTeacher(inner, journal(tmp_path), "f").score([rollout])["s"] is not None
     assert len(inner.scored) == 2
     assert not list((tmp_path / "j").rglob("*.arrow"))
 
 
 def test_states_of_a_half_precision_teacher_take_two_bytes(tmp_path):
     rollouts = Sampler().sample(PROMPTS[:1], [1], 0)
-    JournaledTeacher(Teacher("hidden"), journal(tmp_path, "bfloat16"), "hidden").score(rollouts)
+    CachedTeacher(Teacher("hidden"), journal(tmp_path, "bfloat16"), "hidden").score(rollouts)
     (row,) = journal(tmp_path, "bfloat16").scores.rows(
         *(next(iter(journal(tmp_path, "bfloat16").scores.places)), 0, 1)
     )
@@ -201,7 +201,7 @@ def config(tiny, tmp_path, **changes):
 def test_other_weights_or_another_precision_are_another_teacher(tiny, tmp_path):
     def directory(model, **changes):
         teacher = {"kind": "vllm", "model": model, **changes}
-        return open_journals(config(tiny, tmp_path, teacher=teacher), True)[1][""].directory
+        return open_caches(config(tiny, tmp_path, teacher=teacher), True)[1][""].directory
 
     copy = shutil.copytree(tiny["teacher"], tmp_path / "copy")
     assert directory(str(copy)) == directory(tiny["teacher"]), "a name is not an identity"
@@ -219,17 +219,17 @@ def test_the_recorded_teacher_stands_in_for_a_checkpoint_that_is_elsewhere(tiny,
     with pytest.raises(
         JournalError, match=r"holds nothing of the teacher .*moved.* nothing at all"
     ):
-        open_journals(there, teacher_here=False)
-    keep_teachers(there, open_journals(there, teacher_here=True)[1])
+        open_caches(there, teacher_here=False)
+    keep_teachers(there, open_caches(there, teacher_here=True)[1])
     head = load_head(moved, "float32")
     shutil.rmtree(moved)
-    resolved, journals = open_journals(there, teacher_here=False)
+    resolved, journals = open_caches(there, teacher_here=False)
     j = journals[""]
     assert resolved.teacher.model == j.teacher != moved
     assert torch.equal(load_head(j.teacher, "float32").weight, head.weight)
     other = config(tiny, tmp_path, teacher={"kind": "vllm", "model": tiny["student"]})
     with pytest.raises(JournalError, match=r"it holds .*moved"):
-        open_journals(other, teacher_here=False)
+        open_caches(other, teacher_here=False)
 
 
 def test_what_a_run_will_read_is_counted_before_it_starts(tiny, tmp_path):
@@ -241,10 +241,10 @@ def test_what_a_run_will_read_is_counted_before_it_starts(tiny, tmp_path):
     with pytest.raises(JournalError, match="completions of 3 prompts and scores of 0 completions"):
         check_recorded(c, {"": j}, checked)
     settings = [c.rollout.max_tokens, (0,), "float32"]
-    rollouts = JournaledSampler(Sampler(), j, settings).sample(PROMPTS[:3], [1] * 3, 0)
+    rollouts = CachedSampler(Sampler(), j, settings).sample(PROMPTS[:3], [1] * 3, 0)
     with pytest.raises(JournalError, match="completions of 0 prompts and scores of 3 completions"):
         check_recorded(c, {"": j}, checked)
-    JournaledTeacher(Teacher("hidden"), j, score_form(c.teacher, 320)).score(rollouts)
+    CachedTeacher(Teacher("hidden"), j, score_form(c.teacher, 320)).score(rollouts)
     check_recorded(c, {"": j}, checked)
 
 

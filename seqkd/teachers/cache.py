@@ -58,7 +58,7 @@ SCORES = pa.schema(
 )
 
 
-class Journal:
+class TeacherCache:
     """One teacher's completions and scores."""
 
     def __init__(
@@ -113,7 +113,7 @@ class Journal:
         return flat if name == "logprobs" else flat.view(tokens, -1)
 
 
-def open_journals(config: Config, teacher_here: bool) -> tuple[Config, dict[str, Journal]]:
+def open_caches(config: Config, teacher_here: bool) -> tuple[Config, dict[str, TeacherCache]]:
     """The journals of ``config``'s teachers, by name; none where no path is set. Without a teacher
     the returned configuration has the recorded one in place of the checkpoint."""
     if config.journal is None:
@@ -131,7 +131,7 @@ def open_journals(config: Config, teacher_here: bool) -> tuple[Config, dict[str,
     return config, journals
 
 
-def _open(root: Path, teacher: SingleTeacherConfig, here: bool) -> Journal:
+def _open(root: Path, teacher: SingleTeacherConfig, here: bool) -> TeacherCache:
     identity, spec = identify_teacher(teacher, here), describe_teacher(teacher)
     directory = root / identity if identity else None
     if not here and not (directory and (directory / "teacher.json").exists()):
@@ -146,7 +146,7 @@ def _open(root: Path, teacher: SingleTeacherConfig, here: bool) -> Journal:
             )
         directory = named[0]
     assert directory is not None, "a checkpoint that must be here has an identity"
-    return Journal(directory, teacher.precision)
+    return TeacherCache(directory, teacher.precision)
 
 
 def _description(file: Path) -> dict[str, str]:
@@ -182,7 +182,7 @@ def identify_teacher(teacher: SingleTeacherConfig, here: bool) -> str | None:
     return address_of(spec)
 
 
-def keep_teachers(config: Config, journals: Mapping[str, Journal]) -> None:
+def keep_teachers(config: Config, journals: Mapping[str, TeacherCache]) -> None:
     """Write down whose journals they are, with the head and tokenizer that reading them takes."""
     for name, journal in journals.items():
         teacher, description = config.teachers[name], journal.directory / "teacher.json"
@@ -202,24 +202,26 @@ def keep_teachers(config: Config, journals: Mapping[str, Journal]) -> None:
 
 
 def attach(
-    workers: Workers, config: Config, checked: Checked, journals: Mapping[str, Journal]
+    workers: Workers, config: Config, checked: Checked, journals: Mapping[str, TeacherCache]
 ) -> None:
     """Put the journals before the teachers, or in their place where there is none."""
     samplers, teachers = dict(workers.teacher_samplers), dict(workers.teachers)
     for name, journal in journals.items():
         teacher, sampler, scorer = config.teachers[name], samplers.get(name), teachers.get(name)
         settings = sampling_settings(config, teacher, checked.stop_ids)
-        samplers[name] = JournaledSampler(sampler, journal, settings)
+        samplers[name] = CachedSampler(sampler, journal, settings)
         form = score_form(teacher, checked.vocabulary)
-        teachers[name] = JournaledTeacher(scorer, journal, form, name)
+        teachers[name] = CachedTeacher(scorer, journal, form, name)
         workers.live_teacher &= scorer is not None
     workers.teacher_samplers, workers.teachers = samplers, teachers
 
 
-class JournaledSampler:
+class CachedSampler:
     """The teacher's completions: recorded ones first, in order, then new ones, which are kept."""
 
-    def __init__(self, inner: Sampler | None, journal: Journal, settings: Sequence[object]) -> None:
+    def __init__(
+        self, inner: Sampler | None, journal: TeacherCache, settings: Sequence[object]
+    ) -> None:
         self.inner, self.journal, self.settings = inner, journal, settings
         self.taken: Counter[str] = Counter()
         self.reused = 0
@@ -247,7 +249,9 @@ class JournaledSampler:
             if self.inner is None and number:
                 have = stored.count(address)
                 if have < number:
-                    raise _lacking(self.journal, f"{number} completions of {prompt.text!r:.60}")
+                    raise _missing_error(
+                        self.journal, f"{number} completions of {prompt.text!r:.60}"
+                    )
                 first = first if first + number <= have else 0
             self.taken[address] = first + number
             places.append((prompt, address, first, first + number))
@@ -280,10 +284,12 @@ class JournaledSampler:
         return {**(self.inner.usage() if self.inner else {}), "reused": self.reused}
 
 
-class JournaledTeacher:
+class CachedTeacher:
     """Scores: recorded ones, and new ones, which are kept unless the student wrote the text."""
 
-    def __init__(self, inner: Teacher | None, journal: Journal, form: str, name: str = "") -> None:
+    def __init__(
+        self, inner: Teacher | None, journal: TeacherCache, form: str, name: str = ""
+    ) -> None:
         self.inner, self.journal, self.form, self.name = inner, journal, form, name
         self.reused = 0
 
@@ -299,7 +305,7 @@ class JournaledTeacher:
         new: dict[str, TeacherScore] = {}
         if missing:
             if self.inner is None:
-                raise _lacking(self.journal, f"scores of {len(missing)} completions")
+                raise _missing_error(self.journal, f"scores of {len(missing)} completions")
             given = self.inner.score(list(missing.values()))
             new = {address: given[r.sample_id] for address, r in missing.items()}
             kept = [(a, new[a]) for a, r in missing.items() if r.source != "student"]
@@ -351,7 +357,7 @@ def bytes_per_token(teacher: SingleTeacherConfig) -> int:
     return hidden_size * dtype_of(teacher.precision).itemsize
 
 
-def _lacking(journal: Journal, what: str) -> JournalError:
+def _missing_error(journal: TeacherCache, what: str) -> JournalError:
     return JournalError(
         f"journal.path: {journal.directory} lacks {what}. Run scripts/precompute.py with the same "
         "configuration; what is there already is kept."
