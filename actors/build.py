@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 from actors import placement
 from actors.groups import LearnerGroup, RolloutGroup, TeacherGroup
 from actors.pool import Pool, remote
+from seqkd.checks.preflight import Checked
 from seqkd.config.run import Config
 from seqkd.config.teacher import EndpointTeacherConfig, SingleTeacherConfig
 from seqkd.control import Control
 from seqkd.errors import LearnerLost, ResourceError
 from seqkd.models.loading import expand
-from seqkd.preflight import Checked
 from seqkd.teachers.endpoint import key_of
 from seqkd.workers import Workers
 

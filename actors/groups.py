@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from actors.pool import READING, Calls, Failure, Pool, is_alive, reap
-from seqkd.alarms import check_drawn
+from seqkd.checks.invariants import check_sampled
 from seqkd.control import Control
 from seqkd.errors import ActorError, LearnerLost
 from seqkd.learner.batching import Layout, pack, partition
@@ -82,7 +82,7 @@ class RolloutGroup:
         for i in range(engines):
             given = [drawn[at] for at in sorted(drawn) if at[0] % engines == i]
             engine = f"{self.pool.name} {i}"
-            check_drawn(engine, prompts[i::engines], samples[i::engines], given)
+            check_sampled(engine, prompts[i::engines], samples[i::engines], given)
         return [drawn[at] for at in sorted(drawn)]
 
     def usage(self) -> dict[str, int]:

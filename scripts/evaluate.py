@@ -20,9 +20,9 @@ from seqkd.config.run import Config
 from seqkd.errors import ConfigError, SeqkdError, reported, say
 
 if TYPE_CHECKING:
+    from seqkd.checks.preflight import Checked
     from seqkd.evaluation.bartscore import BartScorer
     from seqkd.evaluation.table import ModelOutputs
-    from seqkd.preflight import Checked
     from seqkd.workers import Workers
 
 CHUNK = 32
@@ -163,7 +163,7 @@ def scorer(asked: Request) -> BartScorer | None:
 def checks(asked: Request) -> tuple[Config, Checked, bool]:
     """As before training. Where the teacher is what stands in the way, the student is evaluated
     without it."""
-    from seqkd import preflight
+    from seqkd.checks import preflight
 
     try:
         checked, alone = preflight.check(asked.config), False
@@ -187,8 +187,8 @@ def checks(asked: Request) -> tuple[Config, Checked, bool]:
 def started(config: Config, path: str, checked: Checked, with_teacher: bool) -> Iterator[Workers]:
     """All actors of one student."""
     from actors import build
+    from seqkd.checks.startup import check_workers
     from seqkd.control import Control
-    from seqkd.echo import check_workers
     from seqkd.models.loading import expand
 
     roles: set[Any] = {"rollout"}

@@ -39,9 +39,9 @@ def precompute(config: Config, verbose: bool) -> int:
     if not verbose:
         quiet()
     from actors import build, placement
-    from seqkd import preflight
+    from seqkd.checks import preflight
+    from seqkd.checks.startup import check_workers
     from seqkd.control import Control
-    from seqkd.echo import check_workers
     from seqkd.precompute import TeacherAlone, record
     from seqkd.teachers.cache import attach, keep_teachers, open_caches
 

@@ -32,7 +32,7 @@ def table(config: Config, number: int) -> int:
     quiet()
     import torch
 
-    from seqkd import preflight
+    from seqkd.checks import preflight
     from seqkd.models.export import materialize_student
     from seqkd.models.loading import load_causal_lm
     from seqkd.studies.gradient_variance import sample

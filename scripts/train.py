@@ -17,9 +17,9 @@ from seqkd.storage import run_directory
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from seqkd.checks.preflight import Checked
     from seqkd.evaluation.heldout import Measurement
     from seqkd.metrics import Recorder
-    from seqkd.preflight import Checked
     from seqkd.teachers.cache import TeacherCache
 
 
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
 def check(config: Config) -> tuple[Config, dict[str, TeacherCache], Checked]:
     """The configuration, with the recorded teachers where none is loaded; the journals, if any;
     and what the checks found."""
-    from seqkd import preflight
+    from seqkd.checks import preflight
     from seqkd.precompute import check_recorded
     from seqkd.teachers.cache import open_caches
 
@@ -126,7 +126,7 @@ def on_this_machine(config: Config) -> bool:
 def memory(config: Config, checked: Checked, show: bool = False) -> list[str]:
     """Estimate the plan's memory and compare it with this machine's; returns warnings."""
     from actors.placement import needed
-    from seqkd.memory import check_memory, estimate, gpu_memory, host_memory
+    from seqkd.checks.memory import check_memory, estimate, gpu_memory, host_memory
 
     needs = estimate(config, checked.student, checked.teachers, needed(config))
     if show:
@@ -216,8 +216,8 @@ def learn(
     """With every actor: check them, train, and measure."""
     from actors import build, placement
     from seqkd import recovery
+    from seqkd.checks.startup import check_workers
     from seqkd.control import Control
-    from seqkd.echo import check_workers
     from seqkd.models.export import materialize_student
     from seqkd.teachers.cache import keep_teachers
 

@@ -42,7 +42,7 @@ class Progress:
     measured: dict[str, Measurement] = field(default_factory=dict)
     spent: Spent = field(default_factory=dict)
     known_text: dict[str, list[float]] = field(default_factory=dict)
-    """What each teacher first said of it; see :mod:`seqkd.canary`."""
+    """What each teacher first said of it; see :mod:`seqkd.checks.canary`."""
 
 
 class Checkpoints:

@@ -6,22 +6,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from seqkd.canary import Asked
 from seqkd.checkpoint import Checkpoints
+from seqkd.checks.canary import ProbeResponses
+from seqkd.checks.monitor import Monitor
 from seqkd.config.base import SamplerName
 from seqkd.config.phases import PhaseConfig
 from seqkd.data.stream import PromptStream
 from seqkd.metrics import Clock
 from seqkd.sources import Drawn, StepSource
 from seqkd.types import Prompt
-from seqkd.watch import Watch
 from seqkd.workers import Workers
 
 Batches = dict[SamplerName, list[list[Prompt]]]
 """By sampler, a list of prompts for every step that learns from one draw."""
 
 
-Draw = tuple[list[Drawn], Asked | None]
+Draw = tuple[list[Drawn], ProbeResponses | None]
 """For every source; and what was then asked of the known text."""
 
 
@@ -50,7 +50,7 @@ class Draws:
         prompts: Iterator[Batches],
         workers: Workers,
         checkpoints: Checkpoints,
-        watch: Watch,
+        watch: Monitor,
     ) -> None:
         self.sources, self.prompts = sources, prompts
         self.workers, self.checkpoints, self.watch = workers, checkpoints, watch
@@ -82,7 +82,7 @@ class Draws:
         if self.under_way is not None:
             self.under_way.result()
 
-    def take(self, step: int, clock: Clock) -> Asked | None:
+    def take(self, step: int, clock: Clock) -> ProbeResponses | None:
         """Give every source what was begun, or what is drawn now; and what was then asked of the
         known text."""
         if self.under_way is None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from seqkd.budget import cost, expected_steps, spend
 from seqkd.checkpoint import Checkpoints, Progress
+from seqkd.checks.monitor import Monitor
 from seqkd.config.phases import PhaseConfig
 from seqkd.config.run import Config
 from seqkd.control import Control
@@ -19,7 +20,6 @@ from seqkd.metrics import Clock, Recorder, describe
 from seqkd.schedule import learning_rate
 from seqkd.sources import StepSource
 from seqkd.types import Prompt
-from seqkd.watch import Watch
 from seqkd.workers import Workers
 
 
@@ -34,7 +34,7 @@ class Run:
     evaluation: HeldOut | None
     recorder: Recorder
     checkpoints: Checkpoints
-    watch: Watch
+    watch: Monitor
     control: Control
     publish: Callable[[Mapping[str, Measurement]], None]
     """What is done with all that was measured so far, after each measurement."""

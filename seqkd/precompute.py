@@ -7,6 +7,7 @@ from contextlib import suppress
 
 import torch
 
+from seqkd.checks.preflight import Checked
 from seqkd.config.phases import PhaseConfig
 from seqkd.config.run import Config
 from seqkd.data.stream import PromptStream
@@ -14,7 +15,6 @@ from seqkd.draws import prompts_of
 from seqkd.errors import JournalError
 from seqkd.metrics import Clock
 from seqkd.models.output_head import load_head
-from seqkd.preflight import Checked
 from seqkd.protocols import Measured, Scores
 from seqkd.sources import StepSource, given
 from seqkd.teachers.cache import (

@@ -7,9 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from seqkd import loop
-from seqkd.alarms import StepAlarms
-from seqkd.canary import Canary
 from seqkd.checkpoint import Checkpoints, Progress
+from seqkd.checks.alarms import StepAlarms
+from seqkd.checks.canary import Canary
+from seqkd.checks.monitor import Monitor
+from seqkd.checks.preflight import Checked
 from seqkd.config.run import Config
 from seqkd.control import Control
 from seqkd.errors import LearnerLost, LearningFault, SeqkdError
@@ -17,11 +19,9 @@ from seqkd.evaluation import summary
 from seqkd.evaluation.heldout import HeldOut, Measurement
 from seqkd.loop import Run
 from seqkd.metrics import Recorder
-from seqkd.preflight import Checked
 from seqkd.run_journal import RunJournal
 from seqkd.storage import run_reader
 from seqkd.teachers.cache import TeacherCache, attach
-from seqkd.watch import Watch
 from seqkd.workers import Workers
 
 
@@ -63,7 +63,7 @@ def prepare(
         control,
     )
     journal.attach(workers, config, checked.vocabulary)
-    watch = Watch(
+    watch = Monitor(
         canary,
         StepAlarms(config, checked.vocabulary),
         config.alarms.canary_every,

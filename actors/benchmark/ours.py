@@ -11,7 +11,8 @@ from typing import Any
 
 from actors import build, placement
 from actors.benchmark.turns import wait_for_turn
-from seqkd import preflight, recovery
+from seqkd import recovery
+from seqkd.checks import preflight
 from seqkd.config import run as configuration
 from seqkd.control import Control
 from seqkd.evaluation.heldout import Measurement

@@ -13,7 +13,7 @@ import torch
 
 from actors.benchmark.rows import Row
 from actors.pool import Calls, Failure
-from seqkd import preflight
+from seqkd.checks import preflight
 from seqkd.config.run import Config
 from seqkd.control import Control
 from seqkd.learner import batching

@@ -20,7 +20,7 @@ import psutil
 
 from actors.benchmark.rows import Row
 from actors.benchmark.runs import COMPILED, ONE_CORE, ROOT, watched
-from seqkd import preflight
+from seqkd.checks import preflight
 from seqkd.config.base import Precision
 from seqkd.config.run import Config
 from seqkd.config.teacher import HfTeacherConfig, VllmTeacherConfig

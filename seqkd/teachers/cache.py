@@ -22,6 +22,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from seqkd.checks.preflight import Checked
 from seqkd.config.resources import EngineConfig
 from seqkd.config.run import Config
 from seqkd.config.teacher import EndpointTeacherConfig, SingleTeacherConfig
@@ -30,7 +31,6 @@ from seqkd.files import sync, unwritable
 from seqkd.models.loading import dtype_of, load_config
 from seqkd.models.output_head import export_head
 from seqkd.models.weight_files import checkpoint_digest
-from seqkd.preflight import Checked
 from seqkd.protocols import Finished, Sampler, Teacher
 from seqkd.storage.arrow_store import ArrowStore
 from seqkd.types import Prompt, Rollout, TeacherScore

@@ -15,14 +15,15 @@ from actors.placement import ActorPlan
 from actors.pool import Pool, remote
 from actors.rollout import RolloutActor
 from actors.teacher import TeacherActor
-from seqkd.alarms import StepAlarms, check_counts
-from seqkd.canary import Canary, must_move
+from seqkd.checks.alarms import StepAlarms
+from seqkd.checks.canary import Canary, must_move
+from seqkd.checks.invariants import check_counts
+from seqkd.checks.preflight import check
+from seqkd.checks.probe import as_rollout
 from seqkd.config.learner import LearnerConfig
 from seqkd.config.resources import EngineConfig
 from seqkd.errors import LearningFault
-from seqkd.known_text import as_rollout
 from seqkd.metrics import Clock, describe
-from seqkd.preflight import check
 from seqkd.sources import StepSource
 from seqkd.workers import Workers
 from tests.actors.ray_calls import COMPLETION, PROMPT, small_config, wait

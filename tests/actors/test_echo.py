@@ -13,11 +13,11 @@ from actors.placement import ActorPlan
 from actors.pool import Pool, remote
 from actors.rollout import RolloutActor
 from actors.teacher import TeacherActor
+from seqkd.checks.preflight import check
+from seqkd.checks.startup import check_workers
 from seqkd.config.learner import LearnerConfig
 from seqkd.config.resources import EngineConfig
-from seqkd.echo import check_workers
 from seqkd.errors import ActorError, ModelError
-from seqkd.preflight import check
 from seqkd.workers import Workers
 from tests.actors.ray_calls import COMPLETION, PROMPT, small_config, wait
 

@@ -7,14 +7,14 @@ from collections import Counter
 
 import pytest
 
+from seqkd.checks.preflight import check
 from seqkd.config.run import Config, load
 from seqkd.errors import ConfigError
 from seqkd.learner import batching
-from seqkd.preflight import check
 from seqkd.several import SeveralSamplers, SeveralTeachers
 from seqkd.types import Prompt, Rollout, TeacherScore
+from tests.unit.checks.test_preflight import config  # noqa: F401
 from tests.unit.config.test_config import MINIMAL
-from tests.unit.test_preflight import config  # noqa: F401
 
 MEMBERS = {
     "math": {"teacher": {"kind": "vllm", "model": "m"}, "tags": ["math"]},

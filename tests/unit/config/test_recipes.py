@@ -12,9 +12,9 @@ import pytest
 import yaml
 from transformers import Qwen2Config, Qwen3Config
 
+from seqkd.checks.memory import size_of
+from seqkd.checks.preflight import check
 from seqkd.config.run import Config, load
-from seqkd.memory import size_of
-from seqkd.preflight import check
 from tests import stand_ins
 from tests.conftest import ROOT
 from tests.hub import serving

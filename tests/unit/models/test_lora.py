@@ -9,16 +9,16 @@ import torch
 import yaml
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from seqkd.checks.memory import GIB, estimate, size_of
+from seqkd.checks.preflight import check
 from seqkd.config.run import Config, dump, load
 from seqkd.config.student import LoraConfig, PruneInitConfig, StudentConfig
 from seqkd.errors import ConfigError, ModelError
 from seqkd.learner.token_stats import token_stats
-from seqkd.memory import GIB, estimate, size_of
 from seqkd.models import output_head
 from seqkd.models.loading import load_causal_lm
 from seqkd.models.lora import Adapters, adapted_layers, check_targets
 from seqkd.models.output_head import OutputHead
-from seqkd.preflight import check
 from tests.conftest import ROOT
 from tests.unit.config.test_config import MINIMAL
 

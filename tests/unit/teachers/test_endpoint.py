@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from actors.api_teacher import ApiSampler, ApiScorer
-from seqkd.api_checks import check_answers, check_endpoint
+from seqkd.checks.teacher_endpoint import check_answers, check_endpoint
 from seqkd.config.run import Config
 from seqkd.config.teacher import EndpointTeacherConfig
 from seqkd.errors import ActorError, ModelError

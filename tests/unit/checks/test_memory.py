@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from seqkd.checks.memory import GIB, Need, check_memory, estimate, size_of
 from seqkd.config.run import Config
 from seqkd.config.student import PruneInitConfig, StudentConfig
 from seqkd.errors import ResourceError
-from seqkd.memory import GIB, Need, check_memory, estimate, size_of
 from seqkd.models.loading import load_causal_lm, load_config
 
 ROLES = ("learner", "rollout", "teacher", "teacher_sampler")

@@ -8,10 +8,10 @@ import shutil
 import pytest
 import yaml
 
+from seqkd.checks.preflight import check
+from seqkd.checks.tokenizers import check_same_tokenizer
 from seqkd.config.run import load
 from seqkd.errors import ConfigError, ModelError
-from seqkd.preflight import check
-from seqkd.tokenizers import check_same_tokenizer
 
 
 @pytest.fixture

@@ -10,11 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from seqkd.checks.preflight import Checked
+from seqkd.checks.probe import UNIFORM, answers, distance, finite, scored_tokens, tolerance
 from seqkd.config.run import Config
 from seqkd.config.teacher import EndpointTeacherConfig
 from seqkd.errors import LearningFault
-from seqkd.known_text import UNIFORM, answers, distance, finite, scored_tokens, tolerance
-from seqkd.preflight import Checked
 from seqkd.protocols import Scores
 from seqkd.types import Rollout
 from seqkd.workers import Workers
@@ -32,7 +32,7 @@ def must_move(lr: float, grad_norm: float) -> bool:
     return lr >= SMALLEST_LR and grad_norm > 0
 
 
-class Held(NamedTuple):
+class EngineBaseline(NamedTuple):
     """What an engine said when its answer last changed, and the learner at that time."""
 
     engine: Tensor
@@ -40,7 +40,7 @@ class Held(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Asked:
+class ProbeResponses:
     """What engines and teachers said of the known text, for the learner to read."""
 
     version: int
@@ -52,7 +52,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Answers:
+class ProbeLogprobs:
     """[T] log-probs of the known text's tokens."""
 
     version: int
@@ -85,11 +85,11 @@ class Canary:
         kept up to date."""
         self.first = first
         self.learner: Tensor | None = None
-        self.held: list[Held] = []
+        self.held: list[EngineBaseline] = []
         self.said: dict[int, Tensor] = {}
         """The learner's answers by version, of those that engines may be asked with."""
 
-    def ask(self, version: int) -> Asked:
+    def ask(self, version: int) -> ProbeResponses:
         """Engines and teachers, whatever the learner does meanwhile; engines only where they have
         ``version`` of its weights."""
         student, text = self.workers.student, self.own[0]
@@ -97,7 +97,7 @@ class Canary:
         if self.engines and student.policy_version == version:
             engines = student.score([*text.prompt_ids, *text.completion_ids])
         scores = {name: self.teachers[name].score(texts) for name, texts in self.texts.items()}
-        return Asked(version, engines, scores)
+        return ProbeResponses(version, engines, scores)
 
     def hold(self) -> None:
         """What the learner says with today's weights, where engines are asked with them and
@@ -106,7 +106,7 @@ class Canary:
         if version not in self.said:
             self.said[version] = self._learner()
 
-    def check(self, asked: Asked, stepped: bool) -> None:
+    def check(self, asked: ProbeResponses, stepped: bool) -> None:
         """LearningFault, a line for each fault found. ``stepped``: since the last call an optimizer
         step was taken that :func:`must_move` the weights."""
         found = self._unscored(asked.scores)
@@ -124,14 +124,14 @@ class Canary:
     def check_learner(self) -> None:
         """LearningFault where the learner gives the known text what is no number."""
         logprobs = self._learner()
-        if found := self._not_numbers(Answers(0, logprobs, logprobs, [], {})):
+        if found := self._not_numbers(ProbeLogprobs(0, logprobs, logprobs, [], {})):
             raise LearningFault("\n".join(found))
 
     def _learner(self) -> Tensor:
         measured = self.workers.learner.measure(self.own[:1], {})
         return torch.tensor(measured[self.own[0].sample_id]["student_logprob"])
 
-    def _answers(self, asked: Asked) -> Answers:
+    def _answers(self, asked: ProbeResponses) -> ProbeLogprobs:
         texts = [text for of in self.texts.values() for text in of]
         every = {i: score for of in asked.scores.values() for i, score in of.items()}
         measured = self.workers.learner.measure(texts, every) if texts else {}
@@ -143,7 +143,7 @@ class Canary:
         learner, before = self._learner(), self.said
         self.said = {self.workers.learner.policy_version: learner}
         tokens = len(self.own[0].completion_ids)
-        return Answers(
+        return ProbeLogprobs(
             asked.version,
             learner,
             (before | self.said)[asked.version],
@@ -151,12 +151,14 @@ class Canary:
             {name: teachers(texts) for name, texts in self.texts.items()},
         )
 
-    def _keep(self, now: Answers) -> None:
+    def _keep(self, now: ProbeLogprobs) -> None:
         self.learner = now.learner
         if now.engines:
-            before: Sequence[Held | None] = self.held or [None] * len(now.engines)
+            before: Sequence[EngineBaseline | None] = self.held or [None] * len(now.engines)
             self.held = [
-                held if held and torch.equal(held.engine, engine) else Held(engine, now.drawer)
+                held
+                if held and torch.equal(held.engine, engine)
+                else EngineBaseline(engine, now.drawer)
                 for held, engine in zip(before, now.engines, strict=True)
             ]
 
@@ -168,7 +170,7 @@ class Canary:
             if any(scored_tokens(scores[name][t.sample_id]) < len(t.completion_ids) for t in texts)
         ]
 
-    def _not_numbers(self, now: Answers) -> list[str]:
+    def _not_numbers(self, now: ProbeLogprobs) -> list[str]:
         named = {"the learner": [now.learner]}
         named |= {f"rollout engine {i}": [engine] for i, engine in enumerate(now.engines)}
         named |= {self._called(name): given for name, given in now.teachers.items()}
@@ -193,7 +195,7 @@ class Canary:
             "learner.zero_stage to 0."
         ]
 
-    def _engines(self, now: Answers) -> list[str]:
+    def _engines(self, now: ProbeLogprobs) -> list[str]:
         most = tolerance(self.config.rollout.precision, self.config.learner.precision)
         found = []
         for index, engine in enumerate(now.engines):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from seqkd.preflight import Checked
+from seqkd.checks.preflight import Checked
 from seqkd.types import Rollout, TeacherScore
 
 ENGLISH = (

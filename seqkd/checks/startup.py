@@ -13,10 +13,8 @@ import psutil
 import torch
 from torch import Tensor
 
-from seqkd.config.run import Config
-from seqkd.config.teacher import EndpointTeacherConfig, HfTeacherConfig, VllmTeacherConfig
-from seqkd.errors import ModelError
-from seqkd.known_text import (
+from seqkd.checks.preflight import Checked
+from seqkd.checks.probe import (
     UNIFORM,
     answers,
     as_rollout,
@@ -26,8 +24,10 @@ from seqkd.known_text import (
     scored_tokens,
     tolerance,
 )
+from seqkd.config.run import Config
+from seqkd.config.teacher import EndpointTeacherConfig, HfTeacherConfig, VllmTeacherConfig
+from seqkd.errors import ModelError
 from seqkd.models.loading import load_causal_lm
-from seqkd.preflight import Checked
 from seqkd.protocols import Sampler
 from seqkd.types import Prompt, Rollout
 from seqkd.workers import Workers
@@ -230,7 +230,7 @@ def _forward(
     teacher: VllmTeacherConfig | HfTeacherConfig, config: Any, vocabulary: int, rollout: Rollout
 ) -> Tensor | None:
     """[T] log-probs by transformers, from the checkpoint; None where that would be too large."""
-    from seqkd.memory import BYTES, GIB, size_of
+    from seqkd.checks.memory import BYTES, GIB, size_of
 
     size = size_of(config).parameters * BYTES[teacher.precision]
     if size > min(REFERENCE_GIB * GIB, psutil.virtual_memory().available / 2):

@@ -11,15 +11,16 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor
 
-from seqkd.alarms import StepAlarms, check_counts, check_trained
-from seqkd.canary import Asked, Canary, must_move
+from seqkd.checks.alarms import StepAlarms
+from seqkd.checks.canary import Canary, ProbeResponses, must_move
+from seqkd.checks.invariants import check_counts, check_trained
 from seqkd.files import disk_errors
 from seqkd.protocols import Part
 from seqkd.teachers.cache import TeacherCache
 from seqkd.types import StepResult
 
 
-class Watch:
+class Monitor:
     """The known text and the alarms of one run."""
 
     def __init__(
@@ -51,12 +52,12 @@ class Watch:
         if self._due(step):
             self.canary.hold()
 
-    def ask(self, step: int, version: int) -> Asked | None:
+    def ask(self, step: int, version: int) -> ProbeResponses | None:
         """At the end of the draw for ``step``, whose engines were to have ``version`` of the
         learner's weights: the known text, where it is due."""
         return self.canary.ask(version) if self._due(step) else None
 
-    def drawn(self, step: int, asked: Asked | None) -> None:
+    def drawn(self, step: int, asked: ProbeResponses | None) -> None:
         """Before ``step`` learns from a draw at whose end that was ``asked``. What the teachers
         wrote so far is then known to be theirs."""
         if asked is not None:

@@ -11,8 +11,9 @@ import pytest
 import torch
 import yaml
 
-from seqkd.alarms import StepAlarms, check_counts, check_drawn, check_trained
-from seqkd.canary import SMALLEST_LR, Canary, must_move
+from seqkd.checks.alarms import StepAlarms
+from seqkd.checks.canary import SMALLEST_LR, Canary, must_move
+from seqkd.checks.invariants import check_counts, check_sampled, check_trained
 from seqkd.config.alarms import AlarmConfig, AlarmsConfig
 from seqkd.config.run import Config, load
 from seqkd.errors import ConfigError, LearningFault
@@ -306,7 +307,7 @@ def test_log_probs_that_are_missing_or_no_numbers():
 
 
 def test_a_long_prompt_leaves_room_for_the_text():
-    from seqkd.known_text import answers
+    from seqkd.checks.probe import answers
 
     checked = SimpleNamespace(
         tokenizer=lambda text, add_special_tokens: SimpleNamespace(input_ids=ENGLISH),
@@ -463,10 +464,10 @@ DRAWN = [rollout("1", 0), rollout("1", 1), rollout("2", 0)]
     ],
 )
 def test_what_was_drawn(drawn, found):
-    check_drawn("rollout 0", PROMPTS, [2, 1], DRAWN)
-    check_drawn("rollout 0", [], [], [])
+    check_sampled("rollout 0", PROMPTS, [2, 1], DRAWN)
+    check_sampled("rollout 0", [], [], [])
     with pytest.raises(LearningFault, match=found):
-        check_drawn("rollout 0", PROMPTS, [2, 1], drawn)
+        check_sampled("rollout 0", PROMPTS, [2, 1], drawn)
 
 
 def test_what_was_trained():

@@ -10,14 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from seqkd.alarms import StepAlarms
+from seqkd.checks.alarms import StepAlarms
+from seqkd.checks.monitor import Monitor
 from seqkd.config.run import Config
 from seqkd.errors import LearningFault
 from seqkd.protocols import Part
 from seqkd.storage.arrow_store import ArrowStore
 from seqkd.teachers.cache import TeacherCache
 from seqkd.types import Counts, PartResult, Rollout, StepResult, TeacherScore, rollout_from
-from seqkd.watch import Watch
 from tests.unit.config.test_config import MINIMAL
 
 
@@ -41,7 +41,7 @@ class Canary:
 def watch(tmp_path, every=1, journals=()):
     said = []
     steps = StepAlarms(Config.model_validate(MINIMAL), 1000)
-    made = Watch(Canary(), steps, every, said.append, tmp_path / "skipped", list(journals))
+    made = Monitor(Canary(), steps, every, said.append, tmp_path / "skipped", list(journals))
     made.rewind([], {})
     made.said = said
     return made

@@ -10,7 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from seqkd.api_checks import check_answers, check_endpoint
+from seqkd.checks.teacher_endpoint import check_answers, check_endpoint
+from seqkd.checks.tokenizers import (
+    check_same_stop_ids,
+    check_same_template,
+    check_same_tokenizer,
+    check_stop_ids,
+    check_turn_end,
+)
 from seqkd.config.run import Config
 from seqkd.config.student import PruneInitConfig
 from seqkd.config.teacher import (
@@ -25,13 +32,6 @@ from seqkd.errors import ConfigError, DataError, ModelError, SeqkdError
 from seqkd.models.loading import end_of_sequence_ids, load_config, load_tokenizer
 from seqkd.models.lora import check_targets
 from seqkd.models.pruning import check_prune
-from seqkd.tokenizers import (
-    check_same_stop_ids,
-    check_same_template,
-    check_same_tokenizer,
-    check_stop_ids,
-    check_turn_end,
-)
 from seqkd.types import Prompt
 
 T = TypeVar("T")

@@ -1,0 +1,1 @@
+"""Checks before the first step and in every step."""
