@@ -16,10 +16,10 @@ from actors.pool import Pool, remote
 from seqkd.checks.preflight import Checked
 from seqkd.config.run import Config
 from seqkd.config.teacher import EndpointTeacherConfig, SingleTeacherConfig
-from seqkd.control import Control
 from seqkd.errors import LearnerLost, ResourceError
 from seqkd.models.loading import expand
 from seqkd.teachers.endpoint import key_of
+from seqkd.training.control import Control
 from seqkd.workers import Workers
 
 

@@ -11,11 +11,11 @@ from typing import Any
 
 from actors.pool import READING, Calls, Failure, Pool, is_alive, reap
 from seqkd.checks.invariants import check_sampled
-from seqkd.control import Control
 from seqkd.errors import ActorError, LearnerLost
 from seqkd.learner.batching import Layout, pack, partition
 from seqkd.learner.loss import RankPart
 from seqkd.protocols import Finished, Measured, Part, Scores
+from seqkd.training.control import Control
 from seqkd.types import (
     PartResult,
     Prompt,

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from actors.placement import PROCESS
-from seqkd.control import TICK_S, Control
 from seqkd.errors import ActorError, SeqkdError
+from seqkd.training.control import TICK_S, Control
 
 UNUSUAL_S = 60.0
 """So long a process may take to come up before that is said."""

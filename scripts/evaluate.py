@@ -188,8 +188,8 @@ def started(config: Config, path: str, checked: Checked, with_teacher: bool) -> 
     """All actors of one student."""
     from actors import build
     from seqkd.checks.startup import check_workers
-    from seqkd.control import Control
     from seqkd.models.loading import expand
+    from seqkd.training.control import Control
 
     roles: set[Any] = {"rollout"}
     if with_teacher:
@@ -210,12 +210,12 @@ def answers(
     """What one student wrote, and its teacher; piece by piece, each kept until all is done."""
     from seqkd.evaluation.heldout import Answers, HeldOut
     from seqkd.evaluation.table import ModelOutputs
-    from seqkd.run_journal import RunJournal
     from seqkd.teachers.cache import attach, open_caches
+    from seqkd.training.replay_log import ReplayLog
 
     if with_teacher:
         attach(workers, config, checked, open_caches(config, teacher_here=True)[1])
-    RunJournal(out / "journal" / name, config).attach(workers, config, checked.vocabulary)
+    ReplayLog(out / "journal" / name, config).attach(workers, config, checked.vocabulary)
     samples, prompts = config.evaluation.samples_per_prompt, checked.heldout
     student, teacher = Answers([], {}), Answers([], {})
     for low in range(0, len(prompts), CHUNK):

@@ -41,9 +41,9 @@ def precompute(config: Config, verbose: bool) -> int:
     from actors import build, placement
     from seqkd.checks import preflight
     from seqkd.checks.startup import check_workers
-    from seqkd.control import Control
-    from seqkd.precompute import TeacherAlone, record
     from seqkd.teachers.cache import attach, keep_teachers, open_caches
+    from seqkd.training.control import Control
+    from seqkd.training.precompute import TeacherAlone, record
 
     checked = preflight.check(config)
     for warning in checked.warnings:

@@ -8,19 +8,19 @@ import time
 from contextlib import closing
 from typing import TYPE_CHECKING
 
-from seqkd import trackers
 from seqkd.config import run as configuration
 from seqkd.config.run import Config
 from seqkd.errors import LearnerLost, SeqkdError, StorageError, reported, say
 from seqkd.storage import run_directory
+from seqkd.training import trackers
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from seqkd.checks.preflight import Checked
     from seqkd.evaluation.heldout import Measurement
-    from seqkd.metrics import Recorder
     from seqkd.teachers.cache import TeacherCache
+    from seqkd.training.recorder import Recorder
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -57,8 +57,8 @@ def check(config: Config) -> tuple[Config, dict[str, TeacherCache], Checked]:
     """The configuration, with the recorded teachers where none is loaded; the journals, if any;
     and what the checks found."""
     from seqkd.checks import preflight
-    from seqkd.precompute import check_recorded
     from seqkd.teachers.cache import open_caches
+    from seqkd.training.precompute import check_recorded
 
     config, journals = open_caches(config, teacher_here=not config.two_step)
     checked = preflight.check(config, teacher_here=not config.two_step)
@@ -185,8 +185,8 @@ def train(config: Config, verbose: bool, resume: bool) -> int:
     from actors import build
     from seqkd import model_card, report
     from seqkd.evaluation import summary
-    from seqkd.metrics import Recorder
     from seqkd.storage import run_reader
+    from seqkd.training.recorder import Recorder
 
     with build.connect(config, verbose):
         build.check_resources(config)
@@ -215,11 +215,11 @@ def learn(
 ) -> dict[str, Measurement]:
     """With every actor: check them, train, and measure."""
     from actors import build, placement
-    from seqkd import recovery
     from seqkd.checks.startup import check_workers
-    from seqkd.control import Control
     from seqkd.models.export import materialize_student
     from seqkd.teachers.cache import keep_teachers
+    from seqkd.training import recovery, setup
+    from seqkd.training.control import Control
 
     start = time.perf_counter()
     student = materialize_student(
@@ -241,9 +241,7 @@ def learn(
             recorder.note(f"warning: {warning}")
         if not config.two_step:
             keep_teachers(config, journals)
-        run = recovery.prepare(
-            directory, config, checked, workers, roles, journals, recorder, control
-        )
+        run = setup.prepare(directory, config, checked, workers, roles, journals, recorder, control)
         return recovery.finish(run)
 
 

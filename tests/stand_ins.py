@@ -209,10 +209,10 @@ class Terse:
 
 def record(file, overrides) -> None:
     """What scripts/precompute.py leaves of a configuration, from a :class:`Terse` teacher."""
-    from seqkd import precompute
     from seqkd.checks import preflight
     from seqkd.config import run
     from seqkd.teachers.cache import attach, keep_teachers, open_caches
+    from seqkd.training import precompute
     from seqkd.workers import Workers
 
     read = run.load(file, overrides)

@@ -11,13 +11,13 @@ from typing import Any
 
 from actors import build, placement
 from actors.benchmark.turns import wait_for_turn
-from seqkd import recovery
 from seqkd.checks import preflight
 from seqkd.config import run as configuration
-from seqkd.control import Control
 from seqkd.evaluation.heldout import Measurement
-from seqkd.metrics import Recorder
 from seqkd.models.export import materialize_student
+from seqkd.training import recovery, setup
+from seqkd.training.control import Control
+from seqkd.training.recorder import Recorder
 
 
 class Turn:
@@ -41,7 +41,7 @@ def main(directory: Path, file: str, overrides: list[str]) -> None:
         closing(Recorder(directory, config, sys.stderr)) as recorder,
         build.workers(config, student, checked, roles, control) as workers,
     ):
-        run = recovery.prepare(directory, config, checked, workers, roles, {}, recorder, control)
+        run = setup.prepare(directory, config, checked, workers, roles, {}, recorder, control)
         recovery.finish(replace(run, evaluation=evaluation, publish=lambda measured: None))
 
 

@@ -23,8 +23,8 @@ from actors.benchmark.rows import Row
 from actors.placement import PROCESS
 from seqkd.config.run import Config
 from seqkd.errors import ActorError
-from seqkd.metrics import STAGES
 from seqkd.models.loading import expand
+from seqkd.training.clock import STAGES
 
 ROOT = Path(__file__).resolve().parents[2]
 GIB = 2**30

@@ -15,13 +15,13 @@ from actors.benchmark.rows import Row
 from actors.pool import Calls, Failure
 from seqkd.checks import preflight
 from seqkd.config.run import Config
-from seqkd.control import Control
 from seqkd.learner import batching
 from seqkd.learner.student import last_hidden
-from seqkd.metrics import Clock
 from seqkd.models.export import materialize_student
 from seqkd.models.output_head import OutputHead, chunk_rows
-from seqkd.sources import StepSource
+from seqkd.training.clock import Clock
+from seqkd.training.control import Control
+from seqkd.training.rollouts import RolloutSource
 from seqkd.types import Prompt, Rollout
 from seqkd.workers import Workers
 
@@ -56,7 +56,7 @@ def measure(config: Config, repetitions: int) -> list[Row]:
         learner: Any = workers.learner
         (rank,) = learner.ranks
         prompts = list(checked.train[: config.prompts_per_step])
-        source = StepSource(config, config, "student", workers)
+        source = RolloutSource(config, config, "student", workers)
         with tempfile.TemporaryDirectory(dir="/dev/shm") as shared:
             for repetition in range(repetitions + 1):
                 clock = Clock()

@@ -20,7 +20,7 @@ from seqkd.config.teacher import EndpointTeacherConfig
 from seqkd.errors import LearningFault
 
 Row = Mapping[str, Any]
-"""A step's metrics, of :func:`seqkd.metrics.describe`."""
+"""A step's metrics, of :func:`seqkd.training.step_metrics.describe`."""
 WINDOW = 5
 """Steps at the start of a phase that later ones are compared with, and that a figure is the mean
 of: single steps are noisy."""

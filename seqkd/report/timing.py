@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from seqkd.metrics import STAGES
 from seqkd.report.panels import Panel
 from seqkd.report.series import POINTS, Array, column
 from seqkd.report.svg import COLOUR, plot, series_colour
 from seqkd.storage.run_reader import Run
+from seqkd.training.clock import STAGES
 
 NAMES = (*STAGES, "other")
 LAST = 5

@@ -112,15 +112,15 @@ def initialize(
 ) -> None:
     """Write the resolved configuration, what makes the data sets others, and what the run starts
     on, into the directory, after what this run must not learn from is removed."""
-    from seqkd import run_journal  # here, as they import torch
     from seqkd.storage import environment
+    from seqkd.training import replay_log  # here, as they import torch
 
     journal = directory / "journal"
     with _written(directory):
         if not resumption.found:  # of a start that failed before its first step
             shutil.rmtree(journal, ignore_errors=True)
         if resumption.course:
-            run_journal.remove(journal)
+            replay_log.remove(journal)
         atomic_write(directory / "data.json", json.dumps(_fingerprint(data), indent=2))
         atomic_write(directory / "environment.json", json.dumps(environment.describe(), indent=2))
         atomic_write(directory / "config.yaml", dump(config))

@@ -5,7 +5,7 @@ directory for the teacher's own identity. A live run takes from the journal what
 what is not; under ``sampler: journal`` it is all there is (score first, train later), and the same
 code runs on the same values. The journal keeps the teacher's output head and tokenizer too, so
 that its checkpoint need not be there. The student's own samples are not kept: they do not recur
-(but for a while, by :mod:`seqkd.run_journal`).
+(but for a while, by :mod:`seqkd.training.replay_log`).
 """
 
 from __future__ import annotations

@@ -23,8 +23,9 @@ from seqkd.checks.probe import as_rollout
 from seqkd.config.learner import LearnerConfig
 from seqkd.config.resources import EngineConfig
 from seqkd.errors import LearningFault
-from seqkd.metrics import Clock, describe
-from seqkd.sources import StepSource
+from seqkd.training.clock import Clock
+from seqkd.training.rollouts import RolloutSource
+from seqkd.training.step_metrics import describe
 from seqkd.workers import Workers
 from tests.actors.ray_calls import COMPLETION, PROMPT, small_config, wait
 
@@ -142,7 +143,7 @@ class Run:
         self.learner.policy_version = student.policy_version
         checked = check(config)
         self.prompts, self.stepped, self.number = list(checked.train), False, 0
-        self.source = StepSource(config, config, "student", self.workers)
+        self.source = RolloutSource(config, config, "student", self.workers)
         self.canary = Canary(config, checked, self.workers, ("rollout", "teacher", "learner"))
         self.alarms = StepAlarms(config, checked.vocabulary)
 

@@ -17,8 +17,8 @@ from actors import groups
 from actors.placement import PROCESS, ActorPlan
 from actors.pool import Pool, reap, remote
 from seqkd.config.lifecycle import RecoveryConfig
-from seqkd.control import Control
 from seqkd.errors import ActorError, LearnerLost, ModelError, Stopped
+from seqkd.training.control import Control
 from seqkd.types import Prompt, Rollout, WeightVersion
 from tests.actors.ray_calls import wait
 from tests.actors.workers import Drawing, Late, Loading, Rank, Scorer, Worker

@@ -12,13 +12,15 @@ import sys
 import pytest
 import yaml
 
-from seqkd.budget import cost
 from seqkd.config.run import Config
 from seqkd.evaluation.heldout import FIGURES
-from seqkd.metrics import Clock, Recorder, describe
 from seqkd.objectives import OBJECTIVES
 from seqkd.protocols import Part
 from seqkd.storage.run_directory import flat
+from seqkd.training.budget import cost
+from seqkd.training.clock import Clock
+from seqkd.training.recorder import Recorder
+from seqkd.training.step_metrics import describe
 from seqkd.types import Counts, PartResult, Rollout, StepResult
 from tests.conftest import ROOT
 from tests.unit.config.test_config import MINIMAL

@@ -18,8 +18,8 @@ from seqkd.config.alarms import AlarmConfig, AlarmsConfig
 from seqkd.config.run import Config, load
 from seqkd.errors import ConfigError, LearningFault
 from seqkd.evaluation.text import repetition
-from seqkd.metrics import describe
 from seqkd.protocols import Part
+from seqkd.training.step_metrics import describe
 from seqkd.types import Counts, PartResult, Prompt, Rollout, StepResult, TeacherScore
 from tests.conftest import ROOT
 from tests.unit.config.test_config import MINIMAL, path  # noqa: F401 (a fixture)

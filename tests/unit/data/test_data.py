@@ -18,7 +18,7 @@ from seqkd.data.dataset import Reader, read_data
 from seqkd.data.readers import Source
 from seqkd.data.stream import PromptStream
 from seqkd.errors import DataError
-from seqkd.sources import given
+from seqkd.training.rollouts import reference_rollout
 from seqkd.types import Prompt
 from tests.unit.config.test_config import MINIMAL
 
@@ -265,7 +265,7 @@ def test_long_prompts_and_answers_are_left_out_and_counted_apart(reader):
 def test_a_cut_answer_does_not_end(reader, tokenizer):
     rows = [{"prompt": "a", "reference": "b" * 15}, {"prompt": "c", "reference": "d" * 20}]
     read = reader(rows, longest=16, too_long="truncate")
-    whole, cut = (given(prompt, "dataset") for prompt in read.table())
+    whole, cut = (reference_rollout(prompt, "dataset") for prompt in read.table())
     assert tokenizer.decode(whole.completion_ids) == "b" * 15 + "<|end|>"
     assert tokenizer.decode(cut.completion_ids) == "d" * 16
     assert (whole.finish_reason, cut.finish_reason) == ("stop", "length")
@@ -550,7 +550,7 @@ def test_a_corpus_is_cut_into_pieces(tmp_path, tokenizer):
     read = [tokenizer.decode((*p.token_ids, *p.reference_ids)) for p in pieces]
     assert read == ["abcd", "efgh", "x<|end|>"]
     assert len({p.prompt_id for p in pieces}) == 3
-    reasons = [given(p, "corpus").finish_reason for p in pieces]
+    reasons = [reference_rollout(p, "corpus").finish_reason for p in pieces]
     assert reasons == ["length", "length", "stop"]
     assert (summary.conversations, summary.prompts, summary.blank) == (2, 3, 1)
 

@@ -20,7 +20,7 @@ from seqkd.learner.student import check_head, last_hidden
 from seqkd.models.loading import load_causal_lm, without_dropout
 from seqkd.models.output_head import head_of, load_head
 from seqkd.models.pruning import prune
-from seqkd.schedule import learning_rate
+from seqkd.training.lr_schedule import learning_rate
 from tests.unit.config.test_config import MINIMAL
 
 

@@ -11,8 +11,9 @@ import pytest
 from seqkd.config.run import Config
 from seqkd.data.prompt_table import PromptTable, batch_of
 from seqkd.errors import ConfigError, StorageError
-from seqkd.metrics import Clock, Recorder
 from seqkd.storage import run_directory
+from seqkd.training.clock import Clock
+from seqkd.training.recorder import Recorder
 from tests.unit.config.test_config import MINIMAL
 
 

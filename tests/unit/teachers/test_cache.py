@@ -12,7 +12,6 @@ import torch
 from seqkd.config.run import Config
 from seqkd.errors import JournalError
 from seqkd.models.output_head import load_head
-from seqkd.precompute import check_recorded
 from seqkd.teachers.cache import (
     CachedSampler,
     CachedTeacher,
@@ -22,6 +21,7 @@ from seqkd.teachers.cache import (
     open_caches,
     score_form,
 )
+from seqkd.training.precompute import check_recorded
 from seqkd.types import Prompt, Rollout, TeacherScore
 from tests.unit.config.test_config import MINIMAL
 

@@ -11,13 +11,13 @@ from dataclasses import replace
 
 import pytest
 
-from seqkd import draws, sources
 from seqkd.config.lifecycle import RecoveryConfig
 from seqkd.config.run import Config
-from seqkd.control import Control
 from seqkd.errors import ActorError, LearnerLost, Stopped
+from seqkd.training import prefetch, rollouts
+from seqkd.training.control import Control
 from tests.unit.config.test_config import MINIMAL
-from tests.unit.test_recovery import CONFIG, Crash, World, left
+from tests.unit.training.test_recovery import CONFIG, Crash, World, left
 
 STALE = Config.model_validate(
     CONFIG.model_dump(mode="json")
@@ -52,7 +52,7 @@ class AtOnce:
 
 @pytest.fixture
 def in_order(monkeypatch):
-    for module in (draws, sources):
+    for module in (prefetch, rollouts):
         monkeypatch.setattr(module, "ThreadPoolExecutor", AtOnce)
 
 

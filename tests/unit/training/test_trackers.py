@@ -16,15 +16,16 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
 
-from seqkd import trackers
 from seqkd.config.base import TrackerName
 from seqkd.config.run import Config
 from seqkd.errors import ConfigError
 from seqkd.evaluation.heldout import Measurement
-from seqkd.metrics import Clock, Recorder
+from seqkd.training import trackers
+from seqkd.training.clock import Clock
+from seqkd.training.recorder import Recorder
 from tests.conftest import ROOT
 from tests.unit.config.test_config import MINIMAL
-from tests.unit.test_recovery import CONFIG, World
+from tests.unit.training.test_recovery import CONFIG, World
 
 ROW = {"phase": "main", "tokens": 4, "loss": 1.0, "length": 2.0}
 COSTS = {"seconds": 1.0}
@@ -277,7 +278,7 @@ def test_accelerate_takes_the_options(name, tmp_path):
 
 def test_the_variables_of_a_launcher_are_not_asked(tmp_path):
     """Else accelerate would wait for the other processes that they speak of."""
-    code = "from seqkd.trackers import _alone; _alone(); import os; print(os.environ['WORLD_SIZE'])"
+    code = "from seqkd.training.trackers import _alone; _alone(); import os; print(os.environ['WORLD_SIZE'])"
     launched = {"WORLD_SIZE": "4", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1"}
     done = subprocess.run(
         [sys.executable, "-c", code],

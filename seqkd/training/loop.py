@@ -7,24 +7,26 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
-from seqkd.budget import cost, expected_steps, spend
-from seqkd.checkpoint import Checkpoints, Progress
 from seqkd.checks.monitor import Monitor
 from seqkd.config.phases import PhaseConfig
 from seqkd.config.run import Config
-from seqkd.control import Control
 from seqkd.data.stream import PromptStream
-from seqkd.draws import Draws, prompts_of
 from seqkd.evaluation.heldout import HeldOut, Measurement
-from seqkd.metrics import Clock, Recorder, describe
-from seqkd.schedule import learning_rate
-from seqkd.sources import StepSource
+from seqkd.training.budget import cost, expected_steps, spend
+from seqkd.training.checkpoint import Checkpoints, Progress
+from seqkd.training.clock import Clock
+from seqkd.training.control import Control
+from seqkd.training.lr_schedule import learning_rate
+from seqkd.training.prefetch import RolloutPrefetcher, prompts_of
+from seqkd.training.recorder import Recorder
+from seqkd.training.rollouts import RolloutSource
+from seqkd.training.step_metrics import describe
 from seqkd.types import Prompt
 from seqkd.workers import Workers
 
 
 @dataclass(frozen=True)
-class Run:
+class TrainingContext:
     """What a run works with."""
 
     config: Config
@@ -42,7 +44,7 @@ class Run:
     """Where each phase leaves its student."""
 
 
-def go_on(run: Run, progress: Progress) -> dict[str, Measurement]:
+def run_phases(run: TrainingContext, progress: Progress) -> dict[str, Measurement]:
     """Train through every phase from where ``progress`` stands, which is kept up to date; returns
     held-out measurements by the name of what preceded them, "initial" first."""
     stream = PromptStream(run.train, run.config.seed)
@@ -61,7 +63,7 @@ def go_on(run: Run, progress: Progress) -> dict[str, Measurement]:
 
 
 def train(
-    run: Run, progress: Progress, name: str, phase: PhaseConfig, begun: int,
+    run: TrainingContext, progress: Progress, name: str, phase: PhaseConfig, begun: int,
     stream: PromptStream, texts: PromptStream,
 ) -> None:  # fmt: skip
     """Take the steps of one phase that are not taken yet, the first of them step ``begun``."""
@@ -72,11 +74,13 @@ def train(
         return
     run.recorder.begin(name, phase)
     sources = [
-        StepSource(config, phase, sampler, run.workers, progress.running.get(sampler))
+        RolloutSource(config, phase, sampler, run.workers, progress.running.get(sampler))
         for sampler in phase.by_sampler
     ]
     progress.running = {source.sampler: source.running for source in sources}
-    with closing(Draws(sources, prompts, run.workers, run.checkpoints, run.watch)) as draws:
+    with closing(
+        RolloutPrefetcher(sources, prompts, run.workers, run.checkpoints, run.watch)
+    ) as draws:
         for index in range(done, phase.steps):
             clock = Clock()
             steps = expected_steps(config, phase, index, progress.spent)
@@ -120,13 +124,13 @@ def train(
                 draws.learnt()
 
 
-def save(run: Run, progress: Progress) -> None:
+def save(run: TrainingContext, progress: Progress) -> None:
     """Write a checkpoint of a learner that is whole."""
     run.watch.saving()
     run.checkpoints.save(progress)
 
 
-def measure(run: Run, progress: Progress, stage: str, note: str) -> None:
+def measure(run: TrainingContext, progress: Progress, stage: str, note: str) -> None:
     """Measure the student as it is, unless that is done."""
     if run.evaluation and stage not in progress.measured:
         run.recorder.note(note)

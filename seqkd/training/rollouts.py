@@ -15,15 +15,15 @@ from seqkd.config.base import SamplerName
 from seqkd.config.phases import PhaseConfig
 from seqkd.config.run import Config
 from seqkd.learner.running_costs import RunningCosts, by_position
-from seqkd.metrics import Clock
 from seqkd.objectives import mixture_weight
 from seqkd.protocols import Finished, Part, Sampler, Scores
+from seqkd.training.clock import Clock
 from seqkd.types import Prompt, Rollout, Source
 from seqkd.workers import Workers
 
 
 @dataclass(frozen=True)
-class Drawn:
+class ScoredRollouts:
     """What one or more steps learn from."""
 
     steps: list[list[Rollout]]
@@ -63,7 +63,7 @@ class Scoring:
         return {**scores, **(self.score(rest) if rest else {})}
 
 
-class StepSource:
+class RolloutSource:
     """What one phase learns from one sampler's completions."""
 
     def __init__(
@@ -83,9 +83,9 @@ class StepSource:
         needs = {term.objective.teacher_need for term in self.terms}
         self.scored = needs != {"nothing"} or self.fraction is not None
         self.running = running or RunningCosts()
-        self.drawn = Drawn([], {}, {})
+        self.drawn = ScoredRollouts([], {}, {})
 
-    def draw(self, batches: Sequence[Sequence[Prompt]], step: int, clock: Clock) -> Drawn:
+    def draw(self, batches: Sequence[Sequence[Prompt]], step: int, clock: Clock) -> ScoredRollouts:
         """Sample and score, at once, what ``len(batches)`` steps from ``step`` on learn from."""
         prompts = [p for batch in batches for p in batch]
         together = self.config.scored_together if self.scored else None
@@ -96,7 +96,7 @@ class StepSource:
             with clock("score"):
                 scores = scoring.all(rollouts) if self.scored else {}
         asked = self.scored or any(rollout.source == "teacher" for rollout in rollouts)
-        return Drawn(steps, scores, self.workers.usage() if asked else {})
+        return ScoredRollouts(steps, scores, self.workers.usage() if asked else {})
 
     def part(self, clock: Clock) -> Part:
         """What the next step of :attr:`drawn` learns from."""
@@ -117,7 +117,7 @@ class StepSource:
     ) -> list[list[Rollout]]:
         """The completions of each prompt; ``finished`` is told of them as they come."""
         if self.source in ("dataset", "corpus"):
-            return [[given(prompt, self.source)] for prompt in prompts]
+            return [[reference_rollout(prompt, self.source)] for prompt in prompts]
         # Held-out prompts are drawn with the bare seed; training never repeats it.
         seed = (self.config.seed + 1) * 1_000_003 + step
         samples = self.config.samples_per_prompt(self.phase)
@@ -168,7 +168,7 @@ class StepSource:
         self.running.update(*by_position(rows))
 
 
-def given(prompt: Prompt, source: Source) -> Rollout:
+def reference_rollout(prompt: Prompt, source: Source) -> Rollout:
     """A prompt's own text as a completion."""
     assert prompt.reference_ids is not None
     answer = hashlib.blake2b(repr(prompt.reference_ids).encode(), digest_size=4).hexdigest()

@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from seqkd.budget import Spent
 from seqkd.config.run import Config
-from seqkd.control import Control
 from seqkd.errors import CheckpointError
 from seqkd.evaluation.heldout import Example, Measurement
 from seqkd.learner.running_costs import RunningCosts
 from seqkd.protocols import Learner, Sampler
-from seqkd.run_journal import RunJournal
 from seqkd.storage import checkpoint_dir
 from seqkd.teachers.cache import CachedSampler
+from seqkd.training.budget import Spent
+from seqkd.training.control import Control
+from seqkd.training.replay_log import ReplayLog
 from seqkd.types import rollout_from
 
 Running = dict[str, RunningCosts]
@@ -54,7 +54,7 @@ class Checkpoints:
         config: Config,
         learner: Learner,
         samplers: Mapping[str, Sampler],
-        journal: RunJournal,
+        journal: ReplayLog,
         control: Control,
     ) -> None:
         """``samplers`` are the teachers', as they stand before the first step."""

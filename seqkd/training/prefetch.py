@@ -6,14 +6,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from seqkd.checkpoint import Checkpoints
 from seqkd.checks.canary import ProbeResponses
 from seqkd.checks.monitor import Monitor
 from seqkd.config.base import SamplerName
 from seqkd.config.phases import PhaseConfig
 from seqkd.data.stream import PromptStream
-from seqkd.metrics import Clock
-from seqkd.sources import Drawn, StepSource
+from seqkd.training.checkpoint import Checkpoints
+from seqkd.training.clock import Clock
+from seqkd.training.rollouts import RolloutSource, ScoredRollouts
 from seqkd.types import Prompt
 from seqkd.workers import Workers
 
@@ -21,7 +21,7 @@ Batches = dict[SamplerName, list[list[Prompt]]]
 """By sampler, a list of prompts for every step that learns from one draw."""
 
 
-Draw = tuple[list[Drawn], ProbeResponses | None]
+Draw = tuple[list[ScoredRollouts], ProbeResponses | None]
 """For every source; and what was then asked of the known text."""
 
 
@@ -41,12 +41,12 @@ def prompts_of(
     return map(draw, range(done, phase.steps, phase.updates_per_rollout))
 
 
-class Draws:
+class RolloutPrefetcher:
     """The draws of one phase, in order; to be closed."""
 
     def __init__(
         self,
-        sources: Sequence[StepSource],
+        sources: Sequence[RolloutSource],
         prompts: Iterator[Batches],
         workers: Workers,
         checkpoints: Checkpoints,

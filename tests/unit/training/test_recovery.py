@@ -15,10 +15,7 @@ import pytest
 import torch
 import xxhash
 
-from seqkd import loop, recovery, run_journal
-from seqkd.checkpoint import Progress
 from seqkd.config.run import Config
-from seqkd.control import Control
 from seqkd.errors import (
     ActorError,
     CheckpointError,
@@ -27,7 +24,10 @@ from seqkd.errors import (
     Stopped,
     StorageError,
 )
-from seqkd.metrics import Recorder
+from seqkd.training import loop, recovery, replay_log, setup
+from seqkd.training.checkpoint import Progress
+from seqkd.training.control import Control
+from seqkd.training.recorder import Recorder
 from seqkd.types import PartResult, Prompt, Rollout, StepResult, TeacherScore, WeightVersion
 from seqkd.workers import Workers
 from tests.unit.config.test_config import MINIMAL
@@ -216,7 +216,7 @@ class World:
         self.out, directory = io.StringIO(), Path(directory)
         self.recorder = Recorder(directory, config, self.out)
         self.control = Control(config.recovery, self.recorder.note)
-        self.run = recovery.prepare(
+        self.run = setup.prepare(
             directory, config, checked(), workers, {"rollout", "teacher", "learner"}, {},
             self.recorder, self.control,
         )  # fmt: skip
@@ -397,7 +397,7 @@ def test_another_student_does_not_learn_from_the_old_ones_samples(quiet, tmp_pat
     with pytest.raises(Crash):
         World(tmp_path, last, Crash()).finish()
     changed = CONFIG.model_copy(update={"learner": CONFIG.learner.model_copy(update={"lr": 0.5})})
-    run_journal.remove(tmp_path / "journal")  # as a start does that finds such a change
+    replay_log.remove(tmp_path / "journal")  # as a start does that finds such a change
     second = World(tmp_path, config=changed)
     second.finish()
     assert any(what[0] == "student" and what[1] != "h" for what in second.asked)

@@ -46,7 +46,7 @@ def remove(directory: Path) -> None:
         shutil.rmtree(directory / name, ignore_errors=True)
 
 
-class RunJournal:
+class ReplayLog:
     """One run's samples and scores."""
 
     def __init__(self, directory: Path, config: Config) -> None:
@@ -174,7 +174,7 @@ class RecordedTeacher:
     """Scores that are asked for once."""
 
     def __init__(
-        self, inner: Teacher, run: RunJournal, name: str, form: str, student_only: bool
+        self, inner: Teacher, run: ReplayLog, name: str, form: str, student_only: bool
     ) -> None:
         self.inner, self.run, self.name, self.form = inner, run, name, form
         self.student_only, self.journal = student_only, run.scores[name]

@@ -11,12 +11,9 @@ from seqkd.checks.preflight import Checked
 from seqkd.config.phases import PhaseConfig
 from seqkd.config.run import Config
 from seqkd.data.stream import PromptStream
-from seqkd.draws import prompts_of
 from seqkd.errors import JournalError
-from seqkd.metrics import Clock
 from seqkd.models.output_head import load_head
 from seqkd.protocols import Measured, Scores
-from seqkd.sources import StepSource, given
 from seqkd.teachers.cache import (
     CachedSampler,
     CachedTeacher,
@@ -24,6 +21,9 @@ from seqkd.teachers.cache import (
     sampling_settings,
     score_form,
 )
+from seqkd.training.clock import Clock
+from seqkd.training.prefetch import prompts_of
+from seqkd.training.rollouts import RolloutSource, reference_rollout
 from seqkd.types import Prompt, Rollout
 from seqkd.workers import Workers
 
@@ -54,7 +54,7 @@ def record(
     not asked for again."""
     steps = tokens = 0
     for step, phase, batches in planned(config, checked):
-        drawn = StepSource(config, phase, "journal", workers).draw(batches, step, Clock())
+        drawn = RolloutSource(config, phase, "journal", workers).draw(batches, step, Clock())
         steps += len(batches)
         tokens += sum(len(r.completion_ids) for of_step in drawn.steps for r in of_step)
         report(steps, tokens)
@@ -80,7 +80,7 @@ def check_recorded(config: Config, journals: Mapping[str, TeacherCache], checked
     ) -> None:
         nonlocal completions
         name = config.teacher_of(prompt.tag, prompt.prompt_id)
-        rollouts: list[Rollout] = [given(prompt, "dataset")] if own else []
+        rollouts: list[Rollout] = [reference_rollout(prompt, "dataset")] if own else []
         if not own:
             with suppress(JournalError):
                 rollouts = samplers[name].sample([prompt], [samples], 0, temperature, top_p)

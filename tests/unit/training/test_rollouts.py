@@ -11,8 +11,8 @@ import pytest
 
 from seqkd.config.run import Config
 from seqkd.errors import ActorError
-from seqkd.metrics import Clock
-from seqkd.sources import StepSource
+from seqkd.training.clock import Clock
+from seqkd.training.rollouts import RolloutSource
 from seqkd.types import Prompt, Rollout, TeacherScore
 from tests.unit.config.test_config import MINIMAL
 
@@ -93,7 +93,7 @@ def source(sampler, **changes):
         sync=lambda: None,
         usage=dict,
     )
-    return StepSource(config, config, sampler, workers), workers
+    return RolloutSource(config, config, sampler, workers), workers
 
 
 def test_a_mixture_draws_each_sequence_from_one_of_the_two():

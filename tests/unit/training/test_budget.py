@@ -7,13 +7,13 @@ import math
 
 import pytest
 
-from seqkd.budget import cost, expected_steps
 from seqkd.config.run import Config
 from seqkd.errors import ActorError, LearnerLost
 from seqkd.protocols import Part
+from seqkd.training.budget import cost, expected_steps
 from seqkd.types import Counts, Rollout
 from tests.unit.config.test_config import MINIMAL
-from tests.unit.test_recovery import CONFIG, Crash, World, left
+from tests.unit.training.test_recovery import CONFIG, Crash, World, left
 
 
 def budgeted(kind, amount, **changes):

@@ -1,0 +1,61 @@
+"""A run to its end, whatever is lost on the way."""
+
+from __future__ import annotations
+
+from seqkd.errors import LearnerLost, LearningFault, SeqkdError
+from seqkd.evaluation.heldout import Measurement
+from seqkd.training import loop
+from seqkd.training.checkpoint import Progress
+from seqkd.training.control import Control
+from seqkd.training.loop import TrainingContext
+from seqkd.workers import Workers
+
+
+def finish(run: TrainingContext) -> dict[str, Measurement]:
+    """From the newest checkpoint to the last measurement. Where the learner is lost, the run goes
+    back to a checkpoint; where it has to stop, it is saved first."""
+    raised = ""
+    while True:
+        progress = Progress()
+        try:
+            progress = _restored(run)
+            return loop.run_phases(run, progress)
+        except LearnerLost as lost:
+            raised = lost.again(raised)
+            replace_learner(run.workers, run.control, lost)
+        except LearningFault:
+            # Neither what the student has become nor what was drawn is worth keeping.
+            run.checkpoints.journal.forget()
+            run.watch.revert()
+            raise
+        except SeqkdError:
+            _save(run, progress)
+            raise
+
+
+def replace_learner(workers: Workers, control: Control, lost: LearnerLost) -> None:
+    """New processes in the place of those that are lost, at the initial student."""
+    control.restart("the learner", lost.cause)
+    workers.learner.restart()
+    workers.student.forget()
+
+
+def _restored(run: TrainingContext) -> Progress:
+    progress, skipped = run.checkpoints.restore()
+    for line in (*skipped, *run.checkpoints.journal.dropped()):
+        run.recorder.note(f"warning: {line}")
+    run.watch.rewind(run.recorder.rewind(progress.step), progress.known_text)
+    if progress.step:
+        run.recorder.note(f"going on after step {progress.step}")
+    return progress
+
+
+def _save(run: TrainingContext, progress: Progress) -> None:
+    try:
+        if not run.checkpoints.save(progress):
+            run.recorder.note(
+                f"the last checkpoint is that of step {run.checkpoints.last_step}; the steps since "
+                "then are taken again"
+            )
+    except SeqkdError as error:
+        run.recorder.note(f"warning: no checkpoint could be written: {error}")
