@@ -10,7 +10,8 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 LAYERS = (
-    ("seqkd.types", "seqkd.errors", "seqkd.files"),
+    ("seqkd.types", "seqkd.errors"),
+    ("seqkd.files",),
     ("seqkd.config.run",),
     ("seqkd.objectives", "seqkd.data.dataset", "seqkd.models.loading", "seqkd.protocols"),
     ("seqkd.learner", "seqkd.workers"),

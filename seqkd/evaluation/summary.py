@@ -57,7 +57,7 @@ def evaluation_json(
         "changes": changes,
         "per_prompt": {s: {k: v.plain() for k, v in of.items()} for s, of in ratios.items()},
         "examples": [
-            read_completions(i, measurements, prompts, tokenizer)
+            _example(i, measurements, prompts, tokenizer)
             for i in range(min(examples, len(prompts)))
         ],
     }
@@ -100,7 +100,7 @@ def _stage(stage: str) -> str:
     return "before" if stage == "initial" else f"after {stage}"
 
 
-def read_completions(
+def _example(
     i: int, measurements: Mapping[str, Measurement], prompts: Sequence[Prompt], tokenizer: Any
 ) -> dict[str, Any]:
     first, last = next(iter(measurements.values())), list(measurements.values())[-1]

@@ -139,7 +139,7 @@ class Run:
         return self.spent("seconds")
 
 
-def read_evaluation(directory: Path) -> Run:
+def read(directory: Path) -> Run:
     """What is in a run directory. DataError where it is none."""
     if not any((directory / name).is_file() for name in ("config.yaml", "metrics.jsonl")):
         raise DataError(
