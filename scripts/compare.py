@@ -185,7 +185,7 @@ class Children:
 def update(comparison: Comparison, entries: Sequence[Entry]) -> Result:
     """Write comparison.json and the page anew."""
     from seqkd.comparison import plan, results
-    from seqkd.report import comparison as page
+    from seqkd.report import comparison_page as page
 
     result = results.read(comparison, entries)
     where = plan.directory(entries)

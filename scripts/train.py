@@ -183,8 +183,9 @@ def train(config: Config, verbose: bool, resume: bool) -> int:
         print(f"--resume: {directory} holds no run yet; it begins now")
 
     from actors import build
-    from seqkd import model_card, report
+    from seqkd import report
     from seqkd.evaluation import summary
+    from seqkd.report import model_card
     from seqkd.storage import run_reader
     from seqkd.training.recorder import Recorder
 

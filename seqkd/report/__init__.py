@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from seqkd.report.page import render, save
+from seqkd.report.run_page import render, save
 from seqkd.storage.run_reader import read
 
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from seqkd.comparison.statistics import Estimate
-from seqkd.report import drawing
+from seqkd.report import plots
+from seqkd.report.curves import Array, Axis, spent
 from seqkd.report.panels import Panel
-from seqkd.report.series import Array, Axis, spent
 from seqkd.report.svg import COLOUR, SERIES, Plot, plot, series_colour
 from seqkd.storage.run_reader import Run
 
@@ -129,7 +129,7 @@ def against_cost(
         return None
     every = [run for _, of in runs.values() for run in of]
     figures = [of for run in every for _, of in run.figures.values()]
-    with plot(name, f"{title} against {drawing.AXES[on]}") as made:
+    with plot(name, f"{title} against {plots.AXES[on]}") as made:
         for index, (who, of) in paths.items():
             _path(made, index, of)
             made.description += (
@@ -141,8 +141,8 @@ def against_cost(
         if _logarithmic(figure, paths.values()):
             made.axes.set_yscale("log")
             unit += ", log scale"
-        drawing.frame(made, every, on)
-        drawing.numbers(made, [(float(p.y[-1]), index) for index, (_, p) in paths.items()])
+        plots.frame(made, every, on)
+        plots.numbers(made, [(float(p.y[-1]), index) for index, (_, p) in paths.items()])
     return Panel(title, unit, made.svg)
 
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from markupsafe import Markup
 
-from seqkd.report import drawing
-from seqkd.report.drawing import Track
-from seqkd.report.series import Array, Axis, column
+from seqkd.report import plots
+from seqkd.report.curves import Array, Axis, column
+from seqkd.report.plots import Track
 from seqkd.report.svg import SERIES, plot
 from seqkd.storage.run_reader import Run
 
@@ -129,12 +129,12 @@ def panel(runs: Sequence[Run], figure: Figure, on: Axis = "steps") -> Panel | No
     with plot(f"{figure.key}-{on}".replace("_", "-"), figure.title) as made:
         if logarithmic:
             made.axes.set_yscale("log")
-        drawing.tracks(made, tracks, on, figure.smooth)
+        plots.tracks(made, tracks, on, figure.smooth)
         for index, run in enumerate(runs):
-            drawing.held_out(made, run, index, len(runs), figure.held, figure.teacher, on)
-        drawing.frame(made, runs, on)
+            plots.held_out(made, run, index, len(runs), figure.held, figure.teacher, on)
+        plots.frame(made, runs, on)
         if len(runs) > 1:
-            drawing.numbers(made, drawing.ends(tracks, on, figure.smooth))
+            plots.numbers(made, plots.ends(tracks, on, figure.smooth))
     names = [(f"series-{t.colour % SERIES + 1}", t.name) for t in tracks]
     return Panel(figure.title, unit, made.svg, names if len(runs) == 1 < len(tracks) else [])
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from seqkd.evaluation.summary import Completions, Token
-from seqkd.report.words import printable
+from seqkd.report.wording import printable
 from seqkd.storage.run_reader import Run
 
 BOUNDS = (0.1, 0.5, 1.0, 2.0, 4.0)
@@ -17,7 +17,7 @@ HIGHEST = 3
 
 
 @dataclass(frozen=True)
-class Shown:
+class ShownCompletion:
     """One completion."""
 
     who: str
@@ -34,7 +34,7 @@ class Compared:
     """The completions of one prompt."""
 
     prompt: str
-    completions: list[Shown]
+    completions: list[ShownCompletion]
 
 
 def legend() -> list[tuple[str, str]]:
@@ -85,10 +85,10 @@ def _compared(example: Completions, columns: dict[str, tuple[Completions, str]])
     return Compared(printable(example.prompt), shown)
 
 
-def completion(who: str, text: str, tokens: Sequence[Token]) -> Shown:
+def completion(who: str, text: str, tokens: Sequence[Token]) -> ShownCompletion:
     """What is shown of one."""
     known = sorted(((kl, t) for t, kl in tokens if kl is not None), reverse=True)[:HIGHEST]
-    return Shown(
+    return ShownCompletion(
         who,
         [(_visible(t), _level(kl), _said(kl)) for t, kl in tokens],
         printable(text),

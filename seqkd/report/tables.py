@@ -12,8 +12,8 @@ from seqkd.config.run import Config
 from seqkd.evaluation import table
 from seqkd.evaluation.intervals import Interval
 from seqkd.evaluation.summary import LABELS, Evaluation
-from seqkd.report.series import column
-from seqkd.report.words import between, change, stage
+from seqkd.report.curves import column
+from seqkd.report.wording import between, change, stage
 from seqkd.storage.run_directory import flat
 from seqkd.storage.run_reader import Run
 

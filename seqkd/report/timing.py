@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from seqkd.report.curves import POINTS, Array, column
 from seqkd.report.panels import Panel
-from seqkd.report.series import POINTS, Array, column
 from seqkd.report.svg import COLOUR, plot, series_colour
 from seqkd.storage.run_reader import Run
 from seqkd.training.clock import STAGES

@@ -12,7 +12,7 @@ from playwright.sync_api import sync_playwright
 
 from seqkd import report
 from seqkd.comparison import results
-from seqkd.report import comparison
+from seqkd.report import comparison_page
 from tests.comparison_runs import METHODS, write_comparison
 from tests.report_runs import write_run
 
@@ -50,7 +50,7 @@ def pages(tmp_path_factory):
         (folder / name).mkdir()
         result = results.read(*write_comparison(folder / name, methods, missing=missing))
         made[name] = folder / name / "runs" / "study" / "report.html"
-        comparison.write(result, made[name])
+        comparison_page.write(result, made[name])
     return made
 
 

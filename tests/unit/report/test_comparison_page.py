@@ -13,8 +13,8 @@ import pytest
 from seqkd.comparison import plan, results
 from seqkd.config.lifecycle import BudgetConfig
 from seqkd.errors import StorageError
-from seqkd.report import comparison as page
-from seqkd.report import comparison_plots, drawing
+from seqkd.report import comparison_page as page
+from seqkd.report import comparison_plots, plots
 from seqkd.storage.run_reader import read
 from tests import pages
 from tests.comparison_runs import AMOUNT, METHODS, write_comparison, write_evaluation
@@ -274,7 +274,7 @@ def test_the_budget_is_the_first_axis_and_all_others_follow(whole):
     ],
 )
 def test_numbers_at_the_ends_of_lines_stand_apart(heights, top, placed):
-    assert drawing.apart(heights, 10, top) == placed
+    assert plots.apart(heights, 10, top) == placed
 
 
 # What is missing.

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from seqkd.report.series import Array, Axis, Curve, curves, spent
+from seqkd.report.curves import Array, Axis, Curve, curves, spent
 from seqkd.report.svg import COLOUR, Plot, series_colour
 from seqkd.storage.run_reader import Run
 

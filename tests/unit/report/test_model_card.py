@@ -14,12 +14,12 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import seqkd
-from seqkd import model_card
 from seqkd.config.run import Config
 from seqkd.evaluation.heldout import Measurement
 from seqkd.evaluation.summary import LABELS, evaluation_json
 from seqkd.models.export import export
 from seqkd.models.loading import load_causal_lm
+from seqkd.report import model_card
 from tests.unit.config.test_config import MINIMAL
 
 TEXT = "What is rain for?"

@@ -16,12 +16,12 @@ from seqkd.comparison.results import FIRST, INITIAL, KINDS, TEACHER, Result, Tab
 from seqkd.comparison.statistics import Estimate
 from seqkd.config.lifecycle import BudgetConfig
 from seqkd.evaluation.intervals import Interval
-from seqkd.report import comparison_plots, samples, tables, words
+from seqkd.report import comparison_plots, samples, tables, wording
 from seqkd.report.comparison_plots import Mark
-from seqkd.report.drawing import AXES
-from seqkd.report.page import save, template
+from seqkd.report.curves import Axis
 from seqkd.report.panels import Panel
-from seqkd.report.series import Axis
+from seqkd.report.plots import AXES
+from seqkd.report.run_page import save, template
 from seqkd.report.svg import SERIES
 
 OF_EVALUATION = (*FIRST[:2], "rougeL", "bartscore_f", "length", "ended")
@@ -118,7 +118,7 @@ def render(result: Result, place: Path) -> str:
         written=datetime.now(UTC),
         comparison=comparison,
         facts=facts(result, known),
-        models=_shared([words.models(entry.config) for entry in result.entries]),
+        models=_shared([wording.models(entry.config) for entry in result.entries]),
         methods=known,
         notes=list(_notes(result)),
         sections=[section(of, number, result, by_name) for number, of in enumerate(result.tables)],
@@ -150,14 +150,14 @@ def facts(result: Result, known: Sequence[Method]) -> dict[str, str]:
 def budget(of: BudgetConfig) -> str:
     """In words, e.g. "30 000 completion tokens learnt from"."""
     if of.kind == "seconds":
-        return f"{words.duration(of.amount)} of training steps"
-    return f"{words.count(of.amount)} {AXES[of.kind]}"
+        return f"{wording.duration(of.amount)} of training steps"
+    return f"{wording.count(of.amount)} {AXES[of.kind]}"
 
 
 def costs(result: Result, method: str) -> list[str]:
     """Means over its runs: steps, then every kind of budget; empty before the first is over."""
     of = result.spent(method)
-    return [words.duration(v) if k == "seconds" else words.count(v) for k, v in of.items()]
+    return [wording.duration(v) if k == "seconds" else wording.count(v) for k, v in of.items()]
 
 
 def section(of: Tables, number: int, result: Result, known: dict[str, Method]) -> Section:
@@ -195,7 +195,7 @@ def _row(of: Tables, key: str, name: str, known: dict[str, Method]) -> Row:
         {TEACHER: "the teacher", INITIAL: "before training"}.get(name, name),
         known.get(name),
         found,
-        words.signed(Interval(difference.mean, difference.low, difference.high))
+        wording.signed(Interval(difference.mean, difference.low, difference.high))
         if difference
         else "",
         verdict,
@@ -249,7 +249,7 @@ def methods(result: Result) -> Iterator[Method]:
             index,
             entry.method,
             " ".join(result.comparison.methods[entry.method]),
-            " + ".join(words.objective(term) for term in entry.config.terms),
+            " + ".join(wording.objective(term) for term in entry.config.terms),
             len(result.of(entry.method)),
         )
 

@@ -21,7 +21,7 @@ from seqkd import report
 from seqkd.errors import DataError, StorageError
 from seqkd.evaluation.intervals import Interval
 from seqkd.evaluation.summary import closing
-from seqkd.report import page, samples, series, tables, timing, words
+from seqkd.report import curves, run_page, samples, tables, timing, wording
 from seqkd.storage import run_directory
 from seqkd.storage.run_reader import read
 from tests import pages
@@ -101,7 +101,7 @@ def test_figures_of_an_earlier_end_are_said_to_be(few):
     run = read(few)
     assert list(run.figures) == ["initial", "warmup"] and not run.over
     assert tables.last([run])[1][0][1] == "warmup"
-    assert "earlier end of this run" in page.render([run], None)
+    assert "earlier end of this run" in run_page.render([run], None)
 
 
 def test_damaged_rows_are_counted_and_left_out(few):
@@ -111,7 +111,7 @@ def test_damaged_rows_are_counted_and_left_out(few):
     run = read(few)
     assert [row["step"] for row in run.rows] == [0, 1, 2, 3, 4]
     assert run.problems == ["metrics.jsonl: 4 damaged rows are left out."]
-    assert "4 damaged rows" in page.render([run], None)
+    assert "4 damaged rows" in run_page.render([run], None)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_the_rest_of_the_page_is_made(few, name, content, said):
     (few / name).unlink()
     if content is not None:
         (few / name).write_text(content)
-    text = page.render([read(few)], None)
+    text = run_page.render([read(few)], None)
     assert said in text
     shown = {
         "config.yaml": "Configuration, resolved",
@@ -175,21 +175,21 @@ def test_a_page_that_cannot_be_written(few):
 
 
 def test_a_moving_mean_by_hand():
-    smooth = series.moving_mean(np.array([1.0, 2.0, 6.0, 4.0]), 1)
+    smooth = curves.moving_mean(np.array([1.0, 2.0, 6.0, 4.0]), 1)
     assert smooth.tolist() == [1.5, 3.0, 4.0, 5.0]
-    assert series.moving_mean(np.array([1.0, 5.0]), 0).tolist() == [1.0, 5.0]
+    assert curves.moving_mean(np.array([1.0, 5.0]), 0).tolist() == [1.0, 5.0]
 
 
 def test_curves_stop_where_a_phase_does_and_leave_out_what_is_not_known(directory):
     run = read(directory)
-    warmup, main = series.curves(run, "reverse_kl_per_token", np.arange(60.0))
+    warmup, main = curves.curves(run, "reverse_kl_per_token", np.arange(60.0))
     assert warmup.x.tolist() == list(range(WARMUP)) and warmup.window == 3
     assert main.x.tolist() == [s for s in range(WARMUP, 60) if s != SKIPPED]
     assert main.window == 3  # 39 // 20 on either side
     values = [row["reverse_kl_per_token"] for row in run.rows]
     assert warmup.y[-1] == pytest.approx((values[18] + values[19]) / 2)
     assert main.y[0] == pytest.approx((values[20] + values[21]) / 2)
-    assert next(series.curves(run, "mean_weight", np.arange(60.0))).x[0] == WARMUP
+    assert next(curves.curves(run, "mean_weight", np.arange(60.0))).x[0] == WARMUP
 
 
 def test_of_many_steps_no_peak_is_lost(directory):
@@ -198,8 +198,8 @@ def test_of_many_steps_no_peak_is_lost(directory):
     values[1234] = 50.0
     rows = [{"step": i, "phase": "main", "loss": v} for i, v in enumerate(values)]
     keep(directory, [json.dumps(row) + "\n" for row in rows])
-    (curve,) = series.curves(read(directory), "loss", np.arange(4000.0))
-    assert len(curve.x) <= series.POINTS and curve.window == 14
+    (curve,) = curves.curves(read(directory), "loss", np.arange(4000.0))
+    assert len(curve.x) <= curves.POINTS and curve.window == 14
     peak = int(np.argmax(curve.high))
     assert curve.high[peak] == 50 and abs(curve.x[peak] - 1234) < 14
     assert curve.low.min() == min(values)
@@ -214,12 +214,12 @@ def test_what_a_step_had_cost_is_what_was_spent_before_it(directory):
     ]
     keep(directory, [json.dumps(row) + "\n" for row in rows])
     run = read(directory)
-    assert series.spent(run, "learner_tokens").amount.tolist() == [0, 10, 35, 75]
-    assert series.spent(run, "teacher_tokens").amount.tolist() == [0, 7, 16, 16]
-    assert series.spent(run, "seconds").amount.tolist() == [0, 1, 3, 3]  # in minutes
-    assert series.spent(run, "steps").amount.tolist() == [0, 1, 3, 4]
-    assert series.spent(run, "learner_tokens").before(4) == 75
-    assert series.spent(run, "learner_tokens").before(2) == 22.5  # the row of step 2 is lost
+    assert curves.spent(run, "learner_tokens").amount.tolist() == [0, 10, 35, 75]
+    assert curves.spent(run, "teacher_tokens").amount.tolist() == [0, 7, 16, 16]
+    assert curves.spent(run, "seconds").amount.tolist() == [0, 1, 3, 3]  # in minutes
+    assert curves.spent(run, "steps").amount.tolist() == [0, 1, 3, 4]
+    assert curves.spent(run, "learner_tokens").before(4) == 75
+    assert curves.spent(run, "learner_tokens").before(2) == 22.5  # the row of step 2 is lost
 
 
 def test_the_stages_by_hand(directory):
@@ -260,18 +260,18 @@ def test_time_left_is_that_of_the_steps_to_come(directory):
     ],
 )
 def test_a_change_is_said_with_what_its_interval_shows(change, said):
-    assert words.change(Interval(*change)) == said
+    assert wording.change(Interval(*change)) == said
 
 
 def test_objectives_in_words():
-    warmup, main = words.phases(configuration("x"))
+    warmup, main = wording.phases(configuration("x"))
     assert warmup == "warmup, 20 steps: token-level forward KL on the teacher's samples"
     assert main == (
         "main, 40 steps: sequence-level reverse KL (estimator rao_blackwell, baseline "
         "leave_one_out, normalization minillm) on a mixture of the student's and the teacher's "
         "samples + 0.1 × supervised fine-tuning on the data set's answers"
     )
-    (gjsd,) = words.phases(
+    (gjsd,) = wording.phases(
         configuration("x", warmup=None, plus=[], objective={"kind": "gjsd", "beta": 0.25})
     )
     assert "generalised Jensen-Shannon divergence (beta 0.25)" in gjsd
@@ -281,15 +281,15 @@ def test_every_objective_and_sampler_has_words():
     from seqkd.config.base import SamplerName
     from seqkd.objectives import OBJECTIVES
 
-    assert set(words.OBJECTIVE) == set(OBJECTIVES)
-    assert set(words.SAMPLES) == set(SamplerName.__args__)
+    assert set(wording.OBJECTIVE) == set(OBJECTIVES)
+    assert set(wording.SAMPLES) == set(SamplerName.__args__)
 
 
 @pytest.mark.parametrize(
     ("seconds", "said"), [(3.14159, "3.14 s"), (184, "3 min 4 s"), (7500, "2 h 5 min")]
 )
 def test_durations(seconds, said):
-    assert words.duration(seconds) == said
+    assert wording.duration(seconds) == said
 
 
 def test_length_and_ends_stand_beside_the_divergence(directory):
@@ -327,7 +327,7 @@ def test_what_was_evaluated_on_other_prompts(few):
     ]
     ((label, pair, said),) = of.changes
     assert (label, pair) == ("ROUGE-L (0 to 100)", "initial → student") and "4.5" in said
-    text = page.render([read(few)], None)
+    text = run_page.render([read(few)], None)
     assert 'href="#evaluated-1"' in text and "21.5" in text and "[0.125" not in text
     file.write_text("{")
     run = read(few)
@@ -385,7 +385,7 @@ def test_several_runs_and_what_differs(tmp_path):
         ("mixed", "main", 0.822), ("other-seed", "main", pytest.approx(0.922)),
         ("token-level", "main", 0.822),
     ]  # fmt: skip
-    text = page.render(runs, None)
+    text = run_page.render(runs, None)
     (plot,) = re.findall(r'<svg[^>]*aria-labelledby="loss-steps-title.*?</svg>', text, re.DOTALL)
     for number in (1, 2, 3):
         assert f"var(--series-{number})" in plot and f">{number}</text>" in plot
@@ -417,7 +417,7 @@ def test_without_tokens_the_completions_are_plain(few):
     for example in found["examples"]:
         del example["tokens"]
     (few / "evaluation.json").write_text(json.dumps(found))
-    text = page.render([read(few)], None)
+    text = run_page.render([read(few)], None)
     assert "The capital of France is Paris, a city on the river Seine." in text
     assert 'class="token' not in text and "are shown as plain text" in text
 
@@ -495,7 +495,7 @@ def test_missing_figures_are_named(directory):
         for key in ("k1_per_token", "logprob_gap_mean"):
             del row[key]
     keep(directory, [json.dumps(row) + "\n" for row in rows])
-    assert "Not recorded: Log-prob gap, mean; Divergence by k1." in page.render(
+    assert "Not recorded: Log-prob gap, mean; Divergence by k1." in run_page.render(
         [read(directory)], None
     )
 
@@ -504,9 +504,9 @@ def test_numbers_of_any_size_are_drawn(directory):
     values = [1e-300, 1e300, -1e300, 0.0, None, 5e-324]
     rows = [{"step": i, "phase": "warmup", "loss": v, "lr": 0.0} for i, v in enumerate(values)]
     keep(directory, [json.dumps(row) + "\n" for row in rows])
-    assert 'id="loss-steps-title"' in page.render([read(directory)], None)
+    assert 'id="loss-steps-title"' in run_page.render([read(directory)], None)
     keep(directory, [json.dumps({"step": 0, "phase": "warmup", "loss": 2.5}) + "\n"])
-    assert "from 2.5 to 2.5" in page.render([read(directory)], None)
+    assert "from 2.5 to 2.5" in run_page.render([read(directory)], None)
     assert math.isfinite(read(directory).seconds)
 
 
@@ -602,7 +602,7 @@ def test_a_run_ends_with_its_page_and_not_by_it(tmp_path, monkeypatch, capsys, i
     import train
 
     from actors import build
-    from seqkd import model_card
+    from seqkd.report import model_card
 
     config = configuration("x", runs_dir=str(tmp_path), evaluation={"prompts": 0})
     checked = SimpleNamespace(warnings=(), train=(), heldout=(), corpus=())

@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from seqkd.files import atomic_write, disk_errors
-from seqkd.report import panels, samples, tables, timing, words
+from seqkd.report import panels, samples, tables, timing, wording
 from seqkd.report.svg import SERIES
 from seqkd.storage.run_reader import Run
 
@@ -58,7 +58,7 @@ def template(name: str) -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"stage": words.stage, "between": words.between}
+    environment.filters |= {"stage": wording.stage, "between": wording.between}
     return environment.get_template(name)
 
 
@@ -78,17 +78,17 @@ def header(run: Run, index: int) -> dict[str, Any]:
         known["Last step (UTC)"] = f"{run.written:%Y-%m-%d %H:%M}"
     known["Steps"] = f"{run.done} of {run.total}" if run.total else str(run.done)
     if run.rows:
-        known["Time in steps"] = words.duration(run.seconds)
-        known["Tokens learnt from"] = words.count(run.spent("learner_tokens"))
+        known["Time in steps"] = wording.duration(run.seconds)
+        known["Tokens learnt from"] = wording.count(run.spent("learner_tokens"))
     if left := tables.time_left(run):
-        known["Time left"] = f"about {words.duration(left)}"
+        known["Time left"] = f"about {wording.duration(left)}"
     return {
         "number": index + 1,
         "colour": f"series-{index % SERIES + 1}",
         "name": run.name,
         "directory": str(run.directory),
-        "models": words.models(run.config) if run.config else None,
-        "phases": words.phases(run.config) if run.config else [],
+        "models": wording.models(run.config) if run.config else None,
+        "phases": wording.phases(run.config) if run.config else [],
         "facts": known,
         "done": run.done,
         "total": run.total,
