@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def bias_and_variance(out: Path, seed: int) -> None:
     """(a) Exact, on one language, for a student far from the teacher and for a trained one."""
-    from seqkd.enumerated import Language
+    from seqkd.studies.enumerated import Language
     from seqkd.studies.estimators import ROWS, quality, warm_up
 
     language = Language(seed, vocabulary=3, horizon=4)
@@ -82,7 +82,7 @@ def trained_students(out: Path, seed: int, languages: int) -> None:
     """(b) What each objective trains a warmed-up student to, on several languages."""
     import numpy as np
 
-    from seqkd.enumerated import Language
+    from seqkd.studies.enumerated import Language
     from seqkd.studies.estimators import TRAINED, describe, teacher_length, train, warm_up
 
     reached: dict[str, list[tuple[float, float, float]]] = {}

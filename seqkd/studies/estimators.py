@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqkd.enumerated import Language, gradient
 from seqkd.objectives import sampled_token, sequence_reverse_kl, token_mean
+from seqkd.studies.enumerated import Language, gradient
 from seqkd.types import Counts, TokenStats
 
 CHUNK = 256

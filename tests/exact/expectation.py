@@ -8,7 +8,7 @@ from itertools import product
 
 import torch
 
-from seqkd.enumerated import gradient
+from seqkd.studies.enumerated import gradient
 
 CHUNK = 256
 """Tuples at once: the leave-one-out baseline compares all rows of a batch with each other."""

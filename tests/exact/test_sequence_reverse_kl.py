@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from seqkd.enumerated import Language, gradient
 from seqkd.objectives import OBJECTIVES, mixture_weight, sampled_token, sequence_reverse_kl
+from seqkd.studies.enumerated import Language, gradient
 from tests.exact.expectation import expected_gradient, finite_difference, select
 
 ESTIMATORS = ("reinforce", "reward_to_go", "single_step", "rao_blackwell")

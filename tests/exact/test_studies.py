@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from seqkd.enumerated import Language
 from seqkd.studies import gaussians, gradient_variance, linear
+from seqkd.studies.enumerated import Language
 from seqkd.studies.estimators import ROWS, TRAINED, describe, quality, train, warm_up
 
 
@@ -43,8 +43,8 @@ def test_the_order_of_variances(qualities):
 
 def test_variance_is_that_of_drawn_gradients(qualities):
     """Against a simulation that knows nothing of the factors through which it is computed."""
-    from seqkd.enumerated import gradient
     from seqkd.objectives import sequence_reverse_kl
+    from seqkd.studies.enumerated import gradient
     from tests.exact.expectation import select
 
     language = Language(0, vocabulary=3, horizon=3)

@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from seqkd.enumerated import Language, gradient
 from seqkd.objectives import DIVERGENCES, OBJECTIVES
+from seqkd.studies.enumerated import Language, gradient
 from seqkd.types import Counts
 from tests.exact.expectation import expected_gradient, finite_difference, select
 
