@@ -208,7 +208,7 @@ def _teacher_actors(
     config: Config, teacher: SingleTeacherConfig, checked: Checked
 ) -> tuple[_Actors, _Actors]:
     """Those that score and those that write."""
-    from actors.api_teacher import ApiSampler, ApiScorer
+    from actors.endpoint_teacher import ApiSampler, ApiScorer
     from actors.rollout import RolloutActor
     from actors.teacher import TeacherActor
 

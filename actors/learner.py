@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from actors import weight_sync
+from actors.cpu_matmul import use_onednn
 from actors.host_memory import arrived, to_host
-from actors.learner_state import TrainingState
+from actors.optimizer_state import TrainingState
 from seqkd.config.learner import LearnerConfig
 from seqkd.config.student import LoraConfig
 from seqkd.files import disk_errors
@@ -28,7 +29,6 @@ from seqkd.models.loading import load_causal_lm, without_dropout
 from seqkd.models.lora import Adapters
 from seqkd.models.output_head import OutputHead, load_head
 from seqkd.models.pruning import layers_of
-from seqkd.onednn import use_onednn
 from seqkd.types import EndLogprob, PartResult, StepResult, TrainBatch, WeightVersion
 
 

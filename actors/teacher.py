@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from actors.cpu_matmul import use_onednn
 from actors.host_memory import arrived, to_host
 from actors.rollout import build_engine
 from seqkd.config.teacher import HfTeacherConfig, VllmTeacherConfig
@@ -14,7 +15,6 @@ from seqkd.learner import batching
 from seqkd.learner.student import check_head, last_hidden
 from seqkd.models.loading import expand, load_causal_lm
 from seqkd.models.output_head import OutputHead, head_of, load_head
-from seqkd.onednn import use_onednn
 from seqkd.types import Rollout, TeacherScore
 
 

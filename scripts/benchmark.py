@@ -16,7 +16,7 @@ from pathlib import Path
 from quickstart import ENVIRONMENT, local_head
 from train import quiet
 
-from actors.benchmark.rows import Row, table
+from scripts.benchmarks.rows import Row, table
 from seqkd.config import run as configuration
 from seqkd.config.base import Precision
 from seqkd.errors import ConfigError, reported
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
 def measure(sections: tuple[str, ...] | list[str], args: argparse.Namespace) -> int:
     """Each section in turn; what there is so far is in the file."""
     quiet()
-    from actors.benchmark import objectives, runs, stages, traffic, turns
+    from scripts.benchmarks import objectives, runs, stages, traffic, turns
     from seqkd.storage import environment
 
     file, repeat = args.config, args.repeat
@@ -119,7 +119,7 @@ def on_gpu(repeat: int) -> Iterator[Row]:
 
     if not torch.cuda.is_available():
         raise ConfigError(f"section {ON_GPU!r}: torch finds no GPU on this machine. Leave it out.")
-    from actors.benchmark import gpu, objectives
+    from scripts.benchmarks import gpu, objectives
 
     yield from objectives.measure(repeat, "cuda")
     yield from (*gpu.measure(repeat), *gpu.teacher(repeat), *gpu.publishing(repeat))

@@ -73,7 +73,7 @@ def here() -> Chip:
     """This processor, in float32, everything at the speed of the two operations measured."""
     import torch
 
-    from seqkd.onednn import use_onednn
+    from actors.cpu_matmul import use_onednn
 
     use_onednn()  # as the learner does
     square, block = torch.randn(2048, 2048), torch.ones(2**26)

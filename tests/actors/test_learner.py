@@ -581,7 +581,7 @@ def test_nothing_is_compiled_so_that_no_lock_is_waited_for(new, tiny, tmp_path):
 
 def test_on_cores_it_takes_onednns_products_where_they_are_faster(learners, local_ray, tiny):
     def asked(rank):
-        from seqkd.onednn import use_onednn
+        from actors.cpu_matmul import use_onednn
 
         return use_onednn.cache_info().currsize
 

@@ -20,7 +20,7 @@ import pytest
 import torch
 import yaml
 
-from actors.api_teacher import ApiSampler, ApiScorer
+from actors.endpoint_teacher import ApiSampler, ApiScorer
 from actors.teacher import TeacherActor
 from seqkd.config.teacher import EndpointTeacherConfig, HfTeacherConfig
 from tests.conftest import ROOT

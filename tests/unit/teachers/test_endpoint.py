@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 
-from actors.api_teacher import ApiSampler, ApiScorer
+from actors.endpoint_teacher import ApiSampler, ApiScorer
 from seqkd.checks.teacher_endpoint import check_answers, check_endpoint
 from seqkd.config.run import Config
 from seqkd.config.teacher import EndpointTeacherConfig

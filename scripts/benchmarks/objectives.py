@@ -1,6 +1,6 @@
 """A loss from hidden states, in chunks, against one from whole logits: time and peak memory.
 
-On a CPU each case is a process of its own, python -m actors.benchmark.objectives CASE, which prints
+On a CPU each case is a process of its own, python -m scripts.benchmarks.objectives CASE, which prints
 JSON: only so is its peak known.
 """
 
@@ -16,8 +16,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from actors.benchmark.rows import Row
 from actors.placement import KEEP_FREED
+from scripts.benchmarks.rows import Row
 
 GIB = 2**30
 CASES = {
@@ -55,7 +55,7 @@ def measure(repetitions: int, device: str = "cpu") -> Iterator[Row]:
 def _measured(case: dict[str, Any]) -> dict[str, float]:
     if case["device"] == "cuda":
         return _passes(case)
-    command = [sys.executable, "-m", "actors.benchmark.objectives", json.dumps(case)]
+    command = [sys.executable, "-m", "scripts.benchmarks.objectives", json.dumps(case)]
     environment = {**os.environ, **KEEP_FREED}  # as an actor has it
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])

@@ -19,8 +19,8 @@ from typing import Any
 
 import psutil
 
-from actors.benchmark.rows import Row
 from actors.placement import PROCESS
+from scripts.benchmarks.rows import Row
 from seqkd.config.run import Config
 from seqkd.errors import ActorError
 from seqkd.models.loading import expand

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from actors.benchmark.rows import Row
 from actors.groups import TeacherGroup
 from actors.pool import Pool, remote
+from scripts.benchmarks.rows import Row
 from seqkd.learner.batching import Layout, pack, partition
 from seqkd.types import Rollout, TeacherScore
 

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from actors import weight_sync
-from actors.benchmark.rows import Row
 from actors.host_memory import arrived, to_host
 from actors.learner import LearnerRank
+from scripts.benchmarks.rows import Row
 from seqkd.config.learner import LearnerConfig
 from seqkd.config.objectives import SequenceReverseKLConfig
 from seqkd.config.phases import TermConfig

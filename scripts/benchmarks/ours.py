@@ -1,5 +1,5 @@
-"""A run that waits for its turn before each step (see actors.benchmark.turns):
-python -m actors.benchmark.ours DIRECTORY CONFIG [key=value ...]"""
+"""A run that waits for its turn before each step (see scripts.benchmarks.turns):
+python -m scripts.benchmarks.ours DIRECTORY CONFIG [key=value ...]"""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from actors import build, placement
-from actors.benchmark.turns import wait_for_turn
+from scripts.benchmarks.turns import wait_for_turn
 from seqkd.checks import preflight
 from seqkd.config import run as configuration
 from seqkd.evaluation.heldout import Measurement

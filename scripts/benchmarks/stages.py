@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from actors.benchmark.rows import Row
 from actors.pool import Calls, Failure
+from scripts.benchmarks.rows import Row
 from seqkd.checks import preflight
 from seqkd.config.run import Config
 from seqkd.learner import batching

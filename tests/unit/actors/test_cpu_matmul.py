@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from seqkd import onednn
+from actors import cpu_matmul
 
 ROWS, INNER, COLUMNS = 120, 130, 140
 
@@ -21,8 +21,10 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def installed(monkeypatch):
-    monkeypatch.setattr(onednn, "SLICE_ELEMENTS", 50 * COLUMNS)  # the last slice is a shorter one
-    library = onednn.install()
+    monkeypatch.setattr(
+        cpu_matmul, "SLICE_ELEMENTS", 50 * COLUMNS
+    )  # the last slice is a shorter one
+    library = cpu_matmul.install()
     yield
     library._destroy()
 
@@ -150,11 +152,11 @@ def test_it_is_taken_where_mkl_is_slow(vendor, capability, taken, tmp_path, monk
     cpus = tmp_path / "cpuinfo"
     if vendor:
         cpus.write_text(f"processor\t: 0\nvendor_id\t: {vendor}\n")
-    monkeypatch.setattr(onednn, "CPUS", cpus)
-    monkeypatch.setattr(onednn, "install", lambda: "installed")
+    monkeypatch.setattr(cpu_matmul, "CPUS", cpus)
+    monkeypatch.setattr(cpu_matmul, "install", lambda: "installed")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    assert onednn.use_onednn.__wrapped__() == ("installed" if taken else None)
+    assert cpu_matmul.use_onednn.__wrapped__() == ("installed" if taken else None)
 
 
 def test_a_teacher_on_cores_takes_it(tiny, monkeypatch):

@@ -1,5 +1,5 @@
 """The same work in TRL's DistillationTrainer, which waits for its turn before each step (see
-actors.benchmark.turns): python -m actors.benchmark.trl SPEC, in JSON"""
+scripts.benchmarks.turns): python -m scripts.benchmarks.trl SPEC, in JSON"""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import sys
 from typing import Any
 
-from actors.benchmark.turns import wait_for_turn
+from scripts.benchmarks.turns import wait_for_turn
 
 
 def main(spec: dict[str, Any]) -> None:
@@ -17,7 +17,7 @@ def main(spec: dict[str, Any]) -> None:
     from transformers import AutoTokenizer, TrainerCallback
     from trl import DistillationConfig, DistillationTrainer
 
-    from seqkd.onednn import use_onednn
+    from actors.cpu_matmul import use_onednn
 
     torch.set_num_threads(spec["threads"])
     if spec["onednn"]:

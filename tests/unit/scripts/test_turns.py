@@ -9,13 +9,13 @@ import sys
 import psutil
 import pytest
 
-from actors.benchmark.rows import Row
-from actors.benchmark.turns import Contender, all_else_stopped, contender
+from scripts.benchmarks.rows import Row
+from scripts.benchmarks.turns import Contender, all_else_stopped, contender
 from seqkd.errors import ActorError
 
 TAKES_TURNS = """
 import sys
-from actors.benchmark.turns import wait_for_turn
+from scripts.benchmarks.turns import wait_for_turn
 wait_for_turn()
 for step in range(int(sys.argv[1])):
     print("step", step, file=open(sys.argv[2], "a"))

@@ -18,8 +18,8 @@ from typing import Any
 
 import psutil
 
-from actors.benchmark.rows import Row
-from actors.benchmark.runs import COMPILED, ONE_CORE, ROOT, watched
+from scripts.benchmarks.rows import Row
+from scripts.benchmarks.runs import COMPILED, ONE_CORE, ROOT, watched
 from seqkd.checks import preflight
 from seqkd.config.base import Precision
 from seqkd.config.run import Config
@@ -116,7 +116,7 @@ def end_to_end(
 ) -> Iterator[Row]:  # fmt: skip
     """A step as the configuration has it; in the fastest way of a step that is strictly on-policy;
     and drawing the next one meanwhile, on a cluster as in :func:`runs.ahead`. TRL as it comes; and
-    at last, in float32, with :func:`seqkd.onednn.use_onednn`, which is not in its configuration."""
+    at last, in float32, with :func:`actors.cpu_matmul.use_onednn`, which is not in its configuration."""
     against = "TRL's DistillationTrainer"
     ours = [file, *(f"{role}.precision={precision}" for role in ("learner", "rollout", "teacher"))]
     fast = [*ours, *COMPILED]
@@ -160,8 +160,8 @@ def _by_turns(
     trls = {"OMP_NUM_THREADS": str(config.learner.cpus), "HF_HUB_OFFLINE": "1"}
     with (
         tempfile.TemporaryDirectory() as records,
-        contender("actors.benchmark.ours", [records, *ours], environment, mine) as we,
-        contender("actors.benchmark.trl", [json.dumps(spec)], trls, other) as they,
+        contender("scripts.benchmarks.ours", [records, *ours], environment, mine) as we,
+        contender("scripts.benchmarks.trl", [json.dumps(spec)], trls, other) as they,
     ):
         for number in range(config.steps):
             seconds = we.step()
