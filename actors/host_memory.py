@@ -8,7 +8,7 @@ from torch import Tensor
 
 def to_host(tensor: Tensor) -> Tensor:
     """The tensor itself on a CPU; from a GPU a copy in page-locked memory, where it arrives many
-    times as fast as in other memory. It is whole after :func:`arrived`."""
+    times as fast as in other memory. It is whole after :func:`wait_for_copies`."""
     tensor = tensor.detach()
     if tensor.device.type != "cuda":
         return tensor.cpu()
@@ -16,7 +16,7 @@ def to_host(tensor: Tensor) -> Tensor:
     return host.copy_(tensor, non_blocking=True)
 
 
-def arrived(device: torch.device | str) -> None:
+def wait_for_copies(device: torch.device | str) -> None:
     """Wait for every copy from ``device``."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from actors import weight_sync
 from actors.cpu_matmul import use_onednn
-from actors.host_memory import arrived, to_host
+from actors.host_memory import to_host, wait_for_copies
 from actors.optimizer_state import TrainingState
 from seqkd.config.learner import LearnerConfig
 from seqkd.config.student import LoraConfig
@@ -220,9 +220,9 @@ class LearnerRank:
                 if self.rank == 0:
                     state[name] = to_host(parameter)
                     if partitioned:  # what was gathered is gone after this block
-                        arrived(self.device)
+                        wait_for_copies(self.device)
                         state[name] = state[name].clone()
-        arrived(self.device)
+        wait_for_copies(self.device)
         return state
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from actors.cpu_matmul import use_onednn
-from actors.host_memory import arrived, to_host
+from actors.host_memory import to_host, wait_for_copies
 from actors.rollout import build_engine
 from seqkd.config.teacher import HfTeacherConfig, VllmTeacherConfig
 from seqkd.learner import batching
@@ -112,7 +112,7 @@ class HfStates:
             hidden = to_host(last_hidden(self.model, ids.to(self.device), mask.to(self.device)))
             for i, row in zip(rows, hidden, strict=True):
                 states[i] = row[: len(sequences[i])]
-        arrived(self.device)
+        wait_for_copies(self.device)
         return states
 
     def head(self) -> Any:

@@ -19,7 +19,8 @@ from train import quiet
 from scripts.benchmarks.rows import Row, table
 from seqkd.config import run as configuration
 from seqkd.config.base import Precision
-from seqkd.errors import ConfigError, reported
+from seqkd.console import run_command
+from seqkd.errors import ConfigError
 from seqkd.files import disk_errors
 
 CONFIG = "configs/benchmark.yaml"
@@ -61,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(
             f"no section {sorted(unknown)[0]!r}. There are {', '.join(SECTIONS)}, {ON_GPU}."
         )
-    return reported(lambda: measure(args.sections or SECTIONS, args))
+    return run_command(lambda: measure(args.sections or SECTIONS, args))
 
 
 def measure(sections: tuple[str, ...] | list[str], args: argparse.Namespace) -> int:

@@ -20,7 +20,7 @@ from pathlib import Path
 import psutil
 from quickstart import ENVIRONMENT, RAY, ROOT, Head, free_ports, local_head
 
-from seqkd.errors import say
+from seqkd.console import print_message
 from seqkd.files import file_digest
 
 ROLES = {
@@ -357,7 +357,7 @@ def report(run: Trial, seconds: float, problems: list[str]) -> None:
     for name, count in sorted(run.done.items()):
         print(f"  {count:>3} {name}")
     for problem in problems[:20]:
-        say("error", problem)
+        print_message("error", problem)
     print(
         f"{run.done.total()} faults survived in {seconds:.0f} s; prompts lost, trained twice or "
         f"otherwise: {sum('samples' in p for p in problems)}; problems in all: {len(problems)}"

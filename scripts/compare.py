@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from train import check, quiet
 
-from seqkd.errors import ConfigError, reported, say
+from seqkd.console import print_message, run_command
+from seqkd.errors import ConfigError
 
 if TYPE_CHECKING:
     from seqkd.comparison.plan import Comparison, Entry
@@ -54,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         return compare(comparison, entries, args.jobs)
 
-    return reported(run, "the same command goes on")
+    return run_command(run, "the same command goes on")
 
 
 def checked(entries: Sequence[Entry]) -> None:
@@ -68,7 +69,7 @@ def checked(entries: Sequence[Entry]) -> None:
                 "\n".join(f"methods.{entry.method}: {line}" for line in lines)
             ) from None
         for warning in found.warnings:
-            say("warning", f"methods.{entry.method}: {warning}")
+            print_message("warning", f"methods.{entry.method}: {warning}")
 
 
 def compare(comparison: Comparison, entries: Sequence[Entry], jobs: int) -> int:
@@ -171,7 +172,9 @@ class Children:
             said = log.read_bytes()[begin:].decode(errors="replace").splitlines()
             first = next((i for i, line in enumerate(said) if line.startswith("error: ")), -3)
             cause = "\n".join(f"  {line}" for line in said[first:][:8])
-            say("error", f"{script} ended with exit code {code}; all of it is in {log}\n{cause}")
+            print_message(
+                "error", f"{script} ended with exit code {code}; all of it is in {log}\n{cause}"
+            )
         return code == 0
 
     def stop(self) -> None:

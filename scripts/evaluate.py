@@ -17,7 +17,8 @@ from train import quiet
 
 from seqkd.config import run as configuration
 from seqkd.config.run import Config
-from seqkd.errors import ConfigError, SeqkdError, reported, say
+from seqkd.console import print_message, run_command
+from seqkd.errors import ConfigError, SeqkdError
 
 if TYPE_CHECKING:
     from seqkd.checks.preflight import Checked
@@ -56,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
             quiet()
         return evaluate(request(args), args.verbose)
 
-    return reported(run, "the same command goes on")
+    return run_command(run, "the same command goes on")
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,7 @@ def checks(asked: Request) -> tuple[Config, Checked, bool]:
         return config, checked, False
     for warning in checked.warnings:
         if not warning.endswith(f"fewer than evaluation.prompts = {ALL}; all of them are used."):
-            say("warning", warning)
+            print_message("warning", warning)
     return asked.config, checked, not alone
 
 
@@ -200,7 +201,7 @@ def started(config: Config, path: str, checked: Checked, with_teacher: bool) -> 
     with control.signals(), build.workers(config, expand(path), checked, roles, control) as workers:
         if with_teacher:
             for warning in check_workers(config, checked, workers, roles):
-                say("warning", warning)
+                print_message("warning", warning)
         yield workers
 
 
@@ -326,7 +327,7 @@ def show(evaluation: dict[str, Any], asked: Request) -> None:
         print("\n" + "\n".join(f"{name}: {line}" for line in about(curves)))
     print(f"\n{asked.out / 'evaluation.json'}\n{asked.out / 'generations.jsonl'}")
     for problem in asked.problems:
-        say("error", problem)
+        print_message("error", problem)
 
 
 def about(curves: dict[str, Any]) -> Iterator[str]:

@@ -18,9 +18,10 @@ from train import quiet
 
 from seqkd.config import run as configuration
 from seqkd.config.run import Config
+from seqkd.console import run_command
 from seqkd.data.dataset import DataSets, read_data
 from seqkd.data.prompt_table import PromptTable
-from seqkd.errors import DataError, reported
+from seqkd.errors import DataError
 from seqkd.models.loading import end_of_sequence_ids, load_config, load_tokenizer
 from seqkd.types import Prompt
 
@@ -37,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("-n", type=positive, default=3, help="examples of each sampler (3)")
     parser.add_argument("--row", type=positive, default=1, help="the first prompt shown, from 1")
     args = parser.parse_intermixed_args(argv)
-    return reported(
+    return run_command(
         lambda: show(configuration.load(args.config, args.overrides), args.row - 1, args.n)
     )
 

@@ -11,7 +11,8 @@ from train import quiet
 from seqkd.config import run as configuration
 from seqkd.config.phases import PhaseConfig
 from seqkd.config.run import Config
-from seqkd.errors import ConfigError, reported, say
+from seqkd.console import print_message, run_command
+from seqkd.errors import ConfigError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. steps=100")
     parser.add_argument("--verbose", action="store_true", help="show the libraries' own logs")
     args = parser.parse_intermixed_args(argv)
-    return reported(
+    return run_command(
         lambda: precompute(configuration.load(args.config, args.overrides), args.verbose),
         "the same command goes on",
     )
@@ -47,7 +48,7 @@ def precompute(config: Config, verbose: bool) -> int:
 
     checked = preflight.check(config)
     for warning in checked.warnings:
-        say("warning", warning)
+        print_message("warning", warning)
     _, journals = open_caches(config, teacher_here=True)
     for journal in journals.values():
         print(f"journal: {journal.directory}", flush=True)
@@ -73,7 +74,7 @@ def precompute(config: Config, verbose: bool) -> int:
         with build.workers(config, config.student.model, checked, roles, control) as workers:
             workers.learner = TeacherAlone(config)  # type: ignore[assignment]
             for warning in check_workers(config, checked, workers, roles):
-                say("warning", warning)
+                print_message("warning", warning)
             keep_teachers(config, journals)
             attach(workers, config, checked, journals)
             print(f"actors ready after {time.perf_counter() - start:.0f} s", flush=True)

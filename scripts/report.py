@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 
 from seqkd import report
-from seqkd.errors import Stopped, reported
+from seqkd.console import run_command
+from seqkd.errors import Stopped
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     runs: list[Path] = args.runs
     out: Path = args.out or (runs[0] if len(runs) == 1 else Path()) / "report.html"
-    return reported(lambda: follow(runs, out, args.watch))
+    return run_command(lambda: follow(runs, out, args.watch))
 
 
 def follow(runs: list[Path], out: Path, seconds: float | None) -> int:

@@ -12,7 +12,7 @@ from train import quiet
 
 from seqkd.config import run as configuration
 from seqkd.config.run import Config
-from seqkd.errors import reported
+from seqkd.console import run_command
 
 KS = (1, 4, 16, 64, 256, 1024, 4096)
 
@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--prompts", type=int, default=16, help="held-out prompts")
     args = parser.parse_intermixed_args(argv)
-    return reported(lambda: table(configuration.load(args.config, args.overrides), args.prompts))
+    return run_command(lambda: table(configuration.load(args.config, args.overrides), args.prompts))
 
 
 def table(config: Config, number: int) -> int:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from seqkd.config import run as configuration
 from seqkd.config.run import Config
-from seqkd.errors import LearnerLost, SeqkdError, StorageError, reported, say
+from seqkd.console import print_message, run_command
+from seqkd.errors import LearnerLost, SeqkdError, StorageError
 from seqkd.storage import run_directory
 from seqkd.training import trackers
 
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
             return dry_run(config, args.resume)
         return train(config, args.verbose, args.resume)
 
-    return reported(run, "go on with --resume")
+    return run_command(run, "go on with --resume")
 
 
 def check(config: Config) -> tuple[Config, dict[str, TeacherCache], Checked]:
@@ -112,7 +113,7 @@ def dry_run(config: Config, resume: bool) -> int:
     print("findings:" if problems or warnings else "findings: none")
     for level, texts in (("error", problems), ("warning", warnings)):
         for text in texts:
-            say(level, text, indent="  ")
+            print_message(level, text, indent="  ")
     return 2 if problems else 0
 
 
@@ -173,7 +174,7 @@ def train(config: Config, verbose: bool, resume: bool) -> int:
     trackers.check(config.trackers)
     config, journals, checked = check(config)
     for warning in (*checked.warnings, *memory(config, checked)):
-        say("warning", warning)
+        print_message("warning", warning)
     data = {"training": checked.train, "held-out": checked.heldout, "corpus": checked.corpus}
     if resumption.found:
         run_directory.refuse_other_data(directory, data)
@@ -202,7 +203,7 @@ def train(config: Config, verbose: bool, resume: bool) -> int:
     try:
         report.write([directory], directory / "report.html")
     except StorageError as error:  # the run itself is whole
-        say("warning", str(error))
+        print_message("warning", str(error))
     print("\n" + summary.closing(directory, recorder.stage_seconds, time.perf_counter() - start))
     return 0
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from actors import weight_sync
-from actors.host_memory import arrived, to_host
+from actors.host_memory import to_host, wait_for_copies
 from actors.learner import LearnerRank
 from scripts.benchmarks.rows import Row
 from seqkd.config.learner import LearnerConfig
@@ -142,7 +142,7 @@ def publishing(repetitions: int) -> list[Row]:
 
         def publish() -> None:
             gathered = {name: to_host(p) for name, p in state.items()}
-            arrived("cuda")
+            wait_for_copies("cuda")
             weight_sync.publish(gathered, 0, file, "here")
 
         for repetition in range(repetitions + 1):

@@ -11,8 +11,8 @@ from seqkd.checks.preflight import check
 from seqkd.config.run import Config, load
 from seqkd.errors import ConfigError
 from seqkd.learner import batching
-from seqkd.several import SeveralSamplers, SeveralTeachers
 from seqkd.types import Prompt, Rollout, TeacherScore
+from seqkd.workers import MultiSampler, MultiTeacher
 from tests.unit.checks.test_preflight import config  # noqa: F401
 from tests.unit.config.test_config import MINIMAL
 
@@ -97,10 +97,10 @@ def test_each_prompt_is_answered_and_scored_by_its_own_in_the_order_asked():
         return tag
 
     prompts = [Prompt(str(i), (i,), "", tag="ab"[i % 2]) for i in range(5)]
-    samplers = SeveralSamplers({n: Sampler(n) for n in "ab"}, choose)
+    samplers = MultiSampler({n: Sampler(n) for n in "ab"}, choose)
     drawn = samplers.sample(prompts, [1, 2, 0, 1, 2], 0)
     assert [r.sample_id for r in drawn] == ["a/0/0", "b/1/0", "b/1/1", "b/3/0", "a/4/0", "a/4/1"]
-    teachers = SeveralTeachers({n: Teacher(n) for n in "ab"}, choose)
+    teachers = MultiTeacher({n: Teacher(n) for n in "ab"}, choose)
     scores = teachers.score(drawn)
     assert all(scores[r.sample_id].teacher == r.sample_id[0] for r in drawn)
     assert samplers.usage() == {"requests": 4}
