@@ -215,7 +215,8 @@ def answers(
     from seqkd.training.replay_log import ReplayLog
 
     if with_teacher:
-        attach(workers, config, checked, open_caches(config, teacher_here=True)[1])
+        _, caches = open_caches(config, teacher_here=True)
+        attach(workers, config, checked.stop_ids, checked.vocabulary, caches)
     ReplayLog(out / "journal" / name, config).attach(workers, config, checked.vocabulary)
     samples, prompts = config.evaluation.samples_per_prompt, checked.heldout
     student, teacher = Answers([], {}), Answers([], {})

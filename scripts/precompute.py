@@ -76,7 +76,7 @@ def precompute(config: Config, verbose: bool) -> int:
             for warning in check_workers(config, checked, workers, roles):
                 print_message("warning", warning)
             keep_teachers(config, journals)
-            attach(workers, config, checked, journals)
+            attach(workers, config, checked.stop_ids, checked.vocabulary, journals)
             print(f"actors ready after {time.perf_counter() - start:.0f} s", flush=True)
             start = time.perf_counter()
             record(config, workers, checked, report)

@@ -188,12 +188,14 @@ def train(config: Config, verbose: bool, resume: bool) -> int:
     from seqkd.evaluation import summary
     from seqkd.report import model_card
     from seqkd.storage import run_reader
+    from seqkd.training import replay_log
     from seqkd.training.recorder import Recorder
 
     with build.connect(config, verbose):
         build.check_resources(config)
         with run_directory.lock(directory), closing(Recorder(directory, config)) as recorder:
-            run_directory.initialize(directory, asked, data, resumption)
+            replay_log.discard(directory / "journal", resumption)
+            run_directory.initialize(directory, asked, data)
             print(f"run directory: {directory}\nstarting the actors", flush=True)
             measured = learn(directory, config, checked, journals, recorder)
     evaluation = run_reader.read_evaluation(directory) if measured else None

@@ -12,8 +12,8 @@ from pathlib import Path
 LAYERS = (
     ("seqkd.types", "seqkd.errors"),
     ("seqkd.files",),
-    ("seqkd.config.run",),
-    ("seqkd.objectives", "seqkd.data.dataset", "seqkd.models.loading", "seqkd.protocols"),
+    ("seqkd.config",),
+    ("seqkd.objectives", "seqkd.data", "seqkd.models", "seqkd.protocols"),
     ("seqkd.learner", "seqkd.workers"),
     ("seqkd.evaluation",),
     ("seqkd.storage",),

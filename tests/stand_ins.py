@@ -221,5 +221,5 @@ def record(file, overrides) -> None:
     teacher = {"": Terse()}
     workers = Workers(None, None, teacher, teacher, read.teacher_of, distribution=True)
     keep_teachers(read, journals)
-    attach(workers, read, checked, journals)
+    attach(workers, read, checked.stop_ids, checked.vocabulary, journals)
     precompute.record(read, workers, checked, lambda steps, tokens: None)

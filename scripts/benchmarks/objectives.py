@@ -1,7 +1,7 @@
 """A loss from hidden states, in chunks, against one from whole logits: time and peak memory.
 
-On a CPU each case is a process of its own, python -m scripts.benchmarks.objectives CASE, which prints
-JSON: only so is its peak known.
+On a CPU each case runs in its own process (python -m scripts.benchmarks.objectives CASE), which
+prints JSON, so that its peak memory is known.
 """
 
 from __future__ import annotations

@@ -116,7 +116,7 @@ def end_to_end(
 ) -> Iterator[Row]:  # fmt: skip
     """A step as the configuration has it; in the fastest way of a step that is strictly on-policy;
     and drawing the next one meanwhile, on a cluster as in :func:`runs.ahead`. TRL as it comes; and
-    at last, in float32, with :func:`actors.cpu_matmul.use_onednn`, which is not in its configuration."""
+    at last, in float32, with :func:`actors.cpu_matmul.use_onednn`, which TRL does not offer."""
     against = "TRL's DistillationTrainer"
     ours = [file, *(f"{role}.precision={precision}" for role in ("learner", "rollout", "teacher"))]
     fast = [*ours, *COMPILED]

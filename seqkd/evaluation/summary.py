@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from seqkd.evaluation.heldout import Measurement
+from seqkd.evaluation.heldout import Example, Measurement
 from seqkd.evaluation.intervals import Interval, Ratio, paired_change
 from seqkd.types import Prompt
 
@@ -118,7 +118,7 @@ def _example(
     }
 
 
-def _tokens(shown: Completions, tokenizer: Any) -> list[tuple[str, float | None]]:
+def _tokens(shown: Example, tokenizer: Any) -> list[tuple[str, float | None]]:
     """Each token's own text, and what it costs. Of a character that several tokens make up, the
     last of them has it."""
     ids, found, told = shown.rollout.completion_ids, [], ""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -107,20 +106,12 @@ def under_way(directory: Path) -> bool | None:
     return False
 
 
-def initialize(
-    directory: Path, config: Config, data: Mapping[str, Sequence[Any]], resumption: Resumption
-) -> None:
-    """Write the resolved configuration, what makes the data sets others, and what the run starts
-    on, into the directory, after what this run must not learn from is removed."""
-    from seqkd.storage import environment
-    from seqkd.training import replay_log  # here, as they import torch
+def initialize(directory: Path, config: Config, data: Mapping[str, Sequence[Any]]) -> None:
+    """Write the resolved configuration, the fingerprint of the data and the environment into the
+    directory."""
+    from seqkd.storage import environment  # here, as it imports torch
 
-    journal = directory / "journal"
     with _written(directory):
-        if not resumption.found:  # of a start that failed before its first step
-            shutil.rmtree(journal, ignore_errors=True)
-        if resumption.course:
-            replay_log.remove(journal)
         atomic_write(directory / "data.json", json.dumps(_fingerprint(data), indent=2))
         atomic_write(directory / "environment.json", json.dumps(environment.describe(), indent=2))
         atomic_write(directory / "config.yaml", dump(config))

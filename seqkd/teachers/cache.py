@@ -22,7 +22,6 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from seqkd.checks.preflight import Checked
 from seqkd.config.resources import EngineConfig
 from seqkd.config.run import Config
 from seqkd.config.teacher import EndpointTeacherConfig, SingleTeacherConfig
@@ -202,15 +201,19 @@ def keep_teachers(config: Config, journals: Mapping[str, TeacherCache]) -> None:
 
 
 def attach(
-    workers: Workers, config: Config, checked: Checked, journals: Mapping[str, TeacherCache]
+    workers: Workers,
+    config: Config,
+    stop_ids: tuple[int, ...],
+    vocabulary: int,
+    journals: Mapping[str, TeacherCache],
 ) -> None:
-    """Put the journals before the teachers, or in their place where there is none."""
+    """Put the caches in front of the teachers, or in their place where no teacher is loaded."""
     samplers, teachers = dict(workers.teacher_samplers), dict(workers.teachers)
     for name, journal in journals.items():
         teacher, sampler, scorer = config.teachers[name], samplers.get(name), teachers.get(name)
-        settings = sampling_settings(config, teacher, checked.stop_ids)
+        settings = sampling_settings(config, teacher, stop_ids)
         samplers[name] = CachedSampler(sampler, journal, settings)
-        form = score_form(teacher, checked.vocabulary)
+        form = score_form(teacher, vocabulary)
         teachers[name] = CachedTeacher(scorer, journal, form, name)
         workers.live_teacher &= scorer is not None
     workers.teacher_samplers, workers.teachers = samplers, teachers

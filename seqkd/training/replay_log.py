@@ -17,6 +17,7 @@ import pyarrow as pa
 from seqkd.config.run import Config
 from seqkd.protocols import Finished, Sampler, StudentSampler, Teacher
 from seqkd.storage.arrow_store import ArrowStore
+from seqkd.storage.run_directory import Resumption
 from seqkd.teachers.cache import TeacherCache, address_of, score_form
 from seqkd.types import Prompt, Rollout, TeacherScore, WeightVersion, rollout_from
 from seqkd.workers import Workers
@@ -40,10 +41,14 @@ FIELDS = SAMPLES.names[1:]
 SAMPLED, SCORED = "samples", "teacher"
 
 
-def remove(directory: Path) -> None:
-    """All that is in the journal of a run, for a student that would not have said the same."""
-    for name in (SAMPLED, SCORED):
-        shutil.rmtree(directory / name, ignore_errors=True)
+def discard(directory: Path, resumption: Resumption) -> None:
+    """Remove completions and scores that this start of a run must not learn from: all of them
+    if the run begins, those drawn in training if a changed key changes the next steps."""
+    if not resumption.found:
+        shutil.rmtree(directory, ignore_errors=True)
+    elif resumption.course:
+        for name in (SAMPLED, SCORED):
+            shutil.rmtree(directory / name, ignore_errors=True)
 
 
 class ReplayLog:

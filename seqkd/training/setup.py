@@ -37,7 +37,7 @@ def prepare(
     teachers. What the teacher says of the held-out prompts is kept with the run, so that every
     measurement of it compares with the same."""
     canary = Canary(config, checked, workers, roles)
-    attach(workers, config, checked, journals)
+    attach(workers, config, checked.stop_ids, checked.vocabulary, journals)
     evaluation = None
     if checked.heldout:
         keeping = replace(workers)
@@ -46,7 +46,7 @@ def prepare(
                 name: TeacherCache(directory / "journal" / "heldout" / name, teacher.precision)
                 for name, teacher in config.teachers.items()
             }
-            attach(keeping, config, checked, kept)
+            attach(keeping, config, checked.stop_ids, checked.vocabulary, kept)
         of = config.evaluation
         evaluation = HeldOut(
             keeping, checked.heldout, of.samples_per_prompt, config.seed, of.examples

@@ -345,7 +345,7 @@ def test_held_out_answers_are_kept_as_text_by_prompt(tmp_path, tokenizer):
 
 def test_the_table_is_a_sequence_over_batches(reader, monkeypatch):
     whole = list(reader([{"messages": chat(f"q{i}", "a", "b", "c")} for i in range(9)]).table())
-    monkeypatch.setattr("seqkd.data.read_stats.BATCH", 4)
+    monkeypatch.setattr("seqkd.data.dataset.BATCH", 4)
     table = reader([{"messages": chat(f"q{i}", "a", "b", "c")} for i in range(9)]).table()
     assert len(table.columns["tag"].chunks) > 3
     assert list(table) == whole

@@ -579,7 +579,7 @@ def test_a_run_leaves_what_it_started_on(tmp_path):
     config = configuration("x", runs_dir=str(tmp_path))
     directory = run_directory.locate(config)
     with run_directory.lock(directory):
-        run_directory.initialize(directory, config, {}, run_directory.Resumption(found=False))
+        run_directory.initialize(directory, config, {})
     found = json.loads((directory / "environment.json").read_text())
     assert found["packages"]["torch"] == version("torch")
     assert found["packages"]["ray"] == version("ray")

@@ -121,11 +121,11 @@ def test_what_a_killed_writer_left_is_removed_and_what_one_writes_is_not(tmp_pat
 WRITER = """
 import random, resource, signal, sys
 from pathlib import Path
-from tests.unit.test_shards import SCHEMA, Shards, row
+from tests.unit.storage.test_arrow_store import SCHEMA, ArrowStore, row
 if len(sys.argv) > 3:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]),) * 2)
-shards = Shards(Path(sys.argv[1]), SCHEMA)
+shards = ArrowStore(Path(sys.argv[1]), SCHEMA)
 for number in range(10**6):
     name = f"{sys.argv[2]}-{number}"
     shards.append([row(f"{name}/{i}", 200_000 * (number + 1 if len(sys.argv) > 3 else 1))

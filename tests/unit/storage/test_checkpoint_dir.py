@@ -179,7 +179,7 @@ def test_a_kill_between_the_two_names_of_a_replacement_loses_nothing(tmp_path, m
 SAVER = """
 import resource, signal, sys
 from pathlib import Path
-from tests.unit.test_checkpoint_files import put
+from tests.unit.storage.test_checkpoint_dir import put
 root, first, limit = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 if limit:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

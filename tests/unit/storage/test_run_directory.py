@@ -31,8 +31,7 @@ def begun(tmp_path, data=None, **changes):
     c = config(runs_dir=str(tmp_path), **changes)
     directory = run_directory.locate(c)
     with run_directory.lock(directory):
-        new = run_directory.Resumption(found=False)
-        run_directory.initialize(directory, c, data or {"training": table("a")}, new)
+        run_directory.initialize(directory, c, data or {"training": table("a")})
     (directory / "metrics.jsonl").write_text("{}\n")
     return directory
 
@@ -45,21 +44,6 @@ def test_a_used_directory_is_refused_unless_the_run_goes_on(tmp_path):
     assert run_directory.resumption(directory, c, resume=True) == run_directory.Resumption(True)
     (directory / "metrics.jsonl").write_text("")  # the first start failed before its first step
     assert not run_directory.resumption(directory, c, resume=False).found
-
-
-def test_a_start_that_failed_leaves_no_samples_to_the_next(tmp_path):
-    directory = begun(tmp_path)
-    for name in ("samples", "heldout"):
-        (directory / "journal" / name).mkdir(parents=True)
-    c, data = config(runs_dir=str(tmp_path)), {"training": table("a")}
-    run_directory.initialize(directory, c, data, run_directory.Resumption(found=True))
-    assert (directory / "journal" / "samples").exists()
-    run_directory.initialize(
-        directory, c, data, run_directory.Resumption(True, course=("learner.lr",))
-    )
-    assert [path.name for path in (directory / "journal").iterdir()] == ["heldout"]
-    run_directory.initialize(directory, c, data, run_directory.Resumption(found=False))
-    assert not (directory / "journal").exists()
 
 
 def test_a_directory_with_other_files_is_refused(tmp_path):

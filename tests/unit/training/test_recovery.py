@@ -24,6 +24,7 @@ from seqkd.errors import (
     Stopped,
     StorageError,
 )
+from seqkd.storage.run_directory import Resumption
 from seqkd.training import loop, recovery, replay_log, setup
 from seqkd.training.checkpoint import Progress
 from seqkd.training.control import Control
@@ -397,7 +398,7 @@ def test_another_student_does_not_learn_from_the_old_ones_samples(quiet, tmp_pat
     with pytest.raises(Crash):
         World(tmp_path, last, Crash()).finish()
     changed = CONFIG.model_copy(update={"learner": CONFIG.learner.model_copy(update={"lr": 0.5})})
-    replay_log.remove(tmp_path / "journal")  # as a start does that finds such a change
+    replay_log.discard(tmp_path / "journal", Resumption(found=True, course=("learner.lr",)))
     second = World(tmp_path, config=changed)
     second.finish()
     assert any(what[0] == "student" and what[1] != "h" for what in second.asked)

@@ -278,7 +278,10 @@ def test_accelerate_takes_the_options(name, tmp_path):
 
 def test_the_variables_of_a_launcher_are_not_asked(tmp_path):
     """Else accelerate would wait for the other processes that they speak of."""
-    code = "from seqkd.training.trackers import _alone; _alone(); import os; print(os.environ['WORLD_SIZE'])"
+    code = (
+        "from seqkd.training.trackers import _alone; _alone(); "
+        "import os; print(os.environ['WORLD_SIZE'])"
+    )
     launched = {"WORLD_SIZE": "4", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1"}
     done = subprocess.run(
         [sys.executable, "-c", code],
