@@ -211,13 +211,13 @@ def answers(
     """What one student wrote, and its teacher; piece by piece, each kept until all is done."""
     from seqkd.evaluation.heldout import Answers, HeldOut
     from seqkd.evaluation.table import ModelOutputs
-    from seqkd.teachers.cache import attach, open_caches
+    from seqkd.teachers.cache import open_caches, with_caches
     from seqkd.training.replay_log import ReplayLog
 
     if with_teacher:
         _, caches = open_caches(config, teacher_here=True)
-        attach(workers, config, checked.stop_ids, checked.vocabulary, caches)
-    ReplayLog(out / "journal" / name, config).attach(workers, config, checked.vocabulary)
+        workers = with_caches(workers, config, checked.stop_ids, checked.vocabulary, caches)
+    workers = ReplayLog(out / "journal" / name, config).wrap(workers, config, checked.vocabulary)
     samples, prompts = config.evaluation.samples_per_prompt, checked.heldout
     student, teacher = Answers([], {}), Answers([], {})
     for low in range(0, len(prompts), CHUNK):

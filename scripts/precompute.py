@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from dataclasses import replace
+from typing import Any
 
 from train import quiet
 
@@ -42,7 +44,7 @@ def precompute(config: Config, verbose: bool) -> int:
     from actors import build, placement
     from seqkd.checks import preflight
     from seqkd.checks.startup import check_workers
-    from seqkd.teachers.cache import attach, keep_teachers, open_caches
+    from seqkd.teachers.cache import keep_teachers, open_caches, with_caches
     from seqkd.training.control import Control
     from seqkd.training.precompute import TeacherAlone, record
 
@@ -72,11 +74,12 @@ def precompute(config: Config, verbose: bool) -> int:
     with build.connect(config, verbose):
         build.check_resources(config, roles)
         with build.workers(config, config.student.model, checked, roles, control) as workers:
-            workers.learner = TeacherAlone(config)  # type: ignore[assignment]
+            alone: Any = TeacherAlone(config)
+            workers = replace(workers, learner=alone)
             for warning in check_workers(config, checked, workers, roles):
                 print_message("warning", warning)
             keep_teachers(config, journals)
-            attach(workers, config, checked.stop_ids, checked.vocabulary, journals)
+            workers = with_caches(workers, config, checked.stop_ids, checked.vocabulary, journals)
             print(f"actors ready after {time.perf_counter() - start:.0f} s", flush=True)
             start = time.perf_counter()
             record(config, workers, checked, report)

@@ -1,48 +1,59 @@
-"""Everything that the loop drives."""
+"""The student, the learner and the teachers behind one handle."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 
 from seqkd.protocols import Finished, Learner, Sampler, StudentSampler, Teacher
 from seqkd.types import Prompt, Rollout, TeacherScore, WeightVersion
 
+Choose = Callable[[str, str], str]
+"""(tag, prompt_id) -> the teacher's name; see :meth:`seqkd.config.run.Config.teacher_of`."""
 
-@dataclass
+
+@dataclass(frozen=True)
 class Workers:
-    """The student on both sides, and its teachers."""
+    """Everything that the loop drives."""
 
     student: StudentSampler
     learner: Learner
     teachers: Mapping[str, Teacher]
-    """By name; a single one has an empty name."""
+    """By name; a single teacher has an empty name."""
     teacher_samplers: Mapping[str, Sampler]
-    teacher_of: Callable[[str, str], str]
-    """(tag, prompt_id) -> name of the prompt's teacher."""
+    teacher_of: Choose
     distribution: bool
-    """Whether the teacher's scores tell its distribution, and with it divergences."""
+    """Whether the teacher's scores hold its distribution, which divergences need."""
     live_teacher: bool = True
-    """Whether it can score what it has not seen; not where it is known from a journal alone."""
+    """Whether the teacher can score new text; False if its scores come from a cache alone."""
 
-    @property
+    @cached_property
     def teacher(self) -> Teacher:
-        """Scores every rollout by its prompt's teacher."""
-        return MultiTeacher(self.teachers, self.teacher_of)
+        """A teacher that scores every rollout by the teacher of its prompt."""
+        return (
+            self.teachers[""]
+            if "" in self.teachers
+            else MultiTeacher(self.teachers, self.teacher_of)
+        )
 
-    @property
+    @cached_property
     def teacher_sampler(self) -> Sampler:
-        """Has every prompt answered by its teacher."""
-        return MultiSampler(self.teacher_samplers, self.teacher_of)
+        """A sampler that completes every prompt by the teacher of the prompt."""
+        return (
+            self.teacher_samplers[""]
+            if "" in self.teacher_samplers
+            else MultiSampler(self.teacher_samplers, self.teacher_of)
+        )
 
     def usage(self) -> dict[str, int]:
-        """What was asked of the teachers' endpoints so far, for text and for scores."""
+        """Return what the teachers' endpoints were asked for so far, for text and for scores."""
         return dict(Counter(self.teacher_sampler.usage()) + Counter(self.teacher.usage()))
 
     def publish(self) -> WeightVersion | None:
-        """The learner's weights for the student's sampler to load; None where it has them."""
+        """Publish the learner's weights for the student's sampler; None if it holds them."""
         if self.student.policy_version == self.learner.policy_version:
             return None
         return self.learner.publish()
@@ -53,12 +64,8 @@ class Workers:
             self.student.load(version)
 
 
-Choose = Callable[[str, str], str]
-"""(tag, prompt_id) -> the teacher's name; see :meth:`seqkd.config.run.Config.teacher_of`."""
-
-
 class MultiSampler:
-    """Every prompt goes to its teacher's sampler."""
+    """Samplers of several teachers; every prompt goes to the one of its teacher."""
 
     def __init__(self, samplers: Mapping[str, Sampler], choose: Choose) -> None:
         self.samplers, self.choose = samplers, choose
@@ -76,8 +83,8 @@ class MultiSampler:
         names = [self.choose(p.tag, p.prompt_id) for p in prompts]
         drawn: dict[int, list[Rollout]] = {}
         for name in dict.fromkeys(names):
-            places = [i for i, of in enumerate(names) if of == name]
-            of_teacher = iter(
+            places = [i for i, other in enumerate(names) if other == name]
+            rollouts = iter(
                 self.samplers[name].sample(
                     [prompts[i] for i in places],
                     [samples[i] for i in places],
@@ -87,16 +94,16 @@ class MultiSampler:
                     finished,
                 )
             )
-            drawn |= {i: [next(of_teacher) for _ in range(samples[i])] for i in places}
+            drawn |= {i: [next(rollouts) for _ in range(samples[i])] for i in places}
         return list(chain.from_iterable(drawn[i] for i in range(len(prompts))))
 
     def usage(self) -> dict[str, int]:
-        """See :class:`seqkd.protocols.Sampler`: the sum over all."""
+        """See :class:`seqkd.protocols.Sampler`; the sum over all teachers."""
         return dict(sum((Counter(s.usage()) for s in self.samplers.values()), Counter()))
 
 
 class MultiTeacher:
-    """Every rollout is scored by its prompt's teacher."""
+    """Several teachers; every rollout is scored by the teacher of its prompt."""
 
     def __init__(self, teachers: Mapping[str, Teacher], choose: Choose) -> None:
         self.teachers, self.choose = teachers, choose
@@ -106,10 +113,9 @@ class MultiTeacher:
         names = {r.sample_id: self.choose(r.tag, r.prompt_id) for r in rollouts}
         scores: dict[str, TeacherScore] = {}
         for name in dict.fromkeys(names.values()):
-            theirs = self.teachers[name].score([r for r in rollouts if names[r.sample_id] == name])
-            scores |= theirs
+            scores |= self.teachers[name].score([r for r in rollouts if names[r.sample_id] == name])
         return scores
 
     def usage(self) -> dict[str, int]:
-        """See :class:`seqkd.protocols.Teacher`: the sum over all."""
+        """See :class:`seqkd.protocols.Teacher`; the sum over all teachers."""
         return dict(sum((Counter(t.usage()) for t in self.teachers.values()), Counter()))

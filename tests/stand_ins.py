@@ -211,7 +211,7 @@ def record(file, overrides) -> None:
     """What scripts/precompute.py leaves of a configuration, from a :class:`Terse` teacher."""
     from seqkd.checks import preflight
     from seqkd.config import run
-    from seqkd.teachers.cache import attach, keep_teachers, open_caches
+    from seqkd.teachers.cache import keep_teachers, open_caches, with_caches
     from seqkd.training import precompute
     from seqkd.workers import Workers
 
@@ -221,5 +221,5 @@ def record(file, overrides) -> None:
     teacher = {"": Terse()}
     workers = Workers(None, None, teacher, teacher, read.teacher_of, distribution=True)
     keep_teachers(read, journals)
-    attach(workers, read, checked.stop_ids, checked.vocabulary, journals)
+    workers = with_caches(workers, read, checked.stop_ids, checked.vocabulary, journals)
     precompute.record(read, workers, checked, lambda steps, tokens: None)

@@ -66,7 +66,7 @@ class ProbeLogprobs:
 
 
 class Canary:
-    """To be made before a journal stands before the teachers, which would answer in their place."""
+    """Scores the probe by the actors themselves; a cache must not answer in their place."""
 
     def __init__(
         self, config: Config, checked: Checked, workers: Workers, roles: Collection[str]
@@ -80,10 +80,9 @@ class Canary:
         self.own = next(iter(self.texts.values()), []) or answers(checked, "canary", 1)
         self.begin({})
 
-    def begin(self, first: dict[str, list[float]]) -> None:
-        """Anew, with another learner; ``first`` has each teacher's first answer, by name, and is
-        kept up to date."""
-        self.first = first
+    def begin(self, first: Mapping[str, list[float]]) -> None:
+        """Start again with another learner; ``first`` has each teacher's first answer, by name."""
+        self.first = dict(first)
         self.learner: Tensor | None = None
         self.held: list[EngineBaseline] = []
         self.said: dict[int, Tensor] = {}

@@ -30,52 +30,59 @@ class Monitor:
         every: int,
         say: Callable[[str], None],
         directory: Path,
-        journals: Sequence[TeacherCache],
+        caches: Sequence[TeacherCache],
     ) -> None:
         """The known text is scored after so many steps, 0 for never. ``directory`` is where the
-        batch of a step is kept that could not be taken, ``journals`` are those that the teachers
-        write to and other runs read."""
+        batch of a skipped step is kept, ``caches`` are those that the teachers write to and other
+        runs read."""
         self.canary, self.steps, self.every = canary, steps, every
-        self.say, self.directory, self.journals = say, directory, journals
+        self.say, self.directory, self.caches = say, directory, caches
         self.moved, self.checked = False, -every
 
-    def rewind(self, rows: Iterable[Mapping[str, Any]], first: dict[str, list[float]]) -> None:
-        """Go on after the steps of ``rows``, with another learner than before, and teachers that
-        gave the known text the log-probs ``first``, which is kept up to date."""
+    @property
+    def baseline(self) -> dict[str, list[float]]:
+        """Each teacher's first log-probs of the probe, by name. A checkpoint stores them."""
+        return self.canary.first
+
+    def rewind(
+        self, rows: Iterable[Mapping[str, Any]], baseline: Mapping[str, list[float]]
+    ) -> None:
+        """Continue after the steps of ``rows`` with another learner than before, and with the
+        :attr:`baseline` of the checkpoint."""
         self.steps.begin()
         self.steps.replay(rows)
-        self.canary.begin(first)
+        self.canary.begin(baseline)
         self.moved, self.checked = False, -self.every
 
-    def ahead(self, step: int) -> None:
-        """Before the draw for ``step`` is begun beside the steps before it."""
+    def before_prefetch(self, step: int) -> None:
+        """Prepare for the draw for ``step``, which will run next to the steps before it."""
         if self._due(step):
             self.canary.hold()
 
-    def ask(self, step: int, version: int) -> ProbeResponses | None:
-        """At the end of the draw for ``step``, whose engines were to have ``version`` of the
-        learner's weights: the known text, where it is due."""
+    def probe(self, step: int, version: int) -> ProbeResponses | None:
+        """Have engines and teachers score the probe at the end of the draw for ``step``, if it is
+        due. The engines should hold ``version`` of the learner's weights."""
         return self.canary.ask(version) if self._due(step) else None
 
-    def drawn(self, step: int, asked: ProbeResponses | None) -> None:
-        """Before ``step`` learns from a draw at whose end that was ``asked``. What the teachers
-        wrote so far is then known to be theirs."""
-        if asked is not None:
-            self.canary.check(asked, self.moved)
+    def after_sampling(self, step: int, probe: ProbeResponses | None) -> None:
+        """Check the probe of a draw before ``step`` trains on the draw. What the teachers wrote so
+        far is then known to be theirs, and is committed to their caches."""
+        if probe is not None:
+            self.canary.check(probe, self.moved)
             self.moved, self.checked = False, step
-            for journal in self.journals:
-                journal.settle()
+            for cache in self.caches:
+                cache.commit()
 
-    def revert(self) -> None:
+    def rollback(self) -> None:
         """After a fault: what the teachers wrote since they were last right is no one's to read."""
-        for journal in self.journals:
-            journal.revert()
+        for cache in self.caches:
+            cache.rollback()
 
-    def saving(self) -> None:
-        """Before a checkpoint: LearningFault where the learner is broken."""
+    def before_checkpoint(self) -> None:
+        """Raise LearningFault if the learner is broken."""
         self.canary.check_learner()
 
-    def learnt(self, step: int, parts: Sequence[Part], result: StepResult, lr: float) -> None:
+    def after_step(self, step: int, parts: Sequence[Part], result: StepResult, lr: float) -> None:
         """After an optimizer step; of one that was skipped the batch is kept."""
         if result.skipped:
             self._keep(step, parts)
@@ -85,8 +92,8 @@ class Monitor:
             check_trained(part.rollouts, seen.trained)
             check_counts(part, seen)
 
-    def described(self, row: Mapping[str, Any]) -> None:
-        """After its metrics are known."""
+    def after_metrics(self, row: Mapping[str, Any]) -> None:
+        """Check the metrics of a step, and print warnings."""
         for warning in self.steps.check(row):
             self.say(f"warning: {warning}")
 

@@ -88,11 +88,11 @@ class ArrowStore:
         self._index(file, [row["address"] for row in rows])
         self._own.append(file)
 
-    def settle(self) -> None:
+    def commit(self) -> None:
         """What was added so far is right."""
         self._own.clear()
 
-    def revert(self) -> None:
+    def rollback(self) -> None:
         """Remove what was added since it was last right."""
         self._remove(set(self._own))
         self._own.clear()

@@ -84,15 +84,15 @@ class TeacherCache:
         """Keep scores, each with its address."""
         self.scores.append([self._score_row(address, score) for address, score in scores])
 
-    def settle(self) -> None:
+    def commit(self) -> None:
         """What was added so far is right."""
-        self.completions.settle()
-        self.scores.settle()
+        self.completions.commit()
+        self.scores.commit()
 
-    def revert(self) -> None:
+    def rollback(self) -> None:
         """Remove what was added since it was last right."""
-        self.completions.revert()
-        self.scores.revert()
+        self.completions.rollback()
+        self.scores.rollback()
 
     def _score_row(self, address: str, score: TeacherScore) -> dict[str, Any]:
         tensors = {n: getattr(score, n) for n in TENSORS}
@@ -200,23 +200,25 @@ def keep_teachers(config: Config, journals: Mapping[str, TeacherCache]) -> None:
             raise unwritable(description, error) from None
 
 
-def attach(
+def with_caches(
     workers: Workers,
     config: Config,
     stop_ids: tuple[int, ...],
     vocabulary: int,
-    journals: Mapping[str, TeacherCache],
-) -> None:
-    """Put the caches in front of the teachers, or in their place where no teacher is loaded."""
+    caches: Mapping[str, TeacherCache],
+) -> Workers:
+    """Return ``workers`` with the caches in front of the teachers, or in their place where no
+    teacher is loaded."""
     samplers, teachers = dict(workers.teacher_samplers), dict(workers.teachers)
-    for name, journal in journals.items():
+    live = workers.live_teacher
+    for name, cache in caches.items():
         teacher, sampler, scorer = config.teachers[name], samplers.get(name), teachers.get(name)
         settings = sampling_settings(config, teacher, stop_ids)
-        samplers[name] = CachedSampler(sampler, journal, settings)
+        samplers[name] = CachedSampler(sampler, cache, settings)
         form = score_form(teacher, vocabulary)
-        teachers[name] = CachedTeacher(scorer, journal, form, name)
-        workers.live_teacher &= scorer is not None
-    workers.teacher_samplers, workers.teachers = samplers, teachers
+        teachers[name] = CachedTeacher(scorer, cache, form, name)
+        live &= scorer is not None
+    return replace(workers, teacher_samplers=samplers, teachers=teachers, live_teacher=live)
 
 
 class CachedSampler:
@@ -277,6 +279,14 @@ class CachedSampler:
             for prompt, address, first, last in places
             for row in (stored.rows(address, first, last) if last > first else ())
         ]
+
+    def position(self) -> dict[str, int]:
+        """Return how many completions were taken so far, by address."""
+        return dict(self.taken)
+
+    def restore(self, position: Mapping[str, int]) -> None:
+        """Return to a position."""
+        self.taken = Counter(position)
 
     def address(self, prompt: Prompt, temperature: float, top_p: float) -> str:
         """Of the completions of ``prompt`` that are drawn so."""

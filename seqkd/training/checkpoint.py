@@ -1,4 +1,4 @@
-"""Saving a run and going on from there: everything that its next step depends on."""
+"""Checkpoints of a run: everything that its next step depends on."""
 
 from __future__ import annotations
 
@@ -6,26 +6,35 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from seqkd.config.run import Config
+from seqkd.config.lifecycle import CheckpointsConfig
 from seqkd.errors import CheckpointError
 from seqkd.evaluation.heldout import Example, Measurement
 from seqkd.learner.running_costs import RunningCosts
-from seqkd.protocols import Learner, Sampler
+from seqkd.protocols import Learner
 from seqkd.storage import checkpoint_dir
-from seqkd.teachers.cache import CachedSampler
 from seqkd.training.budget import Spent
 from seqkd.training.control import Control
-from seqkd.training.replay_log import ReplayLog
+from seqkd.training.positions import Position, ReplayPositions
 from seqkd.types import rollout_from
 
-Running = dict[str, RunningCosts]
-Place = dict[str, Any]
-"""What was taken of each teacher's journal, and the positions of the run's own."""
+
+@dataclass
+class FeedState:
+    """State of :class:`seqkd.training.feed.RolloutFeed`, its only writer."""
+
+    running: dict[str, RunningCosts] = field(default_factory=dict)
+    """Of the current phase, by sampler."""
+    spent: Spent = field(default_factory=dict)
+    pending: list[Position] = field(default_factory=list)
+    """Positions at which the draws began that no step has finished with yet, oldest first."""
+    mid_draw: bool = False
+    """Whether some, but not all, of the steps that train on a draw are taken. No checkpoint is
+    written there."""
 
 
 @dataclass
@@ -34,15 +43,20 @@ class Progress:
     Random numbers and the position in the data follow from ``step``."""
 
     step: int = 0
-    """Optimizer steps taken."""
-    between_draws: bool = True
-    """Whether the next step begins with a draw of prompts: only there a run is saved."""
-    running: Running = field(default_factory=dict)
-    """Of the phase under way, by sampler."""
+    """Optimizer steps taken. Advanced by the loop."""
     measured: dict[str, Measurement] = field(default_factory=dict)
-    spent: Spent = field(default_factory=dict)
-    known_text: dict[str, list[float]] = field(default_factory=dict)
-    """What each teacher first said of it; see :mod:`seqkd.checks.canary`."""
+    """Held-out measurements by stage. Added by the loop."""
+    feed: FeedState = field(default_factory=FeedState)
+
+
+class Restored(NamedTuple):
+    """What :meth:`Checkpoints.restore` found."""
+
+    progress: Progress
+    baseline: dict[str, list[float]]
+    """See :attr:`seqkd.checks.monitor.Monitor.baseline`."""
+    skipped: list[str]
+    """A line for each newer checkpoint that is not whole."""
 
 
 class Checkpoints:
@@ -51,29 +65,18 @@ class Checkpoints:
     def __init__(
         self,
         directory: Path,
-        config: Config,
+        config: CheckpointsConfig,
         learner: Learner,
-        samplers: Mapping[str, Sampler],
-        journal: ReplayLog,
+        positions: ReplayPositions,
         control: Control,
     ) -> None:
-        """``samplers`` are the teachers', as they stand before the first step."""
-        self.directory, self.config, self.learner = directory, config.checkpoints, learner
-        self.samplers = {n: s for n, s in samplers.items() if isinstance(s, CachedSampler)}
-        self.taken = self._taken()
-        self.journal, self.control = journal, control
+        self.directory, self.config, self.learner = directory, config, learner
+        self.positions, self.control = positions, control
         self.last_step, self.last_time = 0, time.monotonic()
-        self.unlearnt: list[Place] = []
-        """Where each draw began that is not learnt from yet, in order."""
 
-    def place(self) -> Place:
-        """Where the journals stand."""
-        return {"taken": self._taken(), "journal": self.journal.position()}
-
-    def restore(self) -> tuple[Progress, list[str]]:
-        """Put the learner at the newest whole checkpoint, or leave it at the initial student where
-        none was written; and what was skipped on the way, a line each. CheckpointError where none
-        of them is whole."""
+    def restore(self) -> Restored:
+        """Put the learner, the caches and the replay log at the newest whole checkpoint, or at the
+        start of the run if none was written. CheckpointError if none that was written is whole."""
         path, state, skipped = checkpoint_dir.newest(self.directory)
         damaged = [line for line in skipped if not line.endswith(checkpoint_dir.UNFINISHED)]
         if path is None and damaged:
@@ -82,22 +85,16 @@ class Checkpoints:
                 + f"\n{self.directory}: no checkpoint is whole. Restore one from a copy, or choose "
                 "a new name=…."
             )
-        self.last_step = 0
-        self.unlearnt.clear()
-        self.journal.resume(state.get("journal", {}))
+        self.positions.restore(state.get("position", {}))
         if path is None:
-            self._take(self.taken)
-            return Progress(), skipped
+            self.last_step = 0
+            return Restored(Progress(), {}, skipped)
         self.learner.restore(str(path), state["policy_version"])
-        self._take(state["taken"])
         self.last_step, self.last_time = state["step"], time.monotonic()
-        return Progress(
-            state["step"],
-            running={name: _running(row) for name, row in state["running"].items()},
-            measured={name: _measurement(row) for name, row in state["measured"].items()},
-            spent=state["spent"],
-            known_text=state["known_text"],
-        ), skipped
+        running = {name: _running(row) for name, row in state["running"].items()}
+        measured = {name: _measurement(row) for name, row in state["measured"].items()}
+        progress = Progress(state["step"], measured, FeedState(running, state["spent"]))
+        return Restored(progress, state["baseline"], skipped)
 
     def due(self, progress: Progress) -> bool:
         """Whether enough steps or time have passed since the last one."""
@@ -107,23 +104,24 @@ class Checkpoints:
             steps > 0 and minutes >= self.config.every_minutes
         )
 
-    def save(self, progress: Progress) -> bool:
-        """Write one, unless it is there already or this is no place for it; whether the last
-        checkpoint has all of ``progress``."""
+    def save(self, progress: Progress, baseline: Mapping[str, list[float]]) -> bool:
+        """Write a checkpoint, unless there is one of this step or the run cannot be saved here.
+        Return whether the last checkpoint holds all of ``progress``."""
         if progress.step == self.last_step:
             return True
-        # A step that was taken and could not be recorded is no place either.
-        taken = self.learner.policy_version == progress.step
-        if not (progress.between_draws and self.learner.whole and taken):
+        # A step that was taken and could not be recorded is no place to save either.
+        recorded = self.learner.policy_version == progress.step
+        feed = progress.feed
+        if feed.mid_draw or not self.learner.whole or not recorded:
             return False
         state = {
             "step": progress.step,
             "policy_version": self.learner.policy_version,
-            "running": {name: _running_row(r) for name, r in progress.running.items()},
+            "running": {name: _running_row(r) for name, r in feed.running.items()},
             "measured": {name: _measurement_row(m) for name, m in progress.measured.items()},
-            "spent": progress.spent,
-            "known_text": progress.known_text,
-            **(self.unlearnt[0] if self.unlearnt else self.place()),
+            "spent": feed.spent,
+            "baseline": baseline,
+            "position": feed.pending[0] if feed.pending else self.positions.current(),
         }
         checkpoint_dir.save(
             self.directory,
@@ -134,17 +132,9 @@ class Checkpoints:
         )
         self.last_step, self.last_time = progress.step, time.monotonic()
         oldest = checkpoint_dir.oldest_state(self.directory)
-        self.journal.prune(oldest.get("journal", {}))
+        self.positions.forget_before(oldest.get("position", {}))
         self.control.saved()
         return True
-
-    def _taken(self) -> dict[str, dict[str, int]]:
-        return {name: dict(sampler.taken) for name, sampler in self.samplers.items()}
-
-    def _take(self, taken: Mapping[str, Mapping[str, int]]) -> None:
-        for name, sampler in self.samplers.items():
-            sampler.taken.clear()
-            sampler.taken.update(taken.get(name, {}))
 
 
 def _running_row(running: RunningCosts) -> dict[str, Any]:

@@ -1,137 +1,73 @@
-"""The run, top to bottom."""
+"""The training loop, top to bottom."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
-from dataclasses import dataclass
-
-from seqkd.checks.monitor import Monitor
-from seqkd.config.phases import PhaseConfig
-from seqkd.config.run import Config
-from seqkd.data.stream import PromptStream
-from seqkd.evaluation.heldout import HeldOut, Measurement
-from seqkd.training.budget import cost, expected_steps, spend
-from seqkd.training.checkpoint import Checkpoints, Progress
-from seqkd.training.clock import Clock
-from seqkd.training.control import Control
-from seqkd.training.lr_schedule import learning_rate
-from seqkd.training.prefetch import RolloutPrefetcher, prompts_of
-from seqkd.training.recorder import Recorder
-from seqkd.training.rollouts import RolloutSource
-from seqkd.training.step_metrics import describe
-from seqkd.types import Prompt
-from seqkd.workers import Workers
-
-
-@dataclass(frozen=True)
-class TrainingContext:
-    """What a run works with."""
-
-    config: Config
-    workers: Workers
-    train: Sequence[Prompt]
-    corpus: Sequence[Prompt]
-    evaluation: HeldOut | None
-    recorder: Recorder
-    checkpoints: Checkpoints
-    watch: Monitor
-    control: Control
-    publish: Callable[[Mapping[str, Measurement]], None]
-    """What is done with all that was measured so far, after each measurement."""
-    export_to: str
-    """Where each phase leaves its student."""
+from seqkd.evaluation.heldout import Measurement
+from seqkd.training.checkpoint import Progress
+from seqkd.training.context import PhaseSpan, TrainingContext, phase_spans
+from seqkd.training.feed import RolloutFeed
+from seqkd.training.step_metrics import step_metrics
 
 
 def run_phases(run: TrainingContext, progress: Progress) -> dict[str, Measurement]:
-    """Train through every phase from where ``progress`` stands, which is kept up to date; returns
-    held-out measurements by the name of what preceded them, "initial" first."""
-    stream = PromptStream(run.train, run.config.seed)
-    texts = PromptStream(run.corpus, run.config.seed)
+    """Train through every phase from where ``progress`` stands, and keep it up to date. Return the
+    held-out measurements by the stage that each followed, "initial" first."""
     measure(run, progress, "initial", "measuring the initial student on held-out prompts")
-    begun = 0
-    for name, phase in run.config.phases:
-        train(run, progress, name, phase, begun, stream, texts)
-        begun += phase.steps
-        if progress.step <= begun:
+    for span in phase_spans(run.config):
+        if progress.step < span.end:
+            train_phase(run, progress, span)
+        if progress.step <= span.end:
             save(run, progress)
             run.workers.learner.export(run.export_to)
-            measure(run, progress, name, f"measuring the student after {name} on held-out prompts")
-            progress.running = {}
+            note = f"measuring the student after {span.name} on held-out prompts"
+            measure(run, progress, span.name, note)
     return progress.measured
 
 
-def train(
-    run: TrainingContext, progress: Progress, name: str, phase: PhaseConfig, begun: int,
-    stream: PromptStream, texts: PromptStream,
-) -> None:  # fmt: skip
-    """Take the steps of one phase that are not taken yet, the first of them step ``begun``."""
-    config, learner = run.config, run.workers.learner
-    done = min(progress.step - begun, phase.steps)
-    prompts = prompts_of(phase, stream, texts, done)
-    if done == phase.steps:
-        return
-    run.recorder.begin(name, phase)
-    sources = [
-        RolloutSource(config, phase, sampler, run.workers, progress.running.get(sampler))
-        for sampler in phase.by_sampler
-    ]
-    progress.running = {source.sampler: source.running for source in sources}
-    with closing(
-        RolloutPrefetcher(sources, prompts, run.workers, run.checkpoints, run.watch)
-    ) as draws:
-        for index in range(done, phase.steps):
-            clock = Clock()
-            steps = expected_steps(config, phase, index, progress.spent)
-            if progress.between_draws:
-                with clock("sample"):
-                    draws.wait()
-                if index >= steps:
-                    break  # what was begun beside the step that spent the budget is dropped
-                if index and progress.step % (config.evaluation.every_steps or math.inf) == 0:
-                    stage = f"step {progress.step}"
-                    with clock.stopped():
-                        measure(run, progress, stage, "measuring on held-out prompts")
+def train_phase(run: TrainingContext, progress: Progress, span: PhaseSpan) -> None:
+    """Take the steps of one phase that are not taken yet."""
+    run.recorder.begin(span.name, span.config)
+    with RolloutFeed(run, span, progress) as feed:
+        while feed.wait(progress.step):
+            if feed.between_draws:
+                with feed.clock.stopped():
+                    evaluate_if_due(run, progress, span)
                 run.control.check()
                 if run.checkpoints.due(progress):
                     save(run, progress)
-                asked = draws.take(progress.step, clock)
-                with clock("watch"):
-                    run.watch.drawn(progress.step, asked)
-                following = draws.steps_left
-                if config.draws_ahead(phase) and index + following < steps:
-                    draws.begin(progress.step + following, clock)
-            steps = max(steps, index + 1)  # what is drawn is learnt from, whatever it cost
-            version = learner.policy_version
-            parts = [source.part(clock) for source in sources]
-            lr = learning_rate(config.learner, config.lr(phase), index, steps)
-            with clock("learn"):
-                result = learner.step(parts, lr)
-            run.watch.learnt(progress.step, parts, result, lr)
-            for source, learnt in zip(sources, result.parts, strict=True):
-                if not result.skipped:
-                    source.running.update(learnt.costs, learnt.alive)
-            row = describe(config, name, phase, version, lr, parts, result)
-            costs = cost(phase, parts, clock.total())
-            spend(progress.spent, name, costs)
-            steps = max(index + 1, expected_steps(config, phase, index + 1, progress.spent))
-            run.recorder.step(progress.step, row, costs, clock, begun + steps)
-            run.watch.described(row)
+            batch = feed.next(progress.step)
+            with batch.clock("watch"):
+                run.monitor.after_sampling(progress.step, batch.probe)
+            feed.prefetch(progress.step)
+            with batch.clock("learn"):
+                result = run.workers.learner.step(batch.parts, batch.lr)
+            run.monitor.after_step(progress.step, batch.parts, result, batch.lr)
+            metrics = step_metrics(
+                run.config, span.name, span.config, batch.policy_version, batch.lr, batch.parts,
+                result,
+            )  # fmt: skip
+            costs = feed.update(batch, result)
+            expected = span.first + feed.horizon(progress.step + 1)
+            run.recorder.step(progress.step, metrics, costs, batch.clock, expected)
+            run.monitor.after_metrics(metrics)
             progress.step += 1
-            progress.between_draws = not draws.steps_left
-            if progress.between_draws:
-                draws.learnt()
+
+
+def evaluate_if_due(run: TrainingContext, progress: Progress, span: PhaseSpan) -> None:
+    """Measure the student within a phase, every ``evaluation.every_steps`` steps."""
+    every = run.config.evaluation.every_steps
+    if every and progress.step > span.first and progress.step % every == 0:
+        measure(run, progress, f"step {progress.step}", "measuring on held-out prompts")
 
 
 def save(run: TrainingContext, progress: Progress) -> None:
-    """Write a checkpoint of a learner that is whole."""
-    run.watch.saving()
-    run.checkpoints.save(progress)
+    """Write a checkpoint of a learner whose outputs are finite."""
+    run.monitor.before_checkpoint()
+    run.save(progress)
 
 
 def measure(run: TrainingContext, progress: Progress, stage: str, note: str) -> None:
-    """Measure the student as it is, unless that is done."""
+    """Measure the current student on held-out prompts, unless that was done before."""
     if run.evaluation and stage not in progress.measured:
         run.recorder.note(note)
         progress.measured[stage] = run.evaluation.measure()

@@ -22,7 +22,8 @@ from seqkd.teachers.cache import (
     score_form,
 )
 from seqkd.training.clock import Clock
-from seqkd.training.prefetch import prompts_of
+from seqkd.training.context import phase_spans
+from seqkd.training.feed import prompt_batches
 from seqkd.training.rollouts import RolloutSource, reference_rollout
 from seqkd.types import Prompt, Rollout
 from seqkd.workers import Workers
@@ -33,14 +34,14 @@ def planned(
 ) -> Iterator[tuple[int, PhaseConfig, list[list[Prompt]]]]:
     """Every draw of sampler=journal in the run of ``config``: its first step, its phase, and the
     prompts of each step."""
-    stream = PromptStream(checked.train, config.seed)
-    texts = PromptStream(checked.corpus, config.seed)
-    step = 0
-    for _, phase in config.phases:
-        for drawn in prompts_of(phase, stream, texts):
-            if "journal" in drawn:
-                yield step, phase, drawn["journal"]
-            step += len(drawn[phase.sampler])
+    for span in phase_spans(config):
+        train = PromptStream(checked.train, config.seed)
+        corpus = PromptStream(checked.corpus, config.seed)
+        step = span.first
+        for prompts in prompt_batches(config, span, train, corpus):
+            if "journal" in prompts:
+                yield step, span.config, prompts["journal"]
+            step += len(prompts[span.config.sampler])
 
 
 def record(

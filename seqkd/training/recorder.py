@@ -28,7 +28,7 @@ class Recorder:
 
     def __init__(self, directory: Path, config: Config, out: TextIO = sys.stdout) -> None:
         self.out, self.live = out, out.isatty()
-        self.config, self.steps, self.done = config, 0, 0
+        self.config = config
         self.stage_seconds = dict.fromkeys((*STAGES, "other"), 0.0)
         self.path = directory / "metrics.jsonl"
         self.file: TextIO | None = None
@@ -44,7 +44,6 @@ class Recorder:
             partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
             partial.rename(self.path)
             self.file = self.path.open("a", encoding="utf-8")
-        self.done = step
         self.trackers.begin(step)
         return rows
 
@@ -63,9 +62,12 @@ class Recorder:
         self.note(f"{name}: {self.config.extent(phase)}, {terms}")
 
     def step(self, step: int, row: dict[str, Any], costs: Cost, clock: Clock, steps: int) -> None:
-        """Record one optimizer step of about ``steps``: ``row`` from :func:`describe`, ``costs``
-        from :func:`seqkd.training.budget.cost`."""
-        self.steps, total = steps, costs["seconds"]
+        """Record one optimizer step of about ``steps``.
+
+        ``row`` is from :func:`seqkd.training.step_metrics.step_metrics`, ``costs`` from
+        :func:`seqkd.training.budget.cost`.
+        """
+        total = costs["seconds"]
         self.stage_seconds["other"] += total - sum(clock.seconds.values())
         for stage, seconds in clock.seconds.items():
             self.stage_seconds[stage] += seconds
@@ -81,9 +83,8 @@ class Recorder:
             os.fsync(self.file.fileno())
         scalars = {key: value for key, value in row.items() if isinstance(value, (int, float))}
         self.trackers.log(step, scalars)
-        self.done += 1
         self.recent = [*self.recent[-9:], total]
-        self._line(self._progress(row), keep=self.done == self.steps)
+        self._line(self._progress(row, step + 1, steps), keep=step + 1 == steps)
 
     def held_out(self, step: int, measured: Measurement) -> None:
         """Show what was measured on held-out prompts after ``step`` steps."""
@@ -100,11 +101,11 @@ class Recorder:
             with suppress(OSError):  # a row that could not be written was said when it was
                 self.file.close()
 
-    def _progress(self, row: dict[str, Any]) -> str:
-        filled = round(16 * self.done / self.steps)
-        left = (self.steps - self.done) * sum(self.recent) / len(self.recent)
+    def _progress(self, row: dict[str, Any], done: int, steps: int) -> str:
+        filled = round(16 * done / steps)
+        left = (steps - done) * sum(self.recent) / len(self.recent)
         parts = [
-            f"{row['phase']:<6} {self.done:>3}/{self.steps} [{'#' * filled}{'.' * (16 - filled)}]",
+            f"{row['phase']:<6} {done:>3}/{steps} [{'#' * filled}{'.' * (16 - filled)}]",
             f"loss {row['loss']:<8.4g}",
             *(
                 f"{label} {row[key]:<6.4g}"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from seqkd.errors import LearnerLost, LearningFault, SeqkdError
 from seqkd.evaluation.heldout import Measurement
-from seqkd.training import loop
 from seqkd.training.checkpoint import Progress
+from seqkd.training.context import TrainingContext
 from seqkd.training.control import Control
-from seqkd.training.loop import TrainingContext
+from seqkd.training.loop import run_phases
 from seqkd.workers import Workers
 
 
@@ -19,14 +19,14 @@ def finish(run: TrainingContext) -> dict[str, Measurement]:
         progress = Progress()
         try:
             progress = _restored(run)
-            return loop.run_phases(run, progress)
+            return run_phases(run, progress)
         except LearnerLost as lost:
             raised = lost.again(raised)
             replace_learner(run.workers, run.control, lost)
         except LearningFault:
             # Neither what the student has become nor what was drawn is worth keeping.
-            run.checkpoints.journal.forget()
-            run.watch.revert()
+            run.positions.log.clear()
+            run.monitor.rollback()
             raise
         except SeqkdError:
             _save(run, progress)
@@ -41,10 +41,10 @@ def replace_learner(workers: Workers, control: Control, lost: LearnerLost) -> No
 
 
 def _restored(run: TrainingContext) -> Progress:
-    progress, skipped = run.checkpoints.restore()
-    for line in (*skipped, *run.checkpoints.journal.dropped()):
+    progress, baseline, skipped = run.checkpoints.restore()
+    for line in (*skipped, *run.positions.log.dropped()):
         run.recorder.note(f"warning: {line}")
-    run.watch.rewind(run.recorder.rewind(progress.step), progress.known_text)
+    run.monitor.rewind(run.recorder.rewind(progress.step), baseline)
     if progress.step:
         run.recorder.note(f"going on after step {progress.step}")
     return progress
@@ -52,7 +52,7 @@ def _restored(run: TrainingContext) -> Progress:
 
 def _save(run: TrainingContext, progress: Progress) -> None:
     try:
-        if not run.checkpoints.save(progress):
+        if not run.save(progress):
             run.recorder.note(
                 f"the last checkpoint is that of step {run.checkpoints.last_step}; the steps since "
                 "then are taken again"

@@ -64,22 +64,25 @@ class ReplayLog:
         self.kept = 0
         """Bytes of scores that this process has added since the last checkpoint."""
 
-    def attach(self, workers: Workers, config: Config, vocabulary: int) -> None:
-        """Record what the student samples; and what the teachers write and score, but for what
-        they have a journal for."""
-        workers.student = RecordedStudent(workers.student, self.samples)
-        if config.journal is None:
-            workers.teacher_samplers = {
-                name: RecordedSampler(sampler, self.samples, f"teacher {name}")
-                for name, sampler in workers.teacher_samplers.items()
-            }
-        workers.teachers = {
-            name: RecordedTeacher(
-                teacher, self, name, score_form(config.teachers[name], vocabulary),
-                student_only=config.journal is not None,
-            )
-            for name, teacher in workers.teachers.items()
-        }  # fmt: skip
+    def wrap(self, workers: Workers, config: Config, vocabulary: int) -> Workers:
+        """Return ``workers`` that record what the student samples, and what the teachers write and
+        score unless a teacher cache keeps that."""
+        cached = config.journal is not None
+        samplers = workers.teacher_samplers
+        return replace(
+            workers,
+            student=RecordedStudent(workers.student, self.samples),
+            teacher_samplers=samplers
+            if cached
+            else {n: RecordedSampler(s, self.samples, f"teacher {n}") for n, s in samplers.items()},
+            teachers={
+                name: RecordedTeacher(
+                    teacher, self, name, score_form(config.teachers[name], vocabulary),
+                    student_only=cached,
+                )
+                for name, teacher in workers.teachers.items()
+            },
+        )  # fmt: skip
 
     def position(self) -> dict[str, int]:
         """What a checkpoint has to know, so that what is older can be removed."""
@@ -91,7 +94,7 @@ class ReplayLog:
         for name, shards in self._shards.items():
             shards.position = max(shards.position, position.get(name, 0))
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """Remove everything."""
         self.prune(self.position())
 

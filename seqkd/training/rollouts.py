@@ -10,13 +10,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from seqkd.config.base import SamplerName
 from seqkd.config.phases import PhaseConfig
 from seqkd.config.run import Config
-from seqkd.learner.running_costs import RunningCosts, by_position
+from seqkd.learner.running_costs import by_position
 from seqkd.objectives import mixture_weight
-from seqkd.protocols import Finished, Part, Sampler, Scores
+from seqkd.protocols import Finished, Sampler, Scores
 from seqkd.training.clock import Clock
 from seqkd.types import Prompt, Rollout, Source
 from seqkd.workers import Workers
@@ -24,13 +25,13 @@ from seqkd.workers import Workers
 
 @dataclass(frozen=True)
 class ScoredRollouts:
-    """What one or more steps learn from."""
+    """Completions of one sampler for one or more steps, and their teacher scores."""
 
     steps: list[list[Rollout]]
-    """Not learnt from yet, by step."""
+    """By step."""
     scores: Scores
     usage: dict[str, int]
-    """Of the teachers' endpoints, after it."""
+    """Requests and tokens that the teachers' endpoints were asked for so far."""
 
 
 class Scoring:
@@ -72,9 +73,7 @@ class RolloutSource:
         phase: PhaseConfig,
         sampler: SamplerName,
         workers: Workers,
-        running: RunningCosts | None = None,
     ) -> None:
-        """``running`` is of the steps before, where the phase is under way."""
         self.config, self.phase, self.sampler, self.workers = config, phase, sampler, workers
         self.source = config.source(sampler)
         self.asks_student = sampler in ("student", "mixture")
@@ -82,8 +81,7 @@ class RolloutSource:
         self.fraction = config.rollout.teacher_fraction if sampler == "mixture" else None
         needs = {term.objective.teacher_need for term in self.terms}
         self.scored = needs != {"nothing"} or self.fraction is not None
-        self.running = running or RunningCosts()
-        self.drawn = ScoredRollouts([], {}, {})
+        self.needs_costs = any(term.objective.running for term in self.terms)
 
     def draw(self, batches: Sequence[Sequence[Prompt]], step: int, clock: Clock) -> ScoredRollouts:
         """Sample and score, at once, what ``len(batches)`` steps from ``step`` on learn from."""
@@ -98,19 +96,13 @@ class RolloutSource:
         asked = self.scored or any(rollout.source == "teacher" for rollout in rollouts)
         return ScoredRollouts(steps, scores, self.workers.usage() if asked else {})
 
-    def part(self, clock: Clock) -> Part:
-        """What the next step of :attr:`drawn` learns from."""
-        drawn, of = self.drawn.steps.pop(0), self.drawn.scores
+    def split(self, rollouts: list[Rollout]) -> tuple[list[Rollout], list[Rollout]]:
+        """Return the completions to train on, and those that are masked because they are cut."""
         mask = self.config.rollout.mask_truncated and self.source not in ("dataset", "corpus")
-        cut = [r for r in drawn if mask and r.finish_reason == "length"]
-        masked = cut if len(cut) < len(drawn) else []
-        rollouts = [r for r in drawn if r.finish_reason == "stop"] if masked else drawn
-        scores = {r.sample_id: of[r.sample_id] for r in rollouts} if of else {}
-        if any(term.objective.running for term in self.terms) and not self.running.known:
-            with clock("learn"):
-                self._first_estimate(rollouts, scores)
-        counts = self.running.counts(rollouts)
-        return Part(rollouts, scores, counts, self.terms, self.fraction, self.drawn.usage, masked)
+        cut = [r for r in rollouts if mask and r.finish_reason == "length"]
+        if not cut or len(cut) == len(rollouts):
+            return rollouts, []
+        return [r for r in rollouts if r.finish_reason == "stop"], cut
 
     def _rollouts(
         self, prompts: list[Prompt], step: int, clock: Clock, finished: Finished
@@ -150,22 +142,23 @@ class RolloutSource:
             drawn = iter(sampler.sample(of, numbers, seed, *how, finished))
         return [[next(drawn) for _ in range(n)] for n in samples]
 
-    def _first_estimate(self, rollouts: list[Rollout], scores: Scores) -> None:
-        """From the first batch itself: a phase has no past batch to estimate its costs from."""
+    def costs(self, rollouts: list[Rollout], scores: Scores) -> tuple[Tensor, Tensor]:
+        """Measure the current student on a batch: ([T] weighted sum of the cost at each position,
+        [T] weight of the sequences that have a token there)."""
         rows = []
         for values in self.workers.learner.measure(rollouts, scores).values():
             weight = 1.0
             if self.fraction is not None:
-                ours, theirs = (
+                student, teacher = (
                     torch.tensor(sum(values[n])) for n in ("student_logprob", "teacher_logprob")
                 )
-                weight = mixture_weight(ours, theirs, self.fraction).item()
+                weight = mixture_weight(student, teacher, self.fraction).item()
             costs = values.get("reverse_kl") or [
                 q - p
                 for q, p in zip(values["student_logprob"], values["teacher_logprob"], strict=True)
             ]
             rows.append((weight, costs))
-        self.running.update(*by_position(rows))
+        return by_position(rows)
 
 
 def reference_rollout(prompt: Prompt, source: Source) -> Rollout:

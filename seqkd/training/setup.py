@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from seqkd.checks.alarms import StepAlarms
 from seqkd.checks.canary import Canary
@@ -14,10 +14,11 @@ from seqkd.config.run import Config
 from seqkd.evaluation import summary
 from seqkd.evaluation.heldout import HeldOut, Measurement
 from seqkd.storage import run_reader
-from seqkd.teachers.cache import TeacherCache, attach
+from seqkd.teachers.cache import TeacherCache, with_caches
 from seqkd.training.checkpoint import Checkpoints
+from seqkd.training.context import TrainingContext
 from seqkd.training.control import Control
-from seqkd.training.loop import TrainingContext
+from seqkd.training.positions import ReplayPositions
 from seqkd.training.recorder import Recorder
 from seqkd.training.replay_log import ReplayLog
 from seqkd.workers import Workers
@@ -27,55 +28,62 @@ def prepare(
     directory: Path,
     config: Config,
     checked: Checked,
-    workers: Workers,
+    actors: Workers,
     roles: Collection[str],
-    journals: Mapping[str, TeacherCache],
+    caches: Mapping[str, TeacherCache],
     recorder: Recorder,
     control: Control,
 ) -> TrainingContext:
-    """Everything that the loop works with; ``journals`` and the run's own are put before the
-    teachers. What the teacher says of the held-out prompts is kept with the run, so that every
-    measurement of it compares with the same."""
-    canary = Canary(config, checked, workers, roles)
-    attach(workers, config, checked.stop_ids, checked.vocabulary, journals)
+    """Return everything that the loop works with.
+
+    ``caches`` and the run's replay log are put in front of ``actors``. The teacher's answers to the
+    held-out prompts are kept with the run, so that all its measurements compare with the same.
+    """
+    canary = Canary(config, checked, actors, roles)
+    stop_ids, vocabulary = checked.stop_ids, checked.vocabulary
+    cached = with_caches(actors, config, stop_ids, vocabulary, caches)
+    log = ReplayLog(directory / "journal", config)
+    workers = log.wrap(cached, config, vocabulary)
+    samplers: Any = {name: cached.teacher_samplers[name] for name in caches}
+    positions = ReplayPositions(samplers, log)
     evaluation = None
     if checked.heldout:
-        keeping = replace(workers)
-        if config.journal is None:
-            kept = {
-                name: TeacherCache(directory / "journal" / "heldout" / name, teacher.precision)
-                for name, teacher in config.teachers.items()
-            }
-            attach(keeping, config, checked.stop_ids, checked.vocabulary, kept)
-        of = config.evaluation
+        # Counted apart from training: a restored run reads the same completions again.
+        kept = caches or {
+            name: TeacherCache(directory / "journal" / "heldout" / name, teacher.precision)
+            for name, teacher in config.teachers.items()
+        }
+        measuring = with_caches(actors, config, stop_ids, vocabulary, kept)
+        section = config.evaluation
         evaluation = HeldOut(
-            keeping, checked.heldout, of.samples_per_prompt, config.seed, of.examples
+            measuring, checked.heldout, section.samples_per_prompt, config.seed, section.examples
         )
-    journal = ReplayLog(directory / "journal", config)
-    checkpoints = Checkpoints(
-        directory / "checkpoints",
-        config,
-        workers.learner,
-        workers.teacher_samplers,
-        journal,
-        control,
-    )
-    journal.attach(workers, config, checked.vocabulary)
-    watch = Monitor(
-        canary,
-        StepAlarms(config, checked.vocabulary),
-        config.alarms.canary_every,
-        recorder.note,
-        directory / "skipped",
-        list(journals.values()),
-    )
 
     def publish(measured: Mapping[str, Measurement]) -> None:
         examples = config.evaluation.examples
-        found = summary.evaluation_json(measured, checked.heldout, checked.tokenizer, examples)
-        run_reader.write_evaluation(directory, found)
+        figures = summary.evaluation_json(measured, checked.heldout, checked.tokenizer, examples)
+        run_reader.write_evaluation(directory, figures)
 
     return TrainingContext(
-        config, workers, checked.train, checked.corpus, evaluation, recorder, checkpoints, watch,
-        control, publish, str(directory / "student"),
-    )  # fmt: skip
+        config=config,
+        workers=workers,
+        train=checked.train,
+        corpus=checked.corpus,
+        evaluation=evaluation,
+        recorder=recorder,
+        positions=positions,
+        checkpoints=Checkpoints(
+            directory / "checkpoints", config.checkpoints, workers.learner, positions, control
+        ),
+        monitor=Monitor(
+            canary,
+            StepAlarms(config, vocabulary),
+            config.alarms.canary_every,
+            recorder.note,
+            directory / "skipped",
+            list(caches.values()),
+        ),
+        control=control,
+        publish=publish,
+        export_to=str(directory / "student"),
+    )

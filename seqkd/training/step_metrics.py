@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import xxhash
 
@@ -13,11 +13,8 @@ from seqkd.evaluation.text import repetition
 from seqkd.protocols import Part
 from seqkd.types import PartResult, Rollout, StepResult
 
-if TYPE_CHECKING:
-    pass
 
-
-def describe(
+def step_metrics(
     config: Config,
     name: str,
     phase: PhaseConfig,

@@ -25,7 +25,7 @@ from seqkd.config.resources import EngineConfig
 from seqkd.errors import LearningFault
 from seqkd.training.clock import Clock
 from seqkd.training.rollouts import RolloutSource
-from seqkd.training.step_metrics import describe
+from seqkd.training.step_metrics import step_metrics
 from seqkd.workers import Workers
 from tests.actors.ray_calls import COMPLETION, PROMPT, small_config, wait
 
@@ -158,7 +158,7 @@ class Run:
         self.stepped = must_move(1e-3, result.grad_norm)
         self.number += 1
         check_counts(part, result.parts[0])
-        row = describe(self.config, "main", self.config, version, 1e-3, [part], result)
+        row = step_metrics(self.config, "main", self.config, version, 1e-3, [part], result)
         return self.alarms.check(row)
 
 

@@ -20,7 +20,7 @@ from seqkd.storage.run_directory import flat
 from seqkd.training.budget import cost
 from seqkd.training.clock import Clock
 from seqkd.training.recorder import Recorder
-from seqkd.training.step_metrics import describe
+from seqkd.training.step_metrics import step_metrics
 from seqkd.types import Counts, PartResult, Rollout, StepResult
 from tests.conftest import ROOT
 from tests.unit.config.test_config import MINIMAL
@@ -148,7 +148,7 @@ def recorded(directory, sampler, objective, plus=(), **options):
     recorder = Recorder(directory, config, io.StringIO())
     recorder.rewind(0)
     recorder.begin("main", config)
-    row = describe(config, "main", config, 0, 0.1, parts, result)
+    row = step_metrics(config, "main", config, 0, 0.1, parts, result)
     clock = Clock()
     clock.ahead = 1.0
     recorder.step(0, row, cost(config, parts, 1.0), clock, 1)

@@ -19,7 +19,7 @@ from seqkd.config.run import Config, load
 from seqkd.errors import ConfigError, LearningFault
 from seqkd.evaluation.text import repetition
 from seqkd.protocols import Part
-from seqkd.training.step_metrics import describe
+from seqkd.training.step_metrics import step_metrics
 from seqkd.types import Counts, PartResult, Prompt, Rollout, StepResult, TeacherScore
 from tests.conftest import ROOT
 from tests.unit.config.test_config import MINIMAL, path  # noqa: F401 (a fixture)
@@ -510,7 +510,7 @@ def test_figures_of_a_step():
 
     def figures(sums):
         result = StepResult(0.0, 1.0, (PartResult(sums),))
-        return describe(c, "main", c, 0, 0.1, [part], result)
+        return step_metrics(c, "main", c, 0, 0.1, [part], result)
 
     found = figures(sums)
     assert (found["truncation_rate"], found["repetition"]) == (0.75, 0.5)

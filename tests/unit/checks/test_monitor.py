@@ -58,7 +58,7 @@ def test_the_known_text_is_scored_at_draws_whatever_their_steps(tmp_path, every,
     made, found = watch(tmp_path, every), []
     for step in (3, 5, 7, 9):
         before = len(made.canary.calls)
-        made.drawn(step, made.ask(step, 5))
+        made.after_sampling(step, made.probe(step, 5))
         found += [step] * (len(made.canary.calls) - before)
     assert found == checked
 
@@ -66,15 +66,15 @@ def test_the_known_text_is_scored_at_draws_whatever_their_steps(tmp_path, every,
 def test_it_is_told_of_steps_that_must_have_moved_the_weights(tmp_path):
     made, part = watch(tmp_path), Part([rollout("a")], {}, Counts(1, 2), ())
     learnt = PartResult({"sequences": 1, "tokens": 2}, trained=("a",))
-    made.drawn(0, made.ask(0, 5))
-    made.learnt(0, [part], StepResult(1.0, 1.0, (learnt,)), lr=0.1)
-    made.drawn(1, made.ask(1, 5))
-    made.drawn(2, made.ask(2, 5))
-    made.learnt(2, [part], StepResult(1.0, 0.0, (learnt,)), lr=0.1)
-    made.drawn(3, made.ask(3, 5))
+    made.after_sampling(0, made.probe(0, 5))
+    made.after_step(0, [part], StepResult(1.0, 1.0, (learnt,)), lr=0.1)
+    made.after_sampling(1, made.probe(1, 5))
+    made.after_sampling(2, made.probe(2, 5))
+    made.after_step(2, [part], StepResult(1.0, 0.0, (learnt,)), lr=0.1)
+    made.after_sampling(3, made.probe(3, 5))
     assert made.canary.calls == [False, True, False, False]
     with pytest.raises(LearningFault, match="1 were not trained on"):
-        made.learnt(3, [part], StepResult(1.0, 1.0, (PartResult(),)), lr=0.1)
+        made.after_step(3, [part], StepResult(1.0, 1.0, (PartResult(),)), lr=0.1)
 
 
 def test_the_batch_of_a_skipped_step_is_kept(tmp_path):
@@ -83,14 +83,14 @@ def test_the_batch_of_a_skipped_step_is_kept(tmp_path):
     rollouts = [rollout("a"), rollout("b", None)]
     scores = {r.sample_id: TeacherScore(r.sample_id, hidden=states) for r in rollouts}
     part = Part(rollouts, scores, Counts(2, 4), ())
-    made.learnt(7, [part], StepResult(float("nan"), 1.0, (PartResult(),), skipped=True), lr=0.1)
+    made.after_step(7, [part], StepResult(float("nan"), 1.0, (PartResult(),), skipped=True), lr=0.1)
     folder = tmp_path / "skipped" / "step-00000007"
     lines = (folder / "rollouts.jsonl").read_text().splitlines()
     assert [rollout_from(json.loads(line)) for line in lines] == rollouts
     kept = load_file(folder / "scores.safetensors")
     assert torch.equal(kept["a hidden"], states) and torch.equal(kept["b hidden"], states)
     assert "step 7 was skipped" in made.said[0]
-    made.drawn(8, made.ask(8, 5))
+    made.after_sampling(8, made.probe(8, 5))
     assert made.canary.calls == [False]
 
 
@@ -102,9 +102,9 @@ def test_a_fault_takes_back_what_the_teachers_wrote_since_they_were_last_right(t
         journal.add_scores([(address, TeacherScore(address, logprobs=torch.tensor([-1.0])))])
 
     score("right")
-    made.drawn(0, made.ask(0, 5))
+    made.after_sampling(0, made.probe(0, 5))
     score("garbage")
-    made.revert()
+    made.rollback()
     assert "right" in journal.scores and "garbage" not in journal.scores
     again = TeacherCache(tmp_path / "journal", "float32").scores
     assert "right" in again and "garbage" not in again
@@ -122,5 +122,5 @@ def test_what_another_process_added_is_not_taken_back(tmp_path):
     mine, other = ArrowStore(tmp_path, schema), ArrowStore(tmp_path, schema)
     mine.append([{"address": "mine"}])
     other.append([{"address": "other"}])
-    mine.revert()
+    mine.rollback()
     assert set(ArrowStore(tmp_path, schema).places) == {"other"}

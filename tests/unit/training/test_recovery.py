@@ -322,7 +322,7 @@ def test_a_broken_learner_is_not_saved(tmp_path):
                       ("student_logprob", "teacher_logprob")}
         for r in rollouts
     }  # fmt: skip
-    world.run.watch.every = 0
+    world.run.monitor.every = 0
     world.run.workers.learner.policy_version = 3
     with pytest.raises(LearningFault, match="the learner gives tokens of a known text"):
         loop.save(world.run, Progress(step=3))
@@ -408,7 +408,7 @@ def test_another_student_does_not_learn_from_the_old_ones_samples(quiet, tmp_pat
 def test_the_journal_stays_bounded(quiet, tmp_path):
     world = World(tmp_path)
     world.finish()
-    shards = world.run.checkpoints.journal.samples
+    shards = world.run.positions.log.samples
     oldest = CONFIG.steps + 3 - 2 * CONFIG.checkpoints.every_steps
     kept = {seed for row in _rows(shards) for seed in [int(row["sample_id"].as_py().split("/")[2])]}
     assert kept and min(kept) - 1_000_003 >= oldest - 2

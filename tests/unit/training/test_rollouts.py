@@ -11,6 +11,7 @@ import pytest
 
 from seqkd.config.run import Config
 from seqkd.errors import ActorError
+from seqkd.learner.running_costs import RunningCosts
 from seqkd.training.clock import Clock
 from seqkd.training.rollouts import RolloutSource
 from seqkd.types import Prompt, Rollout, TeacherScore
@@ -98,26 +99,25 @@ def source(sampler, **changes):
 
 def test_a_mixture_draws_each_sequence_from_one_of_the_two():
     s, workers = source("mixture", rollout={"samples_per_prompt": 50, "teacher_fraction": 0.3})
-    s.drawn = s.draw([PROMPTS[:4], PROMPTS[4:8]], 0, Clock())
-    for step, prompts in ((0, PROMPTS[:4]), (1, PROMPTS[4:8])):
-        part = s.part(Clock())
-        assert part.teacher_fraction == 0.3
-        assert {r.prompt_id for r in part.rollouts} == {p.prompt_id for p in prompts}, step
-        assert part.counts.sequences == len(part.rollouts) == 200
-        share = sum(r.source == "teacher" for r in part.rollouts) / 200
+    drawn = s.draw([PROMPTS[:4], PROMPTS[4:8]], 0, Clock())
+    assert s.fraction == 0.3
+    for rollouts, prompts in zip(drawn.steps, (PROMPTS[:4], PROMPTS[4:8]), strict=True):
+        assert {r.prompt_id for r in rollouts} == {p.prompt_id for p in prompts}
+        assert len(rollouts) == 200
+        share = sum(r.source == "teacher" for r in rollouts) / 200
         assert 0.2 <= share <= 0.4
-        assert part.scores.keys() == {r.sample_id for r in part.rollouts}
-    s.drawn = s.draw([PROMPTS[:4]], 1, Clock())
+    assert drawn.scores.keys() == {r.sample_id for step in drawn.steps for r in step}
+    s.draw([PROMPTS[:4]], 1, Clock())
     (_, first), (_, second) = workers.teacher_sampler.calls
-    assert {k: first[k] for k in second} != second, "drawn anew at every step"
+    assert {k: first[k] for k in second} != second, "drawn again at every step"
 
 
 def test_several_steps_learn_from_one_draw_in_order():
     s, workers = source("student", updates_per_rollout=3)
     batches = [PROMPTS[0:4], PROMPTS[4:8], [*PROMPTS[8:11], PROMPTS[0]]]
-    s.drawn = s.draw(batches, 5, Clock())
+    drawn = s.draw(batches, 5, Clock())
     assert len(workers.student.calls) == 1
-    ids = [[r.prompt_id for r in s.part(Clock()).rollouts] for _ in batches]
+    ids = [[r.prompt_id for r in rollouts] for rollouts in drawn.steps]
     assert {*ids[1]} == {"4", "5", "6", "7"}
     assert ids[0].count("0") == ids[2].count("0") == 4, "a prompt that comes twice is drawn twice"
     assert {*ids[2]} == {"8", "9", "10", "0"}
@@ -125,8 +125,14 @@ def test_several_steps_learn_from_one_draw_in_order():
 
 def test_the_first_step_estimates_from_its_own_batch():
     s, _ = source("student", objective={"estimator": "reward_to_go", "normalization": "rate"})
-    s.drawn = s.draw([PROMPTS[:4]], 0, Clock())
-    counts = s.part(Clock()).counts
+    drawn = s.draw([PROMPTS[:4]], 0, Clock())
+    assert (
+        s.needs_costs
+        and not source("student", objective={"estimator": "single_step"})[0].needs_costs
+    )
+    running = RunningCosts()
+    running.update(*s.costs(drawn.steps[0], drawn.scores))
+    counts = running.counts(drawn.steps[0])
     assert counts.rate == pytest.approx((1 + 2) / 2)
     assert counts.length == 2
     assert counts.costs.tolist() == [16, 32]
@@ -183,11 +189,11 @@ def test_a_score_that_fails_beside_sampling_ends_the_draw():
 def test_given_text_is_a_completion_without_a_sampler(sampler):
     changes = {"data": {**MINIMAL["data"], "corpus_path": "texts.jsonl"}}
     s, workers = source(sampler, **changes)
-    s.drawn = s.draw([PROMPTS[:4]], 0, Clock())
-    part = s.part(Clock())
-    assert [r.completion_ids for r in part.rollouts] == [(7, 0)] * 4
-    assert {r.source for r in part.rollouts} == {sampler}
-    assert part.scores == {}
+    drawn = s.draw([PROMPTS[:4]], 0, Clock())
+    rollouts, masked = s.split(drawn.steps[0])
+    assert [r.completion_ids for r in rollouts] == [(7, 0)] * 4
+    assert {r.source for r in rollouts} == {sampler}
+    assert drawn.scores == {} and not masked
     assert workers.student.calls == []
 
 
@@ -195,10 +201,11 @@ def test_what_was_cut_can_be_left_out_of_the_loss():
     made, workers = source("student", rollout={"samples_per_prompt": 4, "mask_truncated": True})
     workers.student = Cutting("student")
     workers.student.hopeless = ("2", "3")
-    made.drawn = made.draw([PROMPTS[:2], PROMPTS[2:4]], 0, Clock())
-    part = made.part(Clock())
-    assert len(part.rollouts) == len(part.masked) == part.counts.sequences == 4
-    assert {r.finish_reason for r in part.rollouts} == {"stop"}
-    assert part.scores.keys() == {r.sample_id for r in part.rollouts}
-    none_left = made.part(Clock())
-    assert len(none_left.rollouts) == 8 and not none_left.masked
+    drawn = made.draw([PROMPTS[:2], PROMPTS[2:4]], 0, Clock())
+    rollouts, masked = made.split(drawn.steps[0])
+    assert len(rollouts) == len(masked) == 4
+    assert {r.finish_reason for r in rollouts} == {"stop"}
+    assert {r.finish_reason for r in masked} == {"length"}
+    assert {r.sample_id for r in (*rollouts, *masked)} == {r.sample_id for r in drawn.steps[0]}
+    all_cut, none_masked = made.split(drawn.steps[1])
+    assert len(all_cut) == 8 and not none_masked

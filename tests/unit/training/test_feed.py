@@ -14,7 +14,7 @@ import pytest
 from seqkd.config.lifecycle import RecoveryConfig
 from seqkd.config.run import Config
 from seqkd.errors import ActorError, LearnerLost, Stopped
-from seqkd.training import prefetch, rollouts
+from seqkd.training import feed, rollouts
 from seqkd.training.control import Control
 from tests.unit.config.test_config import MINIMAL
 from tests.unit.training.test_recovery import CONFIG, Crash, World, left
@@ -52,7 +52,7 @@ class AtOnce:
 
 @pytest.fixture
 def in_order(monkeypatch):
-    for module in (prefetch, rollouts):
+    for module in (feed, rollouts):
         monkeypatch.setattr(module, "ThreadPoolExecutor", AtOnce)
 
 
