@@ -115,11 +115,11 @@ def _started(
         cls, places = remote(actors.cls), plan.role(role, teacher)
 
         def create(index: int) -> Any:
-            return cls.options(**places[index].options(group)).remote(*actors.made_of)
+            return cls.options(**places[index].options(group)).remote(*actors.init_args)
 
         every = [create(index) for index in range(len(places))]
         name = f"{role} {teacher}".strip()
-        return Pool(name, every, control, create, actors.started_with, actors.paid)
+        return Pool(name, every, control, create, actors.start_args, actors.paid)
 
     student = pool("rollout", "", _student_engine(config, student_path, checked))
     scorers, writers = {}, {}
@@ -139,7 +139,7 @@ def _started(
             started()
         if learner:
             learner.ready()
-        yield _crew(config, learner, student, scorers, writers)
+        yield _assemble_workers(config, learner, student, scorers, writers)
     finally:
         for p in pools:
             p.kill()
@@ -147,7 +147,7 @@ def _started(
             learner.kill()
 
 
-def _crew(
+def _assemble_workers(
     config: Config,
     learner: Any,
     student: Pool,
@@ -180,10 +180,10 @@ def _learner(
         if teacher.scores == "hidden"
     }
 
-    made_of = (config.learner, config.student.lora, config.seed)
+    init_args = (config.learner, config.student.lora, config.seed)
 
     def create() -> list[Any]:
-        return [cls.options(**place.options(group)).remote(*made_of) for place in places]
+        return [cls.options(**place.options(group)).remote(*init_args) for place in places]
 
     micro_batch, tokenizer_from = config.learner.micro_batch_tokens, expand(config.student.model)
     starting = (student_path, heads)
@@ -192,16 +192,16 @@ def _learner(
 
 class _Actors(NamedTuple):
     cls: type
-    made_of: tuple[Any, ...]
-    started_with: tuple[Any, ...]
+    init_args: tuple[Any, ...]
+    start_args: tuple[Any, ...]
     paid: bool = False
 
 
 def _student_engine(config: Config, student_path: str, checked: Checked) -> _Actors:
     from actors.rollout import RolloutActor
 
-    started_with = (student_path, config.rollout, checked.max_model_len)
-    return _Actors(RolloutActor, (checked.stop_ids, "student"), started_with)
+    start_args = (student_path, config.rollout, checked.max_model_len)
+    return _Actors(RolloutActor, (checked.stop_ids, "student"), start_args)
 
 
 def _teacher_actors(

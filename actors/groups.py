@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from actors.pool import READING, Calls, Failure, Pool, is_alive, reap
+from actors.pool import READING, Calls, Failure, Pool, is_alive, kill_orphans
 from seqkd.checks.invariants import check_sampled
 from seqkd.errors import ActorError, LearnerLost
 from seqkd.learner.batching import Layout, pack, partition
@@ -31,15 +31,15 @@ SETTLE_S = 5.0
 
 
 class RolloutGroup:
-    """Engines with the same weights; prompts are dealt out evenly."""
+    """Engines with the same weights; prompts are distributed evenly."""
 
     def __init__(self, pool: Pool, max_tokens: int, learner: LearnerGroup | None = None) -> None:
         self.pool, self.max_tokens, self.learner = pool, max_tokens, learner
         self.policy_version: int | None = 0
         self.loaded: WeightVersion | None = None
-        pool.catch_up = self._load_again
+        pool.on_replaced = self._load_again
         if learner is not None:  # without it there are no weights to load
-            pool.blame = learner.alive
+            pool.raise_root_cause = learner.alive
 
     def sample(
         self,
@@ -95,7 +95,7 @@ class RolloutGroup:
         self._load(version, range(len(self.pool.actors)))
         self.policy_version = version.policy_version
 
-    def forget(self) -> None:
+    def mark_stale(self) -> None:
         """See :class:`seqkd.protocols.StudentSampler`."""
         self.policy_version = self.loaded = None
 
@@ -127,13 +127,13 @@ class RolloutGroup:
         every = range(len(self.pool.actors))
         return self.pool.call(method, [arguments(i) if i in engines else None for i in every], what)
 
-    def score(self, token_ids: Sequence[int]) -> list[list[float]]:
+    def logprobs(self, token_ids: Sequence[int]) -> list[list[float]]:
         """See :class:`seqkd.protocols.StudentSampler`."""
-        return self.pool.each("score", list(token_ids), what="scoring")
+        return self.pool.each("logprobs", list(token_ids), what="scoring")
 
 
 class TeacherGroup:
-    """Copies of one teacher; rollouts are dealt out by length."""
+    """Copies of one teacher; rollouts are distributed by length."""
 
     def __init__(self, pool: Pool, name: str = "") -> None:
         self.pool, self.name = pool, name
@@ -142,8 +142,8 @@ class TeacherGroup:
         """See :class:`seqkd.protocols.Teacher`."""
         ordered = sorted(rollouts, key=lambda r: -len(r.prompt_ids) - len(r.completion_ids))
         copies = len(self.pool.actors)
-        dealt = [(ordered[i::copies],) if i < len(ordered) else None for i in range(copies)]
-        parts = self.pool.call("score", dealt, "scoring")
+        assigned = [(ordered[i::copies],) if i < len(ordered) else None for i in range(copies)]
+        parts = self.pool.call("score", assigned, "scoring")
         every = (score for part in parts for score in part or [])
         scores = {score.sample_id: replace(score, teacher=self.name) for score in every}
         missing = [r.sample_id for r in rollouts if r.sample_id not in scores]
@@ -176,7 +176,7 @@ class LearnerGroup:
         self.ranks: list[Any] = []
         self.starts: list[Any] = []
         self.policy_version = 0
-        self.whole = True
+        self.is_consistent = True
         """Whether every rank is at the same step, so that the group may be saved."""
 
     def begin(self) -> None:
@@ -188,7 +188,7 @@ class LearnerGroup:
             self.kill()
             raise
         self.starts = [r.start.remote(i, master, *self.starting) for i, r in enumerate(self.ranks)]
-        self.policy_version, self.whole = 0, True
+        self.policy_version, self.is_consistent = 0, True
 
     def ready(self) -> None:
         """Wait until every rank is; a group that is lost on the way is started again."""
@@ -202,7 +202,7 @@ class LearnerGroup:
                 return
             except LearnerLost as lost:
                 self.kill()
-                raised = lost.again(raised)
+                raised = lost.raise_if_repeated(raised)
                 self.control.restart("the learner", lost.cause)
 
     def restart(self) -> None:
@@ -221,21 +221,21 @@ class LearnerGroup:
 
     def step(self, parts: Sequence[Part], lr: float) -> StepResult:
         """See :class:`seqkd.protocols.Learner`."""
-        dealt = [self._deal(part.rollouts, part.scores) for part in parts]
+        assigned = [self._shard(part.rollouts, part.scores) for part in parts]
         refs = [
             rank.step.remote(
                 [
                     RankPart(batches[index], part.counts, part.terms, part.teacher_fraction)
-                    for part, batches in zip(parts, dealt, strict=True)
+                    for part, batches in zip(parts, assigned, strict=True)
                 ],
                 lr,
             )
             for index, rank in enumerate(self.ranks)
         ]
-        del dealt  # what was sent is in Ray's object store
-        self.whole = False
+        del assigned  # what was sent is in Ray's object store
+        self.is_consistent = False
         results: list[StepResult] = self._results("step", refs, self.control.check_after_grace)
-        self.whole = True
+        self.is_consistent = True
         self.policy_version += 1
         of_parts = zip(*(result.parts for result in results), strict=True)
         return StepResult(
@@ -250,8 +250,8 @@ class LearnerGroup:
     ) -> Measured:
         """See :class:`seqkd.protocols.Learner`."""
         plan = self._partition(rollouts, scores)
-        dealt = self._deal(rollouts, scores)
-        refs = [rank.measure.remote(b, ends) for rank, b in zip(self.ranks, dealt, strict=True)]
+        assigned = self._shard(rollouts, scores)
+        refs = [rank.measure.remote(b, ends) for rank, b in zip(self.ranks, assigned, strict=True)]
         measured = {}
         for part, values in zip(plan, self._results("measuring", refs), strict=True):
             for micro_batch, of_batch in zip(part, values, strict=True):
@@ -315,12 +315,12 @@ class LearnerGroup:
             results[index] = result
         if failures:
             if any(failure.hung for failure in failures):
-                reap([f"learner {index}" for index in range(len(self.ranks))])
+                kill_orphans([f"learner {index}" for index in range(len(self.ranks))])
             first = min(failures, key=lambda failure: (not failure.gone, not failure.for_the_user))
             raise first.cause if first.for_the_user else LearnerLost(first.cause, first.gone)
         return results
 
-    def _deal(self, rollouts: Sequence[Rollout], scores: Scores) -> list[list[TrainBatch]]:
+    def _shard(self, rollouts: Sequence[Rollout], scores: Scores) -> list[list[TrainBatch]]:
         """Each rank's micro-batches."""
         filler = min(rollouts, key=lambda r: len(r.prompt_ids) + len(r.completion_ids))
         return [

@@ -163,7 +163,7 @@ def is_alive(actor: Any) -> Any:
     return actor.__ray_call__.options(concurrency_group=HEALTH).remote(_nothing)
 
 
-def reap(names: Sequence[str]) -> None:
+def kill_orphans(names: Sequence[str]) -> None:
     """End the processes of this job that were started under ``names``, on every node. Ray itself
     does not end one that hangs before it has come up once, and would keep its place for it. Those
     of another Ray on the same machine, whose jobs have the same numbers, have another raylet."""
@@ -220,9 +220,9 @@ class Pool:
         ready; without it nothing is replaced. ``paid``: they ask an endpoint and count it."""
         self.name, self.actors, self.paid = name, list(actors), paid
         self.control, self.create, self.starting = control or Control(), create, starting
-        self.catch_up: Callable[[int], None] = lambda index: None
+        self.on_replaced: Callable[[int], None] = lambda index: None
         """Brings a new process to where the others are, once it has started."""
-        self.blame: Callable[[], None] = lambda: None
+        self.raise_root_cause: Callable[[], None] = lambda: None
         """Raises what else is lost, where that is the cause: then none of these is replaced."""
 
     def ask(
@@ -304,7 +304,7 @@ class Pool:
         import ray
 
         while True:
-            self.blame()
+            self.raise_root_cause()
             cause = failure.cause
             again = not failure.gone and raised.get(index) == str(cause)
             if self.create is None or failure.for_the_user or again:
@@ -315,13 +315,13 @@ class Pool:
             with suppress(Exception):  # it may be long gone
                 ray.kill(self.actors[index])
             if failure.hung:
-                reap([f"{self.name} {index}"])
+                kill_orphans([f"{self.name} {index}"])
             self.actors[index] = self.create(index)
             calls = Calls(f"{self.name} start", self.control, starting=True)
             self._call(calls, index, "start", self.starting)
             ended = calls.next()
             assert ended is not None
             if not isinstance(ended[1], Failure):
-                self.catch_up(index)
+                self.on_replaced(index)
                 return
             failure = ended[1]

@@ -87,7 +87,7 @@ class RolloutActor:
         weight_sync.load(self.llm, version, data)
         self.policy_version = version.policy_version
 
-    def score(self, token_ids: list[int]) -> list[float]:
+    def logprobs(self, token_ids: list[int]) -> list[float]:
         """log-probability of token_ids[1:], each after the ones before it, under the engine. vLLM
         computes prompt log-probs anew, whatever its prefix cache holds."""
         from vllm import SamplingParams

@@ -42,7 +42,7 @@ FAULTS = (
 TCP connections are destroyed (by `ss -K`, which needs root); stop: SIGTERM. A driver that is gone
 is started again with --resume."""
 STAGES = (
-    "RolloutActor.load", "RolloutActor.sample", "RolloutActor.score", "TeacherActor.score",
+    "RolloutActor.load", "RolloutActor.sample", "RolloutActor.logprobs", "TeacherActor.score",
     "LearnerRank.measure", "LearnerRank.step", "LearnerRank.publish", "LearnerRank.save",
 )  # fmt: skip
 """What an actor may be at: Ray names its process so."""

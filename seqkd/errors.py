@@ -79,7 +79,7 @@ class LearnerLost(SeqkdError):
     def __reduce__(self) -> tuple[type[LearnerLost], tuple[SeqkdError, bool]]:
         return LearnerLost, (self.cause, self.gone)
 
-    def again(self, before: str) -> str:
+    def raise_if_repeated(self, before: str) -> str:
         """What it raised, to be compared with the next one; raises the cause where new processes
         have raised the same as those ``before`` them: a third try would not help."""
         if not self.gone and str(self) == before:

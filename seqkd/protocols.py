@@ -45,10 +45,10 @@ class StudentSampler(Sampler, Protocol):
     def load(self, version: WeightVersion) -> None:
         """Take in published weights, verified."""
 
-    def forget(self) -> None:
+    def mark_stale(self) -> None:
         """Whatever weights it has, they are not the learner's."""
 
-    def score(self, token_ids: Sequence[int]) -> list[list[float]]:
+    def logprobs(self, token_ids: Sequence[int]) -> list[list[float]]:
         """The log-probability of each of ``token_ids[1:]`` after those before it: a list for every
         engine."""
 
@@ -88,7 +88,7 @@ class Learner(Protocol):
     its processes is lost."""
 
     policy_version: int
-    whole: bool
+    is_consistent: bool
     """Whether it stands between two steps, so that it may be saved."""
 
     def step(self, parts: Sequence[Part], lr: float) -> StepResult:

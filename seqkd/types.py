@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# torch has no read-only tensors, and says so whenever one is read in place (see Shipped).
+# torch has no read-only tensors, and says so whenever one is read in place (see TensorRecord).
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
 Source = Literal["student", "teacher", "dataset", "corpus"]
@@ -95,7 +95,7 @@ def rollout_from(values: Mapping[str, Any]) -> Rollout:
     return Rollout(**{**values, **tuples})
 
 
-class Shipped:
+class TensorRecord:
     """A record whose tensors are pickled as arrays: their memory then goes beside the pickle
     (protocol 5), so that Ray copies it once, into its object store, and a process on the same node
     reads it there. There it is read-only: to write to such a tensor ends the process."""
@@ -104,36 +104,41 @@ class Shipped:
 
     def __reduce__(self) -> tuple[Any, ...]:
         values = (getattr(self, f.name) for f in fields(self))  # type: ignore[arg-type]
-        return _arrived, (type(self), *(_sent(v) if isinstance(v, Tensor) else v for v in values))
+        return _unpack_record, (
+            type(self),
+            *(_pack(v) if isinstance(v, Tensor) else v for v in values),
+        )
 
-    def changed(self, change: Callable[[Tensor], Tensor]) -> Self:
-        """The same with what ``change`` makes of each tensor."""
+    def map_tensors(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """The same with ``function`` applied to each tensor."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
-        tensors: dict[str, Any] = {n: change(v) for n, v in values.items() if isinstance(v, Tensor)}
+        tensors: dict[str, Any] = {
+            n: function(v) for n, v in values.items() if isinstance(v, Tensor)
+        }
         return replace(self, **tensors)  # type: ignore[type-var]
 
 
-class _Sent(NamedTuple):
+class _Packed(NamedTuple):
     bytes: np.ndarray
     dtype: torch.dtype
     shape: torch.Size
 
 
-def _sent(tensor: Tensor) -> _Sent:
+def _pack(tensor: Tensor) -> _Packed:
     flat = tensor.detach().cpu().contiguous().view(-1)
-    return _Sent(flat.view(torch.uint8).numpy(), tensor.dtype, tensor.shape)
+    return _Packed(flat.view(torch.uint8).numpy(), tensor.dtype, tensor.shape)
 
 
-def _arrived(kind: type, *values: Any) -> Any:
-    return kind(*(_tensor(v) if isinstance(v, _Sent) else v for v in values))
+def _unpack_record(kind: type, *values: Any) -> Any:
+    return kind(*(_unpack(v) if isinstance(v, _Packed) else v for v in values))
 
 
-def _tensor(sent: _Sent) -> Tensor:
-    return torch.from_numpy(sent.bytes).view(sent.dtype).view(sent.shape)
+def _unpack(packed: _Packed) -> Tensor:
+    return torch.from_numpy(packed.bytes).view(packed.dtype).view(packed.shape)
 
 
 @dataclass(frozen=True, slots=True)
-class TeacherScore(Shipped):
+class TeacherScore(TensorRecord):
     """What a teacher says about one rollout: ``hidden``, or ``logprobs``, with or without the two
     ``top`` fields."""
 
@@ -153,7 +158,7 @@ class TeacherScore(Shipped):
 
 
 @dataclass(frozen=True, slots=True)
-class TrainBatch(Shipped):
+class TrainBatch(TensorRecord):
     """One micro-batch of one learner rank. The samples of a prompt are never split."""
 
     input_ids: Tensor
@@ -210,7 +215,7 @@ class Counts:
     """Estimate of E[L] in tokens, likewise."""
     costs: Tensor | None = None
     """[T'] estimate of E[KL_t; the sequence has a token t], likewise, up to a common factor."""
-    alive: Tensor | None = None
+    survival: Tensor | None = None
     """[T'] estimate of the probability that a sequence has a token t, times the same factor."""
 
 
@@ -259,7 +264,7 @@ class PartResult:
     costs: Tensor | None = None
     """[T] weighted sum over sequences of the divergence at each position (of the sampled
     log-ratio where the teacher's distribution is not known); None without a teacher."""
-    alive: Tensor | None = None
+    survival: Tensor | None = None
     """[T] weighted number of sequences that have a token there."""
     trained: tuple[str, ...] = ()
     """Sample ids of the completions whose loss was backpropagated."""
@@ -274,7 +279,7 @@ class PartResult:
             {n: self.sums.get(n, 0.0) + other.sums.get(n, 0.0) for n in names},
             max(self.logprob_gap_max, other.logprob_gap_max),
             add_padded(self.costs, other.costs),
-            add_padded(self.alive, other.alive),
+            add_padded(self.survival, other.survival),
             self.trained + other.trained,
         )
 

@@ -94,7 +94,7 @@ class Canary:
         student, text = self.workers.student, self.own[0]
         engines = []
         if self.engines and student.policy_version == version:
-            engines = student.score([*text.prompt_ids, *text.completion_ids])
+            engines = student.logprobs([*text.prompt_ids, *text.completion_ids])
         scores = {name: self.teachers[name].score(texts) for name, texts in self.texts.items()}
         return ProbeResponses(version, engines, scores)
 

@@ -90,7 +90,7 @@ class HeldOut:
         self.teacher_rollouts = workers.teacher_sampler.sample(prompts, self.samples, seed)
         scores = self._scores(self.teacher_rollouts)
         # Copied: what is read in place takes room in Ray's object store for as long as it is held.
-        self.teacher_scores = {i: score.changed(Tensor.clone) for i, score in scores.items()}
+        self.teacher_scores = {i: score.map_tensors(Tensor.clone) for i, score in scores.items()}
 
     def measure(self) -> Measurement:
         """The student as it is now; the same random numbers every time."""

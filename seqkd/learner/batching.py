@@ -141,7 +141,7 @@ def pack(
     if not rollouts:
         batch = replace(batch, loss_mask=torch.zeros_like(loss_mask))
         # No state, but tensors of the widths that the others have: all ranks run the same code.
-        given = [s.changed(lambda t: t[:0]) for s in list(scores.values())[:1]]
+        given = [s.map_tensors(lambda t: t[:0]) for s in list(scores.values())[:1]]
     return _with_scores(batch, given) if given else batch
 
 
@@ -203,7 +203,7 @@ def _with_scores(batch: TrainBatch, scores: list[TeacherScore]) -> TrainBatch:
 
 def to_device(batch: TrainBatch, device: torch.device | str) -> TrainBatch:
     """The same with every tensor there."""
-    return batch.changed(lambda tensor: tensor.to(device))
+    return batch.map_tensors(lambda tensor: tensor.to(device))
 
 
 def _padded_logprobs(rows: list[Rollout]) -> Tensor | None:

@@ -21,41 +21,41 @@ class RunningCosts:
 
     def __init__(self) -> None:
         self.costs: Tensor | None = None
-        self.alive: Tensor | None = None
+        self.survival: Tensor | None = None
 
     @property
     def known(self) -> bool:
         """Whether any batch has been seen."""
         return self.costs is not None
 
-    def update(self, costs: Tensor | None, alive: Tensor | None) -> None:
-        """Add a batch's :attr:`~seqkd.types.PartResult.costs` and ``alive``."""
-        if costs is None or alive is None or not alive.sum() > 0:
+    def update(self, costs: Tensor | None, survival: Tensor | None) -> None:
+        """Add a batch's :attr:`~seqkd.types.PartResult.costs` and ``survival``."""
+        if costs is None or survival is None or not survival.sum() > 0:
             return
-        decayed = (None if v is None else DECAY * v for v in (self.costs, self.alive))
-        self.costs, self.alive = map(add_padded, decayed, (costs, alive))
+        decayed = (None if v is None else DECAY * v for v in (self.costs, self.survival))
+        self.costs, self.survival = map(add_padded, decayed, (costs, survival))
 
     def counts(self, rollouts: Sequence[Rollout]) -> Counts:
         """What the next step divides by and compares with."""
         sequences, tokens = len(rollouts), sum(len(r.completion_ids) for r in rollouts)
-        if self.costs is None or self.alive is None:
+        if self.costs is None or self.survival is None:
             return Counts(sequences, tokens)
-        total, length = self.costs.sum().item(), self.alive.sum().item()
+        total, length = self.costs.sum().item(), self.survival.sum().item()
         return Counts(
             sequences,
             tokens,
             rate=total / length,
-            length=length / self.alive[0].item(),
+            length=length / self.survival[0].item(),
             costs=self.costs,
-            alive=self.alive,
+            survival=self.survival,
         )
 
 
 def by_position(rows: Sequence[tuple[float, Sequence[float]]]) -> tuple[Tensor, Tensor]:
-    """Weighted costs of sequences -> ([T] their sum, [T] the weight alive) at each position."""
+    """Weighted costs of sequences -> ([T] their sum, [T] the weight survival) at each position."""
     longest = max(len(costs) for _, costs in rows)
-    total, alive = torch.zeros(longest), torch.zeros(longest)
+    total, survival = torch.zeros(longest), torch.zeros(longest)
     for weight, costs in rows:
         total[: len(costs)] += weight * torch.tensor(costs)
-        alive[: len(costs)] += weight
-    return total, alive
+        survival[: len(costs)] += weight
+    return total, survival

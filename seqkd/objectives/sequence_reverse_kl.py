@@ -17,7 +17,7 @@ All four have the gradient of KL(q || p) as their expectation under the student.
 ``baseline`` is subtracted from what multiplies log q(y_t), and is independent of the sample:
 ``leave_one_out`` is the mean of the prompt's other samples at the same position, 0 for those that
 ended; ``position_mean`` the mean at that position over past batches (``counts.costs``,
-``counts.alive``).
+``counts.survival``).
 
 ``normalization``:
 
@@ -138,8 +138,8 @@ def position_mean(
 ) -> Tensor:
     """[size] mean return of the sequences that have a token t, over past batches; 0 where none
     had. Under reinforce, whose return is the whole cost, the mean over all sequences."""
-    assert counts.costs is not None and counts.alive is not None
-    cost = counts.costs - counts.rate * counts.alive if normalization == "rate" else counts.costs
-    alive = counts.alive[:1].expand_as(cost) if estimator == "reinforce" else counts.alive
-    means = torch.where(alive > 0, returns_of(cost[None])[0] / alive, 0.0)
+    assert counts.costs is not None and counts.survival is not None
+    cost = counts.costs - counts.rate * counts.survival if normalization == "rate" else counts.costs
+    survival = counts.survival[:1].expand_as(cost) if estimator == "reinforce" else counts.survival
+    means = torch.where(survival > 0, returns_of(cost[None])[0] / survival, 0.0)
     return torch.nn.functional.pad(means, (0, max(0, size - len(means))))[:size].to(device)

@@ -87,7 +87,7 @@ class Language:
                 rate=self.rate(theta).item(),
                 length=length,
                 costs=(q * stats.reverse_kl).sum(0),
-                alive=(q * self.mask).sum(0),
+                survival=(q * self.mask).sum(0),
             )
 
     def _drawn(self, table: Tensor) -> Tensor:

@@ -95,15 +95,15 @@ def costs_by_position(
 ) -> tuple[Tensor, Tensor]:
     """([T] sum of KL_t over all completions, [T] completions that have a token t)."""
     module, head = StudentModel(student), head_of(teacher)
-    costs = alive = None
+    costs = survival = None
     with torch.no_grad():
         for group in groups:
             batch = batching.pack(group, _scores(teacher, group), group[0], LAYOUT)
             values = module(batch, ("reverse_kl",), head)[1]["reverse_kl"]
             costs = add_padded(costs, values.sum(0))
-            alive = add_padded(alive, batch.loss_mask.sum(0).float())
-    assert costs is not None and alive is not None
-    return costs, alive
+            survival = add_padded(survival, batch.loss_mask.sum(0).float())
+    assert costs is not None and survival is not None
+    return costs, survival
 
 
 def measure(

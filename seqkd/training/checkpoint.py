@@ -112,7 +112,7 @@ class Checkpoints:
         # A step that was taken and could not be recorded is no place to save either.
         recorded = self.learner.policy_version == progress.step
         feed = progress.feed
-        if feed.mid_draw or not self.learner.whole or not recorded:
+        if feed.mid_draw or not self.learner.is_consistent or not recorded:
             return False
         state = {
             "step": progress.step,
@@ -138,14 +138,14 @@ class Checkpoints:
 
 
 def _running_row(running: RunningCosts) -> dict[str, Any]:
-    costs, alive = (None if t is None else t.tolist() for t in (running.costs, running.alive))
-    return {"costs": costs, "alive": alive}
+    costs, survival = (None if t is None else t.tolist() for t in (running.costs, running.survival))
+    return {"costs": costs, "survival": survival}
 
 
 def _running(row: dict[str, Any]) -> RunningCosts:
     running = RunningCosts()
     if row["costs"] is not None:
-        running.costs, running.alive = torch.tensor(row["costs"]), torch.tensor(row["alive"])
+        running.costs, running.survival = torch.tensor(row["costs"]), torch.tensor(row["survival"])
     return running
 
 

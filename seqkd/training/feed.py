@@ -147,7 +147,7 @@ class RolloutFeed:
         """Take in what a step showed, and return what it cost."""
         if not result.skipped:
             for source, part in zip(self.sources, result.parts, strict=True):
-                self.state.running[source.sampler].update(part.costs, part.alive)
+                self.state.running[source.sampler].update(part.costs, part.survival)
         costs = cost(self.span.config, batch.parts, batch.clock.total())
         spend(self.state.spent, self.span.name, costs)
         self.state.mid_draw = not batch.last_of_draw

@@ -21,7 +21,7 @@ def finish(run: TrainingContext) -> dict[str, Measurement]:
             progress = _restored(run)
             return run_phases(run, progress)
         except LearnerLost as lost:
-            raised = lost.again(raised)
+            raised = lost.raise_if_repeated(raised)
             replace_learner(run.workers, run.control, lost)
         except LearningFault:
             # Neither what the student has become nor what was drawn is worth keeping.
@@ -37,7 +37,7 @@ def replace_learner(workers: Workers, control: Control, lost: LearnerLost) -> No
     """New processes in the place of those that are lost, at the initial student."""
     control.restart("the learner", lost.cause)
     workers.learner.restart()
-    workers.student.forget()
+    workers.student.mark_stale()
 
 
 def _restored(run: TrainingContext) -> Progress:

@@ -169,13 +169,13 @@ class RecordedStudent(RecordedSampler):
         """See :class:`seqkd.protocols.StudentSampler`."""
         self.inner.load(version)
 
-    def forget(self) -> None:
+    def mark_stale(self) -> None:
         """See :class:`seqkd.protocols.StudentSampler`."""
-        self.inner.forget()
+        self.inner.mark_stale()
 
-    def score(self, token_ids: Sequence[int]) -> list[list[float]]:
+    def logprobs(self, token_ids: Sequence[int]) -> list[list[float]]:
         """See :class:`seqkd.protocols.StudentSampler`."""
-        return self.inner.score(token_ids)
+        return self.inner.logprobs(token_ids)
 
 
 class RecordedTeacher:

@@ -210,12 +210,12 @@ def test_an_engine_that_kept_its_cache_still_scores_anew(run):
     student, learner = run.workers.student, run.workers.learner
     text = as_rollout("long", tuple(5 + i % 250 for i in range(300)), tuple(range(9, 109)))
     ids = [*text.prompt_ids, *text.completion_ids]
-    before = student.score(ids)
+    before = student.logprobs(ids)
     for engine in run.engines:
         wait(engine.set_fault.remote("keeps its cache"))
     run.workers.sync()
     expected = learner.measure([text], {})["long"]["student_logprob"]
-    for old, now in zip(before, student.score(ids), strict=True):
+    for old, now in zip(before, student.logprobs(ids), strict=True):
         assert now[-100:] == pytest.approx(expected, abs=1e-3)
         assert now[-100:] != pytest.approx(old[-100:], abs=1e-3)
 

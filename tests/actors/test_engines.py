@@ -219,7 +219,7 @@ def test_scoring_a_fixed_sequence(engine, model):
     with torch.no_grad():
         logprobs = torch.log_softmax(model(torch.tensor([ids])).logits[0].double(), -1)
     expected = [logprobs[t, ids[t + 1]].item() for t in range(len(ids) - 1)]
-    assert wait(engine.score.remote(ids)) == pytest.approx(expected, abs=1e-3)
+    assert wait(engine.logprobs.remote(ids)) == pytest.approx(expected, abs=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

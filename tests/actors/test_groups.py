@@ -15,7 +15,7 @@ import ray
 
 from actors import groups
 from actors.placement import PROCESS, ActorPlan
-from actors.pool import Pool, reap, remote
+from actors.pool import Pool, kill_orphans, remote
 from seqkd.config.lifecycle import RecoveryConfig
 from seqkd.errors import ActorError, LearnerLost, ModelError, Stopped
 from seqkd.training.control import Control
@@ -96,7 +96,7 @@ def test_only_processes_of_this_job_of_this_ray_are_ended(local_ray):
     others = [{PROCESS: "teacher 1"}, {"RAY_JOB_ID": "02000000"}, {"RAY_RAYLET_PID": "1"}]
     made = [Popen(["sleep", "600"], env=ours | other) for other in ({}, *others)]
     try:
-        reap(["teacher 0", "learner 3"])
+        kill_orphans(["teacher 0", "learner 3"])
         assert made[0].wait(30) == -signal.SIGKILL
         assert [process.poll() for process in made[1:]] == [None] * 3
     finally:
@@ -163,7 +163,7 @@ def test_a_new_engine_gets_the_weights_that_the_others_have(local_ray, tmp_path)
     with pytest.raises(LearnerLost, match="learner died"):
         pool.call("loaded", [(1,), None])
     assert len(said) == 2, "a new engine is no help"
-    group.forget()
+    group.mark_stale()
     assert group.policy_version is None
     pool.kill()
 

@@ -119,9 +119,9 @@ def learners(local_ray, tmp_path_factory):
     kept: dict = {}
 
     def learner(models, **options):
-        made_of = (models["student"], *sorted(options.items()))
-        if made_of in kept:
-            kept[made_of] = group, beginning = kept.pop(made_of)
+        init_args = (models["student"], *sorted(options.items()))
+        if init_args in kept:
+            kept[init_args] = group, beginning = kept.pop(init_args)
             group.restore(str(beginning), 0)
             return group
         if len(kept) == KEPT:
@@ -129,7 +129,7 @@ def learners(local_ray, tmp_path_factory):
             unused.kill()
         group, beginning = start(models, **options), tmp_path_factory.mktemp("beginning")
         group.save(str(beginning))
-        kept[made_of] = group, beginning
+        kept[init_args] = group, beginning
         return group
 
     yield learner
@@ -285,7 +285,7 @@ def test_measuring_takes_no_step(learners, tiny, batch, counts):
     for t in range(max(lengths)):
         at_t = sum(s["reverse_kl"][t] for s in again.values() if t < len(s["reverse_kl"]))
         assert part.costs[t].item() == pytest.approx(at_t, rel=1e-4)
-        assert part.alive[t].item() == sum(t < length for length in lengths)
+        assert part.survival[t].item() == sum(t < length for length in lengths)
 
 
 def test_terms_of_several_samplers_and_a_mixture(learners, tiny, batch):

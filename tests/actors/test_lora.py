@@ -426,7 +426,7 @@ def engine(local_ray, exported):
 
 
 def scores(engine):
-    return torch.tensor(wait(engine.score.remote(IDS[0].tolist())))
+    return torch.tensor(wait(engine.logprobs.remote(IDS[0].tolist())))
 
 
 def test_an_engine_loads_the_exported_student(engine, exported):

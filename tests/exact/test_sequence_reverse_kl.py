@@ -120,7 +120,7 @@ class TestUnbiased:
     def test_position_mean(self, language, estimator, normalization):
         """With the costs of another student: right or wrong, they do not depend on the sample."""
         counts, other = language.counts(language.theta), language.counts(language.theta + 1.3)
-        counts = replace(counts, costs=other.costs, alive=other.alive)
+        counts = replace(counts, costs=other.costs, survival=other.survival)
         options = {"estimator": estimator, "baseline": "position_mean", "counts": counts}
         assert bias(language, normalization, **options) <= 1e-9
 

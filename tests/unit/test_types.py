@@ -54,7 +54,7 @@ def test_no_more_than_its_own_tensors_travel_and_none_within_the_pickle():
 
 def test_every_tensor_is_changed_and_nothing_else():
     score = TeacherScore("a", hidden=torch.ones(3, 4), logprobs=torch.ones(3), teacher="t")
-    changed = score.changed(lambda tensor: 2 * tensor[:1])
+    changed = score.map_tensors(lambda tensor: 2 * tensor[:1])
     assert torch.equal(changed.hidden, torch.full((1, 4), 2.0))
     assert torch.equal(changed.logprobs, torch.tensor([2.0]))
     assert (changed.sample_id, changed.teacher, changed.top_ids) == ("a", "t", None)

@@ -50,7 +50,7 @@ class World:
         self.learner, self.engines = logprobs(), [logprobs(), logprobs()]
         self.teachers = {"a": [logprobs(-1, 1)] * 2, "b": [logprobs(-1, 2)] * 2}
         self.asked = []
-        student = SimpleNamespace(policy_version=0, score=self.score)
+        student = SimpleNamespace(policy_version=0, logprobs=self.logprobs)
         workers = SimpleNamespace(
             student=student,
             learner=SimpleNamespace(policy_version=0, measure=self.measure),
@@ -68,7 +68,7 @@ class World:
         self.workers = workers
         self.canary = Canary(self.config, checked, workers, set(roles))
 
-    def score(self, token_ids):
+    def logprobs(self, token_ids):
         assert token_ids == [*PROMPT.token_ids, *ENGLISH]
         return [[0.0] * (len(PROMPT.token_ids) - 1) + engine for engine in self.engines]
 

@@ -51,7 +51,7 @@ def test_running_costs_never_see_their_own_batch():
     running.update(*by_position([(1.0, [2.0]), (0.5, [4.0])]))
     counts = running.counts([])
     assert counts.costs.tolist() == [1.5 + 4, 0.5, 1.0]
-    assert counts.alive.tolist() == [0.5 + 1.5, 0.5, 0.5]
+    assert counts.survival.tolist() == [0.5 + 1.5, 0.5, 0.5]
     assert counts.rate == pytest.approx(7 / 3)
     assert counts.length == pytest.approx(3 / 2)
     running.update(None, None)  # a step without a teacher says nothing of costs

@@ -63,10 +63,10 @@ class Learner:
     """Its weights are one number, which every sample and score that it learns from changes."""
 
     def __init__(self, lives):
-        self.lives, self.whole, self.policy_version, self.weights = lives, True, 0, 0.5
+        self.lives, self.is_consistent, self.policy_version, self.weights = lives, True, 0, 0.5
 
     def step(self, parts, lr):
-        self.whole = False
+        self.is_consistent = False
         self.lives("step")
         results = []
         for part in parts:
@@ -78,8 +78,10 @@ class Learner:
             sums = {"tokens": part.counts.tokens, "sequences": part.counts.sequences,
                     "student_logprob": -1.0, "weight": 1.0, "weight_squared": 1.0}  # fmt: skip
             costs = torch.tensor([self.weights, 1.0])
-            results.append(PartResult(sums, costs=costs, alive=torch.ones(2), trained=tuple(ids)))
-        self.policy_version, self.whole = self.policy_version + 1, True
+            results.append(
+                PartResult(sums, costs=costs, survival=torch.ones(2), trained=tuple(ids))
+            )
+        self.policy_version, self.is_consistent = self.policy_version + 1, True
         return StepResult(self.weights, self.weights, tuple(results))
 
     def measure(self, rollouts, scores, ends=()):
@@ -121,10 +123,10 @@ class Sampler:
         self.lives("load")
         self.policy_version, self.weights = version.policy_version, float(version.path)
 
-    def forget(self):
+    def mark_stale(self):
         self.policy_version = None
 
-    def score(self, token_ids):
+    def logprobs(self, token_ids):
         ids = tuple(token_ids[2:])
         return [[0.0] * (len(token_ids) - 1 - len(ids)) + [-unit(self.weights, ids)] * len(ids)]
 
