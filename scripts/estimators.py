@@ -147,8 +147,8 @@ def real_models(args: argparse.Namespace) -> None:
         groups.append(sample(student, prompt, args.samples, args.tokens, tokenizer.eos_token_id))
         print(f"\r(c) sampling: prompt {number} of {args.groups}", end="", flush=True)
     print("\r(c) gradients of every estimator            ", end="", flush=True)
-    costs, survival = costs_by_position(student, teacher, groups)
-    found = measure(student, teacher, groups, (costs.sum() / survival.sum()).item(), args.seed)
+    costs, alive = costs_by_position(student, teacher, groups)
+    found = measure(student, teacher, groups, (costs.sum() / alive.sum()).item(), args.seed)
     print(
         f"\r(c) {args.groups} prompts, {args.samples} completions each, the same for all "
         f"(seed {args.seed}).\n    Variance of a prompt's gradient over prompts, reward_to_go = 1; "
@@ -164,7 +164,7 @@ def real_models(args: argparse.Namespace) -> None:
         part = slice(low, low + 12)
         print(
             f"  tokens {low:>3} to {low + len(costs[part]) - 1:>3}"
-            f"{costs[part].sum() / survival[part].sum():>10.3f}{int(survival[part].sum()):>8} tokens"
+            f"{costs[part].sum() / alive[part].sum():>10.3f}{int(alive[part].sum()):>8} tokens"
         )
 
 
