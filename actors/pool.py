@@ -175,11 +175,11 @@ def kill_orphans(names: Sequence[str]) -> None:
     def there() -> None:
         import psutil
 
-        ours = {"RAY_JOB_ID": job, "RAY_RAYLET_PID": os.environ["RAY_RAYLET_PID"]}
+        own = {"RAY_JOB_ID": job, "RAY_RAYLET_PID": os.environ["RAY_RAYLET_PID"]}
         for process in psutil.process_iter():
             with suppress(psutil.Error):
                 environment = process.environ()
-                if environment.get(PROCESS) in names and ours.items() <= environment.items():
+                if environment.get(PROCESS) in names and own.items() <= environment.items():
                     process.kill()
 
     task: Any = ray.remote(num_cpus=0, max_retries=0)(there)
@@ -235,9 +235,9 @@ class Pool:
         """Call ``method`` on every process that has arguments, and return at once; what is
         returned waits for the results, None where nothing was asked. See :meth:`stream`."""
         calls = Calls(f"{self.name} {what or method}", self.control, starting=method == "start")
-        for index, given in enumerate(arguments):
-            if given is not None:
-                self._call(calls, index, method, given)
+        for index, call in enumerate(arguments):
+            if call is not None:
+                self._call(calls, index, method, call)
         return lambda: self._results(calls, method, arguments, arrived)
 
     def call(
@@ -268,9 +268,9 @@ class Pool:
         for actor in self.actors:
             ray.kill(actor)
 
-    def _call(self, calls: Calls, index: int, method: str, given: tuple[Any, ...]) -> None:
+    def _call(self, calls: Calls, index: int, method: str, arguments: tuple[Any, ...]) -> None:
         actor = self.actors[index]
-        calls.add(index, actor, getattr(actor, method).remote(*given))
+        calls.add(index, actor, getattr(actor, method).remote(*arguments))
 
     def _results(
         self,
@@ -293,9 +293,9 @@ class Pool:
                 continue
             self._replace(index, result, raised)
             if method != "start":  # else it has been started just now
-                given = arguments[index]
-                assert given is not None
-                self._call(calls, index, method, given)
+                call = arguments[index]
+                assert call is not None
+                self._call(calls, index, method, call)
         return results
 
     def _replace(self, index: int, failure: Failure, raised: dict[int, str]) -> None:

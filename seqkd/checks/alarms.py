@@ -176,13 +176,13 @@ class StepAlarms:
             return
         nothing = math.isclose(mean, self.uniform, rel_tol=EXACT)
         if not math.isfinite(mean):
-            found = "are no finite numbers"
+            fault = "are no finite numbers"
         elif mean == 0 or nothing:
-            found = "are zeros" + (" (hidden states of zero give -ln V)" if nothing else "")
+            fault = "are zeros" + (" (hidden states of zero give -ln V)" if nothing else "")
         else:
             return
         raise LearningFault(
-            f"{prefix}teacher_logprob_per_token {mean:.6g}: the teacher's scores {found}. They "
+            f"{prefix}teacher_logprob_per_token {mean:.6g}: the teacher's scores {fault}. They "
             "were lost on the way, or the teacher's weights were. Look into its log with "
             "--verbose, and go on from the last checkpoint."
         )

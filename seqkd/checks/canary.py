@@ -108,32 +108,32 @@ class Canary:
     def check(self, asked: ProbeResponses, stepped: bool) -> None:
         """LearningFault, a line for each fault found. ``stepped``: since the last call an optimizer
         step was taken that :func:`must_move` the weights."""
-        found = self._unscored(asked.scores)
-        if not found:
+        faults = self._unscored(asked.scores)
+        if not faults:
             now = self._answers(asked)
-            found = self._not_numbers(now) or [
+            faults = self._not_numbers(now) or [
                 *self._frozen(now.learner, stepped),
                 *self._engines(now),
                 *self._teachers(now.teachers),
             ]
             self._keep(now)
-        if found:
-            raise LearningFault("\n".join(found))
+        if faults:
+            raise LearningFault("\n".join(faults))
 
     def check_learner(self) -> None:
         """LearningFault where the learner gives the known text what is no number."""
         logprobs = self._learner()
-        if found := self._not_numbers(ProbeLogprobs(0, logprobs, logprobs, [], {})):
-            raise LearningFault("\n".join(found))
+        if faults := self._not_numbers(ProbeLogprobs(0, logprobs, logprobs, [], {})):
+            raise LearningFault("\n".join(faults))
 
     def _learner(self) -> Tensor:
         measured = self.workers.learner.measure(self.own[:1], {})
         return torch.tensor(measured[self.own[0].sample_id]["student_logprob"])
 
     def _answers(self, asked: ProbeResponses) -> ProbeLogprobs:
-        texts = [text for of in self.texts.values() for text in of]
-        every = {i: score for of in asked.scores.values() for i, score in of.items()}
-        measured = self.workers.learner.measure(texts, every) if texts else {}
+        texts = [text for group in self.texts.values() for text in group]
+        scores = {i: score for group in asked.scores.values() for i, score in group.items()}
+        measured = self.workers.learner.measure(texts, scores) if texts else {}
 
         def teachers(texts: Sequence[Rollout]) -> list[Tensor]:
             return [torch.tensor(measured[text.sample_id]["teacher_logprob"]) for text in texts]
@@ -172,13 +172,13 @@ class Canary:
     def _not_numbers(self, now: ProbeLogprobs) -> list[str]:
         named = {"the learner": [now.learner]}
         named |= {f"rollout engine {i}": [engine] for i, engine in enumerate(now.engines)}
-        named |= {self._called(name): given for name, given in now.teachers.items()}
+        named |= {self._called(name): answers for name, answers in now.teachers.items()}
         return [
             f"canary: {name} gives tokens of a known text log-probs that are no finite numbers. "
             f"Its weights or its computation are broken. {GO_ON}; if it comes again, set its "
             "precision to float32" + (", or lower learner.lr." if name == "the learner" else ".")
-            for name, given in named.items()
-            if not all(map(finite, given))
+            for name, answers in named.items()
+            if not all(map(finite, answers))
         ]
 
     def _frozen(self, now: Tensor, stepped: bool) -> list[str]:
@@ -196,15 +196,15 @@ class Canary:
 
     def _engines(self, now: ProbeLogprobs) -> list[str]:
         most = tolerance(self.config.rollout.precision, self.config.learner.precision)
-        found = []
+        faults = []
         for index, engine in enumerate(now.engines):
             gap = distance(engine, now.drawer)
             fault = self._lost(engine, now.drawer) if gap > most else None
             fault = fault or self._stale(engine, now.drawer, index)
             fault = fault or (self._differs(gap, most, now.version) if gap > most else None)
             if fault:
-                found.append(f"canary: rollout engine {index} {fault}")
-        return found
+                faults.append(f"canary: rollout engine {index} {fault}")
+        return faults
 
     def _lost(self, engine: Tensor, learner: Tensor) -> str | None:
         if not self._knows_nothing(engine) or self._knows_nothing(learner):
@@ -240,13 +240,13 @@ class Canary:
         )
 
     def _teachers(self, now: dict[str, list[Tensor]]) -> list[str]:
-        found = []
-        for name, given in now.items():
-            first = torch.tensor(self.first.setdefault(name, given[0].tolist()))
-            for index, answer in enumerate(given):
+        faults = []
+        for name, responses in now.items():
+            first = torch.tensor(self.first.setdefault(name, responses[0].tolist()))
+            for index, answer in enumerate(responses):
                 if fault := self._zeros(answer) or self._swapped(name, answer, first):
-                    found.append(f"canary: {self._called(name)}, actor {index}, {fault}")
-        return found
+                    faults.append(f"canary: {self._called(name)}, actor {index}, {fault}")
+        return faults
 
     def _zeros(self, answer: Tensor) -> str | None:
         uniform = -math.log(self.vocabulary)

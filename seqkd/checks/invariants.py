@@ -17,13 +17,13 @@ def check_sampled(
     prompt, each with a sample id of its own."""
     asked = [p.token_ids for p, n in zip(prompts, numbers, strict=True) for _ in range(n)]
     if [r.prompt_ids for r in rollouts] != asked:
-        found = (
+        problem = (
             f"{len(rollouts)} completions where {len(asked)} were asked for"
             if len(rollouts) != len(asked)
             else f"{len(rollouts)} completions that are not of the prompts in their order"
         )
         raise LearningFault(
-            f"{engine}: gave {found}. A completion is lost or doubled, and the rest would be "
+            f"{engine}: gave {problem}. A completion is lost or doubled, and the rest would be "
             "trained as answers to other prompts. Go on from the last checkpoint; see the engine's "
             "log with --verbose."
         )

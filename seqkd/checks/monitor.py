@@ -27,7 +27,7 @@ class Monitor:
         self,
         canary: Canary,
         steps: StepAlarms,
-        every: int,
+        interval: int,
         say: Callable[[str], None],
         directory: Path,
         caches: Sequence[TeacherCache],
@@ -35,9 +35,9 @@ class Monitor:
         """The known text is scored after so many steps, 0 for never. ``directory`` is where the
         batch of a skipped step is kept, ``caches`` are those that the teachers write to and other
         runs read."""
-        self.canary, self.steps, self.every = canary, steps, every
+        self.canary, self.steps, self.interval = canary, steps, interval
         self.say, self.directory, self.caches = say, directory, caches
-        self.moved, self.checked = False, -every
+        self.moved, self.checked = False, -interval
 
     @property
     def baseline(self) -> dict[str, list[float]]:
@@ -52,7 +52,7 @@ class Monitor:
         self.steps.begin()
         self.steps.replay(rows)
         self.canary.begin(baseline)
-        self.moved, self.checked = False, -self.every
+        self.moved, self.checked = False, -self.interval
 
     def before_prefetch(self, step: int) -> None:
         """Prepare for the draw for ``step``, which will run next to the steps before it."""
@@ -98,7 +98,7 @@ class Monitor:
             self.say(f"warning: {warning}")
 
     def _due(self, step: int) -> bool:
-        return bool(self.every) and step - self.checked >= self.every
+        return bool(self.interval) and step - self.checked >= self.interval
 
     def _keep(self, step: int, parts: Sequence[Part]) -> None:
         folder = self.directory / f"step-{step:08d}"

@@ -62,8 +62,8 @@ class BartScorer:
                 f"{FIELD}: the tokenizer of {model!r} adds no token that ends a text, or has none "
                 "for padding. Name a BART checkpoint with its own tokenizer."
             )
-        known = (getattr(config, "max_position_embeddings", None), self.tokenizer.model_max_length)
-        self.max_length: int = min(limit for limit in known if limit)
+        limits = (getattr(config, "max_position_embeddings", None), self.tokenizer.model_max_length)
+        self.max_length: int = min(limit for limit in limits if limit)
         """Tokens of a text that the model reads, special tokens included."""
         self.model = _load(model).to(device)
 
@@ -83,23 +83,23 @@ class BartScorer:
         A sample's score is that with the reference of the highest F; a prompt's the mean over its
         samples. A reference of white space alone is none; a prompt without any is left out.
         """
-        known = [[text for text in texts if text.strip()] for texts in references]
+        usable = [[text for text in texts if text.strip()] for texts in references]
         pairs = [
             (reference, sample)
-            for samples, texts in zip(predictions, known, strict=True)
+            for samples, texts in zip(predictions, usable, strict=True)
             for reference, sample in product(texts, samples)
         ]
         encoded = {text: self._encode(text) for pair in dict.fromkeys(pairs) for text in pair}
         ids = [(encoded[reference][0], encoded[sample][0]) for reference, sample in pairs]
         precision = self.logprobs(ids, tokens)
         recall = self.logprobs([(sample, reference) for reference, sample in ids], tokens)
-        given = dict(zip(pairs, zip(precision, recall, strict=True), strict=True))
+        by_pair = dict(zip(pairs, zip(precision, recall, strict=True), strict=True))
 
         def mean_of_best(samples: Sequence[str], texts: Sequence[str]) -> list[float]:
-            best = [max((given[text, sample] for text in texts), key=sum) for sample in samples]
+            best = [max((by_pair[text, sample] for text in texts), key=sum) for sample in samples]
             return [sum(column) / len(best) for column in zip(*best, strict=True)]
 
-        both = zip(predictions, known, strict=True)
+        both = zip(predictions, usable, strict=True)
         rows = [mean_of_best(samples, texts) if texts else None for samples, texts in both]
         return BartScore(
             precision=column(rows, 0),

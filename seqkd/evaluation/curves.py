@@ -86,16 +86,16 @@ def exposure_bias(student: TokenValues, teacher: TokenValues) -> ExposureBias:
     :data:`FEWEST` prompts reach in both.
     """
     prompts = 1 + max(*student.prompts, *teacher.prompts)
-    ours, ours_alive = _by_step(student, prompts)
-    theirs, theirs_alive = _by_step(teacher, prompts)
-    steps = min(_reached(ours_alive), _reached(theirs_alive))
-    tables = [table[:, :steps] for table in (ours, ours_alive, theirs, theirs_alive)]
+    own, own_alive = _by_step(student, prompts)
+    other, other_alive = _by_step(teacher, prompts)
+    steps = min(_reached(own_alive), _reached(other_alive))
+    tables = [table[:, :steps] for table in (own, own_alive, other, other_alive)]
 
     def curves(weights: Array) -> tuple[Array, Array, Array]:
         """[C, P] -> regret, expected and excess, [C, steps] each."""
-        ours, ours_alive, theirs, theirs_alive = (weights @ table for table in tables)
-        regret = np.cumsum(_quotient(ours, ours_alive), 1)
-        expected = np.cumsum(_quotient(theirs, theirs_alive), 1)
+        own, own_alive, other, other_alive = (weights @ table for table in tables)
+        regret = np.cumsum(_quotient(own, own_alive), 1)
+        expected = np.cumsum(_quotient(other, other_alive), 1)
         return regret, expected, 100 * _quotient(regret - expected, expected)
 
     regret, expected, excess = (curve[0] for curve in curves(np.ones((1, prompts))))
@@ -159,16 +159,20 @@ def compare_ends(student: Lengths, teacher: Lengths) -> EndComparison:
         ]
 
     def means(weights: Array) -> Array:
-        ours, theirs = (_survival(hazard)[:, :-1].sum(1) for hazard in hazards(weights))
-        return np.stack([ours, theirs, ours - theirs], 1)
+        student_hazard, teacher_hazard = (
+            _survival(hazard)[:, :-1].sum(1) for hazard in hazards(weights)
+        )
+        return np.stack([student_hazard, teacher_hazard, student_hazard - teacher_hazard], 1)
 
     mean, teacher_mean, difference = filter(None, _intervals(means, prompts))
-    ours, theirs = hazards(np.ones((1, prompts)))
-    gaps = (_survival(ours) - _survival(theirs))[0]
+    student_hazard, teacher_hazard = hazards(np.ones((1, prompts)))
+    gaps = (_survival(student_hazard) - _survival(teacher_hazard))[0]
     at = int(np.abs(gaps).argmax())
     return EndComparison(
-        student=Survival(_floats(_survival(ours)[0]), _floats(ours[0]), mean),
-        teacher=Survival(_floats(_survival(theirs)[0]), _floats(theirs[0]), teacher_mean),
+        student=Survival(_floats(_survival(student_hazard)[0]), _floats(student_hazard[0]), mean),
+        teacher=Survival(
+            _floats(_survival(teacher_hazard)[0]), _floats(teacher_hazard[0]), teacher_mean
+        ),
         horizon=horizon,
         mean_difference=difference,
         largest_gap=float(gaps[at]),
@@ -199,11 +203,11 @@ def length_rates(lengths: Lengths) -> LengthRates:
 # --- tables of prompts and steps
 
 
-def _by_step(given: TokenValues, prompts: int) -> tuple[Array, Array]:
+def _by_step(tokens: TokenValues, prompts: int) -> tuple[Array, Array]:
     """[P, T] sums of the values at each step, and how many completions have it."""
-    longest = max(map(len, given.values))
+    longest = max(map(len, tokens.values))
     sums, alive = np.zeros((prompts, longest)), np.zeros((prompts, longest))
-    for row, prompt in zip(given.values, given.prompts, strict=True):
+    for row, prompt in zip(tokens.values, tokens.prompts, strict=True):
         sums[prompt, : len(row)] += row
         alive[prompt, : len(row)] += 1
     return sums, alive

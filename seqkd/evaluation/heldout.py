@@ -75,7 +75,7 @@ class Measurement:
 
     def table(self) -> dict[str, Interval]:
         """The same over all prompts."""
-        return {figure: of.interval() for figure, of in self.ratios().items()}
+        return {figure: ratio.interval() for figure, ratio in self.ratios().items()}
 
 
 class HeldOut:
@@ -100,8 +100,8 @@ class HeldOut:
         """The student's own and the teacher's; ``ends`` as in :class:`seqkd.protocols.Learner`."""
         self.workers.sync()
         rollouts = self.workers.student.sample(self.prompts, self.samples, self.seed)
-        known = self.workers.distribution and self.workers.live_teacher
-        scores = self._scores(rollouts) if known else {}
+        scored = self.workers.distribution and self.workers.live_teacher
+        scores = self._scores(rollouts) if scored else {}
         measure = self.workers.learner.measure
         return (
             Answers(rollouts, measure(rollouts, scores, ends)),
@@ -128,20 +128,20 @@ def aggregate_by_prompt(
             totals[rollout.prompt_id] += values[rollout.sample_id]
         return np.array(list(totals.values()))
 
-    found = {"sequences": sums(student, {r.sample_id: 1.0 for r in student.rollouts})}
+    columns = {"sequences": sums(student, {r.sample_id: 1.0 for r in student.rollouts})}
     for who, answers in (("student", student), ("teacher", teacher)):
-        found[f"{who}_tokens"] = sums(answers, _lengths(answers))
-        found[f"{who}_ended"] = sums(answers, _ended(answers))
-    found["nll"] = -sums(teacher, totals(teacher, "student_logprob"))
-    if known := totals(student, "teacher_logprob"):
-        found["teacher_nll"] = -sums(student, known)
-    if known := totals(student, "reverse_kl"):
-        found["reverse_kl"] = sums(student, known)
-    if known := totals(teacher, "forward_kl"):
-        found["forward_kl"] = sums(teacher, known)
+        columns[f"{who}_tokens"] = sums(answers, _lengths(answers))
+        columns[f"{who}_ended"] = sums(answers, _ended(answers))
+    columns["nll"] = -sums(teacher, totals(teacher, "student_logprob"))
+    if per_sample := totals(student, "teacher_logprob"):
+        columns["teacher_nll"] = -sums(student, per_sample)
+    if per_sample := totals(student, "reverse_kl"):
+        columns["reverse_kl"] = sums(student, per_sample)
+    if per_sample := totals(teacher, "forward_kl"):
+        columns["forward_kl"] = sums(teacher, per_sample)
     first = prompts[:shown]
     return Measurement(
-        found, _first(first, student, "reverse_kl"), _first(first, teacher, "forward_kl")
+        columns, _first(first, student, "reverse_kl"), _first(first, teacher, "forward_kl")
     )
 
 

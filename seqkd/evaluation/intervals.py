@@ -40,8 +40,8 @@ class Ratio:
 
     def interval(self) -> Interval:
         """With a percentile bootstrap over prompts."""
-        known = self.below > 0
-        return ratio(self.above[known], self.below[known])
+        defined = self.below > 0
+        return ratio(self.above[defined], self.below[defined])
 
     def plain(self) -> dict[str, list[float]]:
         """As JSON has it."""
@@ -58,11 +58,11 @@ def ratio(numerator: Array, denominator: Array) -> Interval:
 
 def paired_change(before: Ratio, after: Ratio) -> Interval:
     """Change of a figure, prompts resampled together in both, of those where both define it."""
-    known = (before.below > 0) & (after.below > 0)
-    everything = np.arange(known.sum())
+    defined = (before.below > 0) & (after.below > 0)
+    everything = np.arange(defined.sum())
 
-    def value(of: Ratio, rows: Array) -> Array:
-        return np.asarray(of.above[known][rows].sum(-1) / of.below[known][rows].sum(-1))
+    def value(sums: Ratio, rows: Array) -> Array:
+        return np.asarray(sums.above[defined][rows].sum(-1) / sums.below[defined][rows].sum(-1))
 
     picks = _picks(len(everything))
     low, high = np.percentile(value(after, picks) - value(before, picks), (2.5, 97.5))

@@ -44,11 +44,11 @@ class PerPrompt:
 
 def per_prompt(values: Sequence[float | None]) -> PerPrompt:
     """[P] values of all prompts, None where not defined."""
-    known = [(i, value) for i, value in enumerate(values) if value is not None]
+    present = [(i, value) for i, value in enumerate(values) if value is not None]
     return PerPrompt(
-        tuple(float(value) for _, value in known),
-        tuple(i for i, _ in known),
-        len(values) - len(known),
+        tuple(float(value) for _, value in present),
+        tuple(i for i, _ in present),
+        len(values) - len(present),
     )
 
 
@@ -85,10 +85,10 @@ def rouge(predictions: Sequence[Sequence[str]], references: Sequence[Sequence[st
     words = DefaultTokenizer(use_stemmer=True).tokenize
     rows: list[list[float] | None] = []
     for samples, texts in zip(predictions, references, strict=True):
-        known = [text for text in texts if words(text)]
-        scores = [scorer.score_multi(known, sample) for sample in samples] if known else []
+        usable = [text for text in texts if words(text)]
+        scores = [scorer.score_multi(usable, sample) for sample in samples] if usable else []
         rows.append(
-            [100 * _mean([s[kind].fmeasure for s in scores]) for kind in ROUGE] if known else None
+            [100 * _mean([s[kind].fmeasure for s in scores]) for kind in ROUGE] if usable else None
         )
     return Rouge(*(column(rows, i) for i in range(len(ROUGE))))
 

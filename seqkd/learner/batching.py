@@ -48,7 +48,10 @@ def partition(
     for rollout in rollouts:
         teacher = scores[rollout.sample_id].teacher if scores else ""
         groups.setdefault((teacher, rollout.prompt_id), []).append(rollout)
-    sized = [([_length(row) for row in layout.rows(of)], t, of) for (t, _), of in groups.items()]
+    sized = [
+        ([_length(row) for row in layout.rows(group_rollouts)], t, group_rollouts)
+        for (t, _), group_rollouts in groups.items()
+    ]
     dealt: list[list[tuple[list[int], str, list[Rollout]]]] = [[] for _ in range(ranks)]
     # The largest first, each to whom has least: every rank has work, where there is enough.
     loads = [0] * ranks
@@ -69,7 +72,7 @@ def _of(
     teacher: str, dealt: list[tuple[list[int], str, list[Rollout]]]
 ) -> list[tuple[list[int], list[Rollout]]]:
     """The groups of one teacher, those with the longest rows first."""
-    own = [(lengths, group) for lengths, of, group in dealt if of == teacher]
+    own = [(lengths, group) for lengths, name, group in dealt if name == teacher]
     return sorted(own, key=lambda one: -max(one[0]))
 
 
@@ -117,32 +120,32 @@ def pack(
 
     ``scores`` is empty (no teacher needed) or has an entry for every rollout.
     """
-    every = list(rollouts) or [filler]
+    padded_rollouts = list(rollouts) or [filler]
     groups: dict[str, list[Rollout]] = {}
-    for r in every:
+    for r in padded_rollouts:
         groups.setdefault(r.prompt_id, []).append(r)
     rows = [row for group in groups.values() for row in layout.rows(group)]
     where = {r.sample_id: place for i, row in enumerate(rows) for r, place in _places(i, row)}
-    target_ids = _pad([torch.tensor(r.completion_ids) for r in every])
-    loss_mask = _pad([torch.ones(len(r.completion_ids), dtype=torch.bool) for r in every])
+    target_ids = _pad([torch.tensor(r.completion_ids) for r in padded_rollouts])
+    loss_mask = _pad([torch.ones(len(r.completion_ids), dtype=torch.bool) for r in padded_rollouts])
     numbers = {prompt_id: i for i, prompt_id in enumerate(groups)}
     batch = TrainBatch(
         **_laid_out(rows),
-        state_row=torch.tensor([where[r.sample_id][0] for r in every]),
-        state_index=_pad([where[r.sample_id][1] for r in every]),
+        state_row=torch.tensor([where[r.sample_id][0] for r in padded_rollouts]),
+        state_index=_pad([where[r.sample_id][1] for r in padded_rollouts]),
         target_ids=target_ids,
         loss_mask=loss_mask,
-        group=torch.tensor([numbers[r.prompt_id] for r in every]),
-        rollout_logprobs=_padded_logprobs(every),
-        by_teacher=torch.tensor([r.source == "teacher" for r in every]),
+        group=torch.tensor([numbers[r.prompt_id] for r in padded_rollouts]),
+        rollout_logprobs=_padded_logprobs(padded_rollouts),
+        by_teacher=torch.tensor([r.source == "teacher" for r in padded_rollouts]),
         sample_ids=tuple(r.sample_id for r in rollouts),
     )
-    given = [scores[r.sample_id] for r in rollouts] if scores else []
+    present_scores = [scores[r.sample_id] for r in rollouts] if scores else []
     if not rollouts:
         batch = replace(batch, loss_mask=torch.zeros_like(loss_mask))
         # No state, but tensors of the widths that the others have: all ranks run the same code.
-        given = [s.map_tensors(lambda t: t[:0]) for s in list(scores.values())[:1]]
-    return _with_scores(batch, given) if given else batch
+        present_scores = [s.map_tensors(lambda t: t[:0]) for s in list(scores.values())[:1]]
+    return _with_scores(batch, present_scores) if present_scores else batch
 
 
 def _places(number: int, row: Sequence[Rollout]) -> Iterator[tuple[Rollout, tuple[int, Tensor]]]:
@@ -189,8 +192,8 @@ def _with_scores(batch: TrainBatch, scores: list[TeacherScore]) -> TrainBatch:
         return torch.cat(rows)
 
     logprobs = None
-    if (every := flat("logprobs")) is not None:
-        logprobs = torch.zeros(batch.loss_mask.shape).masked_scatter(batch.loss_mask, every)
+    if (flat_logprobs := flat("logprobs")) is not None:
+        logprobs = torch.zeros(batch.loss_mask.shape).masked_scatter(batch.loss_mask, flat_logprobs)
     return replace(
         batch,
         teacher=teacher,
@@ -207,10 +210,10 @@ def to_device(batch: TrainBatch, device: torch.device | str) -> TrainBatch:
 
 
 def _padded_logprobs(rows: list[Rollout]) -> Tensor | None:
-    given = [r.rollout_logprobs for r in rows if r.rollout_logprobs is not None]
-    if len(given) < len(rows):
+    logprob_rows = [r.rollout_logprobs for r in rows if r.rollout_logprobs is not None]
+    if len(logprob_rows) < len(rows):
         return None
-    return _pad([torch.tensor(logprobs, dtype=torch.float32) for logprobs in given])
+    return _pad([torch.tensor(logprobs, dtype=torch.float32) for logprobs in logprob_rows])
 
 
 def _pad(rows: list[Tensor]) -> Tensor:

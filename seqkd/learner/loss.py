@@ -27,11 +27,11 @@ class RankPart:
         """[B] importance weights of a mixture's sequences; None where there is no mixture."""
         if self.teacher_fraction is None:
             return None
-        ours, theirs = (
+        student_total, teacher_total = (
             (stats[name].detach() * batch.loss_mask).sum(1)
             for name in ("student_logprob", "teacher_logprob")
         )
-        return mixture_weight(ours, theirs, self.teacher_fraction)
+        return mixture_weight(student_total, teacher_total, self.teacher_fraction)
 
     def loss(self, batch: TrainBatch, stats: Mapping[Stat, Tensor]) -> Tensor:
         """What every term makes of a micro-batch."""
@@ -61,18 +61,18 @@ def stat_names(batch: TrainBatch, terms: tuple[TermConfig, ...]) -> tuple[Stat, 
 def part_result(batch: TrainBatch, stats: dict[Stat, Tensor], weight: Tensor | None) -> PartResult:
     """What a micro-batch was like."""
     mask = batch.loss_mask
-    given = {n: v.detach() for n, v in stats.items() if isinstance(n, str)}
-    sums = {name: (value * mask).sum().item() for name, value in given.items()}
+    values = {n: v.detach() for n, v in stats.items() if isinstance(n, str)}
+    sums = {name: (value * mask).sum().item() for name, value in values.items()}
     sums |= {"tokens": mask.sum().item(), "sequences": mask.any(1).sum().item()}
     weights = mask.any(1).float() if weight is None else weight * mask.any(1)
     sums |= {"weight": weights.sum().item(), "weight_squared": (weights.double() ** 2).sum().item()}
-    gap = _logprob_gap(batch, given)
+    gap = _logprob_gap(batch, values)
     if gap is not None:
         sums["logprob_gap"] = gap.sum().item()
-    sums |= _ratios(batch, given["student_logprob"])
-    cost = given.get("reverse_kl")
-    if cost is None and "teacher_logprob" in given:
-        cost = given["student_logprob"] - given["teacher_logprob"]
+    sums |= _ratios(batch, values["student_logprob"])
+    cost = values.get("reverse_kl")
+    if cost is None and "teacher_logprob" in values:
+        cost = values["student_logprob"] - values["teacher_logprob"]
     return PartResult(
         sums,
         0.0 if gap is None else gap.max().item(),

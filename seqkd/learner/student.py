@@ -45,9 +45,9 @@ def prefix_shared_mask(segment: Tensor, attention_mask: Tensor, dtype: torch.dty
     token sees those before it in the prompt and in its own completion. Padding sees itself, so that
     no row of scores is empty."""
     size = segment.shape[1]
-    ours, theirs = segment[:, :, None], segment[:, None, :]
+    query, key = segment[:, :, None], segment[:, None, :]
     before = torch.ones(size, size, dtype=torch.bool, device=segment.device).tril()
-    seen = before & ((theirs == ours) | (theirs == 0)) & attention_mask[:, None, :].bool()
+    seen = before & ((key == query) | (key == 0)) & attention_mask[:, None, :].bool()
     seen |= torch.eye(size, dtype=torch.bool, device=segment.device)
     lowest = torch.finfo(dtype).min
     return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, lowest)[:, None]
@@ -72,14 +72,14 @@ class StudentModel(nn.Module):
         padding. Of the two the first is differentiable; without an objective the second is (see
         :func:`seqkd.learner.token_stats.token_loss` and ``token_stats``)."""
         mask = batch.loss_mask
-        given: dict[Stat, Tensor] = (
+        read: dict[Stat, Tensor] = (
             {"teacher_logprob": batch.teacher_logprobs}
             if batch.teacher_logprobs is not None
             else {}
         )
 
         def laid_out(values: Mapping[Stat, Tensor]) -> dict[Stat, Tensor]:
-            return given | {
+            return read | {
                 name: torch.zeros(mask.shape, device=value.device).masked_scatter(mask, value)
                 for name, value in values.items()
             }
@@ -88,7 +88,7 @@ class StudentModel(nn.Module):
             states_of(self.model, batch),
             head_of(self.model),
             batch.target_ids[mask],
-            tuple(name for name in names if name not in given),
+            tuple(name for name in names if name not in read),
             known_teacher(batch, teacher_head),
         )
         if objective is None:
@@ -140,11 +140,11 @@ def check_head(model: nn.Module, field: str) -> None:
     ids = torch.arange(8, device=next(model.parameters()).device)[None] % config.vocab_size
     mask = torch.ones_like(ids)
     with torch.no_grad():
-        theirs = model(input_ids=ids, attention_mask=mask).logits.float()
+        expected = model(input_ids=ids, attention_mask=mask).logits.float()
         head = head_of(model)
-        ours = head.finish(head.raw(last_hidden(model, ids, mask)[0]))
-    gap = (ours - theirs[0]).abs().max().item()
-    if not gap <= 1e-2 * theirs.abs().max().item():
+        computed = head.finish(head.raw(last_hidden(model, ids, mask)[0]))
+    gap = (computed - expected[0]).abs().max().item()
+    if not gap <= 1e-2 * expected.abs().max().item():
         raise ModelError(
             f"{field}: the logits of this model are not its output head applied to its last "
             f"hidden state (largest difference {gap:.3g}); its type "
@@ -172,11 +172,11 @@ def prefix_sharing_factor(model: nn.Module) -> int:
     )
     try:
         with torch.no_grad():
-            ours, theirs = (states_of(model, batch).float() for batch in (together, alone))
+            shared, separate = (states_of(model, batch).float() for batch in (together, alone))
     except (TypeError, ValueError, RuntimeError):  # it takes no such mask, or no positions
         return 0
     allowed = 1e-4 if next(model.parameters()).dtype == torch.float32 else 3e-2
-    if not (ours - theirs).abs().max() <= allowed * theirs.abs().max():
+    if not (shared - separate).abs().max() <= allowed * separate.abs().max():
         return 0
     body: Any = model.base_model
     embedding = body.get_input_embeddings().weight

@@ -100,8 +100,8 @@ def stats_of_logits(
 ) -> dict[Stat, Tensor]:
     """The same from logits, [..., V] twice and [...]: for other trainers and small examples. Keeps
     whole [..., V] tensors for the backward pass."""
-    of, theirs = logits.flatten(0, -2), teacher_logits.detach().flatten(0, -2)
-    values = _statistics(of, theirs, targets.flatten(), names)
+    student_logits, flat_teacher = logits.flatten(0, -2), teacher_logits.detach().flatten(0, -2)
+    values = _statistics(student_logits, flat_teacher, targets.flatten(), names)
     return {name: value.view(targets.shape) for name, value in values.items()}
 
 
@@ -122,26 +122,26 @@ class _Work:
     ) -> Iterator[tuple[Tensor, Tensor, list[Block]]]:
         """A product after the other over the blocks of ``order``: indices of its states,
         :meth:`OutputHead.raw` of them ([n, V], gone with the next), and its blocks."""
-        known = None if STUDENT_ONLY.issuperset(names) else self.teacher
+        teacher = None if STUDENT_ONLY.issuperset(names) else self.teacher
         room, more = self.head.room(len(hidden)), None
-        if isinstance(known, FullTeacher):
-            more = known.head.weight.new_empty(len(room), len(known.head.weight))
+        if isinstance(teacher, FullTeacher):
+            more = teacher.head.weight.new_empty(len(room), len(teacher.head.weight))
         for chunk in chunks_of(order, self.head.weight):
             rows, sizes = torch.cat(chunk), list(map(len, chunk))
             raw = self.head.raw(hidden[rows], room)
-            theirs: Sequence[Tensor | None] = [None] * len(chunk)
-            if isinstance(known, FullTeacher):
-                theirs = known.head.raw(known.hidden[rows], more).split(sizes)
-            yield rows, raw, list(zip(chunk, raw.split(sizes), theirs, strict=True))
+            teacher_blocks: Sequence[Tensor | None] = [None] * len(chunk)
+            if isinstance(teacher, FullTeacher):
+                teacher_blocks = teacher.head.raw(teacher.hidden[rows], more).split(sizes)
+            yield rows, raw, list(zip(chunk, raw.split(sizes), teacher_blocks, strict=True))
 
     def values(
         self, block: Block, learnt: tuple[Stat, ...], watched: tuple[Stat, ...] = ()
     ) -> dict[Stat, Tensor]:
         """[n] a name, of one block; ``learnt`` are differentiable in the student's part."""
-        rows, raw, theirs = block
+        rows, raw, teacher_raw = block
         teacher = self.teacher.rows(rows) if isinstance(self.teacher, TopTeacher) else self.teacher
         read = _fused() if raw.is_cuda or self.fused else _read
-        values = read(self.head, teacher, raw, theirs, self.targets[rows], learnt, watched)
+        values = read(self.head, teacher, raw, teacher_raw, self.targets[rows], learnt, watched)
         return dict(zip(learnt + watched, values, strict=True))
 
 
@@ -149,18 +149,18 @@ def _read(
     head: OutputHead,
     teacher: KnownTeacher | None,
     raw: Tensor,
-    theirs: Tensor | None,
+    teacher_raw: Tensor | None,
     targets: Tensor,
     learnt: tuple[Stat, ...],
     watched: tuple[Stat, ...],
 ) -> list[Tensor]:
     """Everything that is done to logits, element by element and row by row."""
-    known: TopTeacher | Tensor | None = None
+    distribution: TopTeacher | Tensor | None = None
     if isinstance(teacher, TopTeacher):
-        known = teacher
-    elif teacher is not None and theirs is not None:
-        known = teacher.head.finish(theirs)
-    return list(_statistics(head.finish(raw), known, targets, learnt, watched).values())
+        distribution = teacher
+    elif teacher is not None and teacher_raw is not None:
+        distribution = teacher.head.finish(teacher_raw)
+    return list(_statistics(head.finish(raw), distribution, targets, learnt, watched).values())
 
 
 @cache
@@ -199,10 +199,10 @@ def _gradients(
 
     def gradient(block: Block) -> Tensor:
         """[n, V] of one block's products."""
-        rows, raw, theirs = block
+        rows, raw, teacher_raw = block
         raw = raw.detach().requires_grad_()
         with torch.enable_grad():
-            values = work.values((rows, raw, theirs), names, watched)
+            values = work.values((rows, raw, teacher_raw), names, watched)
             slopes = slopes_at(rows, values)
             learnt, by = [values[name] for name in names], [slopes[name][rows] for name in names]
             return torch.autograd.grad(learnt, raw, by)[0]
@@ -271,16 +271,16 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, work, objective, order):  # type: ignore[no-untyped-def]
-        known = {n: hidden.new_zeros(len(hidden), dtype=torch.float32) for n in work.names}
-        learnt = tuple(_slopes(objective, known)[1])
+        totals = {n: hidden.new_zeros(len(hidden), dtype=torch.float32) for n in work.names}
+        learnt = tuple(_slopes(objective, totals)[1])
         assert learnt, "an objective that depends on no statistic of the student"
         watched = tuple(name for name in work.names if name not in learnt)
-        used = {name: torch.zeros_like(known[name]) for name in learnt}
+        used = {name: torch.zeros_like(totals[name]) for name in learnt}
 
         def as_known_so_far(rows: Tensor, values: Mapping[Stat, Tensor]) -> Slopes:
             for name, value in values.items():
-                known[name][rows] = value.detach()
-            slopes = _slopes(objective, known)[1]
+                totals[name][rows] = value.detach()
+            slopes = _slopes(objective, totals)[1]
             for name in learnt:
                 used[name][rows] = slopes[name][rows]
             return slopes
@@ -288,15 +288,15 @@ class _Loss(torch.autograd.Function):
         gradients = _gradients(
             work, hidden, ctx.needs_input_grad, order, learnt, as_known_so_far, watched
         )
-        loss, slopes = _slopes(objective, known)
+        loss, slopes = _slopes(objective, totals)
         if not all(_alike(used[name], slopes[name]) for name in learnt):
             gradients = _gradients(
                 work, hidden, ctx.needs_input_grad, order, learnt, lambda *_: slopes
             )
         ctx.gradients = gradients
-        every = tuple(known[name] for name in work.names)
-        ctx.mark_non_differentiable(*every)
-        return (loss, *every)
+        outputs = tuple(totals[name] for name in work.names)
+        ctx.mark_non_differentiable(*outputs)
+        return (loss, *outputs)
 
     @staticmethod
     def backward(ctx, slope, *_):  # type: ignore[no-untyped-def]
@@ -306,26 +306,26 @@ class _Loss(torch.autograd.Function):
 
 
 def _slopes(
-    objective: Objective, known: Mapping[Stat, Tensor]
+    objective: Objective, values: Mapping[Stat, Tensor]
 ) -> tuple[Tensor, dict[Stat, Tensor]]:
     """The loss, and its derivative by each statistic that it depends on, [N]. The teacher's is
     none: it does not learn."""
     with torch.enable_grad():
         leaves = {
             name: value.detach().requires_grad_(name != "teacher_logprob")
-            for name, value in known.items()
+            for name, value in values.items()
         }
         loss = objective(leaves)
     by = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
-    found = torch.autograd.grad(loss, list(by.values()), allow_unused=True)
-    return loss.detach(), {n: g for n, g in zip(by, found, strict=True) if g is not None}
+    gradients = torch.autograd.grad(loss, list(by.values()), allow_unused=True)
+    return loss.detach(), {n: g for n, g in zip(by, gradients, strict=True) if g is not None}
 
 
-def _alike(ours: Tensor, theirs: Tensor) -> bool:
+def _alike(a: Tensor, b: Tensor) -> bool:
     """Whether two slopes differ by rounding alone."""
-    if not len(theirs):
+    if not len(b):
         return True
-    return bool((ours - theirs).abs().max() <= 1e-5 * theirs.abs().max())
+    return bool((a - b).abs().max() <= 1e-5 * b.abs().max())
 
 
 def _statistics(
@@ -368,12 +368,12 @@ def _statistics(
             return gather(log_p, targets)
         if name == "entropy":
             return -(log_q.exp() * log_q).sum(-1)
-        of = name if isinstance(name, Divergence) else Divergence(MONITORED[name])
-        if of in values:  # the objective's own is reported too
-            return values[of]
-        options = () if of.coefficient is None else (of.coefficient,)
-        divergence = DIVERGENCES[of.kind](*pair(of.temperature), *options)
-        return divergence * of.temperature**2
+        divergence_kind = name if isinstance(name, Divergence) else Divergence(MONITORED[name])
+        if divergence_kind in values:  # the objective's own is reported too
+            return values[divergence_kind]
+        options = () if divergence_kind.coefficient is None else (divergence_kind.coefficient,)
+        divergence = DIVERGENCES[divergence_kind.kind](*pair(divergence_kind.temperature), *options)
+        return divergence * divergence_kind.temperature**2
 
     for name in learnt:
         values[name] = value(name)

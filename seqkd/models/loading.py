@@ -52,12 +52,12 @@ def load_config(model: str, field: str) -> Any:
             f"{field}: {model!r} is of type {config.model_type!r}, which is no causal language "
             "model. Name one that transformers' AutoModelForCausalLM loads."
         )
-    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]
+    architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]
     saved = config.architectures or []
-    if saved and not {known} & set(saved):
+    if saved and not {architecture} & set(saved):
         raise ModelError(
             f"{field}: {model!r} was saved as {saved[0]}, which has no language-model head that "
-            f"fits {known}. Name a checkpoint of {known}."
+            f"fits {architecture}. Name a checkpoint of {architecture}."
         )
     return config.get_text_config()
 
@@ -126,16 +126,16 @@ def without_dropout(model: nn.Module) -> None:
 
 def end_of_sequence_ids(model: str, tokenizer: Any, field: str) -> tuple[int, ...]:
     """Token ids that end a completion: generation_config's, then the tokenizer's."""
-    found = generation_config(model)
-    eos = found and found.eos_token_id
+    generation = generation_config(model)
+    eos = generation and generation.eos_token_id
     ids = eos if isinstance(eos, list) else [eos]
-    known = dict.fromkeys(i for i in (*ids, tokenizer.eos_token_id) if i is not None)
-    if not known:
+    stop_ids = dict.fromkeys(i for i in (*ids, tokenizer.eos_token_id) if i is not None)
+    if not stop_ids:
         raise ModelError(
             f"{field}: {model!r} names no end-of-sequence token. Set eos_token_id in its "
             "generation_config.json."
         )
-    return tuple(known)
+    return tuple(stop_ids)
 
 
 def generation_config(model: str) -> Any:

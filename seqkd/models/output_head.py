@@ -42,8 +42,8 @@ def block_rows(weight: Tensor) -> int:
 
 def blocks_of(count: int, weight: Tensor) -> list[Tensor]:
     """The indices of ``count`` states, block by block."""
-    every = torch.arange(count, device=weight.device).split(block_rows(weight))
-    return list(every) if count else []
+    blocks = torch.arange(count, device=weight.device).split(block_rows(weight))
+    return list(blocks) if count else []
 
 
 def chunks_of(blocks: Sequence[Tensor], weight: Tensor) -> Iterator[list[Tensor]]:

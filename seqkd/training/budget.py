@@ -42,7 +42,7 @@ def expected_steps(config: Config, phase: PhaseConfig, taken: int, spent: Spent)
     if budget is None or phase is not config:
         return phase.steps
     here = spent.get("main", {}).get(budget.kind, 0.0)
-    before = sum(of.get(budget.kind, 0.0) for of in spent.values()) - here
+    before = sum(costs.get(budget.kind, 0.0) for costs in spent.values()) - here
     left = budget.amount - before - here
     if left <= 0:
         return taken

@@ -220,6 +220,8 @@ def prompt_batches(
 
     def draw(first: int) -> PromptBatches:
         steps = range(min(phase.updates_per_rollout, phase.steps - first))
-        return {s: [of.take(phase.prompts_per_step) for _ in steps] for s, of in streams.items()}
+        return {
+            s: [stream.take(phase.prompts_per_step) for _ in steps] for s, stream in streams.items()
+        }
 
     return map(draw, range(done, phase.steps, phase.updates_per_rollout))

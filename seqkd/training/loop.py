@@ -55,8 +55,8 @@ def train_phase(run: TrainingContext, progress: Progress, span: PhaseSpan) -> No
 
 def evaluate_if_due(run: TrainingContext, progress: Progress, span: PhaseSpan) -> None:
     """Measure the student within a phase, every ``evaluation.every_steps`` steps."""
-    every = run.config.evaluation.every_steps
-    if every and progress.step > span.first and progress.step % every == 0:
+    interval = run.config.evaluation.every_steps
+    if interval and progress.step > span.first and progress.step % interval == 0:
         measure(run, progress, f"step {progress.step}", "measuring on held-out prompts")
 
 

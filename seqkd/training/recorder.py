@@ -88,7 +88,7 @@ class Recorder:
 
     def held_out(self, step: int, measured: Measurement) -> None:
         """Show what was measured on held-out prompts after ``step`` steps."""
-        figures = {f"heldout/{name}": of.mean for name, of in measured.table().items()}
+        figures = {f"heldout/{name}": interval.mean for name, interval in measured.table().items()}
         self.trackers.log(step, figures)
 
     def close(self) -> None:

@@ -59,7 +59,11 @@ class Scoring:
 
     def all(self, rollouts: Sequence[Rollout]) -> Scores:
         """Of all that was drawn."""
-        scores = {sample_id: score for of in self.begun for sample_id, score in of.result().items()}
+        scores = {
+            sample_id: score
+            for future in self.begun
+            for sample_id, score in future.result().items()
+        }
         rest = [r for r in rollouts if r.sample_id not in scores]
         return {**scores, **(self.score(rest) if rest else {})}
 
@@ -121,9 +125,9 @@ class RolloutSource:
             from_teacher = generator.binomial(samples, self.fraction, len(prompts))
         student, teacher = self.workers.student, self.workers.teacher_sampler
         with clock("sample"):
-            ours = self._sample(student, prompts, samples - from_teacher, seed, finished)
-            theirs = self._sample(teacher, prompts, from_teacher, seed, finished)
-        return [[*a, *b] for a, b in zip(ours, theirs, strict=True)]
+            by_student = self._sample(student, prompts, samples - from_teacher, seed, finished)
+            by_teacher = self._sample(teacher, prompts, from_teacher, seed, finished)
+        return [[*a, *b] for a, b in zip(by_student, by_teacher, strict=True)]
 
     def _sample(
         self,
@@ -137,9 +141,9 @@ class RolloutSource:
         rollout = self.config.rollout
         drawn: Iterator[Rollout] = iter(())
         if wanted:
-            of, numbers = zip(*wanted, strict=True)
+            chosen, numbers = zip(*wanted, strict=True)
             how = rollout.temperature, rollout.top_p
-            drawn = iter(sampler.sample(of, numbers, seed, *how, finished))
+            drawn = iter(sampler.sample(chosen, numbers, seed, *how, finished))
         return [[next(drawn) for _ in range(n)] for n in samples]
 
     def costs(self, rollouts: list[Rollout], scores: Scores) -> tuple[Tensor, Tensor]:

@@ -324,7 +324,7 @@ def test_a_broken_learner_is_not_saved(tmp_path):
                       ("student_logprob", "teacher_logprob")}
         for r in rollouts
     }  # fmt: skip
-    world.run.monitor.every = 0
+    world.run.monitor.interval = 0
     world.run.workers.learner.policy_version = 3
     with pytest.raises(LearningFault, match="the learner gives tokens of a known text"):
         loop.save(world.run, Progress(step=3))
