@@ -1,2 +1,2 @@
-"""What scripts/benchmark.py measures, and against what. Seconds are of one machine at one time:
-the ratios are what is to be compared."""
+"""Sections of scripts/benchmark.py. Compare the ratios: absolute times depend on the machine and
+its load."""

@@ -1,6 +1,6 @@
-"""On a GPU of this machine, without Ray and vLLM, random weights: the learner of a student of
-Qwen2.5-1.5B's shape and a teacher known by states as wide as the 7B's; such a teacher as it scores;
-the learner's side of weight sync."""
+"""A GPU of this machine, without Ray and vLLM and with random weights: the losses, the learner of a
+student with the shape of Qwen2.5-1.5B, scoring by a teacher as wide as Qwen2.5-7B, and the
+learner's side of weight sync."""
 
 from __future__ import annotations
 
@@ -8,108 +8,115 @@ import os
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM, Qwen2Config
 
 from actors import weight_sync
 from actors.host_memory import to_host, wait_for_copies
 from actors.learner import LearnerRank
-from scripts.benchmarks.rows import Row
+from actors.teacher import HfStates
+from benchmarks import floors, objectives
+from benchmarks.rows import Row
 from seqkd.config.learner import LearnerConfig
 from seqkd.config.objectives import SequenceReverseKLConfig
 from seqkd.config.phases import TermConfig
 from seqkd.config.teacher import HfTeacherConfig
+from seqkd.errors import ConfigError
 from seqkd.learner import batching
 from seqkd.learner.loss import RankPart
-from seqkd.learner.student import last_hidden
 from seqkd.models.output_head import OutputHead
 from seqkd.models.pruning import layers_of
-from seqkd.types import Counts, Rollout, TeacherScore, TrainBatch
+from seqkd.studies.step_cost import QWEN_1_5B, QWEN_7B, Shape
+from seqkd.types import Counts, Rollout, TeacherScore
 
-SECTION = "learner on the GPU"
-VOCABULARY, TEACHER_WIDTH = 151_936, 3584
-STUDENT: dict[str, Any] = {
-    "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
-    "num_attention_heads": 12, "num_key_value_heads": 2, "vocab_size": VOCABULARY,
-    "tie_word_embeddings": True, "max_position_embeddings": 4096,
-}  # fmt: skip
+STUDENT = QWEN_1_5B
+TEACHER = replace(QWEN_7B, layers=8, vocabulary=STUDENT.vocabulary)
 PROMPTS, SAMPLES, PROMPT, COMPLETION = 8, 4, 256, 512
 MICRO_BATCH = 8192
-TEACHER: dict[str, Any] = {
-    "hidden_size": TEACHER_WIDTH, "intermediate_size": 18_944, "num_hidden_layers": 8,
-    "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": VOCABULARY,
-    "max_position_embeddings": 4096,
-}  # fmt: skip
-"""Qwen2.5-7B's, with 8 of its 28 layers."""
 PRODUCT = 8192
-"""Rows and columns of the matrices whose product is taken as what the GPU can do."""
+"""Rows and columns of the matrices whose product is the GPU's reference speed."""
 
 
-def measure(repetitions: int) -> list[Row]:
-    """Steps of sequence-level reverse KL with the teacher's whole distribution, in bfloat16."""
-    bare = "transformers' body forward and backward, not compiled, four head products"
-    step = Row(SECTION, "a step, layers compiled", "s", bare, 1.25)
-    plain = Row(SECTION, "a step, layers as they are", "s", bare)
-    rate = Row(SECTION, "a step's products", "TFLOP/s", "a product of large matrices")
-    sharing = Row(SECTION, "a step, prompts shared", "s", "a row for each sample", 1.0)
-    memory = Row(SECTION, "peak memory of a step", "GiB", "one [T, V] float32 tensor")
-    rank, pays = _started()
-    rollouts, scores = _texts()
-    tokens = sum(len(r.completion_ids) for r in rollouts)
-    terms = (TermConfig(objective=SequenceReverseKLConfig()),)
+def measure(file: str, repetitions: int) -> Iterator[Row]:
+    """Measure everything on the GPU; raise ConfigError if there is none."""
+    if not torch.cuda.is_available():
+        raise ConfigError("section 'gpu': torch finds no GPU on this machine. Omit the section.")
+    yield from objectives.measure(file, repetitions, "cuda")
+    yield from learner(repetitions)
+    yield from teacher(repetitions)
+    yield publishing(repetitions)
+
+
+def learner(repetitions: int) -> list[Row]:
+    """Measure steps of sequence-level reverse KL with the full teacher distribution, bfloat16."""
+    section, bare = "learner on the GPU", "bare body passes, not compiled, four head products"
+    compiled = Row(section, "a step, layers compiled", "s", bare, 1.25)
+    plain = Row(section, "a step, layers not compiled", "s", bare)
+    rate = Row(section, "a step's products", "TFLOP/s", "a product of large matrices")
+    sharing = Row(section, "a step, prompts shared", "s", "one row per sample", 1.0)
+    memory = Row(section, "peak memory of a step", "GiB", "one [T, V] float32 tensor")
+    rank, shared_tokens = _start_rank()
+    model = rank.engine.module.model
+    heads = [model.get_output_embeddings().weight.detach(), rank.teacher_heads[""].weight]
+    rollouts = _rollouts()
+    scores = {
+        r.sample_id: TeacherScore(r.sample_id, hidden=_random(COMPLETION, TEACHER.width).cpu())
+        for r in rollouts
+    }
+    tokens = PROMPTS * SAMPLES * COMPLETION
     counts = Counts(len(rollouts), tokens, rate=1.0, length=COMPLETION)
 
-    def batches(sharing: int) -> list[TrainBatch]:
+    def part(sharing: int) -> RankPart:
         layout = batching.Layout(MICRO_BATCH, sharing)
         (slots,) = batching.partition(rollouts, scores, 1, layout)
-        return [batching.pack(slot, scores, rollouts[0], layout) for slot in slots]
+        batches = [batching.pack(slot, scores, rollouts[0], layout) for slot in slots]
+        return RankPart(batches, counts, (TermConfig(objective=SequenceReverseKLConfig()),), None)
 
-    apart, together = (RankPart(batches(s), counts, terms, None) for s in (0, pays))
-    square = torch.randn(PRODUCT, PRODUCT, device="cuda", dtype=torch.bfloat16)
+    separate, shared, batches = part(0), part(shared_tokens), floors.micro_batches(
+        rollouts, MICRO_BATCH)  # fmt: skip
+    # Multiplications and additions of a step, without those of attention between tokens.
+    body = sum(p.numel() for p in model.base_model.parameters()) - heads[0].numel()
+    read = sum(len(batching.fed_tokens(r)) for r in rollouts)
+    operations = 6 * body * read + 2 * (3 * heads[0].numel() + heads[1].numel()) * tokens
     for repetition in range(repetitions + 1):
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        alone = _seconds(lambda: rank.step([apart], 1e-6))
-        grown = torch.cuda.max_memory_allocated() - before
-        shared = _seconds(lambda: rank.step([together], 1e-6))
-        with _not_compiled(rank):
-            uncompiled = _seconds(lambda: rank.step([apart], 1e-6))
-            floor = _seconds(lambda: _floor(rank, apart.micro_batches))
-        product = _seconds(lambda: [square @ square for _ in range(20)]) / 20
+        step = _seconds(lambda: rank.step([separate], 1e-6))
+        peak = torch.cuda.max_memory_allocated() - before
+        shared_step = _seconds(lambda: rank.step([shared], 1e-6))
+        with _not_compiled(model):
+            plain_step = _seconds(lambda: rank.step([separate], 1e-6))
+            floor = _seconds(lambda: floors.learn(model, batches, heads, tokens, 1024))
+        reference = _product_rate()
         if repetition:  # the first compiles and allocates
-            step.add(alone, floor)
-            plain.add(uncompiled, floor)
-            rate.add(_operations(rank, rollouts) / alone / 1e12, 2 * PRODUCT**3 / product / 1e12)
-            sharing.add(shared, alone)
-            memory.add(grown / 2**30, tokens * VOCABULARY * 4 / 2**30)
-    return [step, plain, rate, sharing, memory]
+            compiled.add(step, floor)
+            plain.add(plain_step, floor)
+            rate.add(operations / step / 1e12, reference)
+            sharing.add(shared_step, step)
+            memory.add(peak / 2**30, tokens * STUDENT.vocabulary * 4 / 2**30)
+    return [compiled, plain, rate, sharing, memory]
 
 
 def teacher(repetitions: int) -> list[Row]:
-    """A teacher of kind hf: from token ids to states in this process's memory."""
-    from transformers import Qwen2Config
-
-    from actors.teacher import HfStates
-
-    speed = Row(
-        "teacher on the GPU", "scoring, kind hf", "tokens/s", "bare body forward", 0.9, True
-    )
-    rate = Row("teacher on the GPU", "its products", "TFLOP/s", "a product of large matrices")
+    """Measure a teacher of kind hf: from token ids to states in host memory."""
+    section = "teacher on the GPU"
+    speed = Row(section, "scoring, kind hf", "tokens/s", "bare body forward", 0.9, True)
+    rate = Row(section, "its products", "TFLOP/s", "a product of large matrices")
     with tempfile.TemporaryDirectory() as folder:
-        _write_random(Qwen2Config(**TEACHER), folder)
+        _random_model(TEACHER).save_pretrained(folder)
         config = HfTeacherConfig(
             model=folder, precision="bfloat16", gpus=1, batch_tokens=MICRO_BATCH
         )
         states = HfStates(config, PROMPT + COMPLETION)
-    rollouts, _ = _texts()
-    sequences = [batching.fed_tokens(r) for r in rollouts]
-    tokens = sum(map(len, sequences))
-    together = MICRO_BATCH // len(sequences[0])
+    sequences = [batching.fed_tokens(r) for r in _rollouts()]
+    tokens, together = sum(map(len, sequences)), MICRO_BATCH // len(sequences[0])
     body: Any = states.model.base_model
-    layers = sum(p.numel() for p in body.layers.parameters())
+    operations = 2 * sum(p.numel() for p in body.layers.parameters()) * tokens
 
     @torch.inference_mode()
     def bare() -> None:
@@ -117,26 +124,20 @@ def teacher(repetitions: int) -> list[Row]:
             ids = torch.tensor(sequences[low : low + together], device="cuda")
             body(input_ids=ids, use_cache=False)
 
-    square = torch.randn(PRODUCT, PRODUCT, device="cuda", dtype=torch.bfloat16)
     for repetition in range(repetitions + 1):
-        ours, floor = _seconds(lambda: states.of(sequences)), _seconds(bare)
-        product = _seconds(lambda: [square @ square for _ in range(20)]) / 20
+        scoring, floor = _seconds(lambda: states.of(sequences)), _seconds(bare)
+        reference = _product_rate()
         if repetition:
-            speed.add(tokens / ours, tokens / floor)
-            rate.add(2e-12 * layers * tokens / ours, 2e-12 * PRODUCT**3 / product)
+            speed.add(tokens / scoring, tokens / floor)
+            rate.add(operations / scoring / 1e12, reference)
     return [speed, rate]
 
 
-def publishing(repetitions: int) -> list[Row]:
-    """A student's weights from the GPU into the file that engines read, with their digests."""
-    from transformers import AutoModelForCausalLM, Qwen2Config
-
-    row = Row("weights on the GPU", "publishing 1.5 B weights", "GB/s", "a copy to this memory",
-              more_is_better=True)  # fmt: skip
-    with torch.device("cuda"):
-        shape: Any = Qwen2Config(**STUDENT)
-        model = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16)
-    state = {name: p.detach() for name, p in model.named_parameters()}
+def publishing(repetitions: int) -> Row:
+    """Measure a student's weights from the GPU to the file that engines read, with digests."""
+    row = Row("weights on the GPU", "publishing 1.5 B weights", "GB/s", "a copy to host memory",
+              higher_is_better=True)  # fmt: skip
+    state = {name: p.detach() for name, p in _random_model(STUDENT).named_parameters()}
     size = sum(p.nbytes for p in state.values()) / 1e9
     with weight_sync.memory_file() as file:
 
@@ -146,42 +147,45 @@ def publishing(repetitions: int) -> list[Row]:
             weight_sync.publish(gathered, 0, file, "here")
 
         for repetition in range(repetitions + 1):
-            ours, floor = _seconds(publish), _seconds(lambda: [p.cpu() for p in state.values()])
+            seconds, floor = _seconds(publish), _seconds(lambda: [p.cpu() for p in state.values()])
             if repetition:
-                row.add(size / ours, size / floor)
-    return [row]
+                row.add(size / seconds, size / floor)
+    return row
 
 
-def _write_random(shape: Any, folder: str) -> None:
-    from transformers import AutoModelForCausalLM
-
+def _random_model(shape: Shape) -> Any:
+    tied = shape == STUDENT
     with torch.device("cuda"):
-        model: Any = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16)
-    model.save_pretrained(folder)
+        config: Any = Qwen2Config(
+            hidden_size=shape.width, intermediate_size=shape.inner, num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads, num_key_value_heads=shape.key_values,
+            vocab_size=shape.vocabulary, tie_word_embeddings=tied, max_position_embeddings=4096,
+        )  # fmt: skip
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
 
 
-def _started() -> tuple[LearnerRank, int]:
-    """One rank, in this very process; and whether sharing prompts pays its student."""
-    from transformers import Qwen2Config
-
-    os.environ["DS_ACCELERATOR"] = "cuda"  # as placement tells an actor
+def _start_rank() -> tuple[LearnerRank, int]:
+    """Return one rank, in this process, and its :attr:`~seqkd.learner.batching.Layout.sharing`."""
+    os.environ["DS_ACCELERATOR"] = "cuda"  # as the placement of an actor sets it
     torch.manual_seed(0)
-    # ZeRO 0: the floor goes backward without DeepSpeed, which hooks that reduce would not bear.
+    # ZeRO 0: the floor runs backward without DeepSpeed, whose reducing hooks would fail.
     rank = LearnerRank(LearnerConfig(gpus=1, zero_stage=0, precision="bfloat16", compile=True))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         master = probe.getsockname()
     with tempfile.TemporaryDirectory() as folder:
-        _write_random(Qwen2Config(**STUDENT), folder)
-        pays = rank.start(0, master, folder, {})
-    rank.teacher_heads[""] = OutputHead(_random(VOCABULARY, TEACHER_WIDTH) / TEACHER_WIDTH**0.5)
-    return rank, pays
+        _random_model(STUDENT).save_pretrained(folder)
+        sharing = rank.start(0, master, folder, {})
+    rank.teacher_heads[""] = OutputHead(
+        _random(STUDENT.vocabulary, TEACHER.width) / TEACHER.width**0.5
+    )
+    return rank, sharing
 
 
 @contextmanager
-def _not_compiled(rank: LearnerRank) -> Iterator[None]:
-    """With the student's layers as transformers has them."""
-    layers: list[Any] = layers_of(rank.engine.module.model)
+def _not_compiled(model: Any) -> Iterator[None]:
+    """Use the student's layers as transformers defines them."""
+    layers: list[Any] = layers_of(model)
     calls = [layer._compiled_call_impl for layer in layers]
     for layer in layers:
         layer._compiled_call_impl = None
@@ -190,55 +194,29 @@ def _not_compiled(rank: LearnerRank) -> Iterator[None]:
         layer._compiled_call_impl = call
 
 
-def _texts() -> tuple[list[Rollout], dict[str, TeacherScore]]:
-    """Samples of random tokens, and what a teacher says of them."""
+def _rollouts() -> list[Rollout]:
+    """Return samples of random tokens, ``SAMPLES`` for each of ``PROMPTS`` prompts."""
     generator = torch.Generator().manual_seed(0)
 
     def tokens(count: int) -> tuple[int, ...]:
-        return tuple(torch.randint(VOCABULARY, (count,), generator=generator).tolist())
+        return tuple(torch.randint(STUDENT.vocabulary, (count,), generator=generator).tolist())
 
     prompts = [tokens(PROMPT) for _ in range(PROMPTS)]
-    rollouts = [
+    return [
         Rollout(f"{p}", f"{p}/{i}", prompt, tokens(COMPLETION), None, "student", 0, "length")
         for p, prompt in enumerate(prompts)
         for i in range(SAMPLES)
     ]
-    states = {r.sample_id: _random(COMPLETION, TEACHER_WIDTH).cpu() for r in rollouts}
-    return rollouts, {name: TeacherScore(name, hidden=of) for name, of in states.items()}
 
 
 def _random(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
 
 
-def _floor(rank: LearnerRank, batches: Sequence[TrainBatch]) -> None:
-    """The student's body, forward and backward, and four products with heads."""
-    model = rank.engine.module.model
-    head = model.get_output_embeddings().weight.detach()
-    theirs = rank.teacher_heads[""].weight
-    for batch in batches:
-        ids, mask = batch.input_ids.cuda(), batch.attention_mask.cuda()
-        last_hidden(model, ids, mask).sum().backward()
-        for low in range(0, int(batch.loss_mask.sum()), 1024):
-            rows = slice(low, low + 1024)
-            assert batch.teacher_hidden is not None
-            states = batch.teacher_hidden[rows].cuda()
-            ours = states[:, : head.shape[1]].contiguous()
-            logits = ours @ head.T
-            states @ theirs.T
-            logits @ head
-            logits.T @ ours
-    model.zero_grad()
-
-
-def _operations(rank: LearnerRank, rollouts: Sequence[Rollout]) -> float:
-    """Multiplications and additions of a step's products, without attention's between tokens."""
-    model = rank.engine.module.model
-    width: int = model.config.hidden_size
-    matrices: int = sum(p.numel() for p in model.base_model.parameters()) - VOCABULARY * width
-    fed = sum(len(batching.fed_tokens(r)) for r in rollouts)
-    learnt = sum(len(r.completion_ids) for r in rollouts)
-    return 6.0 * matrices * fed + 2.0 * VOCABULARY * (3 * width + TEACHER_WIDTH) * learnt
+def _product_rate() -> float:
+    """Return the TFLOP/s of a product of large matrices."""
+    square = _random(PRODUCT, PRODUCT)
+    return 20 * 2e-12 * PRODUCT**3 / _seconds(lambda: [square @ square for _ in range(20)])
 
 
 def _seconds(work: Callable[[], Any]) -> float:

@@ -1,4 +1,4 @@
-"""Measurements beside what they are measured against."""
+"""Measurements and their references."""
 
 from __future__ import annotations
 
@@ -10,61 +10,60 @@ from typing import Any
 
 @dataclass
 class Row:
-    """One quantity, measured several times by turns with what it is compared with."""
+    """One quantity, measured several times, each time together with its reference."""
 
     section: str
-    what: str
+    name: str
     unit: str
-    against: str
-    """What the other column is."""
+    reference_name: str
     limit: float | None = None
-    """The ratio that is aimed at: at most, or at least where more is better."""
-    more_is_better: bool = False
-    ours: list[float] = field(default_factory=list)
-    others: list[float] = field(default_factory=list)
+    """Target of the ratio: at most, or at least if ``higher_is_better``."""
+    higher_is_better: bool = False
+    values: list[float] = field(default_factory=list)
+    references: list[float] = field(default_factory=list)
 
-    def add(self, ours: float, other: float) -> None:
-        """One repetition of both."""
-        self.ours.append(ours)
-        self.others.append(other)
+    def add(self, value: float, reference: float) -> None:
+        """Add one repetition."""
+        self.values.append(value)
+        self.references.append(reference)
 
-    def pairs(self, ours: Iterable[float], others: Iterable[float]) -> None:
-        """What was measured step by step."""
-        for pair in zip(ours, others, strict=True):
-            self.add(*pair)
+    def extend(self, values: Iterable[float], references: Iterable[float]) -> None:
+        """Add repetitions that were measured step by step."""
+        for value, reference in zip(values, references, strict=True):
+            self.add(value, reference)
 
     @property
     def ratio(self) -> float:
-        """The median of the pairs', both of which are of the same time where that can be."""
-        return median(a / b for a, b in zip(self.ours, self.others, strict=True))
+        """Median of the ratios of the pairs; the two values of a pair are of the same time."""
+        return median(v / r for v, r in zip(self.values, self.references, strict=True))
 
     @property
     def met(self) -> bool | None:
-        """Whether the aim is; None where there is none."""
+        """Whether the ratio is within its limit; None without a limit."""
         if self.limit is None:
             return None
-        return self.ratio >= self.limit if self.more_is_better else self.ratio <= self.limit
+        return self.ratio >= self.limit if self.higher_is_better else self.ratio <= self.limit
 
-    def plain(self) -> dict[str, Any]:
-        """For JSON."""
-        medians = {"ours_median": median(self.ours), "other_median": median(self.others)}
+    def to_json(self) -> dict[str, Any]:
+        """Return all fields, the medians and the ratio."""
+        medians = {"median": median(self.values), "reference_median": median(self.references)}
         return asdict(self) | medians | {"ratio": self.ratio, "met": self.met}
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Medians, and the median ratio, a line each."""
+    """Render medians and ratios, one line per row."""
     lines = []
-    width = max(len(row.what) for row in rows)
+    width = max(len(row.name) for row in rows)
     for section in dict.fromkeys(row.section for row in rows):
         lines.append(f"\n{section}")
         for row in (r for r in rows if r.section == section):
             aim = ""
             if row.limit is not None:
-                sign = ">=" if row.more_is_better else "<="
+                sign = ">=" if row.higher_is_better else "<="
                 aim = f"  aim {sign} {row.limit:g}: {'met' if row.met else 'NOT MET'}"
             lines.append(
-                f"  {row.what:<{width}}  {median(row.ours):>10.4g} {row.unit:<10} against "
-                f"{median(row.others):>10.4g}  ratio {row.ratio:>6.3g}{aim}  "
-                f"({row.against}; {len(row.ours)} values)"
+                f"  {row.name:<{width}}  {median(row.values):>10.4g} {row.unit:<10} against "
+                f"{median(row.references):>10.4g}  ratio {row.ratio:>6.3g}{aim}  "
+                f"({row.reference_name}; {len(row.values)} values)"
             )
     return "\n".join(lines)

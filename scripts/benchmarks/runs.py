@@ -1,4 +1,4 @@
-"""Whole runs, each a process of its own: their steps, their memory, the way to their first step."""
+"""Whole training runs, each a process of its own: their steps, memory and start-up."""
 
 from __future__ import annotations
 
@@ -8,224 +8,276 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NoReturn, Self
 
 import psutil
+from quickstart import ENVIRONMENT, local_head
 
 from actors.placement import PROCESS
-from scripts.benchmarks.rows import Row
-from seqkd.config.run import Config
+from benchmarks.rows import Row
+from seqkd.config import run as configuration
 from seqkd.errors import ActorError
 from seqkd.models.loading import expand
 from seqkd.training.clock import STAGES
 
-ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = Path(__file__).resolve().parents[1]
 GIB = 2**30
-COMPILED = [
-    "learner.compile=true",
-    *(f"{role}.enforce_eager=false" for role in ("rollout", "teacher")),
-]
-"""The fastest way of a step that is strictly on-policy."""
-ONE_CORE = [f"{role}.cpus=1" for role in ("rollout", "teacher", "learner")]
+COMPILED = ("learner.compile=true", "rollout.enforce_eager=false", "teacher.enforce_eager=false")
+"""Fastest configuration of a step that is strictly on-policy."""
+ONE_CORE = ("rollout.cpus=1", "teacher.cpus=1", "learner.cpus=1")
+SPLIT = (*ONE_CORE, "placement=split")
 
 
-@dataclass
-class Finished:
-    """One run."""
+class Training:
+    """A training process, which ends with the block. ``steps`` is a file to which it appends one
+    line per step."""
 
-    steps: list[dict[str, Any]]
-    """Rows of its metrics."""
-    first_step_s: float
-    """From its start to the end of its first step."""
-    peak: dict[str, float] = field(default_factory=dict)
-    """GiB of resident memory at most, by process: "driver", "learner 0", …"""
-    driver: list[tuple[int, float]] = field(default_factory=list)
-    """Steps that were taken, and GiB of the driver, over time."""
-
-    def later(self, *stages: str) -> list[float]:
-        """Seconds in ``stages`` of every step but the first, which also compiles and allocates, and
-        the last, beside which nothing is drawn."""
-        return [sum(row[f"time_{stage}_s"] for stage in stages) for row in self.steps[1:-1]]
-
-
-def run(
-    config: str, overrides: Sequence[str], environment: Mapping[str, str] | None = None
-) -> Finished:
-    """Train, and watch every process's memory; ActorError with its last words where it fails."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [
-            *(sys.executable, str(ROOT / "scripts" / "train.py"), config),
-            *(f"runs_dir={folder}", "name=run", *overrides),
-        ]
-        begun = time.perf_counter()
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
-            env={**os.environ, **(environment or {})},
+    def __init__(
+        self, command: Iterable[str], steps: Path, environment: Mapping[str, str], folder: Path
+    ) -> None:
+        self.steps, self.begun = steps, time.perf_counter()
+        self.sampled = self.begun
+        self.peak: dict[int, float] = {}
+        """Peak resident memory of each process in GiB, by process id."""
+        self.names: dict[int, str] = {}
+        self.log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  closed by stop
+        self.process = psutil.Popen(
+            [sys.executable, *command], cwd=folder, env={**os.environ, **environment},
+            stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log,
         )  # fmt: skip
-        finished = Finished([], 0.0)
-        metrics = Path(folder) / "run" / "metrics.jsonl"
-        with _followed(process.pid, metrics, finished, begun):
-            said, _ = process.communicate()
-        if process.returncode:
-            raise ActorError(f"a run of the benchmark failed: {said.strip().splitlines()[-1]}")
-        finished.steps = [json.loads(line) for line in metrics.read_text().splitlines()]
-        return finished
+        self.roots: list[psutil.Process] = [self.process]
+        """Processes that are paused together, with their descendants."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Terminate the process, unless it has ended."""
+        self.resume()
+        if self.process.poll() is None:
+            self.process.terminate()
+        self.process.wait()
+        self.log.close()
+
+    def next_step(self) -> float:
+        """Wait for the end of the next step. Return the seconds since the start of the process;
+        raise ActorError with its last message if it ended."""
+        before = self.completed()
+        while self.completed() == before:
+            if self.process.poll() is not None:
+                self._fail()
+            self._watch()
+        return time.perf_counter() - self.begun
+
+    def finish(self) -> None:
+        """Wait for the end of the process; raise ActorError with its last message if it failed."""
+        while self.process.poll() is None:
+            self._watch()
+        if self.process.returncode:
+            self._fail()
+
+    def completed(self) -> int:
+        """Return the number of completed steps."""
+        return self.steps.read_bytes().count(b"\n") if self.steps.exists() else 0
+
+    def memory(self, name: str) -> float:
+        """Return the peak resident memory of an actor in GiB, for example of "learner 0"."""
+        return max(gib for pid, gib in self.peak.items() if self.names[pid] == name)
+
+    def turn(self) -> float:
+        """Resume until the end of the next step, and pause again. Return the seconds."""
+        begun = time.perf_counter()
+        self.resume()
+        self.next_step()
+        self.pause()
+        return time.perf_counter() - begun
+
+    def pause(self) -> None:
+        """Suspend all processes."""
+        self._each(psutil.Process.suspend)
+
+    def resume(self) -> None:
+        """Resume all processes."""
+        self._each(psutil.Process.resume)
+
+    def _each(self, action: Callable[[psutil.Process], None]) -> None:
+        for root in self.roots:
+            with suppress(psutil.NoSuchProcess):
+                for process in (root, *root.children(recursive=True)):
+                    with suppress(psutil.NoSuchProcess):
+                        action(process)
+
+    def _watch(self) -> None:
+        """Wait a moment, and twice per second measure memory."""
+        time.sleep(0.005)
+        if time.perf_counter() - self.sampled > 0.5:
+            self._each(self._measure)
+            self.sampled = time.perf_counter()
+
+    def _measure(self, process: psutil.Process) -> None:
+        gib = process.memory_info().rss / GIB
+        self.peak[process.pid] = max(self.peak.get(process.pid, 0.0), gib)
+        # Read each time: Ray starts a worker before it assigns the worker its actor.
+        with suppress(psutil.AccessDenied):
+            self.names[process.pid] = process.environ().get(PROCESS, "")
+
+    def _fail(self) -> NoReturn:
+        self.log.seek(0)
+        lines = self.log.read().strip().splitlines() or ["no message"]
+        raise ActorError(f"a run of the benchmark failed: {lines[-1]}")
 
 
 @contextmanager
-def _followed(pid: int, metrics: Path, finished: Finished, begun: float) -> Iterator[None]:
-    """How far a run is, while the block runs, and its processes' memory."""
+def trained(
+    file: str, overrides: Iterable[str], environment: Mapping[str, str] | None = None
+) -> Iterator[Training]:
+    """Start a training run of ``file``."""
+    with tempfile.TemporaryDirectory() as folder:
+        place = (f"runs_dir={folder}", "name=run")
+        command = (str(SCRIPTS / "train.py"), file, *place, *overrides)
+        steps = Path(folder) / "run" / "metrics.jsonl"
+        with Training(command, steps, environment or {}, SCRIPTS.parent) as training:
+            yield training
 
-    def look(driver: psutil.Process) -> None:
-        if not finished.first_step_s and metrics.exists() and metrics.stat().st_size:
-            finished.first_step_s = time.perf_counter() - begun
-        taken = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
-        finished.driver.append((taken, driver.memory_info().rss / GIB))
 
-    with watched(pid, finished.peak, look):
-        yield
+class Run:
+    """A finished training run."""
+
+    def __init__(
+        self, file: str, overrides: Iterable[str] = (), environment: Mapping[str, str] | None = None
+    ) -> None:
+        with trained(file, overrides, environment) as training:
+            self.first_step_s = training.next_step()
+            """Seconds from the start of the process to the end of the first step."""
+            training.finish()
+            lines = training.steps.read_text().splitlines()
+        self.rows: list[dict[str, Any]] = [json.loads(line) for line in lines][1:-1]
+        """Metrics of each step except the first, which also compiles and allocates, and the last,
+        during which nothing is prefetched."""
+
+    def seconds(self, *stages: str) -> list[float]:
+        """Return the seconds that each step spent in ``stages``."""
+        return [sum(row[f"time_{stage}_s"] for stage in stages) for row in self.rows]
 
 
 @contextmanager
-def watched(
-    pid: int, peak: dict[str, float], look: Callable[[psutil.Process], None] = lambda process: None
-) -> Iterator[None]:
-    """While the block runs, twice a second: ``look``; and GiB of resident memory at most, by
-    process, "driver" being ``pid`` and the others its children, into ``peak``."""
-    over = threading.Event()
-
-    def watch() -> None:
-        driver = psutil.Process(pid)
-        names: dict[int, str] = {pid: "driver"}
-        while not over.wait(0.5):
-            with suppress(psutil.Error):
-                look(driver)
-                for process in (driver, *driver.children(recursive=True)):
-                    if not names.get(process.pid):  # Ray starts a worker before it names it
-                        names[process.pid] = process.environ().get(PROCESS, "")
-                    name = names[process.pid] or f"Ray's {process.pid}"
-                    size = process.memory_info().rss / GIB
-                    peak[name] = max(peak.get(name, 0.0), size)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
+def three_slots() -> Iterator[str]:
+    """Start a Ray cluster with room for three roles of one core each, whatever the machine has."""
+    with local_head(ENVIRONMENT, "--num-cpus=3") as head:
+        yield head.cluster
 
 
-def outside(file: str, repetitions: int) -> list[Row]:
-    """What a step takes beside its stages; and the way to the first one's end."""
+def step_overhead(file: str, repetitions: int) -> list[Row]:
+    """Measure the time of a step outside its stages, and the time to the first step."""
     rest = Row("end to end", "a step outside its stages", "s", "the whole step", 0.05)
-    checks = Row("end to end", "the known text and other checks", "s", "the whole step")
+    checks = Row("end to end", "the probe text and other checks", "s", "the whole step")
     first = Row("start-up", "to the end of the first step", "s", "a later step")
     for _ in range(repetitions):
-        finished = run(file, [])
-        for row in finished.steps[1:-1]:
-            stages = sum(row[f"time_{stage}_s"] for stage in STAGES)
-            rest.add(row["time_step_s"] - stages, row["time_step_s"])
-            checks.add(row["time_watch_s"], row["time_step_s"])
-        first.add(finished.first_step_s, median(finished.later("step")))
+        run = Run(file)
+        steps = run.seconds("step")
+        rest.extend((s - t for s, t in zip(steps, run.seconds(*STAGES), strict=True)), steps)
+        checks.extend(run.seconds("watch"), steps)
+        first.add(run.first_step_s, median(steps))
     return [rest, checks, first]
 
 
-def start_up(file: str, config: Config, repetitions: int) -> list[Row]:
-    """Compiled as in :func:`turns.end_to_end`, where nothing was compiled before and nothing of the
-    libraries and models is in memory, but what this process has itself mapped of them; and again
-    with what the first left behind."""
+def start_up(file: str, repetitions: int) -> list[Row]:
+    """Measure compiled runs with empty compile caches and with the libraries and models out of the
+    page cache, except for what this process itself maps; then again with the caches filled."""
+    config = configuration.load(file)
     row = Row("start-up", "compiled, cold: to the end of the first step", "s", "the same, warm")
     models = [expand(config.student.model), *(expand(t.model) for t in config.teachers.values())]
     for _ in range(repetitions):
         with tempfile.TemporaryDirectory() as caches:
-            left = {
+            environment = {
                 "TORCHINDUCTOR_CACHE_DIR": f"{caches}/torch",
                 "VLLM_CACHE_ROOT": f"{caches}/vllm",
             }
             _evict(*sysconfig.get_paths().values(), *models)
-            cold, warm = (run(file, [*COMPILED, "steps=1"], left) for _ in range(2))
+            cold, warm = (Run(file, [*COMPILED, "steps=1"], environment) for _ in range(2))
         row.add(cold.first_step_s, warm.first_step_s)
     return [row]
 
 
 def _evict(*folders: str) -> None:
-    """Every file below them from the page cache."""
+    """Remove all files below ``folders`` from the page cache."""
     for path in {path for folder in folders for path in Path(folder).rglob("*")}:
         if path.is_file() and os.access(path, os.R_OK):
             with path.open("rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def growth(file: str, config: Config, repetitions: int) -> Iterator[Row]:
-    """What twice the work costs, and what a second process with a core of its own gains. The
-    pruned student's completions go on to the limit, so that it says how long they are."""
+def growth(file: str, repetitions: int) -> list[Row]:
+    """Measure the cost of twice the work, and the gain from a second process with its own core.
+    The completions of the pruned student run to the token limit, which so sets their length."""
+    config = configuration.load(file)
     doubled = {
         "prompts": f"prompts_per_step={2 * config.prompts_per_step}",
         "samples per prompt": f"rollout.samples_per_prompt={2 * config.rollout.samples_per_prompt}",
         "completion length": f"rollout.max_tokens={2 * config.rollout.max_tokens}",
     }
-    rows = {
-        what: Row("growth", f"a step, twice the {what}", "s", "as it is", 2.1) for what in doubled
-    }
-    for _ in range(repetitions):
-        once = run(file, [])
-        for what, override in doubled.items():
-            rows[what].pairs(run(file, [override]).later("step"), once.later("step"))
-    yield from rows.values()
+    rows = {name: Row("growth", f"a step, twice the {name}", "s", "as it is", 2.1)
+            for name in doubled}  # fmt: skip
     ranks = Row("growth", "learning, two ranks of one core each", "s", "one")
     engines = Row("growth", "sampling, two engines of one core each", "s", "one")
     cores = ["learner.cpus=1", "rollout.cpus=1"]
     for _ in range(repetitions):
-        one, two = run(file, cores), run(file, [*cores, "learner.ranks=2", "rollout.actors=2"])
-        ranks.pairs(two.later("learn"), one.later("learn"))
-        engines.pairs(two.later("sample"), one.later("sample"))
-    yield from (ranks, engines)
+        base = Run(file)
+        for name, override in doubled.items():
+            rows[name].extend(Run(file, [override]).seconds("step"), base.seconds("step"))
+        one, two = Run(file, cores), Run(file, [*cores, "learner.ranks=2", "rollout.actors=2"])
+        ranks.extend(two.seconds("learn"), one.seconds("learn"))
+        engines.extend(two.seconds("sample"), one.seconds("sample"))
+    return [*rows.values(), ranks, engines]
 
 
-def ahead(file: str, repetitions: int, cluster: str, environment: Mapping[str, str]) -> list[Row]:
-    """A step that draws the next one meanwhile, each role on its own core, against the slower of
-    drawing and learning where they take turns. ``cluster`` has a slot for each of three roles, of
-    which no more than two are at work at once, here as in :func:`overlap`."""
+def ahead(file: str, repetitions: int) -> list[Row]:
+    """Compare a step that prefetches the next rollouts, one core per role, with the slower of
+    sampling plus scoring and learning where the two alternate. At most two roles run at once."""
     row = Row("overlap", "a step with rollout.max_staleness 1", "s", "the slower side alone", 1.15)
-    split = [*ONE_CORE, "placement=split", f"cluster={cluster}"]
     for _ in range(repetitions):
-        turns = run(file, split, environment)
-        beside = run(file, [*split, "rollout.max_staleness=1"], environment)
-        slower = map(max, turns.later("sample", "score"), turns.later("learn"))
-        row.pairs(beside.later("step"), slower)
+        with three_slots() as cluster:
+            split = [*SPLIT, f"cluster={cluster}"]
+            alternating = Run(file, split, ENVIRONMENT)
+            prefetched = Run(file, [*split, "rollout.max_staleness=1"], ENVIRONMENT)
+        slower = map(max, alternating.seconds("sample", "score"), alternating.seconds("learn"))
+        row.extend(prefetched.seconds("step"), slower)
     return [row]
 
 
-def overlap(file: str, repetitions: int, cluster: str, environment: Mapping[str, str]) -> list[Row]:
-    """Scoring beside sampling, each on its own core."""
-    draw = Row("overlap", "a draw of 8 waves with placement split", "s", "sampling, then scoring")
+def overlap(file: str, repetitions: int) -> list[Row]:
+    """Compare scoring in parallel with sampling, one core each, with one after the other."""
+    rollouts = Row("overlap", "rollouts in 8 waves, placement split", "s", "sampling, then scoring")
     floor = Row("overlap", "the same", "s", "the slower of the two alone")
     # Two sequences at a time, and as many scored at once.
-    waves = [*ONE_CORE, "rollout.max_num_seqs=2", "teacher.batch_tokens=320"]
-    split = [*waves, "placement=split", f"cluster={cluster}"]
+    waves = ["rollout.max_num_seqs=2", "teacher.batch_tokens=320"]
     for _ in range(repetitions):
-        alone, beside = run(file, waves), run(file, split, environment)
-        took = beside.later("sample", "score")
-        draw.pairs(took, alone.later("sample", "score"))
-        floor.pairs(took, map(max, alone.later("sample"), alone.later("score")))
-    return [draw, floor]
+        alone = Run(file, [*ONE_CORE, *waves])
+        with three_slots() as cluster:
+            split = Run(file, [*SPLIT, *waves, f"cluster={cluster}"], ENVIRONMENT)
+        seconds = split.seconds("sample", "score")
+        rollouts.extend(seconds, alone.seconds("sample", "score"))
+        floor.extend(seconds, map(max, alone.seconds("sample"), alone.seconds("score")))
+    return [rollouts, floor]
 
 
-def driver(steps: int) -> list[Row]:
-    """The driver's memory after many small steps, against that after a tenth of them."""
-    finished = run("configs/tiny.yaml", [f"steps={steps}", "evaluation.prompts=0"])
+def driver_memory(steps: int) -> Row:
+    """Compare the driver's memory after many small steps with that after a tenth of them."""
     row = Row("driver", f"memory after {steps} tiny steps", "GiB", "after a tenth of them", 1.05)
-
-    def within(low: float, high: float) -> float:
-        return median(gib for taken, gib in finished.driver if low * steps < taken <= high * steps)
-
-    row.add(within(0.9, 1.0), within(0.1, 0.2))
-    return [row]
+    sizes = []
+    with trained("configs/tiny.yaml", [f"steps={steps}", "evaluation.prompts=0"]) as training:
+        for _ in range(steps):
+            training.next_step()
+            sizes.append(training.process.memory_info().rss / GIB)
+        training.finish()
+    tenth = steps // 10
+    row.add(median(sizes[-tenth:]), median(sizes[tenth : 2 * tenth]))
+    return row

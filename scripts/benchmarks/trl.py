@@ -1,17 +1,120 @@
-"""The same work in TRL's DistillationTrainer, which waits for its turn before each step (see
-scripts.benchmarks.turns): python -m scripts.benchmarks.trl SPEC, in JSON"""
+"""Whole steps of seqkd and of TRL, alternately, on the same models, prompts, lengths and
+divergence: each trainer is a process that is suspended while the other takes a step, so that both
+meet the same machine. Run as a module, this is the process of TRL's DistillationTrainer."""
 
 from __future__ import annotations
 
 import json
 import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
-from scripts.benchmarks.turns import wait_for_turn
+import psutil
+from quickstart import ENVIRONMENT
+
+from benchmarks.rows import Row
+from benchmarks.runs import COMPILED, SCRIPTS, SPLIT, Training, three_slots, trained
+from seqkd.config import run as configuration
+from seqkd.config.base import Precision
+from seqkd.config.run import Config
 
 
-def main(spec: dict[str, Any]) -> None:
-    """``spec``: student, teacher, prompts (messages), batch, steps, tokens, lr, bf16, onednn."""
+def compare(file: str, repetitions: int, precision: Precision = "float32") -> Iterator[Row]:
+    """Measure a step as configured, a compiled step, and a compiled step that prefetches, with one
+    core per role as in :func:`runs.ahead`. TRL runs with its defaults; in float32 also once with
+    :func:`actors.cpu_matmul.use_onednn`, which TRL does not offer."""
+    trainer = "TRL's DistillationTrainer"
+    step = Row("end to end", f"a step, {precision}", "s", trainer, 1 / 1.6)
+    compiled = Row("end to end", "the same, compiled", "s", trainer, 1 / 1.6)
+    ahead = Row("end to end", "and prefetched", "s", trainer, 1 / 2.5)
+    onednn = Row("end to end", "the same", "s", "TRL with oneDNN's products too")
+    learner = Row("end to end", f"memory of the learner, {precision}", "GiB", "TRL's process", 1.0)
+    total = Row("end to end", f"memory of all processes, {precision}", "GiB", "TRL's process")
+    config = configuration.load(file)
+    plain = [f"{role}.precision={precision}" for role in ("learner", "rollout", "teacher")]
+    prefetched = [*plain, *COMPILED, *SPLIT, "rollout.max_staleness=1"]
+    cases: list[tuple[Row, list[str], bool]] = [
+        (step, plain, False), (compiled, [*plain, *COMPILED], False), (ahead, prefetched, False),
+    ]  # fmt: skip
+    if precision == "float32":  # for bfloat16 torch itself uses oneDNN
+        cases.append((onednn, prefetched, True))
+    with tempfile.TemporaryDirectory() as folder:
+        spec = _spec(config, folder, precision)
+        for row, overrides, use_onednn in cases:
+            for _ in range(repetitions):
+                peaks = _alternate(row, file, config, overrides, {**spec, "onednn": use_onednn})
+                if row is step:
+                    learner.add(peaks["learner"], peaks["trl"])
+                    total.add(peaks["all"], peaks["trl"])
+            yield from (step, learner, total) if row is step else (row,)
+
+
+def compare_bfloat16(file: str, repetitions: int) -> Iterator[Row]:
+    """Measure the same in bfloat16."""
+    return compare(file, repetitions, "bfloat16")
+
+
+def _alternate(
+    row: Row, file: str, config: Config, overrides: Sequence[str], spec: Mapping[str, Any]
+) -> dict[str, float]:
+    """Add each step to ``row`` except the first, which also compiles and allocates, and the last,
+    which exports. Return peak memory in GiB: "learner", "all" (seqkd's processes), and "trl"."""
+    environment = {"OMP_NUM_THREADS": str(spec["threads"]), "HF_HUB_OFFLINE": "1"}
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        environment: Mapping[str, str] = {}
+        if set(SPLIT) <= set(overrides):
+            overrides = [*overrides, f"cluster={stack.enter_context(three_slots())}"]
+            environment = ENVIRONMENT
+        seqkd = stack.enter_context(trained(file, overrides, environment))
+        seqkd.next_step()
+        seqkd.roots = psutil.Process().children()  # including the head of the cluster
+        seqkd.pause()
+        trl = stack.enter_context(_start_trl({**spec, "directory": folder}))
+        trl.next_step()
+        trl.pause()
+        for _ in range(config.steps - 2):
+            row.add(seqkd.turn(), trl.turn())
+        for training in (seqkd, trl):
+            training.resume()
+            training.finish()
+        peaks = {"learner": seqkd.memory("learner 0"), "all": sum(seqkd.peak.values())}
+        return peaks | {"trl": sum(trl.peak.values())}
+
+
+def _start_trl(spec: Mapping[str, Any]) -> Training:
+    command = ("-m", "benchmarks.trl", json.dumps(spec))
+    environment = {"OMP_NUM_THREADS": str(spec["threads"]), "HF_HUB_OFFLINE": "1"}
+    return Training(command, Path(spec["directory"]) / "steps", environment, SCRIPTS)
+
+
+def _spec(config: Config, folder: str, precision: Precision) -> dict[str, Any]:
+    """Return the work of TRL's process: the same as that of the configuration."""
+    from seqkd.checks import preflight
+    from seqkd.data.stream import PromptStream
+    from seqkd.models.export import materialize_student
+    from seqkd.models.loading import expand
+
+    checked = preflight.check(config)
+    prompts = PromptStream(checked.train, config.seed).take(config.prompts_per_step * config.steps)
+    return {
+        "student": materialize_student(config.student, "float32", Path(folder) / "student"),
+        "teacher": expand(config.teacher.model),
+        "prompts": [[{"role": r, "content": c} for r, c in p.messages] for p in prompts],
+        "batch": config.prompts_per_step,
+        "steps": config.steps,
+        "tokens": config.rollout.max_tokens,
+        "lr": config.learner.lr,
+        "precision": precision,
+        "threads": config.learner.cpus,
+    }
+
+
+def train(spec: Mapping[str, Any]) -> None:
+    """Train with TRL; append a line to the file ``directory``/steps after each step."""
     import torch
     from datasets import Dataset
     from transformers import AutoTokenizer, TrainerCallback
@@ -23,32 +126,29 @@ def main(spec: dict[str, Any]) -> None:
     if spec["onednn"]:
         use_onednn()
 
-    class Turn(TrainerCallback):
-        """From the beginning of one step to that of the next, or to the end."""
+    class StepFile(TrainerCallback):
+        """Record the end of each step."""
 
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            wait_for_turn()
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            with (Path(spec["directory"]) / "steps").open("a") as file:
+                file.write("\n")
 
-        def on_train_end(self, *_: Any, **__: Any) -> None:
-            wait_for_turn()
-
-    dtype = "bfloat16" if spec["bf16"] else "float32"
     arguments = DistillationConfig(
-        output_dir=spec["directory"],
+        output_dir=f"{spec['directory']}/trl",
         per_device_train_batch_size=spec["batch"],
         max_steps=spec["steps"],
         max_completion_length=spec["tokens"],
         learning_rate=spec["lr"],
         beta=1.0,
-        bf16=spec["bf16"],
+        bf16=spec["precision"] == "bfloat16",
         use_cpu=True,
         gradient_checkpointing=False,
         shuffle_dataset=False,
         report_to="none",
         save_strategy="no",
         logging_steps=10**6,
-        model_init_kwargs={"dtype": dtype},
-        teacher_model_init_kwargs={"dtype": dtype},
+        model_init_kwargs={"dtype": spec["precision"]},
+        teacher_model_init_kwargs={"dtype": spec["precision"]},
     )
     trainer = DistillationTrainer(
         model=spec["student"],
@@ -56,10 +156,10 @@ def main(spec: dict[str, Any]) -> None:
         args=arguments,
         train_dataset=Dataset.from_list([{"prompt": m} for m in spec["prompts"]]),
         processing_class=AutoTokenizer.from_pretrained(spec["teacher"]),
-        callbacks=[Turn()],
+        callbacks=[StepFile()],
     )
     trainer.train()
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    train(json.loads(sys.argv[1]))

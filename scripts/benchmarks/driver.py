@@ -1,27 +1,35 @@
-"""How fast teacher scores go from a scorer through the driver to a learner's rank."""
+"""The driver process: its memory over many steps, and teacher states on their way to a rank."""
 
 from __future__ import annotations
 
 import time
 from typing import Any
 
+import ray
 import torch
 
 from actors.groups import TeacherGroup
 from actors.pool import Pool, remote
-from scripts.benchmarks.rows import Row
+from benchmarks import runs
+from benchmarks.rows import Row
 from seqkd.learner.batching import Layout, pack, partition
 from seqkd.types import Rollout, TeacherScore
 
 SEQUENCES, PROMPT, TOKENS, WIDTH = 128, 32, 256, 2048
 """256 MiB of float32 states."""
+LAYOUT = Layout(8192)
+
+
+def measure(file: str, repetitions: int) -> list[Row]:
+    """Measure memory on configs/tiny.yaml, and the transfer between stand-ins of the actors."""
+    return [runs.driver_memory(1000), transfer(repetitions)]
 
 
 class Scorer:
-    """At a teacher's place: scores that cost nothing to compute."""
+    """Stand-in for a teacher, whose scores cost nothing to compute."""
 
     def score(self, rollouts: list[Rollout]) -> list[TeacherScore]:
-        """States of the right size."""
+        """Return states of the right size."""
         return [
             TeacherScore(r.sample_id, hidden=torch.ones(len(r.completion_ids), WIDTH))
             for r in rollouts
@@ -29,18 +37,16 @@ class Scorer:
 
 
 class Rank:
-    """At a learner's place."""
+    """Stand-in for a learner rank."""
 
     def take(self, batches: list[Any]) -> None:
-        """What a step is given."""
+        """Receive the batches of a step."""
 
 
-def measure(repetitions: int) -> Row:
-    """Bytes a second through TeacherGroup, packing, and the call on a rank."""
-    import ray
-
+def transfer(repetitions: int) -> Row:
+    """Measure bytes per second through TeacherGroup, packing, and the call of a rank."""
     row = Row("driver", "teacher's states to the learner", "GB/s", "one copy in memory",
-              more_is_better=True)  # fmt: skip
+              higher_is_better=True)  # fmt: skip
     tokens, logprobs = tuple(range(TOKENS)), (0.0,) * TOKENS
     rollouts = [
         Rollout(str(i), str(i), tuple(range(PROMPT)), tokens, logprobs, "student", 0, "stop")
@@ -52,17 +58,17 @@ def measure(repetitions: int) -> Row:
         scorer = TeacherGroup(Pool("teacher", [remote(Scorer).remote()]))
         rank = Pool("learner", [remote(Rank).remote()])
         for repetition in range(repetitions + 1):
-            begun = time.perf_counter()
+            start = time.perf_counter()
             scores = scorer.score(rollouts)
-            (dealt,) = partition(rollouts, scores, 1, Layout(8192))
-            batches = [pack(of, scores, rollouts[0], Layout(8192)) for of in dealt]
+            (slots,) = partition(rollouts, scores, 1, LAYOUT)
+            batches = [pack(slot, scores, rollouts[0], LAYOUT) for slot in slots]
             rank.call("take", [(batches,)])
-            moved = time.perf_counter() - begun
+            moved = time.perf_counter() - start
             states = torch.ones(SEQUENCES * TOKENS, WIDTH)
-            begun = time.perf_counter()
+            start = time.perf_counter()
             states.clone()
-            if repetition:
-                row.add(size / moved, size / (time.perf_counter() - begun))
+            if repetition:  # the first allocates
+                row.add(size / moved, size / (time.perf_counter() - start))
     finally:
         ray.shutdown()
     return row
