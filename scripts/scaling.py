@@ -1,15 +1,15 @@
-"""What a step would cost on other machines, by arithmetic: python scripts/scaling.py
+"""Estimate the cost of a step on other machines by arithmetic: python scripts/scaling.py
 
-docs/scaling.md says what is counted and how it compares with what was measured.
+docs/scaling.md explains what is counted, and compares it with measurements.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from statistics import median
+from timeit import repeat
 from typing import Any
 
 from seqkd.studies.step_cost import (
@@ -31,8 +31,8 @@ H100 = Chip(
     "H100, bfloat16", products=775e12, memory=3.0e12, link=150e9, moved=1.6e9, driver=1e9, number=2,
     learn=0.4, read=0.6, write=0.6,
 )  # fmt: skip
-"""Measured on one card: products; learn; read, of a teacher of kind hf; moved, as far as the
-learner's side goes (docs/benchmarks.md). Assumed: the rest."""
+"""Measured on one card (docs/benchmarks.md): products, learn, read (a teacher of kind hf), and
+moved (the learner's side). All other values are assumptions."""
 SMALL = Plan(
     "7B -> 1.5B, 8 H100", QWEN_1_5B, QWEN_7B, H100, Work(128, 4, 512, 320, 512),
     engines=1, scorers=3, ranks=4, recomputed=True,
@@ -44,14 +44,13 @@ LARGE = Plan(
 
 
 def main() -> None:
-    """Print both plans with the split of chips that is best for them; or what this processor could
-    do at best."""
-    parser = argparse.ArgumentParser(description="What a step would cost, by arithmetic.")
+    """Print both plans, each with its best split of chips, or the lower bound of this processor."""
+    parser = argparse.ArgumentParser(description="Estimate the cost of a step by arithmetic.")
     parser.add_argument(
         "--here",
         action="store_true",
-        help="the step of configs/benchmark.yaml on this machine's processor, if everything ran at "
-        "the speed of a large product and of a large copy, which are measured first",
+        help="the step of configs/benchmark.yaml on this processor, if everything ran at the speed "
+        "of a large product and a large copy, which are measured first",
     )
     if parser.parse_args().here:
         chip = here()
@@ -66,11 +65,11 @@ def main() -> None:
 
 SHORT = replace(SMOLLM, name="its first 10 layers", layers=10)
 WORK = Work(prompts=16, samples=1, prompt=28, completion=64, limit=64)
-"""Of configs/benchmark.yaml."""
+"""The step of configs/benchmark.yaml."""
 
 
 def here() -> Chip:
-    """This processor, in float32, everything at the speed of the two operations measured."""
+    """Measure this processor in float32, at the speed of two large operations."""
     import torch
 
     from actors.cpu_matmul import use_onednn
@@ -79,12 +78,7 @@ def here() -> Chip:
     square, block = torch.randn(2048, 2048), torch.ones(2**26)
 
     def seconds(work: Callable[[], Any]) -> float:
-        taken = []
-        for _ in range(7):
-            begun = time.perf_counter()
-            work()
-            taken.append(time.perf_counter() - begun)
-        return median(taken)
+        return median(repeat(work, number=1, repeat=7))
 
     other = torch.empty_like(block)
     memory = 2 * block.nbytes / seconds(lambda: other.copy_(block))
@@ -96,20 +90,21 @@ def here() -> Chip:
 
 
 def show(plan: Plan) -> None:
-    """Stages, their largest terms, and schedules."""
-    of = stages(plan)
+    """Print the stages, their terms, and the schedules."""
+    costs = stages(plan)
     print(
         f"\n{plan.name}: {plan.engines} sample, {plan.scorers} score, {plan.ranks} learn; "
         f"{plan.work.sequences} completions of {plan.work.completion:g} tokens, cut at "
         f"{plan.work.limit}"
     )
     for stage in NAMES:
-        terms = ", ".join(f"{name} {s:.2f}" for name, s in getattr(of, stage).items())
-        print(f"  {stage:<8}{of.seconds(stage):7.2f} s  {terms}")
-    laid = schedule(plan)
+        terms = ", ".join(f"{name} {s:.2f}" for name, s in getattr(costs, stage).items())
+        print(f"  {stage:<8}{costs.seconds(stage):7.2f} s  {terms}")
+    steps = schedule(plan)
     print(
-        f"  a step: in turns {laid.turns:.1f} s; scoring beside sampling {laid.beside:.1f} s "
-        f"(hides {laid.overlapped:.0%} of it); both beside learning {laid.ahead:.1f} s"
+        f"  a step: sequential {steps.sequential:.1f} s; scoring in parallel with sampling "
+        f"{steps.split:.1f} s (hides {steps.hidden:.0%} of it); both in parallel with learning "
+        f"{steps.prefetched:.1f} s"
     )
 
 

@@ -1,4 +1,4 @@
-"""How the divergence and its gradient converge as a teacher's scores name more tokens:
+"""Measure how the divergence and its gradient converge as the teacher's scores include more tokens:
 python scripts/top_k.py configs/quickstart.yaml"""
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ KS = (1, 4, 16, 64, 256, 1024, 4096)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 done, 2 a message says what to mend."""
+    """Return the exit code: 0 done, 2 a message names the fix."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("config", help="YAML file: student, teacher, data")
     parser.add_argument("overrides", nargs="*", metavar="key=value")

@@ -9,76 +9,69 @@ from pathlib import Path
 
 from figures import canvas, save
 
+RANKS = (1, 4, 16, 64)
+STEPS = 1000
+LEARNING_RATES = {"adam": 0.01, "sgd": 1.0}
+SHOWN = (10, 30, 100, 300, 1000)
+LABELS = {"distribution": "L2 of distributions", "weights": "relative L2 of weights"}
+
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the table; write the figure."""
+    """Print the table and write the figure, both divergences on the same teachers and inputs."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/toy_linear"), help="for the figure")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--seeds", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--optimizer", choices=("adam", "sgd"), default="adam")
-    parser.add_argument("--lr", type=float, help="0.01 for adam, 1 for sgd if left out")
+    parser.add_argument("--optimizer", choices=tuple(LEARNING_RATES), default="adam")
     args = parser.parse_args(argv)
     if args.seeds < 2:
         parser.error("--seeds: an interval needs at least 2.")
-    if not all(1 <= rank <= 64 for rank in args.ranks):
-        parser.error("--ranks: a 64 x 64 matrix has a rank from 1 to 64.")
     args.out.mkdir(parents=True, exist_ok=True)
-    lr = args.lr or {"adam": 0.01, "sgd": 1.0}[args.optimizer]
-    study(args.out, args.ranks, args.seeds, args.steps, args.optimizer, lr)
-    return 0
-
-
-def study(out: Path, ranks: list[int], seeds: int, steps: int, optimizer: str, lr: float) -> None:
-    """Both divergences on the same teachers, starts and inputs."""
-    import torch
-    from scipy.stats import t as student_t
-
+    lr = LEARNING_RATES[args.optimizer]
+    print(
+        f"{args.optimizer}, lr {lr:g}, {args.seeds} seeds: mean ± 95 % interval over seeds (t). "
+        "Ahead: steps at which the paired\ninterval of the difference excludes 0.\n"
+    )
     from seqkd.studies.linear import DIVERGENCES, train
 
-    def interval(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        half = student_t.ppf(0.975, seeds - 1) * values.std(0) / seeds**0.5
-        return values.mean(0), half
-
-    shown = [s for s in (10, 30, 100, 300, 1000, 3000) if s <= steps]
-    print(
-        f"{optimizer}, lr {lr:g}, {seeds} seeds: mean ± 95 % interval over seeds (t). Ahead: steps "
-        "at which the paired\ninterval of the difference excludes 0.\n"
-    )
-    figure, axes = canvas(2, len(ranks), width=3 * len(ranks), height=5.5)
-    for column, rank in enumerate(ranks):
+    figure, axes = canvas(2, len(RANKS), width=3 * len(RANKS), height=5.5)
+    for column, rank in enumerate(RANKS):
         paths = {
-            kind: [train(kind, rank, seed, optimizer, lr, steps) for seed in range(seeds)]
+            kind: [train(kind, rank, s, args.optimizer, lr, STEPS) for s in range(args.seeds)]
             for kind in DIVERGENCES
         }
-        for row, (measure, label) in enumerate(
-            (("distribution", "L2 of distributions"), ("weights", "relative L2 of weights"))
-        ):
-            values = {
-                kind: torch.stack([getattr(p, measure) for p in of]) for kind, of in paths.items()
-            }
-            axis = axes[row * len(ranks) + column]
+        for row, (quantity, label) in enumerate(LABELS.items()):
+            axis = axes[row * len(RANKS) + column]
             print(f"rank {rank}, {label}")
-            print(f"{'step':>10}" + "".join(f"{step:>18}" for step in shown))
-            for kind, of_seeds in values.items():
-                mean, half = interval(of_seeds)
-                cells = "".join(f"{f'{mean[s]:.4f} ± {half[s]:.4f}':>18}" for s in shown)
-                print(f"{kind:>10}{cells}")
-                axis.plot(mean, label=f"{kind} KL")
-                axis.fill_between(range(len(mean)), mean - half, mean + half, alpha=0.3)
-            mean, half = interval(values["forward"] - values["reverse"])
-            forward, reverse = (mean + half < 0)[1:], (mean - half > 0)[1:]
-            print(
-                f"{'ahead':>10}  forward at {int(forward.sum())}, reverse at "
-                f"{int(reverse.sum())} of {steps} steps\n"
-            )
-            axis.set_xscale("symlog", linthresh=10)
+            show(axis, {k: [getattr(p, quantity) for p in runs] for k, runs in paths.items()})
             axis.set_title(f"rank {rank}" if row == 0 else "")
             axis.set_ylabel(label if column == 0 else "")
             axis.set_xlabel("step" if row == 1 else "")
     axes[0].legend()
-    save(figure, out / f"linear_{optimizer}.png")
+    save(figure, args.out / f"linear_{args.optimizer}.png")
+    return 0
+
+
+def show(axis, distances):  # type: ignore[no-untyped-def]
+    """Print and plot the means of both divergences with their intervals."""
+    import torch
+    from scipy.stats import t as student_t
+
+    def interval(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        quantile = student_t.ppf(0.975, len(values) - 1)
+        return values.mean(0), quantile * values.std(0) / len(values) ** 0.5
+
+    values = {kind: torch.stack(runs) for kind, runs in distances.items()}
+    print(f"{'step':>10}" + "".join(f"{step:>18}" for step in SHOWN))
+    for kind, by_seed in values.items():
+        mean, half = interval(by_seed)
+        cells = "".join(f"{f'{mean[s]:.4f} ± {half[s]:.4f}':>18}" for s in SHOWN)
+        print(f"{kind:>10}{cells}")
+        axis.plot(mean, label=f"{kind} KL")
+        axis.fill_between(range(len(mean)), mean - half, mean + half, alpha=0.3)
+    axis.set_xscale("symlog", linthresh=10)
+    mean, half = interval(values["forward"] - values["reverse"])
+    forward, reverse = ((sign * mean + half < 0)[1:].sum() for sign in (1, -1))
+    print(f"{'ahead':>10}  forward at {forward}, reverse at {reverse} of {STEPS} steps\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Languages small enough to enumerate, so that every expectation over sequences is exact.
+"""Languages small enough to enumerate, so that expectations over sequences are exact.
 
-Token 0 ends a sequence; one that reaches the horizon is cut there. The student is a bigram model,
-so that states share parameters, the teacher a trigram model, so that no student matches it.
+Token 0 ends a sequence, and sequences are cut at the horizon. The student is a bigram model, so
+that states share parameters. The teacher is a trigram model, so that no student matches it.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ EOS = 0
 
 
 class Language:
-    """A teacher over all sequences, and the student's tables as functions of its parameters
-    ``theta``, [V + 1, V] logits of the next token given the last one (V: none yet). N sequences,
-    horizon T, float64."""
+    """A teacher over all N sequences of at most T tokens, and the student as a function of its
+    parameters ``theta``: [V + 1, V] logits of the next token given the last one (V: none yet), in
+    float64."""
 
     def __init__(self, seed: int, vocabulary: int = 3, horizon: int = 4) -> None:
         self.vocabulary, self.horizon = vocabulary, horizon
@@ -31,52 +31,52 @@ class Language:
         generator = torch.Generator().manual_seed(seed)
         shape = (vocabulary + 1, vocabulary)
         self.theta = torch.randn(shape, generator=generator, dtype=torch.float64)
-        """A student far from the teacher."""
+        """Parameters of a student far from the teacher."""
         teacher = torch.randn((vocabulary + 1, *shape), generator=generator, dtype=torch.float64)
         padded = torch.cat([torch.full((len(self.tokens), 2), vocabulary), self.tokens], 1)
         self.last = padded[:, 1:-1]
         self.log_p = torch.log_softmax(2 * teacher[padded[:, :-2], self.last], -1)
-        """[N, T, V] the teacher at the state before each token."""
+        """[N, T, V] log-probs of the teacher before each token."""
 
     def log_q(self, theta: Tensor) -> Tensor:
-        """[N, T, V] the student at the same states."""
+        """Return [N, T, V] log-probs of the student before each token."""
         return torch.log_softmax(theta[self.last], -1)
 
     def stats(self, theta: Tensor) -> TokenStats:
-        """Statistics of every sequence, [N, T]; each is a group of its own."""
+        """Return the statistics of all sequences, [N, T], each sequence as its own group."""
         log_q = self.log_q(theta)
         return TokenStats(
             loss_mask=self.mask,
             group=torch.arange(len(self.sequences)),
-            student_logprob=self._drawn(log_q),
-            teacher_logprob=self._drawn(self.log_p),
+            student_logprob=self._sampled(log_q),
+            teacher_logprob=self._sampled(self.log_p),
             reverse_kl=(log_q.exp() * (log_q - self.log_p)).sum(-1) * self.mask,
             forward_kl=(self.log_p.exp() * (self.log_p - log_q)).sum(-1) * self.mask,
         )
 
     def student(self, theta: Tensor) -> Tensor:
-        """[N] q(y)."""
-        return self._drawn(self.log_q(theta)).sum(1).exp()
+        """Return [N] q(y)."""
+        return self._sampled(self.log_q(theta)).sum(1).exp()
 
     def teacher(self) -> Tensor:
-        """[N] p(y)."""
-        return self._drawn(self.log_p).sum(1).exp()
+        """Return [N] p(y)."""
+        return self._sampled(self.log_p).sum(1).exp()
 
     def total(self, theta: Tensor) -> Tensor:
-        """KL(q || p) = E_q log q(y)/p(y), from the definition over whole sequences."""
-        log_q, log_p = (self._drawn(table).sum(1) for table in (self.log_q(theta), self.log_p))
+        """Return KL(q || p) = E_q log q(y)/p(y), from the definition over whole sequences."""
+        log_q, log_p = (self._sampled(table).sum(1) for table in (self.log_q(theta), self.log_p))
         return (log_q.exp() * (log_q - log_p)).sum()
 
     def length(self, theta: Tensor) -> Tensor:
-        """E_q[L]."""
+        """Return E_q[L]."""
         return (self.student(theta) * self.lengths).sum()
 
     def rate(self, theta: Tensor) -> Tensor:
-        """J = KL(q || p) / E_q[L]."""
+        """Return J = KL(q || p) / E_q[L]."""
         return self.total(theta) / self.length(theta)
 
     def counts(self, theta: Tensor, sequences: int = 1) -> Counts:
-        """Counts of ``sequences`` sequences, with exact expectations for the estimates."""
+        """Return counts of ``sequences`` sequences, with exact expectations as estimates."""
         with torch.no_grad():
             q, stats = self.student(theta)[:, None], self.stats(theta)
             assert stats.reverse_kl is not None
@@ -90,18 +90,18 @@ class Language:
                 survival=(q * self.mask).sum(0),
             )
 
-    def _drawn(self, table: Tensor) -> Tensor:
+    def _sampled(self, table: Tensor) -> Tensor:
         return table.gather(-1, self.tokens[..., None]).squeeze(-1) * self.mask
 
 
 def gradient(function: Callable[[Tensor], Tensor], theta: Tensor) -> Tensor:
-    """d function / d theta."""
+    """Return d function / d theta."""
     theta = theta.clone().requires_grad_()
     return torch.autograd.grad(function(theta), theta)[0]
 
 
 def _sequences(vocabulary: int, horizon: int) -> list[tuple[int, ...]]:
-    """Every sequence that ends with EOS or at the horizon."""
+    """Return all sequences that end with EOS or at the horizon."""
     return [
         tokens
         for length in range(1, horizon + 1)

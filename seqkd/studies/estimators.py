@@ -1,5 +1,5 @@
-"""The estimators on enumerated languages: exact bias, direction and variance of each, and what a
-student trained by each to convergence is like."""
+"""The estimators on enumerated languages: the exact bias, direction and variance of each, and the
+students that they train to convergence."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from seqkd.studies.enumerated import Language, gradient
 from seqkd.types import Counts, TokenStats
 
 CHUNK = 256
-"""Tuples of samples at once."""
+"""Tuples of samples per chunk."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Row:
     definition: str = "total"
 
     def loss(self, stats: TokenStats, counts: Counts) -> Tensor:
-        """The surrogate of a batch."""
+        """Return the surrogate loss of a batch."""
         return self.function(stats, counts, **self.options)
 
 
@@ -63,18 +63,18 @@ ROWS = (
 
 @dataclass(frozen=True)
 class Quality:
-    """How an estimator compares with the exact gradient."""
+    """An estimator compared with the exact gradient."""
 
     bias: float
-    """Largest difference between a component of its expectation and of the exact gradient."""
+    """Largest absolute component of the expected estimate minus the exact gradient."""
     cosine: float
-    """Between its expectation and the exact gradient."""
+    """Cosine of the expected estimate and the exact gradient."""
     variance: float
-    """Trace of its covariance, times the sequences that it uses."""
+    """Trace of the covariance, times the number of sequences used."""
 
 
 def quality(language: Language, theta: Tensor, row: Row) -> Quality:
-    """Exact, by enumeration of every tuple of ``row.samples`` sequences."""
+    """Compute the exact quality by enumerating all tuples of ``row.samples`` sequences."""
     exact = gradient(getattr(language, row.definition), theta).flatten()
     mean, square = torch.zeros_like(exact), 0.0
     for chance, gradients in _gradients(language, theta, row):
@@ -88,10 +88,10 @@ def quality(language: Language, theta: Tensor, row: Row) -> Quality:
 
 
 def _gradients(language: Language, theta: Tensor, row: Row) -> Iterator[tuple[Tensor, Tensor]]:
-    """([n] probability, [n, P] gradient in ``theta``) of tuples, until all have come.
+    """Yield ([n] probabilities, [n, P] gradients in ``theta``) of all tuples, chunk by chunk.
 
-    A surrogate depends on ``theta`` through the log-probs and divergences of its tokens only: their
-    derivatives are taken once, for every token of the language, and combined here.
+    A surrogate depends on ``theta`` only through the log-probs and divergences of its tokens. Their
+    derivatives are computed once, for all tokens of the language, and combined here.
     """
     stats = language.stats(theta)
     jacobian = {
@@ -101,7 +101,7 @@ def _gradients(language: Language, theta: Tensor, row: Row) -> Iterator[tuple[Te
         for name in ("student_logprob", "reverse_kl")
     }
     counts = language.counts(theta, row.samples)
-    if row.function is not sequence_reverse_kl:  # per sequence, as the others here are
+    if row.function is not sequence_reverse_kl:  # per sequence, like the others
         counts = replace(counts, tokens=float(row.samples))
     q = language.student(theta)
     tuples = torch.tensor(list(product(range(len(q)), repeat=row.samples)))
@@ -121,11 +121,11 @@ def _gradients(language: Language, theta: Tensor, row: Row) -> Iterator[tuple[Te
         factors = torch.autograd.grad(
             row.loss(batch, counts), list(leaves.values()), allow_unused=True
         )
-        of_sequence = torch.zeros(len(rows), theta.numel(), dtype=theta.dtype)
+        gradients = torch.zeros(len(rows), theta.numel(), dtype=theta.dtype)
         for factor, table in zip(factors, jacobian.values(), strict=True):
             if factor is not None:
-                of_sequence += torch.einsum("bt,btp->bp", factor, table[rows])
-        yield q[part].prod(1), of_sequence.view(len(part), row.samples, -1).sum(1)
+                gradients += torch.einsum("bt,btp->bp", factor, table[rows])
+        yield q[part].prod(1), gradients.view(len(part), row.samples, -1).sum(1)
 
 
 TRAINED: dict[str, Row] = {
@@ -138,29 +138,29 @@ TRAINED: dict[str, Row] = {
 
 
 @dataclass(frozen=True)
-class Reached:
-    """Exact figures of a trained student."""
+class Outcome:
+    """Exact metrics of a trained student: total (nats), rate (nats per token), length (tokens)."""
 
     total: float
     rate: float
     length: float
 
 
-def describe(language: Language, theta: Tensor) -> Reached:
-    """Exact total (nats), rate (nats per token) and mean length (tokens)."""
+def describe(language: Language, theta: Tensor) -> Outcome:
+    """Compute the exact metrics of a student."""
     values = (getattr(language, name)(theta).item() for name in ("total", "rate", "length"))
-    return Reached(*values)
+    return Outcome(*values)
 
 
 def warm_up(language: Language) -> Tensor:
-    """``theta`` of the least forward KL to the teacher over whole sequences: what a long training
-    on teacher samples reaches."""
+    """Return the ``theta`` of least forward KL to the teacher over whole sequences, the limit of
+    training on teacher samples."""
     p = language.teacher()
     return descend(language.theta, lambda theta: -(p * language.student(theta).log()).sum())
 
 
 def train(language: Language, row: Row, start: Tensor) -> Tensor:
-    """``theta`` after descending the exact expectation of the estimator's gradient."""
+    """Return ``theta`` after descent along the exact expectation of the estimated gradient."""
 
     def expected_loss(theta: Tensor) -> Tensor:
         stats, q = language.stats(theta), language.student(theta.detach())
@@ -172,7 +172,7 @@ def train(language: Language, row: Row, start: Tensor) -> Tensor:
 
 
 def descend(start: Tensor, loss: Callable[[Tensor], Tensor], steps: int = 1500) -> Tensor:
-    """``steps`` of Adam, the rate falling linearly from 0.03 to 0."""
+    """Run ``steps`` of Adam, with a rate that falls linearly from 0.03 to 0."""
     theta = start.clone().requires_grad_()
     optimizer = torch.optim.Adam([theta], lr=0.03)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
@@ -185,5 +185,5 @@ def descend(start: Tensor, loss: Callable[[Tensor], Tensor], steps: int = 1500) 
 
 
 def teacher_length(language: Language) -> float:
-    """E_p[L]."""
+    """Return E_p[L]."""
     return (language.teacher() * language.lengths).sum().item()

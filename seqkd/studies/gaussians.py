@@ -1,4 +1,4 @@
-"""A mixture of two Gaussians fitted by one Gaussian and by a mixture of two, under either KL."""
+"""Fits of one Gaussian and of a mixture of two to a mixture of two, under either KL."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from seqkd.objectives import token_forward_kl, token_reverse_kl
 
 GRID = torch.linspace(-15, 15, 3001, dtype=torch.float64)
-"""Points at which densities are summed; the mass beyond is below 1e-9 for every fit shown."""
+"""Points at which densities are summed. The mass outside is below 1e-9 for all fits shown."""
 WIDTH = (GRID[1] - GRID[0]).item()
 DIVERGENCES = {"forward": token_forward_kl, "reverse": token_reverse_kl}
 TEACHER = (
@@ -22,7 +22,7 @@ TEACHER = (
 
 
 def log_density(means: Tensor, log_scales: Tensor, weights: Tensor) -> Tensor:
-    """[K, C] components -> [K, points] log of the probability of each grid cell; ``weights`` are
+    """Return [K, points] log-probabilities of the grid cells for [K, C] components. ``weights`` are
     logits."""
     z = (GRID - means[..., None]) / log_scales.exp()[..., None]
     normal = -0.5 * z**2 - log_scales[..., None] - 0.5 * torch.log(torch.tensor(2 * torch.pi))
@@ -35,7 +35,7 @@ class Fit:
     """K fits from K starting points."""
 
     divergence: Tensor
-    """[steps + 1, K] nats, before each step and at the end."""
+    """[steps + 1, K] nats, before each step and after the last."""
     means: Tensor
     """[K, C]"""
     scales: Tensor
@@ -43,17 +43,17 @@ class Fit:
     shares: Tensor
     """[K, C]"""
     log_density: Tensor
-    """[K, points] of the end, of grid cells."""
+    """[K, points] final log-probabilities of the grid cells."""
 
     def steps_to_converge(self, within: float = 0.01) -> Tensor:
-        """[K] the first step from which a fit stays within so many nats of its end."""
+        """Return [K] first steps from which the fits stay within so many nats of their end."""
         far = (self.divergence - self.divergence[-1]).abs() > within
         numbers = torch.arange(1, len(far) + 1)[:, None]
         return (far * numbers).amax(0)
 
 
 def fit(kind: str, means: Tensor, log_scales: Tensor, steps: int = 2000, lr: float = 0.05) -> Fit:
-    """Adam on ``kind`` ("forward" or "reverse") KL from each row of ``means``, [K, C]."""
+    """Minimize the "forward" or "reverse" KL with Adam from each row of ``means``, [K, C]."""
     log_p = log_density(*TEACHER)
     start = (means, log_scales, torch.zeros_like(means))
     parameters = [p.double().clone().requires_grad_() for p in start]
@@ -62,7 +62,7 @@ def fit(kind: str, means: Tensor, log_scales: Tensor, steps: int = 2000, lr: flo
         divergence = DIVERGENCES[kind](log_density(*parameters), log_p)
         path.append(divergence.detach())
         optimizer.zero_grad()
-        divergence.sum().backward()  # rows are independent, and Adam is by element
+        divergence.sum().backward()  # rows are independent, and Adam works by element
         optimizer.step()
     with torch.no_grad():
         density = log_density(*parameters)
@@ -72,7 +72,7 @@ def fit(kind: str, means: Tensor, log_scales: Tensor, steps: int = 2000, lr: flo
 
 
 def moments() -> tuple[float, float]:
-    """Mean and standard deviation of the teacher."""
+    """Return the mean and standard deviation of the teacher."""
     p = log_density(*TEACHER)[0].exp()
     mean = (p * GRID).sum()
     return mean.item(), ((p * (GRID - mean) ** 2).sum()).sqrt().item()

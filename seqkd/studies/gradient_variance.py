@@ -1,5 +1,5 @@
-"""The estimators on a real teacher and student: the same completions through each, and how much
-their gradients vary from prompt to prompt."""
+"""The estimators on a real teacher and student: the variance of their gradients over prompts, for
+the same completions."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from seqkd.objectives import OBJECTIVES
 from seqkd.types import Counts, Divergence, Prompt, Rollout, TeacherScore, TokenStats, add_padded
 
 SKETCH = 2**16
-"""Length of the random projection of a gradient: squared norms are right on average, to about
-sqrt(2 / SKETCH) of themselves."""
+"""Length of the random projection of a gradient. Squared norms are unbiased, with a relative error
+of about sqrt(2 / SKETCH)."""
 
 ESTIMATORS: dict[str, tuple[str, dict[str, Any]]] = {
     f"{name}{', leave-one-out' if baseline != 'none' else ''}": (
@@ -46,46 +46,32 @@ NAMES = ("student_logprob", "teacher_logprob", "reverse_kl", Divergence("token_r
 
 @dataclass(frozen=True)
 class Variance:
-    """Of one estimator's gradient of one prompt's samples, per sequence."""
+    """Variance of one estimator's gradient, from all samples of a prompt, per sequence."""
 
     variance: float
     """Trace of the covariance over prompts."""
     signal: float
     """Squared norm of the mean gradient, corrected for the variance of that mean."""
     seconds: float
-    """Of one prompt's backward pass."""
+    """Seconds of the backward pass of one prompt."""
 
 
 def sample(model: Any, prompt: Prompt, samples: int, tokens: int, eos: int) -> list[Rollout]:
-    """Completions by plain ancestral sampling, [samples]."""
+    """Return completions by plain ancestral sampling."""
     ids = torch.tensor([prompt.token_ids] * samples)
-    drawn = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        do_sample=True,
-        top_k=0,
-        top_p=1.0,
-        temperature=1.0,
+    output = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, eos_token_id=eos,
+        pad_token_id=eos, do_sample=True, top_k=0, top_p=1.0, temperature=1.0,
         repetition_penalty=1.0,
-        max_new_tokens=tokens,
-        eos_token_id=eos,
-        pad_token_id=eos,
-    )[:, ids.shape[1] :]
-    rollouts = []
-    for index, row in enumerate(drawn.tolist()):
+    )  # fmt: skip
+    name, rollouts = prompt.prompt_id, []
+    for index, row in enumerate(output[:, ids.shape[1] :].tolist()):
         ended = eos in row
         completion = tuple(row[: row.index(eos) + 1] if ended else row)
+        reason: Any = "stop" if ended else "length"
+        sample_id = f"{name}/{index}"
         rollouts.append(
-            Rollout(
-                prompt.prompt_id,
-                f"{prompt.prompt_id}/{index}",
-                prompt.token_ids,
-                completion,
-                None,
-                "student",
-                0,
-                "stop" if ended else "length",
-            )
+            Rollout(name, sample_id, prompt.token_ids, completion, None, "student", 0, reason)
         )
     return rollouts
 
@@ -93,7 +79,7 @@ def sample(model: Any, prompt: Prompt, samples: int, tokens: int, eos: int) -> l
 def costs_by_position(
     student: Any, teacher: Any, groups: Sequence[list[Rollout]]
 ) -> tuple[Tensor, Tensor]:
-    """([T] sum of KL_t over all completions, [T] completions that have a token t)."""
+    """Return [T] sums of KL_t over completions, and [T] numbers of completions with a token t."""
     module, head = StudentModel(student), head_of(teacher)
     costs = survival = None
     with torch.no_grad():
@@ -109,25 +95,25 @@ def costs_by_position(
 def measure(
     student: Any, teacher: Any, groups: Sequence[list[Rollout]], rate: float, seed: int
 ) -> dict[str, Variance]:
-    """Variances over ``groups``, the samples of one prompt each; ``rate`` in nats per token."""
+    """Measure variances over ``groups``, one per prompt. ``rate`` is in nats per token."""
     module, sketch = StudentModel(student), Sketch(student, seed)
     batches = [batching.pack(g, _scores(teacher, g), g[0], LAYOUT) for g in groups]
     head = head_of(teacher)
-    found: dict[str, list[Tensor]] = {name: [] for name in ESTIMATORS}
+    gradients: dict[str, list[Tensor]] = {name: [] for name in ESTIMATORS}
     seconds = dict.fromkeys(ESTIMATORS, 0.0)
     for batch in batches:
         size = len(batch.loss_mask)
-        # Every loss per sequence, so that they compare.
+        # All losses per sequence, so that they are comparable.
         counts = Counts(size, tokens=size, rate=rate, length=1.0)
         _, values = module(batch, NAMES, head)
         stats = as_token_stats(batch, values, Divergence("token_reverse_kl"))
         for name in ESTIMATORS:
             start = time.perf_counter()
-            found[name].append(sketch.of(_loss(name, stats, counts)))
+            gradients[name].append(sketch.project(_loss(name, stats, counts)))
             seconds[name] += time.perf_counter() - start
     return {
         name: _variance(torch.stack(rows), seconds[name] / len(groups))
-        for name, rows in found.items()
+        for name, rows in gradients.items()
     }
 
 
@@ -145,8 +131,8 @@ class Sketch:
             for p in self.parameters
         ]
 
-    def of(self, loss: Tensor) -> Tensor:
-        """[SKETCH] of d loss / d parameters; the graph is kept."""
+    def project(self, loss: Tensor) -> Tensor:
+        """Return the [SKETCH] projection of d loss / d parameters; the graph is retained."""
         result = torch.zeros(SKETCH)
         gradients = torch.autograd.grad(loss, self.parameters, retain_graph=True)
         for gradient, place, sign in zip(gradients, self.places, self.signs, strict=True):
@@ -160,7 +146,7 @@ def _loss(name: str, stats: TokenStats, counts: Counts) -> Tensor:
 
 
 def _variance(gradients: Tensor, seconds: float) -> Variance:
-    """From [G, SKETCH]; unbiased."""
+    """Return unbiased estimates from [G, SKETCH] gradients."""
     groups, mean = len(gradients), gradients.mean(0)
     variance = ((gradients - mean) ** 2).sum().item() / (groups - 1)
     signal = (mean**2).sum().item() - variance / groups

@@ -1,7 +1,7 @@
-"""What a step costs, by arithmetic: products, bytes from memory, bytes over links; and what a
-schedule makes of it. docs/scaling.md holds it against measurements.
+"""The cost of a step by arithmetic: products, bytes from memory, bytes over links, and the schedule
+of the stages. docs/scaling.md compares it with measurements.
 
-Left out: what a host does between kernels, the sampling of a token from its logits, failures.
+Not counted: host time between kernels, the sampling of a token from its logits, failures.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
+from scipy.optimize import bisect
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A causal language model's sizes, from its published config.json."""
+    """Sizes of a causal language model, from its published config.json."""
 
     name: str
     layers: int
@@ -38,85 +39,85 @@ class Shape:
         return self.vocabulary * self.width
 
     def attended(self, tokens: float, length: float) -> float:
-        """Operations of attention between tokens, forward, where each sees ``length`` others."""
+        """Return the operations of forward attention if each token sees ``length`` others."""
         return 4.0 * self.layers * self.heads * self.head_width * tokens * length
 
     def cached(self, length: float, number: int) -> float:
-        """Bytes of keys and values of ``length`` tokens, with numbers of ``number`` bytes."""
+        """Return the bytes of keys and values of ``length`` tokens, ``number`` bytes per value."""
         return 2.0 * self.layers * self.key_values * self.head_width * length * number
 
 
 @dataclass(frozen=True)
 class Chip:
-    """A GPU, or a processor's cores."""
+    """A GPU, or the cores of a processor."""
 
     name: str
     products: float
-    """Operations a second of a large matrix product."""
+    """Operations per second of a large matrix product."""
     memory: float
-    """Bytes a second, read or written."""
+    """Bytes per second, read or written."""
     link: float
-    """Bytes a second between chips, for gradients."""
+    """Bytes per second between chips, for gradients."""
     moved: float
-    """Bytes a second from the learner's weights into an engine's, digests compared."""
+    """Bytes per second of weights from the learner into an engine, with digests."""
     driver: float
-    """Bytes a second of teacher scores from scorers through the driver to learner ranks."""
+    """Bytes per second of teacher scores from scorers through the driver to learner ranks."""
     number: int
-    """Bytes of a weight or state."""
+    """Bytes per weight or state value."""
     learn: float
-    """Share of ``products`` that a learner's passes reach; ``read`` of an engine that reads many
-    tokens at once, ``write`` of ``memory`` of one that writes token by token."""
+    """Share of ``products`` that the learner's passes reach."""
     read: float
+    """Share of ``products`` that an engine reaches when it reads many tokens at once."""
     write: float
+    """Share of ``memory`` that an engine reaches when it writes token by token."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """One step."""
+    """The work of one step."""
 
     prompts: int
     samples: int
     prompt: int
-    """Tokens of a prompt."""
+    """Tokens per prompt."""
     completion: float
-    """Mean tokens of a completion."""
+    """Mean tokens per completion."""
     limit: int
-    """Tokens at which one is cut."""
+    """Maximum tokens per completion."""
 
     @property
     def sequences(self) -> int:
-        """Completions."""
+        """Number of completions."""
         return self.prompts * self.samples
 
     @property
-    def learnt(self) -> float:
-        """Their tokens."""
+    def completion_tokens(self) -> float:
+        """Tokens of all completions."""
         return self.sequences * self.completion
 
     @property
     def fed(self) -> float:
-        """Tokens that a model reads, prompts once a completion."""
-        return self.learnt + self.sequences * self.prompt
+        """Tokens that a model reads, with the prompt of each completion."""
+        return self.completion_tokens + self.sequences * self.prompt
 
     def lengths(self) -> np.ndarray:
-        """[prompts, samples] tokens, as if every token were the last with the same probability."""
+        """Return [prompts, samples] tokens, where every token ends with the same probability."""
         uniform = np.random.default_rng(0).random((self.prompts, self.samples))
 
-        def of(ending: float) -> np.ndarray:
-            drawn = np.ceil(np.log(uniform) / np.log1p(-ending))
-            clipped: np.ndarray = np.clip(drawn, 1, self.limit)
+        def draw(ending: float) -> np.ndarray:
+            lengths = np.ceil(np.log(uniform) / np.log1p(-ending))
+            clipped: np.ndarray = np.clip(lengths, 1, self.limit)
             return clipped
 
-        low, high = 1e-9, 1 - 1e-9
-        for _ in range(60):
-            middle = (low + high) / 2
-            low, high = (middle, high) if of(middle).mean() > self.completion else (low, middle)
-        return of(high)
+        def excess(ending: float) -> float:
+            return float(draw(ending).mean() - self.completion)
+
+        return draw(bisect(excess, 1e-9, 1 - 1e-9))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A step and what it runs on."""
+    """A step and the chips it runs on."""
 
     name: str
     student: Shape
@@ -125,21 +126,21 @@ class Plan:
     work: Work
     engines: int
     scorers: int
-    """Chips."""
+    """Chips that score; an engine takes ``engine_chips``."""
     ranks: int
     engine_chips: int = 1
     teacher_chips: int = 1
-    """Over how many one copy is spread."""
+    """Chips per copy of the teacher."""
     seats: int = 256
-    """Sequences that an engine writes at once."""
+    """Maximum sequences that an engine writes at once."""
     recomputed: bool = False
-    """Whether the learner computes activations twice, to keep fewer."""
+    """Whether the learner computes activations twice to save memory."""
     batch_tokens: int = 8192
 
 
 @dataclass(frozen=True)
 class Stages:
-    """Seconds of each stage by itself, and of its terms."""
+    """Seconds of each stage by itself, by term."""
 
     sample: dict[str, float]
     score: dict[str, float]
@@ -148,7 +149,7 @@ class Stages:
     learn: dict[str, float]
 
     def seconds(self, stage: str) -> float:
-        """Of a stage: the sum of its terms."""
+        """Return the sum of a stage's terms."""
         terms: dict[str, float] = getattr(self, stage)
         return sum(terms.values())
 
@@ -157,12 +158,12 @@ NAMES = ("sample", "score", "driver", "sync", "learn")
 
 
 def stages(plan: Plan) -> Stages:
-    """Seconds of a step's stages."""
+    """Return the seconds of the stages of a step."""
     chip, work, student, teacher = plan.chip, plan.work, plan.student, plan.teacher
     written = plan.chip.memory * chip.write * plan.engine_chips
     weights = student.body + student.head
     together = min(plan.seats, work.sequences / plan.engines)
-    tokens = _finished(plan).max()  # that the longest-working seat writes one after the other
+    tokens = _finished(plan).max()  # of the seat that writes longest, one after the other
     reading = 2 * student.body * work.prompts * work.prompt + student.attended(
         work.prompts * work.prompt, work.prompt / 2
     )
@@ -172,7 +173,7 @@ def stages(plan: Plan) -> Stages:
     sampling = {
         "products of prompts": reading / (plan.engines * plan.engine_chips)
         / (chip.products * chip.read),
-        # A token's products run while its weights come from memory.
+        # The products of a token overlap with the load of the weights from memory.
         "weights from memory": tokens * streamed,
         "products of tokens": tokens * max(0.0, products - streamed),
         "keys and values from memory": tokens
@@ -183,30 +184,31 @@ def stages(plan: Plan) -> Stages:
         "products": (2 * teacher.body * work.fed + teacher.attended(work.fed, seen))
         / (plan.scorers * chip.products * chip.read)
     }
+    states = work.completion_tokens * teacher.width * chip.number
     moved = weights * chip.number / chip.moved
     passes = 4 if plan.recomputed else 3
     body = 2 * student.body * work.fed + student.attended(work.fed, seen)
-    heads = 2 * work.learnt * (3 * student.head + teacher.head)
+    heads = 2 * work.completion_tokens * (3 * student.head + teacher.head)
     learning = {
         "products of layers": passes * body / (plan.ranks * chip.products * chip.learn),
         "products with heads": heads / (plan.ranks * chip.products * chip.learn),
         "gradients between chips": 2 * weights * chip.number * (plan.ranks - 1) / plan.ranks
         / chip.link,
-        # Weights and both moments in float32, read and written, and the gradient.
+        # Weights and both moments in float32, each read and written, and the gradient.
         "optimizer's state from memory": 28 * weights / plan.ranks / chip.memory,
     }  # fmt: skip
     return Stages(
         sample=sampling,
         score=scoring,
-        driver={"teacher's states": work.learnt * teacher.width * chip.number / chip.driver},
+        driver={"teacher's states": states / chip.driver},
         sync={"publishing": moved, "loading": moved},
         learn=learning,
     )
 
 
 def _finished(plan: Plan) -> np.ndarray:
-    """[prompts, samples] how many tokens an engine's seat has written one after the other when each
-    completion is finished; engines take completions in order."""
+    """Return [prompts, samples] tokens that a seat of an engine has written, one after the other,
+    at the end of each completion. Engines take completions in order."""
     lengths = plan.work.lengths()
     ends = np.zeros_like(lengths)
     for engine in range(plan.engines):
@@ -220,22 +222,22 @@ def _finished(plan: Plan) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Seconds a step under each."""
+    """Seconds of a step under each schedule."""
 
-    turns: float
-    """Stages one after the other."""
-    beside: float
-    """Scoring beside sampling (placement: split)."""
-    ahead: float
-    """And both, with what engines load before, beside learning (rollout.max_staleness: 1)."""
-    overlapped: float
-    """Share of scoring that the second hides behind sampling."""
+    sequential: float
+    """One stage after the other."""
+    split: float
+    """Scoring in parallel with sampling (placement: split)."""
+    prefetched: float
+    """Loading, sampling and scoring also in parallel with learning (rollout.max_staleness: 1)."""
+    hidden: float
+    """Share of scoring that ``split`` hides behind sampling."""
 
 
 def schedule(plan: Plan) -> Schedule:
-    """A step's stages laid beside each other as the loop does it."""
-    of = stages(plan)
-    sample, score, driver, sync, learn = (of.seconds(name) for name in NAMES)
+    """Return the seconds of a step whose stages overlap as in the training loop."""
+    costs = stages(plan)
+    sample, score, driver, sync, learn = (costs.seconds(name) for name in NAMES)
     work = plan.work
     together = -(
         -plan.batch_tokens * plan.scorers // plan.teacher_chips // (work.prompt + work.limit)
@@ -247,22 +249,22 @@ def schedule(plan: Plan) -> Schedule:
     for first, last in pairwise([*range(0, work.sequences, together), work.sequences]):
         end = max(end, ready[last - 1]) + (score + driver) * shares[first:last].sum()
     return Schedule(
-        turns=sample + score + driver + sync + learn,
-        beside=end + sync + learn,
-        ahead=of.sync["publishing"] + max(of.sync["loading"] + end, learn),
-        overlapped=(sample + score + driver - end) / (score + driver),
+        sequential=sample + score + driver + sync + learn,
+        split=end + sync + learn,
+        prefetched=costs.sync["publishing"] + max(costs.sync["loading"] + end, learn),
+        hidden=(sample + score + driver - end) / (score + driver),
     )
 
 
 def best(plan: Plan, chips: int, least_ranks: int = 1) -> Plan:
-    """The split of ``chips`` between the three roles with the shortest step that draws ahead."""
+    """Return the split of ``chips`` between the roles with the shortest prefetched step."""
     splits = [
         replace(plan, engines=engines, scorers=scorers, ranks=ranks)
         for scorers in range(plan.teacher_chips, chips, plan.teacher_chips)
         for engines in range(1, (chips - scorers) // plan.engine_chips + 1)
         if (ranks := chips - scorers - engines * plan.engine_chips) >= least_ranks
     ]
-    return min(splits, key=lambda split: schedule(split).ahead)
+    return min(splits, key=lambda split: schedule(split).prefetched)
 
 
 SMOLLM = Shape("SmolLM2-135M", 30, 576, 1536, 9, 3, 64, 49_152)

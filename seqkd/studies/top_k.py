@@ -1,5 +1,5 @@
-"""What is lost by keeping a teacher's k most probable tokens and the rest as one event: the
-divergence itself, and its gradient with respect to the student's last hidden states."""
+"""The error of keeping a teacher's k most probable tokens and the rest as one event: in the
+divergence, and in its gradient with respect to the student's last hidden states."""
 
 from __future__ import annotations
 
@@ -20,54 +20,57 @@ from seqkd.types import Rollout
 
 @dataclass(frozen=True)
 class Kept:
-    """One row of the table: a teacher known by its k most probable tokens."""
+    """Results for the k most probable tokens of the teacher."""
 
     k: int
     """0 for the whole distribution."""
     bytes: int
-    """Of a token on disk."""
+    """Bytes per token on disk."""
     tail: float
-    """Mean probability of what is not named."""
+    """Mean probability of all other tokens."""
     divergence: dict[str, float]
     """Mean over tokens of reverse and forward KL, nats."""
     gradient_error: dict[str, float]
-    """|g_k - g| / |g| of that mean's gradient."""
+    """|g_k - g| / |g| of the gradient of that mean."""
 
 
 def measure(
     student: Any, teacher: Any, rollouts: Sequence[Rollout], ks: Sequence[int]
 ) -> list[Kept]:
-    """The whole distribution first, then each k, on the same completions."""
-    states, theirs, targets = (
+    """Measure the full distribution, then each k, on the same completions."""
+    states, teacher_states, targets = (
         torch.cat(parts)
         for parts in zip(*(_states(student, teacher, r) for r in rollouts), strict=True)
     )
     head = head_of(teacher)
-    full = FullTeacher(theirs, head)
+    full = FullTeacher(teacher_states, head)
     rows: list[Kept] = []
-    whole: dict[str, Tensor] = {}
+    exact: dict[str, Tensor] = {}
     with torch.no_grad():
-        logprobs = torch.log_softmax(head.finish(head.raw(theirs)), -1)
+        logprobs = torch.log_softmax(head.finish(head.raw(teacher_states)), -1)
     for k in (0, *ks):
-        known: KnownTeacher = full if k == 0 else TopTeacher(*top_teacher(logprobs, k))
+        distribution: KnownTeacher = full if k == 0 else TopTeacher(*top_teacher(logprobs, k))
         means, gradients = {}, {}
         for name in ("reverse_kl", "forward_kl"):
             leaf = states.clone().requires_grad_()
-            mean = token_stats(leaf, head_of(student), targets, (name,), known)[name].mean()
+            mean = token_stats(leaf, head_of(student), targets, (name,), distribution)[name].mean()
             (gradients[name],) = torch.autograd.grad(mean, leaf)
             means[name] = mean.item()
-        whole = whole or gradients
-        errors = {n: ((g - whole[n]).norm() / whole[n].norm()).item() for n, g in gradients.items()}
-        tail = known.logprobs[:, -1].exp().mean().item() if isinstance(known, TopTeacher) else 0.0
-        size = 4 * (2 * k + 2) if k else theirs.shape[1] * theirs.element_size()
+        exact = exact or gradients
+        errors = {n: ((g - exact[n]).norm() / exact[n].norm()).item() for n, g in gradients.items()}
+        tail, size = 0.0, teacher_states.shape[1] * teacher_states.element_size()
+        if isinstance(distribution, TopTeacher):
+            tail, size = distribution.logprobs[:, -1].exp().mean().item(), 4 * (2 * k + 2)
         rows.append(Kept(k, size, tail, means, errors))
     return rows
 
 
 @torch.no_grad()
 def _states(student: Any, teacher: Any, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor]:
-    """[T, H] of the student, [T, H'] of the teacher, [T] what was drawn there."""
+    """Return [T, H] student states, [T, H'] teacher states, and [T] the sampled tokens."""
     ids = torch.tensor([batching.fed_tokens(rollout)])
     span = batching.state_span(rollout)
-    ours, theirs = (last_hidden(m, ids, torch.ones_like(ids))[0, span] for m in (student, teacher))
-    return ours, theirs, torch.tensor(rollout.completion_ids)
+    states, teacher_states = (
+        last_hidden(model, ids, torch.ones_like(ids))[0, span] for model in (student, teacher)
+    )
+    return states, teacher_states, torch.tensor(rollout.completion_ids)

@@ -1,4 +1,4 @@
-"""The arithmetic of what a step costs, against models' own sizes and schedules laid by hand."""
+"""The arithmetic of the cost of a step, against the sizes of real models and schedules by hand."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PLAN = Plan("", SMOLLM, SMOLLM, UNIT, WORK, engines=1, scorers=2, ranks=2, batch
 
 @pytest.mark.parametrize("shape", [SMOLLM, QWEN_1_5B, QWEN_7B, LLAMA_8B, LLAMA_70B])
 def test_parameters_are_those_of_the_architecture(shape):
-    """But for biases and norms, less than a thousandth."""
+    """Up to biases and norms, less than a thousandth."""
     kind = Qwen2Config if "Qwen" in shape.name else LlamaConfig
     model = skeleton(
         kind(
@@ -49,17 +49,17 @@ def test_parameters_are_those_of_the_architecture(shape):
 
 
 def test_products_by_hand():
-    """Two operations a parameter a token forward, three times that with the pass back; attention
-    two products with each token before."""
+    """Two operations per parameter and token forward, three times that with the backward pass; in
+    attention two products with each earlier token."""
     tokens = 64 * (50 + 100)
     body = 2 * SMOLLM.body * tokens
     between = 2 * 2 * 30 * 9 * 64 * tokens * 75
-    of = stages(PLAN)
-    assert of.score["products"] == pytest.approx((body + between) / 2e12)
-    assert of.learn["products of layers"] == pytest.approx(3 * (body + between) / 2e12)
+    costs = stages(PLAN)
+    assert costs.score["products"] == pytest.approx((body + between) / 2e12)
+    assert costs.learn["products of layers"] == pytest.approx(3 * (body + between) / 2e12)
     heads = 4 * 2 * SMOLLM.head * 64 * 50
-    assert of.learn["products with heads"] == pytest.approx(heads / 2e12)
-    assert of.driver["teacher's states"] == pytest.approx(64 * 50 * 576 * 2 / 1e9)
+    assert costs.learn["products with heads"] == pytest.approx(heads / 2e12)
+    assert costs.driver["teacher's states"] == pytest.approx(64 * 50 * 576 * 2 / 1e9)
 
 
 def test_lengths_have_their_mean_and_end_at_the_limit():
@@ -73,8 +73,8 @@ def test_seats_are_filled_in_order():
     lengths = WORK.lengths()
     one = _finished(replace(PLAN, seats=1))
     assert np.array_equal(one.ravel(), lengths.ravel().cumsum())
-    every = _finished(replace(PLAN, seats=64))
-    assert np.array_equal(every, lengths)
+    parallel = _finished(replace(PLAN, seats=64))
+    assert np.array_equal(parallel, lengths)
     two = _finished(replace(PLAN, seats=2))
     assert two.max() >= lengths.sum() / 2
     assert two[0, 0] == lengths[0, 0]
@@ -83,25 +83,25 @@ def test_seats_are_filled_in_order():
 
 @pytest.mark.parametrize("plan", [PLAN, replace(PLAN, chip=replace(PLAN.chip, learn=0.001))])
 def test_what_overlaps_takes_no_less_than_its_slower_side(plan):
-    of, laid = stages(plan), schedule(plan)
-    sample, score, driver, sync, learn = (of.seconds(name) for name in NAMES)
-    assert laid.turns == pytest.approx(sample + score + driver + sync + learn)
-    drawn = laid.beside - sync - learn
-    assert max(sample, score + driver) <= drawn <= sample + score + driver
-    loaded = of.sync["loading"] + drawn
+    costs, steps = stages(plan), schedule(plan)
+    sample, score, driver, sync, learn = (costs.seconds(name) for name in NAMES)
+    assert steps.sequential == pytest.approx(sample + score + driver + sync + learn)
+    rollouts = steps.split - sync - learn
+    assert max(sample, score + driver) <= rollouts <= sample + score + driver
+    loaded = costs.sync["loading"] + rollouts
     assert (loaded > learn) == (plan is PLAN)
-    assert laid.ahead == pytest.approx(of.sync["publishing"] + max(loaded, learn))
-    hidden = (sample + score + driver - drawn) / (score + driver)
-    assert laid.overlapped == pytest.approx(hidden)
+    assert steps.prefetched == pytest.approx(costs.sync["publishing"] + max(loaded, learn))
+    hidden = (sample + score + driver - rollouts) / (score + driver)
+    assert steps.hidden == pytest.approx(hidden)
     at_the_end = schedule(replace(plan, batch_tokens=10**9))
-    assert at_the_end.overlapped == pytest.approx(0, abs=1e-9)
+    assert at_the_end.hidden == pytest.approx(0, abs=1e-9)
 
 
 def test_the_best_split_is_the_best_of_all():
-    found = best(PLAN, 8)
-    assert found.engines + found.scorers + found.ranks == 8
-    assert schedule(found).ahead == min(
-        schedule(replace(PLAN, engines=e, scorers=s, ranks=8 - e - s)).ahead
+    split = best(PLAN, 8)
+    assert split.engines + split.scorers + split.ranks == 8
+    assert schedule(split).prefetched == min(
+        schedule(replace(PLAN, engines=e, scorers=s, ranks=8 - e - s)).prefetched
         for e in range(1, 7)
         for s in range(1, 8 - e)
     )

@@ -1,4 +1,4 @@
-"""The studies measure what they say."""
+"""The studies measure what they claim."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_the_order_of_variances(qualities):
 
 
 def test_variance_is_that_of_drawn_gradients(qualities):
-    """Against a simulation that knows nothing of the factors through which it is computed."""
+    """Compare with a simulation that does not use the factors of the computation."""
     from seqkd.objectives import sequence_reverse_kl
     from seqkd.studies.enumerated import gradient
     from tests.exact.expectation import select
@@ -51,9 +51,9 @@ def test_variance_is_that_of_drawn_gradients(qualities):
     theta, counts = language.theta, language.counts(language.theta, 2)
     generator = torch.Generator().manual_seed(0)
     q = language.student(theta)
-    drawn = []
+    gradients = []
     for rows in torch.multinomial(q, 2 * 3000, replacement=True, generator=generator).split(2):
-        drawn.append(
+        gradients.append(
             gradient(
                 lambda at, rows=rows: sequence_reverse_kl(
                     select(language.stats(at), rows, [0, 0]), counts, normalization="total"
@@ -61,18 +61,20 @@ def test_variance_is_that_of_drawn_gradients(qualities):
                 theta,
             ).flatten()
         )
-    found = torch.stack(drawn).var(0).sum().item() * 2
-    assert found == pytest.approx(qualities["rao_blackwell, leave-one-out of 2"].variance, rel=0.08)
+    variance = torch.stack(gradients).var(0).sum().item() * 2
+    assert variance == pytest.approx(
+        qualities["rao_blackwell, leave-one-out of 2"].variance, rel=0.08
+    )
 
 
 def test_each_objective_trains_to_its_own_optimum():
     language = Language(2, vocabulary=3, horizon=5)
     start = warm_up(language)
-    reached = {name: describe(language, train(language, TRAINED[name], start))
+    outcomes = {name: describe(language, train(language, TRAINED[name], start))
                for name in ("total", "rate", "token level")}  # fmt: skip
-    assert min(reached, key=lambda name: reached[name].total) == "total"
-    assert min(reached, key=lambda name: reached[name].rate) == "rate"
-    assert reached["total"].length < reached["rate"].length
+    assert min(outcomes, key=lambda name: outcomes[name].total) == "total"
+    assert min(outcomes, key=lambda name: outcomes[name].rate) == "rate"
+    assert outcomes["total"].length < outcomes["rate"].length
 
 
 def test_a_sketch_keeps_the_norm_of_a_gradient():
@@ -82,7 +84,7 @@ def test_a_sketch_keeps_the_norm_of_a_gradient():
     exact = sum(
         g.square().sum() for g in torch.autograd.grad(loss, model.parameters(), retain_graph=True)
     )
-    sketched = gradient_variance.Sketch(model, 0).of(loss).square().sum()
+    sketched = gradient_variance.Sketch(model, 0).project(loss).square().sum()
     assert sketched.item() == pytest.approx(exact.item(), rel=0.05)
 
 
