@@ -20,6 +20,7 @@ from benchmarks.runs import COMPILED, SCRIPTS, SPLIT, Training, three_slots, tra
 from seqkd.config import run as configuration
 from seqkd.config.base import Precision
 from seqkd.config.run import Config
+from seqkd.config.teacher import HfTeacherConfig, VllmTeacherConfig
 
 
 def compare(file: str, repetitions: int, precision: Precision = "float32") -> Iterator[Row]:
@@ -62,7 +63,6 @@ def _alternate(
 ) -> dict[str, float]:
     """Add each step to ``row`` except the first, which also compiles and allocates, and the last,
     which exports. Return peak memory in GiB: "learner", "all" (seqkd's processes), and "trl"."""
-    environment = {"OMP_NUM_THREADS": str(spec["threads"]), "HF_HUB_OFFLINE": "1"}
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         environment: Mapping[str, str] = {}
@@ -98,6 +98,7 @@ def _spec(config: Config, folder: str, precision: Precision) -> dict[str, Any]:
     from seqkd.models.export import materialize_student
     from seqkd.models.loading import expand
 
+    assert isinstance(config.teacher, VllmTeacherConfig | HfTeacherConfig)
     checked = preflight.check(config)
     prompts = PromptStream(checked.train, config.seed).take(config.prompts_per_step * config.steps)
     return {
