@@ -128,12 +128,13 @@ def over(entry: Entry) -> bool:
 
 def outcome(entry: Entry) -> str:
     """The end of a run in a line."""
-    from seqkd.comparison.results import FIRST, LABELS
+    from seqkd.comparison.results import FIRST
+    from seqkd.evaluation.catalog import labeled
     from seqkd.storage import run_reader
 
     run = run_reader.read(entry.directory)
     _, figures = run.figures.get("main", (0, {}))
-    shown = [f"{LABELS[name]} {figures[name].mean:.3g}" for name in FIRST if name in figures]
+    shown = [f"{labeled(name)} {figures[name].mean:.3g}" for name in FIRST if name in figures]
     return ", ".join([f"{run.done} steps in {run.seconds / 60:.0f} min", *shown])
 
 
@@ -205,7 +206,7 @@ def show(comparison: Comparison, entries: Sequence[Entry]) -> int:
     result = update(comparison, entries)
     where = plan.directory(entries)
     print(f"\n{results.render(result)}\n\n{where / 'comparison.json'}\n{where / 'report.html'}")
-    return 0 if all(len(result.of(m)) == len(comparison.seeds) for m in comparison.methods) else 2
+    return 0 if all(len(result.finished(m)) == len(comparison.seeds) for m in comparison.methods) else 2
 
 
 if __name__ == "__main__":

@@ -270,7 +270,7 @@ def measured(
         "figures": {n: {k: asdict(v) for k, v in f.table().items()} for n, f in figures.items()},
         "changes": {
             key: {pair: asdict(of[key]) for pair, of in changed.items() if key in of}
-            for key in table.LABELS
+            for key in table.FIGURES
             if any(key in of for of in changed.values())
         },
         "per_prompt": {n: {k: v.plain() for k, v in f.ratios.items()} for n, f in figures.items()},
@@ -307,8 +307,9 @@ def write(
 
 def show(evaluation: dict[str, Any], asked: Request) -> None:
     """The table, what has changed, and what could not be done."""
+    from seqkd.evaluation.catalog import labeled
     from seqkd.evaluation.intervals import Interval
-    from seqkd.evaluation.table import LABELS, aligned, render
+    from seqkd.evaluation.table import aligned, render
 
     named = {
         name: {key: Interval(**value) for key, value in figures.items()}
@@ -322,7 +323,7 @@ def show(evaluation: dict[str, Any], asked: Request) -> None:
     changes = evaluation["changes"]
     for pair in dict.fromkeys(pair for of in changes.values() for pair in of):
         intervals = {key: Interval(**of[pair]) for key, of in changes.items() if pair in of}
-        rows = [[f"  {LABELS[key]}", str(of), of.verdict] for key, of in intervals.items()]
+        rows = [[f"  {labeled(key)}", str(of), of.verdict] for key, of in intervals.items()]
         print(f"\n{pair}, paired over prompts:\n{aligned(rows)}")
     for name, curves in evaluation["curves"].items():
         print("\n" + "\n".join(f"{name}: {line}" for line in about(curves)))

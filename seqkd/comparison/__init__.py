@@ -1,1 +1,1 @@
-"""Methods at equal budget: what is run, what comes of it, and which differences are real."""
+"""Comparison of methods at equal budget: the plan, the results and the statistics."""

@@ -1,4 +1,4 @@
-"""What is compared: the file that says so, and the run of each method and seed."""
+"""The plan of a comparison: its file, and the run of each method and seed."""
 
 from __future__ import annotations
 
@@ -19,50 +19,50 @@ from seqkd.storage import run_directory
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 UNLIMITED = 1_000_000
-"""Steps, where nothing but the budget is to end a run."""
+"""Steps of a run that only its budget ends."""
 
 
 class Comparison(BaseConfig):
-    """Methods, and what each may spend."""
+    """Methods and the budget of each run."""
 
     name: str = Field(
-        pattern=NAME, description="Of the comparison, and of its directory within runs_dir."
+        pattern=NAME, description="Name of the comparison, and of its directory in runs_dir."
     )
     config: str = Field(
-        description="Configuration of every method that names no other; from this file's directory."
+        description="Configuration of the methods that name no other, relative to this file."
     )
     budget: BudgetConfig
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(
-        (0, 1, 2), min_length=1, description="Every method is run with each."
+        (0, 1, 2), min_length=1, description="Seeds of every method."
     )
     overrides: tuple[str, ...] = Field((), description="key=value for all methods.")
     methods: dict[Annotated[str, StringConstraints(pattern=NAME)], tuple[str, ...]] = Field(
         min_length=1,
-        description="Of each its key=value, after those for all; a first element without = is its "
-        "configuration.",
+        description="By name, key=value overrides that follow those for all methods; a first element "
+        "without = is the method's configuration.",
     )
     baseline: str | None = Field(
-        None, description="The method that the others are compared with; the first if left out."
+        None, description="The method that the others are compared with; the first if unset."
     )
     evaluate: tuple[str, ...] | None = Field(
-        None, description="Arguments of scripts/evaluate.py, for the student of every run."
+        None, description="Arguments of scripts/evaluate.py for the student of every run."
     )
     runs_dir: str = Field("runs", description="As in a configuration.")
 
     @property
     def against(self) -> str:
-        """The baseline."""
+        """Name of the baseline."""
         return self.baseline or next(iter(self.methods))
 
     @model_validator(mode="after")
     def _names_are_of_methods(self) -> Comparison:
         if self.against not in self.methods:
             raise ValueError(
-                f"baseline {self.baseline!r} is none of the methods. Name one of "
+                f"baseline {self.baseline!r} is not a method. Set it to one of "
                 f"{', '.join(self.methods)}."
             )
         if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds {list(self.seeds)}: one is there twice. Remove it.")
+            raise ValueError(f"seeds {list(self.seeds)} has a duplicate. Remove it.")
         return self
 
 
@@ -73,32 +73,34 @@ class Entry:
     method: str
     seed: int
     arguments: tuple[str, ...]
-    """Of scripts/train.py."""
+    """Arguments of scripts/train.py."""
     config: Config
     directory: Path
 
 
 def load(path: str | Path) -> Comparison:
-    """ConfigError with one line a problem: field, value, mend."""
+    """Read the file. Raises ConfigError with one line per problem: field, value, fix."""
     return read(path, Comparison)
 
 
 def directory(entries: Sequence[Entry]) -> Path:
-    """Of all its runs."""
+    """Return the directory that holds all runs."""
     return entries[0].directory.parent
 
 
 def entries(comparison: Comparison, path: Path) -> list[Entry]:
-    """Every run, those of one seed after those of another, so that methods can be compared early.
-    ``path`` is the file of the comparison; ConfigError names the method that cannot be."""
+    """Return every run, seed by seed, so that methods can be compared early.
+
+    ``path`` is the file of the comparison. Raises ConfigError, which names the invalid method.
+    """
     return [
-        Entry(method, seed, tuple(given), config, run_directory.locate(config))
+        Entry(method, seed, tuple(arguments), config, run_directory.locate(config))
         for seed in comparison.seeds
-        for method, given, config in _of_seed(comparison, path, seed)
+        for method, arguments, config in _runs_of_seed(comparison, path, seed)
     ]
 
 
-def _of_seed(
+def _runs_of_seed(
     comparison: Comparison, path: Path, seed: int
 ) -> Iterator[tuple[str, list[str], Config]]:
     budget = comparison.budget

@@ -1,4 +1,4 @@
-"""What the runs of a comparison have come to, as tables and as comparison.json."""
+"""The results of a comparison, as tables and as comparison.json."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from seqkd.comparison.plan import Comparison, Entry
 from seqkd.comparison.statistics import Estimate, difference, estimate, holm
 from seqkd.config.base import BudgetKind
 from seqkd.errors import DataError
-from seqkd.evaluation import summary, table
+from seqkd.evaluation import heldout, table
+from seqkd.evaluation.catalog import labeled
 from seqkd.evaluation.intervals import Ratio
 from seqkd.files import atomic_write, disk_errors
 from seqkd.storage import run_reader
@@ -20,18 +21,13 @@ from seqkd.storage.run_reader import Run
 
 KINDS: tuple[BudgetKind, ...] = get_args(BudgetKind)
 FIRST = ("reverse_kl_per_token", "forward_kl_per_token", "student_length", "student_eos_rate")
-"""Figures that are shown first: a divergence is not to be read without the length beside it."""
+"""Figures shown first: length is always reported with divergence."""
 OF_TEACHER = {"teacher_length": "student_length", "teacher_eos_rate": "student_eos_rate"}
-"""Figures of the teacher's completions, which no method changes, and those of the student's with
-which they share a table."""
-LABELS = {
-    name: label.replace(", student", "")
-    for name, label in ({name: summary.LABELS[name] for name in FIRST} | summary.LABELS).items()
-    if name not in OF_TEACHER
-}
+"""Figures of the teacher's completions, which no method changes, by the student's figure in whose
+table they are shown."""
 TEACHER, INITIAL = "(teacher)", "(before)"
 """In place of a method, whose name has no brackets: the teacher of the baseline's runs, and the
-students that they began with."""
+students before training."""
 
 ByMethod = dict[str, dict[str, Estimate]]
 """By method, by figure."""
@@ -43,140 +39,143 @@ class Tables:
 
     name: str
     prompts: int
-    labels: dict[str, str]
-    """Of every figure that any method has, in the order in which they are shown."""
+    names: list[str]
+    """Figures that any method has, in the order in which they are shown."""
     figures: ByMethod
     differences: ByMethod
-    """From the baseline, over the seeds that both have."""
+    """Differences from the baseline, over the seeds that both have."""
     adjusted: dict[str, dict[str, float]]
-    """By method, by figure: p of the difference, by Holm over the methods."""
+    """By method, by figure: p of the difference, Holm-adjusted over the methods."""
 
     def verdict(self, method: str, figure: str) -> str:
-        """Whether there is a difference from the baseline, in words."""
-        of = self.differences[method][figure]
-        if len(of.of_seeds) < 2:
+        """Return whether the difference from the baseline is significant, in words."""
+        found = self.differences[method][figure]
+        if len(found.of_seeds) < 2:
             return "one seed: not tested"
         p = self.adjusted[method][figure]
         shown = f"(p {p:.2g})" if p >= 0.001 else "(p < 0.001)"
         if p >= 0.05:
-            return f"not told apart {shown}"
-        return f"{'higher' if of.mean > 0 else 'lower'} {shown}"
+            return f"not significant {shown}"
+        return f"{'higher' if found.mean > 0 else 'lower'} {shown}"
 
 
 @dataclass(frozen=True)
 class Result:
-    """A comparison as far as it has come."""
+    """The runs of a comparison and their tables, as far as the runs have finished."""
 
     comparison: Comparison
     entries: Sequence[Entry]
     runs: dict[tuple[str, int], Run]
-    """By method and seed, of those that have begun."""
+    """Started runs by method and seed."""
     tables: list[Tables]
-    """On the held-out prompts; then, where asked for, by scripts/evaluate.py."""
+    """On the held-out prompts, then on each set of prompts of scripts/evaluate.py."""
     problems: list[str]
-    """Why a comparison is less than it looks, a line each."""
+    """Limitations of the comparison, one line each."""
 
-    def of(self, method: str) -> dict[int, Run]:
-        """The runs of one method that are over, by seed."""
+    def finished(self, method: str) -> dict[int, Run]:
+        """Return the finished runs of one method, by seed."""
         return {s: run for (m, s), run in self.runs.items() if m == method and run.over}
 
     def spent(self, method: str) -> dict[str, float]:
-        """Mean over the runs that are over: "steps", and every kind of budget."""
-        runs = self.of(method).values()
+        """Return the means over the finished runs: "steps", and every kind of budget."""
+        runs = self.finished(method).values()
         found = {"steps": [float(run.done) for run in runs]}
         found |= {kind: [run.spent(kind) for run in runs] for kind in KINDS}
-        return {name: sum(of) / len(of) for name, of in found.items() if of}
+        return {name: sum(values) / len(values) for name, values in found.items() if values}
 
 
 def read(comparison: Comparison, entries: Sequence[Entry]) -> Result:
-    """What is there by now. DataError where the runs cannot be compared."""
-    begun = [e for e in entries if (e.directory / "metrics.jsonl").exists()]
-    runs = {(e.method, e.seed): run_reader.read(e.directory) for e in begun}
-    over = [e for e in begun if runs[e.method, e.seed].over]
-    _refuse_other_prompts(over)
+    """Read the results so far. Raises DataError where the runs cannot be compared."""
+    started = [e for e in entries if (e.directory / "metrics.jsonl").exists()]
+    runs = {(e.method, e.seed): run_reader.read(e.directory) for e in started}
+    finished = [e for e in started if runs[e.method, e.seed].over]
+    _refuse_other_prompts(finished)
     held: dict[str, dict[int, dict[str, Ratio]]] = {}
-    for entry in over:
-        found = _per_prompt(runs[entry.method, entry.seed])
-        if "main" in found:
-            main = found["main"]
+    for entry in finished:
+        ratios = _per_prompt(runs[entry.method, entry.seed])
+        if "main" in ratios:
+            main = ratios["main"]
             held.setdefault(entry.method, {})[entry.seed] = main
             if entry.method == comparison.against:
-                held.setdefault(INITIAL, {})[entry.seed] = found["initial"]
-                of_teacher = {of: main[name] for name, of in OF_TEACHER.items() if name in main}
+                held.setdefault(INITIAL, {})[entry.seed] = ratios["initial"]
+                of_teacher = {own: main[name] for name, own in OF_TEACHER.items() if name in main}
                 held.setdefault(TEACHER, {})[entry.seed] = of_teacher
-    tables = [_tables("held-out prompts", held, LABELS, comparison)] if held else []
-    tables += _evaluated(comparison, over, runs)
+    order = dict.fromkeys((*FIRST, *(f for f in heldout.FIGURES if f not in OF_TEACHER)))
+    tables = [_tables("held-out prompts", held, list(order), comparison)] if held else []
+    tables += _evaluated(comparison, finished, runs)
     return Result(comparison, entries, runs, tables, list(_problems(comparison, entries, runs)))
 
 
 def _tables(
     name: str,
     held: Mapping[str, Mapping[int, Mapping[str, Ratio]]],
-    labels: Mapping[str, str],
+    order: Sequence[str],
     comparison: Comparison,
 ) -> Tables:
-    """``held``: by method, by seed, by figure."""
-    order = [m for m in (TEACHER, INITIAL, *comparison.methods) if m in held]
-    of_all = {figure for seeds in held.values() for of in seeds.values() for figure in of}
-    known = {figure: label for figure, label in labels.items() if figure in of_all}
+    """Estimate all figures and differences; ``held``: by method, by seed, by figure."""
+    methods = [m for m in (TEACHER, INITIAL, *comparison.methods) if m in held]
+    present = {figure for seeds in held.values() for row in seeds.values() for figure in row}
+    names = [figure for figure in order if figure in present]
 
     def runs(method: str, figure: str) -> dict[int, Ratio]:
-        return {s: of[figure] for s, of in held[method].items() if figure in of}
+        return {s: row[figure] for s, row in held[method].items() if figure in row}
 
-    figures = {m: {f: estimate([*r.values()]) for f in known if (r := runs(m, f))} for m in order}
+    figures = {
+        m: {f: estimate([*seeds.values()]) for f in names if (seeds := runs(m, f))} for m in methods
+    }
     differences: ByMethod = {}
-    for method in order:
+    for method in methods:
         if method == comparison.against or comparison.against not in held:
             continue
-        for figure in known:
-            ours, theirs = runs(method, figure), runs(comparison.against, figure)
-            if both := [seed for seed in ours if seed in theirs]:
-                found = difference([ours[s] for s in both], [theirs[s] for s in both])
+        for figure in names:
+            own, baseline = runs(method, figure), runs(comparison.against, figure)
+            if both := [seed for seed in own if seed in baseline]:
+                found = difference([own[s] for s in both], [baseline[s] for s in both])
                 differences.setdefault(method, {})[figure] = found
 
     def tested(figure: str) -> dict[str, float]:
-        found = {m: of[figure] for m, of in differences.items() if figure in of}
+        found = {m: row[figure] for m, row in differences.items() if figure in row}
         return {
-            m: of.p for m, of in found.items() if m in comparison.methods and len(of.of_seeds) > 1
+            m: e.p for m, e in found.items() if m in comparison.methods and len(e.of_seeds) > 1
         }
 
-    by_figure = {figure: holm(tested(figure)) for figure in known}
+    by_figure = {figure: holm(tested(figure)) for figure in names}
     adjusted = {
-        m: {f: by_figure[f].get(m, of.p) for f, of in differences[m].items()} for m in differences
+        m: {f: by_figure[f].get(m, e.p) for f, e in row.items()} for m, row in differences.items()
     }
-    ratio = next(of for seeds in held.values() for row in seeds.values() for of in row.values())
-    return Tables(name, len(ratio.below), known, figures, differences, adjusted)
+    ratio = next(r for seeds in held.values() for row in seeds.values() for r in row.values())
+    return Tables(name, len(ratio.below), names, figures, differences, adjusted)
 
 
 def _per_prompt(run: Run) -> dict[str, dict[str, Ratio]]:
-    """Held-out figures by stage; nothing where none were measured."""
+    """Return the held-out figures by stage; empty where none were measured."""
     return run.evaluation.per_prompt if run.evaluation else {}
 
 
 def _evaluated(
-    comparison: Comparison, over: Sequence[Entry], runs: Mapping[tuple[str, int], Run]
+    comparison: Comparison, finished: Sequence[Entry], runs: Mapping[tuple[str, int], Run]
 ) -> Iterator[Tables]:
-    """What scripts/evaluate.py has measured, of each set of prompts."""
+    """Yield the tables of each set of prompts that scripts/evaluate.py has measured."""
     sets: dict[str, dict[str, dict[int, dict[str, Ratio]]]] = {}
-    for entry in over:
+    for entry in finished:
         for prompts, evaluation in runs[entry.method, entry.seed].evaluated.items():
-            found, of = evaluation.per_prompt, sets.setdefault(prompts, {})
+            ratios, held = evaluation.per_prompt, sets.setdefault(prompts, {})
             for name, method in (("teacher", TEACHER), ("initial", INITIAL)):
-                if entry.method == comparison.against and name in found:
-                    of.setdefault(method, {})[entry.seed] = found[name]
-            if "student" in found:
-                of.setdefault(entry.method, {})[entry.seed] = found["student"]
+                if entry.method == comparison.against and name in ratios:
+                    held.setdefault(method, {})[entry.seed] = ratios[name]
+            if "student" in ratios:
+                held.setdefault(entry.method, {})[entry.seed] = ratios["student"]
     for name, held in sets.items():
         if held:
-            yield _tables(name, held, table.LABELS, comparison)
+            yield _tables(name, held, table.FIGURES, comparison)
 
 
-def _refuse_other_prompts(over: Sequence[Entry]) -> None:
-    """DataError unless all were measured on the same prompts."""
+def _refuse_other_prompts(finished: Sequence[Entry]) -> None:
+    """Raise DataError unless all runs were measured on the same prompts."""
     digests: dict[str, Entry] = {}
-    for entry in over:
-        found = json.loads((entry.directory / "data.json").read_text(encoding="utf-8"))
-        digests.setdefault(json.dumps(found["held-out"]), entry)
+    for entry in finished:
+        data = json.loads((entry.directory / "data.json").read_text(encoding="utf-8"))
+        digests.setdefault(json.dumps(data["held-out"]), entry)
     if len(digests) > 1:
         a, b, *_ = (entry.directory for entry in digests.values())
         raise DataError(
@@ -193,23 +192,23 @@ def _problems(
     for entry in entries:
         run = runs.get((entry.method, entry.seed))
         if run is None or not run.over:
-            yield f"{entry.method}, seed {entry.seed}: {run.state if run else 'not begun'}."
+            yield f"{entry.method}, seed {entry.seed}: {run.state if run else 'not started'}."
         elif "main" not in _per_prompt(run):
             yield f"{entry.method}, seed {entry.seed}: nothing was measured on held-out prompts."
         elif (spent := run.spent(budget.kind)) < budget.amount:
             yield (
-                f"{entry.method}, seed {entry.seed}: its steps were over when {spent:g} of the "
-                f"{budget.amount:g} {budget.kind} were spent."
+                f"{entry.method}, seed {entry.seed}: the run ended after {spent:g} of "
+                f"{budget.amount:g} {budget.kind}."
             )
     if len(comparison.seeds) < 2:
         yield (
-            "There is one seed: intervals are over prompts alone, and no difference is tested. Set "
+            "There is one seed: intervals are over prompts only, and no difference is tested. Set "
             "seeds to three or more."
         )
 
 
 def write(result: Result, directory: Path) -> None:
-    """``comparison.json``."""
+    """Write ``comparison.json``. Raises StorageError where it cannot be written."""
     comparison = result.comparison
     found: dict[str, Any] = {
         "comparison": comparison.model_dump(mode="json"),
@@ -219,8 +218,8 @@ def write(result: Result, directory: Path) -> None:
             method: {
                 str(seed): {"directory": run.directory.name, "state": run.state, "steps": run.done}
                 | {kind: run.spent(kind) for kind in KINDS}
-                for (of, seed), run in result.runs.items()
-                if of == method
+                for (name, seed), run in result.runs.items()
+                if name == method
             }
             for method in comparison.methods
         },
@@ -240,29 +239,29 @@ def write(result: Result, directory: Path) -> None:
         atomic_write(file, json.dumps(found, indent=2) + "\n")
 
 
-def _plain(of: ByMethod) -> dict[str, dict[str, dict[str, Any]]]:
-    return {m: {figure: asdict(e) for figure, e in row.items()} for m, row in of.items()}
+def _plain(estimates: ByMethod) -> dict[str, dict[str, dict[str, Any]]]:
+    return {m: {figure: asdict(e) for figure, e in row.items()} for m, row in estimates.items()}
 
 
 def render(result: Result) -> str:
-    """All tables as text."""
+    """Return all tables as text."""
     heads = ["mean over seeds", "steps", *(kind.replace("_", " ") for kind in KINDS)]
     spent = {method: result.spent(method) for method in result.comparison.methods}
-    costs = [[m, *(f"{v:,.0f}" for v in of.values())] for m, of in spent.items() if of]
+    costs = [[m, *(f"{v:,.0f}" for v in means.values())] for m, means in spent.items() if means]
     parts = [table.aligned([heads, *costs])] if costs else []
     for tables in result.tables:
         parts.append(
             f"{tables.name}: {tables.prompts} prompts; mean [95 % interval over seeds and "
             f"prompts], each seed, and the difference from {result.comparison.against}"
         )
-        parts += [_of_figure(tables, figure) for figure in tables.labels]
+        parts += [_figure_table(tables, figure) for figure in tables.names]
     return "\n\n".join([*parts, "\n".join(result.problems)]).strip()
 
 
-def _of_figure(tables: Tables, figure: str) -> str:
-    rows = [[tables.labels[figure], "", "", "", ""]]
-    for method, of in tables.figures.items():
-        if (found := of.get(figure)) is None:
+def _figure_table(tables: Tables, figure: str) -> str:
+    rows = [[labeled(figure), "", "", "", ""]]
+    for method, estimates in tables.figures.items():
+        if (found := estimates.get(figure)) is None:
             continue
         from_baseline = tables.differences.get(method, {}).get(figure)
         rows.append(
@@ -277,6 +276,6 @@ def _of_figure(tables: Tables, figure: str) -> str:
     return table.aligned(rows)
 
 
-def shown(of: Estimate, sign: str = "") -> str:
-    """With its interval."""
-    return f"{of.mean:{sign}.3g} [{of.low:{sign}.3g}, {of.high:{sign}.3g}]"
+def shown(value: Estimate, sign: str = "") -> str:
+    """Return the mean with its interval."""
+    return f"{value.mean:{sign}.3g} [{value.low:{sign}.3g}, {value.high:{sign}.3g}]"

@@ -1,13 +1,14 @@
 """Means and differences of methods that were run with several seeds on the same prompts.
 
-Runs and prompts are two crossed samples: another seed would have given another student, other
-prompts other figures. With R_s the figure of run s of S and u_i the influence of prompt i of P on
+Runs and prompts are two crossed samples: another seed would have produced another student, and
+other prompts other figures. With R_s the figure of run s of S and u_i the influence of prompt i of P on
 their mean (the delta method for a ratio of sums), the variance of the mean is estimated by
 
     var(u) / P + var(R) / S,
 
-which counts the interaction of the two twice and so errs towards wider intervals, as the pigeonhole
-bootstrap does (Owen 2007, arXiv 0712.1111). Degrees of freedom are Welch and Satterthwaite's.
+which counts the interaction of the two twice and therefore gives slightly wide intervals, as the
+pigeonhole bootstrap does (Owen 2007, arXiv 0712.1111). Degrees of freedom are those of Welch and
+Satterthwaite.
 """
 
 from __future__ import annotations
@@ -29,32 +30,32 @@ class Estimate:
     low: float
     high: float
     p: float
-    """Of the two-sided test that the mean is 0: what is asked of a difference."""
+    """Two-sided p-value of mean 0, meaningful for differences."""
     of_seeds: tuple[float, ...]
-    """[S] of each run."""
+    """[S] mean of each run."""
 
 
 def estimate(runs: Sequence[Ratio]) -> Estimate:
-    """A figure of one method: [S] runs, one a seed. With one run the interval is over prompts
-    only."""
+    """Estimate a figure of one method from [S] runs, one per seed. With one run the interval is over
+    prompts only."""
     return _estimate(*map(np.array, zip(*map(_linear, runs), strict=True)))
 
 
 def difference(runs: Sequence[Ratio], baseline: Sequence[Ratio]) -> Estimate:
-    """runs - baseline, paired by seed and by prompt: [S] of each, in the same order. Prompts where
-    only one of a pair is defined are left out of both."""
+    """Estimate runs - baseline, paired by seed and by prompt: [S] runs of each, in the same order.
+    Prompts where only one of a pair is defined are dropped from both."""
     values, influences = [], []
-    for ours, theirs in zip(runs, baseline, strict=True):
-        both = ((ours.below > 0) & (theirs.below > 0)).astype(float)
-        a, b = (_linear(Ratio(of.above * both, of.below * both)) for of in (ours, theirs))
+    for run, other in zip(runs, baseline, strict=True):
+        both = ((run.below > 0) & (other.below > 0)).astype(float)
+        a, b = (_linear(Ratio(r.above * both, r.below * both)) for r in (run, other))
         values.append(a[0] - b[0])
         influences.append(a[1] - b[1])
     return _estimate(np.array(values), np.array(influences))
 
 
 def holm(p: Mapping[str, float]) -> dict[str, float]:
-    """Adjusted for as many tests as there are (Holm 1979): the least level of all tests together at
-    which each would still be called a difference."""
+    """Adjust p-values for the number of tests (Holm 1979): the smallest family-wise level at which
+    each test is significant."""
     adjusted, highest = {}, 0.0
     for rank, name in enumerate(sorted(p, key=lambda name: p[name])):
         highest = max(highest, min(1.0, (len(p) - rank) * p[name]))
@@ -62,16 +63,16 @@ def holm(p: Mapping[str, float]) -> dict[str, float]:
     return {name: adjusted[name] for name in p}
 
 
-def _linear(of: Ratio) -> tuple[float, Array]:
-    """The quotient and [P] the influence of each prompt: the quotient's change, to first order, if
-    that prompt had its weight of all doubled, times P."""
-    below = of.below.sum()
-    value = of.above.sum() / below
-    return value, (of.above - value * of.below) * len(of.below) / below
+def _linear(ratio: Ratio) -> tuple[float, Array]:
+    """Return the quotient and [P] the influence of each prompt: P times the quotient's first-order
+    change when the weight of that prompt is doubled."""
+    below = ratio.below.sum()
+    value = ratio.above.sum() / below
+    return value, (ratio.above - value * ratio.below) * len(ratio.below) / below
 
 
 def _estimate(values: Array, influences: Array) -> Estimate:
-    """Of [S] figures and [S, P] influences."""
+    """Estimate the mean from [S] figures and [S, P] influences."""
     runs, prompts = influences.shape
     parts = [(np.var(influences.mean(0), ddof=1) / prompts, prompts - 1)] if prompts > 1 else []
     if runs > 1:
@@ -79,7 +80,7 @@ def _estimate(values: Array, influences: Array) -> Estimate:
     mean, variance = float(values.mean()), float(sum(part for part, _ in parts))
     width, p = 0.0, float(mean == 0)
     if variance > 0:
-        freedom = variance**2 / sum(part**2 / of for part, of in parts)
+        freedom = variance**2 / sum(part**2 / degrees for part, degrees in parts)
         width = float(student_t.ppf(0.975, freedom)) * variance**0.5
         p = 2 * float(student_t.sf(abs(mean) / variance**0.5, freedom))
     return Estimate(mean, mean - width, mean + width, p, tuple(map(float, values)))

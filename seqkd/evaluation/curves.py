@@ -7,20 +7,18 @@ bootstraps over prompts with the same draws as :func:`seqkd.evaluation.intervals
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from seqkd.evaluation.intervals import RESAMPLES, Interval
+from seqkd.evaluation.intervals import Interval, bootstrap
 
 Array = np.ndarray
 
 FEWEST = 10
 """Prompts that must have a completion of some length for a curve to go on to it; all of them where
 there are fewer."""
-CHUNK = 500
-"""Resamples whose curves are held at a time."""
 
 
 @dataclass(frozen=True)
@@ -252,26 +250,24 @@ def _quotient(above: Array, below: Array) -> Array:
 # --- bootstrap
 
 
-def _weights(prompts: int) -> Iterator[Array]:
-    """[C, P] how often each prompt is in each of C resamples, the same draws as ``ratio``'s."""
-    picks = np.random.default_rng(0).integers(0, prompts, (RESAMPLES, prompts))
-    for low in range(0, RESAMPLES, CHUNK):
-        rows = picks[low : low + CHUNK]
-        flat = rows + prompts * np.arange(len(rows))[:, None]
-        counts = np.bincount(flat.ravel(), minlength=rows.size)
-        yield counts.reshape(rows.shape).astype(float)
-
-
 def _intervals(figures: Callable[[Array], Array], prompts: int) -> list[Interval | None]:
-    """``figures`` makes [C, K] of [C, P] weights: K intervals, None where the figure is not
-    defined. Resamples in which one is not defined are left out."""
-    draws = np.concatenate([figures(weights) for weights in _weights(prompts)])
+    """Return K intervals; ``figures`` maps [C, P] weights of the prompts to [C, K]. None where a
+    figure is not defined; resamples in which it is not defined are dropped."""
+    values, draws = bootstrap(lambda rows: figures(_counts(rows)), prompts)
     return [
         Interval(float(value), *map(float, np.nanpercentile(drawn, (2.5, 97.5))))
         if np.isfinite(value)
         else None
-        for value, drawn in zip(figures(np.ones((1, prompts)))[0], draws.T, strict=True)
+        for value, drawn in zip(values, draws.T, strict=True)
     ]
+
+
+def _counts(rows: Array) -> Array:
+    """Return how often each prompt occurs in each row: [C, P] indices -> [C, P] counts."""
+    resamples, prompts = rows.shape
+    flat = rows + prompts * np.arange(resamples)[:, None]
+    counts = np.bincount(flat.ravel(), minlength=rows.size)
+    return counts.reshape(rows.shape).astype(float)
 
 
 def _floats(values: Array) -> tuple[float, ...]:

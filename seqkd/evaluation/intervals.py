@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 RESAMPLES = 10_000
-
+CHUNK = 500
+"""Resamples that are evaluated at once."""
 
 Array = np.ndarray
 
@@ -25,7 +27,7 @@ class Interval:
 
     @property
     def verdict(self) -> str:
-        """Of a difference: whether it can be told from none."""
+        """Whether the interval of a difference excludes 0, in words."""
         return "excludes 0" if self.low > 0 or self.high < 0 else "includes 0"
 
 
@@ -36,39 +38,53 @@ class Ratio:
     above: Array
     """[P]"""
     below: Array
-    """[P] 0 at prompts where the figure is not defined, which are left out."""
+    """[P] 0 at prompts where the figure is not defined; these are dropped."""
 
     def interval(self) -> Interval:
-        """With a percentile bootstrap over prompts."""
+        """Return the quotient with a percentile bootstrap over prompts."""
         defined = self.below > 0
         return ratio(self.above[defined], self.below[defined])
 
     def plain(self) -> dict[str, list[float]]:
-        """As JSON has it."""
+        """Return the sums as plain data for JSON."""
         return {"above": self.above.tolist(), "below": self.below.tolist()}
 
 
 def ratio(numerator: Array, denominator: Array) -> Interval:
-    """sum(numerator) / sum(denominator) with a percentile bootstrap over prompts."""
-    picks = _picks(len(numerator))
-    means = numerator[picks].sum(1) / denominator[picks].sum(1)
-    low, high = np.percentile(means, (2.5, 97.5))
-    return Interval(float(numerator.sum() / denominator.sum()), float(low), float(high))
+    """Return sum(numerator) / sum(denominator) with a percentile bootstrap over prompts."""
+
+    def quotient(rows: Array) -> Array:
+        return np.asarray(numerator[rows].sum(1) / denominator[rows].sum(1))
+
+    return _interval(*bootstrap(quotient, len(numerator)))
 
 
 def paired_change(before: Ratio, after: Ratio) -> Interval:
-    """Change of a figure, prompts resampled together in both, of those where both define it."""
-    defined = (before.below > 0) & (after.below > 0)
-    everything = np.arange(defined.sum())
+    """Return after - before over the prompts where both are defined, resampled together."""
+    both = (before.below > 0) & (after.below > 0)
+    sums = [side[both] for side in (before.above, before.below, after.above, after.below)]
 
-    def value(sums: Ratio, rows: Array) -> Array:
-        return np.asarray(sums.above[defined][rows].sum(-1) / sums.below[defined][rows].sum(-1))
+    def change(rows: Array) -> Array:
+        above, below, above_after, below_after = (side[rows].sum(1) for side in sums)
+        return np.asarray(above_after / below_after - above / below)
 
-    picks = _picks(len(everything))
-    low, high = np.percentile(value(after, picks) - value(before, picks), (2.5, 97.5))
-    change = value(after, everything) - value(before, everything)
-    return Interval(float(change), float(low), float(high))
+    return _interval(*bootstrap(change, int(both.sum())))
 
 
-def _picks(prompts: int) -> Array:
-    return np.random.default_rng(0).integers(0, prompts, (RESAMPLES, prompts))
+def bootstrap(statistic: Callable[[Array], Array], prompts: int) -> tuple[Array, Array]:
+    """Evaluate a statistic on all prompts and on resamples of them, the same at every call.
+
+    Args:
+        statistic: [C, P] prompt indices -> [C, ...] the statistic of each row of indices.
+
+    Returns:
+        [...] the statistic of all prompts, and [RESAMPLES, ...] those of the resamples.
+    """
+    picks = np.random.default_rng(0).integers(0, prompts, (RESAMPLES, prompts))
+    draws = [statistic(picks[low : low + CHUNK]) for low in range(0, RESAMPLES, CHUNK)]
+    return statistic(np.arange(prompts)[None])[0], np.concatenate(draws)
+
+
+def _interval(value: Array, draws: Array) -> Interval:
+    low, high = np.percentile(draws, (2.5, 97.5))
+    return Interval(float(value), float(low), float(high))

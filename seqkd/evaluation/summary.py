@@ -13,23 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from seqkd.evaluation.heldout import Example, Measurement
+from seqkd.evaluation.catalog import labeled, metric
+from seqkd.evaluation.heldout import FIGURES, Example, Measurement
 from seqkd.evaluation.intervals import Interval, Ratio, paired_change
 from seqkd.types import Prompt
-
-LABELS = {
-    "reverse_kl_per_token": "reverse KL per token (nats)",
-    "reverse_kl_per_sequence": "reverse KL per sequence (nats)",
-    "forward_kl_per_token": "forward KL per token (nats)",
-    "forward_kl_per_sequence": "forward KL per sequence (nats)",
-    "nll_per_token": "student's NLL of the teacher's text",
-    "teacher_nll_per_token": "teacher's NLL of the student's text",
-    "student_length": "completion length, student (tokens)",
-    "teacher_length": "completion length, teacher (tokens)",
-    "student_eos_rate": "ended by itself, student",
-    "teacher_eos_rate": "ended by itself, teacher",
-}
-
 
 def evaluation_json(
     measurements: Mapping[str, Measurement],
@@ -66,22 +53,22 @@ def evaluation_json(
 def render(evaluation: dict[str, Any]) -> str:
     """The figures, the paired changes and the completions side by side, as text."""
     stages = [stage for stage in evaluation["figures"] if not stage.startswith("step ")]
+    names = [name for name in FIGURES if name in evaluation["figures"][stages[0]]]
+    width = 2 + max(len(labeled(name)) for name in names)
     lines = [
         f"Held-out prompts: {evaluation['prompts']}; mean [95 % interval over prompts]",
         "",
-        " " * 38 + "".join(f"{_stage(stage):<26}" for stage in stages),
+        " " * width + "".join(f"{stage_label(stage):<26}" for stage in stages),
     ]
-    for key, label in LABELS.items():
-        if key not in evaluation["figures"][stages[0]]:
-            continue
-        cells = [str(Interval(**evaluation["figures"][stage][key])) for stage in stages]
-        lines.append(f"{label:<38}" + "".join(f"{cell:<26}" for cell in cells))
+    for name in names:
+        cells = [str(Interval(**evaluation["figures"][stage][name])) for stage in stages]
+        lines.append(f"{labeled(name):<{width}}" + "".join(f"{cell:<26}" for cell in cells))
     lines.append("")
     for figure, changes in evaluation["changes"].items():
         for pair, change in changes.items():
             interval = Interval(**change)
             lines.append(
-                f"{LABELS[figure].removesuffix(' (nats)')}, {pair}: {interval} "
+                f"{metric(figure).label}, {pair}: {interval} "
                 f"(paired over prompts; {interval.verdict})"
             )
     for example in evaluation["examples"]:
@@ -96,7 +83,8 @@ def _pairs(stages: list[str]) -> list[tuple[str, str]]:
     return [*pairs, (stages[0], stages[-1])] if len(pairs) > 1 else pairs
 
 
-def _stage(stage: str) -> str:
+def stage_label(stage: str) -> str:
+    """Return the words for a measurement, named after what preceded it: "after warmup"."""
     return "before" if stage == "initial" else f"after {stage}"
 
 

@@ -14,36 +14,25 @@ import numpy as np
 
 from seqkd.evaluation.bartscore import BartScorer
 from seqkd.evaluation.calibration import end_calibration
+from seqkd.evaluation.catalog import labeled
 from seqkd.evaluation.curves import Lengths, TokenValues, compare_ends, exposure_bias, length_rates
 from seqkd.evaluation.heldout import Answers, aggregate_by_prompt, totals
 from seqkd.evaluation.intervals import Interval, Ratio, paired_change
 from seqkd.evaluation.text import distinct, per_prompt, repeated, rouge, self_bleu, without_eos
 from seqkd.types import Prompt, Rollout
 
-LABELS = {
-    "reverse_kl_per_token": "reverse KL, per token (nats)",
-    "reverse_kl_per_sequence": "reverse KL, per sequence (nats)",
-    "forward_kl_per_token": "forward KL, per token (nats)",
-    "forward_kl_per_sequence": "forward KL, per sequence (nats)",
-    "teacher_nll_per_token": "teacher's NLL of the text, per token",
-    "perplexity": "perplexity of the teacher's text",
-    "rouge1": "ROUGE-1 (0 to 100)",
-    "rouge2": "ROUGE-2 (0 to 100)",
-    "rougeL": "ROUGE-L (0 to 100)",
-    "bartscore_f": "BARTScore F (nats a token)",
-    "bartscore_precision": "BARTScore, reference -> text",
-    "bartscore_recall": "BARTScore, text -> reference",
-    "length": "length (tokens)",
-    "ended": "ended by itself (share)",
-    "repetition": "repeated 4-grams (share)",
-    "distinct1": "distinct-1 (share)",
-    "distinct2": "distinct-2 (share)",
-    "distinct3": "distinct-3 (share)",
-    "self_bleu": "self-BLEU (0 to 100)",
-}
-"""Rows of the table, by the name of each figure in evaluation.json."""
-MEASURED = (*tuple(LABELS)[:5], "nll_per_token")
-"""Those of :class:`Measurement` that the table has, or makes something of."""
+MEASURED = (
+    "reverse_kl_per_token", "reverse_kl_per_sequence",
+    "forward_kl_per_token", "forward_kl_per_sequence",
+    "teacher_nll_per_token",
+)  # fmt: skip
+"""Rows of the table that come from :class:`seqkd.evaluation.heldout.Measurement`."""
+FIGURES = (
+    *MEASURED, "perplexity", "rouge1", "rouge2", "rougeL",
+    "bartscore_f", "bartscore_precision", "bartscore_recall", "length", "ended", "repetition",
+    "distinct1", "distinct2", "distinct3", "self_bleu",
+)  # fmt: skip
+"""Rows of the table in order: names of the figures in evaluation.json."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +92,8 @@ def figures(
     ratios = {}
     if written.on_teacher is not None:
         known = aggregate_by_prompt(prompts, written.answers, written.on_teacher).ratios()
-        ratios = {name: known[name] for name in MEASURED if name in known}
+        names = (*MEASURED, "nll_per_token")  # perplexity is the exponential of the NLL
+        ratios = {name: known[name] for name in names if name in known}
     elif costs := totals(written.answers, "teacher_logprob"):
         sums = [
             [float(sum(of(r) for r in g)) for g in groups]
@@ -115,7 +105,7 @@ def figures(
 
 def changes(before: Figures, after: Figures) -> dict[str, Interval]:
     """after - before, prompts resampled together, of every figure that has a value a prompt."""
-    both = [name for name in LABELS if name in before.ratios.keys() & after.ratios.keys()]
+    both = [name for name in FIGURES if name in before.ratios.keys() & after.ratios.keys()]
     pairs = {name: (before.ratios[name], after.ratios[name]) for name in both}
     return {
         name: paired_change(a, b) for name, (a, b) in pairs.items() if (a.below * b.below).any()
@@ -142,10 +132,12 @@ def curves(written: ModelOutputs, prompts: Sequence[Prompt]) -> dict[str, Any]:
 
 
 def render(table: Mapping[str, Mapping[str, Interval]]) -> str:
-    """Figures of several models as text, a column each."""
-    known = [name for name in LABELS if any(name in figures for figures in table.values())]
-    columns = [["", *(LABELS[name] for name in known)]]
-    columns += [[model, *(_cell(of.get(name)) for name in known)] for model, of in table.items()]
+    """Return the figures of several models as text, one column per model."""
+    names = [name for name in FIGURES if any(name in column for column in table.values())]
+    columns = [["", *map(labeled, names)]]
+    columns += [
+        [model, *(_cell(column.get(name)) for name in names)] for model, column in table.items()
+    ]
     return aligned(list(zip(*columns, strict=True)))
 
 

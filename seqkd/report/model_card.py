@@ -19,7 +19,8 @@ from seqkd.config.student import PruneInitConfig
 from seqkd.config.teacher import EndpointTeacherConfig, SingleTeacherConfig
 from seqkd.data.readers import JSON, TABLES
 from seqkd.evaluation.intervals import Interval
-from seqkd.evaluation.summary import LABELS
+from seqkd.evaluation.catalog import labeled
+from seqkd.evaluation.heldout import FIGURES
 from seqkd.files import disk_errors
 from seqkd.models.loading import expand
 from seqkd.storage.run_directory import EXECUTION_KEYS, SECTIONS
@@ -191,10 +192,10 @@ def _evaluation(config: Config, evaluation: Mapping[str, Any] | None) -> str:
     figures = evaluation["figures"]
     stages = ["before" if stage == "initial" else f"after {stage}" for stage in figures]
     rows = [
-        f"| {label} | "
+        f"| {labeled(figure)} | "
         + " | ".join(str(Interval(**known[figure])) for known in figures.values())
         + " |"
-        for figure, label in LABELS.items()
+        for figure in FIGURES
         if all(figure in known for known in figures.values())
     ]
     return (

@@ -67,8 +67,8 @@ def test_every_method_is_run_with_every_seed_until_the_budget_is_spent(write):
 @pytest.mark.parametrize(
     "changes, told",
     [
-        ({"baseline": "none"}, "baseline 'none' is none of the methods. Name one of sequence,"),
-        ({"seeds": [1, 1]}, r"seeds \[1, 1\]: one is there twice"),
+        ({"baseline": "none"}, "baseline 'none' is not a method. Set it to one of sequence,"),
+        ({"seeds": [1, 1]}, r"seeds \[1, 1\] has a duplicate"),
         ({"seeds": []}, "seeds"),
         ({"methods": {}}, "methods"),
         ({"methods": {"a/b": []}}, "methods"),
@@ -197,7 +197,7 @@ def test_methods_are_compared_over_the_seeds_that_both_have(tmp_path):
     of_teacher = baseline["figures"]["main"]["teacher_length"]["mean"]
     assert held_out.figures[results.TEACHER][figure].of_seeds[0] == pytest.approx(of_teacher)
     assert "sft" not in held_out.differences
-    assert result.problems == ["default, seed 0: not begun.", "sft, seed 2: not begun."]
+    assert result.problems == ["default, seed 0: not started.", "sft, seed 2: not started."]
     tested = held_out.differences.keys() - {results.TEACHER, results.INITIAL, "default"}
     p = {m: held_out.differences[m][figure].p for m in tested}
     assert {m: held_out.adjusted[m][figure] for m in tested} == holm(p), "of those that are tested"
@@ -205,12 +205,12 @@ def test_methods_are_compared_over_the_seeds_that_both_have(tmp_path):
 
 @pytest.mark.parametrize(
     "p, mean, said",
-    [(0.2, 1.0, "not told apart (p 0.2)"), (0.05, 1.0, "not told apart (p 0.05)"),
+    [(0.2, 1.0, "not significant (p 0.2)"), (0.05, 1.0, "not significant (p 0.05)"),
      (0.049, 1.0, "higher (p 0.049)"), (1e-9, -1.0, "lower (p < 0.001)")],
 )  # fmt: skip
 def test_a_verdict(p, mean, said):
     of = {"m": {"f": Estimate(mean, 0, 0, 1.0, (1.0, 2.0))}}
-    assert results.Tables("", 1, {}, of, of, {"m": {"f": p}}).verdict("m", "f") == said
+    assert results.Tables("", 1, [], of, of, {"m": {"f": p}}).verdict("m", "f") == said
 
 
 def test_other_prompts_are_not_compared(tmp_path):
@@ -235,7 +235,7 @@ def test_what_makes_a_comparison_less_than_it_looks_is_said(tmp_path):
     spent = sum(json.loads(line)["learner_tokens"] for line in lines)
     found = results.read(comparison, entries)
     assert found.problems[:2] == [
-        f"sft, seed 0: its steps were over when {spent:g} of the 25000 learner_tokens were spent.",
+        f"sft, seed 0: the run ended after {spent:g} of 25000 learner_tokens.",
         "token_forward_kl, seed 0: nothing was measured on held-out prompts.",
     ]
     assert found.problems[2].startswith("There is one seed")

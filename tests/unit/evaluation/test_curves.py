@@ -9,7 +9,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from seqkd.evaluation import curves
+from seqkd.evaluation import intervals
 from seqkd.evaluation.calibration import end_calibration
 from seqkd.evaluation.curves import Lengths, TokenValues, compare_ends, exposure_bias, length_rates
 from seqkd.evaluation.intervals import Interval, ratio
@@ -61,8 +61,8 @@ def test_the_curve_ends_where_too_few_prompts_are_left():
 
 
 def test_intervals_are_those_of_resampled_prompts(monkeypatch):
-    monkeypatch.setattr(curves, "RESAMPLES", 200)
-    monkeypatch.setattr(curves, "CHUNK", 64)
+    monkeypatch.setattr(intervals, "RESAMPLES", 200)
+    monkeypatch.setattr(intervals, "CHUNK", 64)
     draw = np.random.default_rng(3)
 
     def completions():

@@ -113,6 +113,6 @@ def test_the_table_has_a_column_a_model_and_a_dash_where_nothing_is_known():
     }
     lines = render(table).splitlines()
     assert lines[0].split() == ["teacher", "student"]
-    row = next(line for line in lines if line.startswith("reverse KL, per token"))
+    row = next(line for line in lines if line.startswith("reverse KL per token"))
     assert row.split()[-2:] == ["-", "2"]
     assert any(line.startswith("distinct-1") for line in lines)

@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import seqkd
 from seqkd.config.run import Config
+from seqkd.evaluation.catalog import labeled
 from seqkd.evaluation.heldout import Measurement
-from seqkd.evaluation.summary import LABELS, evaluation_json
+from seqkd.evaluation.summary import evaluation_json
 from seqkd.models.export import export
 from seqkd.models.loading import load_causal_lm
 from seqkd.report import model_card
@@ -193,10 +194,10 @@ def test_its_table_has_the_figures_of_the_evaluation(run, tokenizer):
     lines = [line.split(" | ") for line in card.text.splitlines() if line.startswith("| ")]
     heads, rows = lines[0], {line[0].removeprefix("| "): line[1:] for line in lines[1:]}
     assert [head.strip("| ") for head in heads] == ["", "before", "after warmup", "after main"]
-    assert rows.keys() == {LABELS[figure] for figure in evaluation["figures"]["main"]}
+    assert rows.keys() == {labeled(figure) for figure in evaluation["figures"]["main"]}
     for stage, column in (("initial", 0), ("warmup", 1), ("main", 2)):
         for figure, known in evaluation["figures"][stage].items():
-            numbers = re.findall(r"[\d.]+", rows[LABELS[figure]][column])
+            numbers = re.findall(r"[\d.]+", rows[labeled(figure)][column])
             assert [float(n) for n in numbers] == pytest.approx(
                 [known["mean"], known["low"], known["high"]], rel=5e-3
             )
