@@ -1,0 +1,70 @@
+"""A configuration in words: its models, and what each phase minimizes on which samples."""
+
+from __future__ import annotations
+
+from pathlib import PurePath
+
+from seqkd.config.base import SamplerName
+from seqkd.config.objectives import SequenceReverseKLConfig
+from seqkd.config.phases import PhaseConfig, TermConfig
+from seqkd.config.run import Config
+from seqkd.config.student import PruneInitConfig
+
+OBJECTIVES = {
+    "sequence_reverse_kl": "sequence-level reverse KL",
+    "sequence_forward_kl": "sequence-level forward KL",
+    "sampled_token": "token-level reverse KL by sampled tokens",
+    "sft": "supervised fine-tuning",
+    "token_forward_kl": "token-level forward KL",
+    "token_reverse_kl": "token-level reverse KL",
+    "gjsd": "generalized Jensen-Shannon divergence",
+    "skew_kl": "skew KL",
+    "skew_reverse_kl": "skew reverse KL",
+    "total_variation": "total variation",
+}
+SAMPLES: dict[SamplerName, str] = {
+    "student": "the student's samples",
+    "teacher": "the teacher's samples",
+    "mixture": "a mixture of the student's and the teacher's samples",
+    "dataset": "the data set's answers",
+    "corpus": "plain text",
+    "journal": "recorded completions",
+}
+
+
+def describe_term(term: TermConfig) -> str:
+    """Return for example "token-level forward KL on the teacher's samples", with the options that
+    differ from their defaults."""
+    objective = term.objective
+    options = objective.model_dump(exclude_defaults=True, exclude={"kind"})
+    if isinstance(objective, SequenceReverseKLConfig):
+        always = ("estimator", "baseline", "normalization")
+        options = {name: getattr(objective, name) for name in always} | options
+    listed = ", ".join(f"{name} {value}" for name, value in options.items())
+    weight = "" if term.weight == 1 else f"{term.weight:g} × "
+    brackets = f" ({listed})" if listed else ""
+    return f"{weight}{OBJECTIVES[objective.kind]}{brackets} on {SAMPLES[term.sampler]}"
+
+
+def describe_terms(phase: PhaseConfig) -> str:
+    """Return the whole loss of a phase."""
+    return " + ".join(map(describe_term, phase.terms))
+
+
+def describe_phase(config: Config, name: str, phase: PhaseConfig) -> str:
+    """Return the length and the loss of a phase: "warmup, 20 steps: supervised fine-tuning on ..."."""
+    return f"{name}, {config.extent(phase)}: {describe_terms(phase)}"
+
+
+def model_names(config: Config) -> tuple[str, str]:
+    """Return short names of the teacher and of the student."""
+    init = config.student.init
+    student = _short(config.student.model)
+    if isinstance(init, PruneInitConfig):
+        student += f" without layers {init.drop_layers[0]} to {init.drop_layers[1] - 1}"
+    return " + ".join(_short(teacher.model) for teacher in config.teachers.values()), student
+
+
+def _short(model: str) -> str:
+    """Return the last part of a directory, or a hub name as it is."""
+    return PurePath(model).name if model.startswith(("/", "~", ".")) else model
