@@ -206,7 +206,8 @@ def show(comparison: Comparison, entries: Sequence[Entry]) -> int:
     result = update(comparison, entries)
     where = plan.directory(entries)
     print(f"\n{results.render(result)}\n\n{where / 'comparison.json'}\n{where / 'report.html'}")
-    return 0 if all(len(result.finished(m)) == len(comparison.seeds) for m in comparison.methods) else 2
+    over = sum(run.over for run in result.runs.values())
+    return 0 if over == len(entries) else 2
 
 
 if __name__ == "__main__":

@@ -38,8 +38,8 @@ class Comparison(BaseConfig):
     overrides: tuple[str, ...] = Field((), description="key=value for all methods.")
     methods: dict[Annotated[str, StringConstraints(pattern=NAME)], tuple[str, ...]] = Field(
         min_length=1,
-        description="By name, key=value overrides that follow those for all methods; a first element "
-        "without = is the method's configuration.",
+        description="By name, key=value overrides that follow those for all methods; a first "
+        "element without = is the method's configuration.",
     )
     baseline: str | None = Field(
         None, description="The method that the others are compared with; the first if unset."

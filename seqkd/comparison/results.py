@@ -12,8 +12,9 @@ from seqkd.comparison.plan import Comparison, Entry
 from seqkd.comparison.statistics import Estimate, difference, estimate, holm
 from seqkd.config.base import BudgetKind
 from seqkd.errors import DataError
-from seqkd.evaluation import heldout, table
+from seqkd.evaluation import table
 from seqkd.evaluation.catalog import labeled
+from seqkd.evaluation.heldout import FIGURES, TEACHER_FIGURES
 from seqkd.evaluation.intervals import Ratio
 from seqkd.files import atomic_write, disk_errors
 from seqkd.storage import run_reader
@@ -22,9 +23,6 @@ from seqkd.storage.run_reader import Run
 KINDS: tuple[BudgetKind, ...] = get_args(BudgetKind)
 FIRST = ("reverse_kl_per_token", "forward_kl_per_token", "student_length", "student_eos_rate")
 """Figures shown first: length is always reported with divergence."""
-OF_TEACHER = {"teacher_length": "student_length", "teacher_eos_rate": "student_eos_rate"}
-"""Figures of the teacher's completions, which no method changes, by the student's figure in whose
-table they are shown."""
 TEACHER, INITIAL = "(teacher)", "(before)"
 """In place of a method, whose name has no brackets: the teacher of the baseline's runs, and the
 students before training."""
@@ -98,10 +96,11 @@ def read(comparison: Comparison, entries: Sequence[Entry]) -> Result:
             held.setdefault(entry.method, {})[entry.seed] = main
             if entry.method == comparison.against:
                 held.setdefault(INITIAL, {})[entry.seed] = ratios["initial"]
-                of_teacher = {own: main[name] for name, own in OF_TEACHER.items() if name in main}
+                of_teacher = {f: main[t] for f, t in TEACHER_FIGURES.items() if t in main}
                 held.setdefault(TEACHER, {})[entry.seed] = of_teacher
-    order = dict.fromkeys((*FIRST, *(f for f in heldout.FIGURES if f not in OF_TEACHER)))
-    tables = [_tables("held-out prompts", held, list(order), comparison)] if held else []
+    of_methods = [figure for figure in FIGURES if figure not in TEACHER_FIGURES.values()]
+    order = list(dict.fromkeys((*FIRST, *of_methods)))
+    tables = [_tables("held-out prompts", held, order, comparison)] if held else []
     tables += _evaluated(comparison, finished, runs)
     return Result(comparison, entries, runs, tables, list(_problems(comparison, entries, runs)))
 
@@ -135,9 +134,7 @@ def _tables(
 
     def tested(figure: str) -> dict[str, float]:
         found = {m: row[figure] for m, row in differences.items() if figure in row}
-        return {
-            m: e.p for m, e in found.items() if m in comparison.methods and len(e.of_seeds) > 1
-        }
+        return {m: e.p for m, e in found.items() if m in comparison.methods and len(e.of_seeds) > 1}
 
     by_figure = {figure: holm(tested(figure)) for figure in names}
     adjusted = {

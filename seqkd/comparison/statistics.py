@@ -1,8 +1,8 @@
 """Means and differences of methods that were run with several seeds on the same prompts.
 
 Runs and prompts are two crossed samples: another seed would have produced another student, and
-other prompts other figures. With R_s the figure of run s of S and u_i the influence of prompt i of P on
-their mean (the delta method for a ratio of sums), the variance of the mean is estimated by
+other prompts other figures. With R_s the figure of run s of S and u_i the influence of prompt i of
+P on their mean (the delta method for a ratio of sums), the variance of the mean is estimated by
 
     var(u) / P + var(R) / S,
 
@@ -36,8 +36,8 @@ class Estimate:
 
 
 def estimate(runs: Sequence[Ratio]) -> Estimate:
-    """Estimate a figure of one method from [S] runs, one per seed. With one run the interval is over
-    prompts only."""
+    """Estimate a figure of one method from [S] runs, one per seed. The interval of a single run is
+    over prompts only."""
     return _estimate(*map(np.array, zip(*map(_linear, runs), strict=True)))
 
 

@@ -52,7 +52,7 @@ def describe_terms(phase: PhaseConfig) -> str:
 
 
 def describe_phase(config: Config, name: str, phase: PhaseConfig) -> str:
-    """Return the length and the loss of a phase: "warmup, 20 steps: supervised fine-tuning on ..."."""
+    """Return the length and the loss of a phase, for example "warmup, 20 steps: skew KL on ..."."""
     return f"{name}, {config.extent(phase)}: {describe_terms(phase)}"
 
 

@@ -33,6 +33,8 @@ FIGURES: dict[str, tuple[str, str]] = {
 """What is reported, as a ratio of two sums. ``nll`` is -log q of the teacher's text: the forward KL
 up to the teacher's entropy, known for every teacher that writes. ``teacher_nll`` is -log p of the
 student's: how likely the teacher finds it."""
+TEACHER_FIGURES = {"student_length": "teacher_length", "student_eos_rate": "teacher_eos_rate"}
+"""Figures of the student's completions, with those of the teacher's that they should match."""
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from seqkd.evaluation.heldout import FIGURES, Example, Measurement
 from seqkd.evaluation.intervals import Interval, Ratio, paired_change
 from seqkd.types import Prompt
 
+
 def evaluation_json(
     measurements: Mapping[str, Measurement],
     prompts: Sequence[Prompt],

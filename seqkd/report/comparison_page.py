@@ -1,296 +1,205 @@
-"""The page of a comparison: what stands in it, for the template."""
+"""The page of a comparison of methods."""
 
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
-from seqkd.comparison.plan import Entry
 from seqkd.comparison.results import FIRST, INITIAL, KINDS, TEACHER, Result, Tables
 from seqkd.comparison.statistics import Estimate
 from seqkd.config.lifecycle import BudgetConfig
-from seqkd.evaluation.intervals import Interval
-from seqkd.report import comparison_plots, samples, tables, wording
-from seqkd.report.comparison_plots import Mark
-from seqkd.report.curves import Axis
-from seqkd.report.panels import Panel
-from seqkd.report.plots import AXES
-from seqkd.report.run_page import save, template
-from seqkd.report.svg import SERIES
+from seqkd.config.wording import describe_terms, model_names
+from seqkd.evaluation.catalog import metric, title
+from seqkd.report import page, plots, samples, wording
+from seqkd.report.curves import CostAxis
+from seqkd.report.page import Table, save
+from seqkd.report.svg import Key, Panel
+from seqkd.storage.run_reader import Run
 
-OF_EVALUATION = (*FIRST[:2], "rougeL", "bartscore_f", "length", "ended")
-"""What is shown first of what scripts/evaluate.py has measured."""
-BESIDE = {figure: teacher for figure, teacher, *_ in tables.HEADLINES}
-"""The teacher's figure beside the student's."""
+EVALUATED = (*FIRST[:2], "rougeL", "bartscore_f", "length", "ended")
+"""Figures of scripts/evaluate.py that are shown first."""
 ARROWS = {"higher": "↑", "lower": "↓"}
-"""Beside the first word of a verdict that there is a difference."""
-
-
-@dataclass(frozen=True)
-class Method:
-    """What a method is, and what it is called in the plots."""
-
-    index: int
-    name: str
-    arguments: str
-    learns: str
-    """What its main phase minimises, in words."""
-    over: int
-    """Seeds whose run is over."""
-
-    @property
-    def number(self) -> int:
-        """As it is shown."""
-        return self.index + 1
-
-    @property
-    def colour(self) -> str:
-        """A variable of the style sheet."""
-        return f"series-{self.index % SERIES + 1}"
-
-    @property
-    def line(self) -> int:
-        """Class of the style sheet: how its line is drawn."""
-        return comparison_plots.line(self.index) + 1
+"""Marks of a significant difference, by the first word of its verdict."""
+OTHERS = {TEACHER: "the teacher", INITIAL: "before training"}
+"""Rows of a table that are no method."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One method's part of a figure's table."""
+    """One method in the table of a figure."""
 
-    name: str
-    method: Method | None
-    """None of the teacher, and of the students before."""
-    of: Estimate | None
-    difference: str
+    head: Key | str
+    """A name where it is the teacher or the untrained student."""
+    estimate: Estimate | None
+    difference: Estimate | None
     verdict: str
     arrow: str
-    """Empty where no difference is shown."""
+    """Empty where the difference is not significant."""
+    baseline: bool
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The common axis of the intervals in a table."""
+
+    low: float
+    high: float
+    baseline: Estimate | None
+    teacher: Estimate | None
+
+    def at(self, value: float) -> float:
+        """Return the place of a value in percent."""
+        return round(4 + 92 * (value - self.low) / ((self.high - self.low) or 1), 2)
+
+    @property
+    def ticks(self) -> list[float]:
+        """Values of the grid lines."""
+        from matplotlib.ticker import MaxNLocator
+
+        ticks = MaxNLocator(4).tick_values(self.low, self.high)
+        return [float(tick) for tick in ticks if self.low <= tick <= self.high]
 
 
 @dataclass(frozen=True)
 class Figure:
     """One figure of all methods."""
 
-    title: str
-    unit: str
-    rows: list[Row]
-    plot: Panel | None
-    said: list[str]
-    """Who is lower, who is higher, who is not told apart."""
-
-
-@dataclass(frozen=True)
-class Section:
-    """The figures on one set of prompts."""
-
     name: str
-    prompts: int
-    first: list[Figure]
-    other: list[Figure]
+    first: bool
+    """Whether it is shown unfolded and in the overview."""
+    rows: list[Row]
+    axis: Axis
 
 
 def write(result: Result, out: Path) -> None:
-    """Write the page. StorageError where it cannot be written."""
+    """Write the page. Raises StorageError where it cannot be written."""
     save(render(result, out.parent), out)
 
 
 def render(result: Result, place: Path) -> str:
-    """HTML; links are relative to the directory ``place``."""
-    comparison = result.comparison
-    known = list(methods(result))
-    by_name = {method.name: method for method in known}
-    examples = {
-        f"{method.number}. {method.name}, seed {seed}": run
-        for method in known
-        for seed, run in list(result.of(method.name).items())[:1]
+    """Return the page; its links are relative to the directory ``place``."""
+    comparison, known = result.comparison, methods(result)
+    first = {
+        f"{key.label}, seed {seed}": run
+        for name, key in known.items()
+        for seed, run in list(result.finished(name).items())[:1]
     }
-    shown = samples.across(examples)
-    return template("comparison.html").render(
+    entries = result.entries[: len(known)]
+    return page.render(
+        "comparison.html",
         title=comparison.name,
         refresh=None,
-        written=datetime.now(UTC),
+        result=result,
         comparison=comparison,
-        facts=facts(result, known),
-        models=_shared([wording.models(entry.config) for entry in result.entries]),
         methods=known,
+        losses={entry.method: describe_terms(entry.config) for entry in entries},
+        facts=facts(result, known),
+        models=page.shared([model_names(entry.config) for entry in result.entries]),
         notes=list(_notes(result)),
-        sections=[section(of, number, result, by_name) for number, of in enumerate(result.tables)],
-        spent=[(method, costs(result, method.name)) for method in known],
-        kinds=KINDS,
-        quality=list(quality(result, known)),
-        samples=shown,
-        legend=samples.legend() if samples.coloured(list(examples.values())) else [],
-        differing=tables.differing([entry.config for entry in _first_seed(result)]),
-        reports=[(m, [_link(result, m.name, s, place) for s in comparison.seeds]) for m in known],
-        environment=next((of.environment for of in result.runs.values() if of.environment), None),
+        sections=[(tables, list(figures(tables, result, known))) for tables in result.tables],
+        costs=costs(result, known),
+        quality=dict(_quality(result, known)),
+        examples=samples.side_by_side(first) if len(first) > 1 else [],
+        links={
+            (e.method, e.seed): _link(e.directory / "report.html", place) for e in result.entries
+        },
+        differing=page.differing([entry.config for entry in entries], list(known.values())),
+        environment=next((r.environment for r in result.runs.values() if r.environment), None),
     )
 
 
-def facts(result: Result, known: Sequence[Method]) -> dict[str, str]:
-    """Of the whole comparison."""
+def methods(result: Result) -> dict[str, Key]:
+    """Return how each method is named and drawn, in their order."""
+    names = result.comparison.methods
+    return {name: Key(index, f"{index + 1}. {name}") for index, name in enumerate(names)}
+
+
+def facts(result: Result, known: dict[str, Key]) -> dict[str, str]:
+    """Return the budget and the size of the comparison."""
     comparison = result.comparison
-    baseline = next(m for m in known if m.name == comparison.against)
     return {
         "Budget of each run": budget(comparison.budget),
         "Methods": str(len(known)),
         "Seeds": ", ".join(map(str, comparison.seeds)),
-        "Baseline": f"{baseline.number}. {baseline.name}",
-        "Runs that are over": f"{sum(m.over for m in known)} of {len(result.entries)}",
-        "Base configuration": comparison.config,
+        "Baseline": known[comparison.against].label,
+        "Finished runs": f"{sum(r.over for r in result.runs.values())} of {len(result.entries)}",
+        "Base configuration": " ".join([comparison.config, *comparison.overrides]),
     }
 
 
-def budget(of: BudgetConfig) -> str:
-    """In words, e.g. "30 000 completion tokens learnt from"."""
-    if of.kind == "seconds":
-        return f"{wording.duration(of.amount)} of training steps"
-    return f"{wording.count(of.amount)} {AXES[of.kind]}"
+def budget(config: BudgetConfig) -> str:
+    """Return the budget in words: "30 000 trained tokens"."""
+    if config.kind == "seconds":
+        return f"{wording.duration(config.amount)} of training steps"
+    return f"{wording.count(config.amount)} {metric(config.kind).label}"
 
 
-def costs(result: Result, method: str) -> list[str]:
-    """Means over its runs: steps, then every kind of budget; empty before the first is over."""
-    of = result.spent(method)
-    return [wording.duration(v) if k == "seconds" else wording.count(v) for k, v in of.items()]
+def figures(tables: Tables, result: Result, known: dict[str, Key]) -> Iterator[Figure]:
+    """Yield the figures of one set of prompts, those that are shown first at the beginning."""
+    order = FIRST if tables is result.tables[0] else EVALUATED
+    baseline = result.comparison.against
+    for name in sorted(tables.names, key=lambda name: name not in order):
+        heads: dict[str, Key | str] = {**known}
+        heads |= {row: label for row, label in OTHERS.items() if row in tables.figures}
+        estimates = {row: tables.figures.get(row, {}).get(name) for row in (*heads, TEACHER)}
+        rows = [_row(tables, row, name, head, row == baseline) for row, head in heads.items()]
+        shown = [e for row, e in estimates.items() if e and row != INITIAL]
+        ends = [value for e in shown for value in (e.low, e.high, *e.of_seeds)] or [0.0]
+        axis = Axis(min(ends), max(ends), estimates[baseline], estimates[TEACHER])
+        yield Figure(name, name in order, rows, axis)
 
 
-def section(of: Tables, number: int, result: Result, known: dict[str, Method]) -> Section:
-    """``number`` tells its plots from those of others."""
-    first = [f for f in (OF_EVALUATION if number else FIRST) if f in of.labels]
-
-    def made(figures: Sequence[str]) -> list[Figure]:
-        return [_figure(of, figure, number, result, known) for figure in figures]
-
-    return Section(of.name, of.prompts, made(first), made([f for f in of.labels if f not in first]))
-
-
-def _figure(of: Tables, key: str, number: int, result: Result, known: dict[str, Method]) -> Figure:
-    title, unit = _titled(of.labels[key])
-    rows = [_row(of, key, name, known) for name in (*known, *set_apart(of))]
-    marks = [
-        Mark(row.method.index, row.name, row.of, bool(row.arrow)) for row in rows if row.method
-    ]
-    against = result.comparison.against
-    name = f"forest-{number}-{key}".replace("_", "-")
-    plotted = comparison_plots.forest(name, title, unit, marks, against, _teacher(of, key))
-    return Figure(title, unit, rows, plotted, list(_said(rows, known[against])))
-
-
-def set_apart(of: Tables) -> list[str]:
-    """Rows that are of no method."""
-    return [name for name in (TEACHER, INITIAL) if name in of.figures]
-
-
-def _row(of: Tables, key: str, name: str, known: dict[str, Method]) -> Row:
-    found = of.figures.get(name, {}).get(key)
-    difference = of.differences.get(name, {}).get(key)
-    verdict = of.verdict(name, key) if difference else ""
+def _row(tables: Tables, row: str, figure: str, head: Key | str, baseline: bool) -> Row:
+    difference = tables.differences.get(row, {}).get(figure)
+    verdict = tables.verdict(row, figure) if difference else ""
+    estimate = tables.figures.get(row, {}).get(figure)
     return Row(
-        {TEACHER: "the teacher", INITIAL: "before training"}.get(name, name),
-        known.get(name),
-        found,
-        wording.signed(Interval(difference.mean, difference.low, difference.high))
-        if difference
-        else "",
-        verdict,
-        ARROWS.get(verdict.partition(" ")[0], ""),
+        head, estimate, difference, verdict, ARROWS.get(verdict.partition(" ")[0], ""), baseline
     )
 
 
-def _teacher(of: Tables, key: str) -> float | None:
-    found = of.figures.get(TEACHER, {}).get(key)
-    return found.mean if found else None
-
-
-def _said(rows: Sequence[Row], baseline: Method) -> Iterator[str]:
-    """Whether there are differences between methods, a line for each answer."""
-    heads = {"lower": "Lower than", "higher": "Higher than", "not": "Not told apart from"}
-    for word, head in heads.items():
-        found = [
-            f"{row.method.number}.\N{NO-BREAK SPACE}{row.name}"
-            for row in rows
-            if row.method and row.verdict.split(" ")[0] == word
+def costs(result: Result, known: dict[str, Key]) -> Table:
+    """Return the mean cost of each method in every unit."""
+    heads = {kind: "Time in steps" if kind == "seconds" else title(kind) for kind in KINDS}
+    heads[result.comparison.budget.kind] += " (the budget)"
+    rows = [
+        [key]
+        + [
+            wording.duration(value) if kind == "seconds" else wording.count(value)
+            for kind, value in result.spent(name).items()
         ]
-        if found:
-            yield f"{head} {baseline.number}. {baseline.name}: {', '.join(found)}."
+        for name, key in known.items()
+    ]
+    return Table("Cost", ["Method", "Optimizer steps", *heads.values()], rows)
 
 
-def quality(result: Result, known: Sequence[Method]) -> Iterator[tuple[str, list[Panel]]]:
-    """The first figures against everything that they cost, the budget first: what, and plots."""
+def _quality(result: Result, known: dict[str, Key]) -> Iterator[tuple[str, list[Panel]]]:
+    """Yield the first figures against every cost, the budget first."""
     kind = result.comparison.budget.kind
-    axes: list[Axis] = [kind, *(a for a in AXES if a not in (kind, "prompts"))]
-    runs = {m.index: (m.name, list(result.of(m.name).values())) for m in known}
-    every = [run for _, of in runs.values() for run in of]
-    labels = result.tables[0].labels if result.tables else {}
+    runs: dict[Key, list[Run]] = {
+        key: list(result.finished(name).values()) for name, key in known.items()
+    }
+    axes: list[CostAxis] = [kind, "steps", *(k for k in KINDS if k not in (kind, "prompts"))]
     for on in axes:
-        if on != "steps" and not any(run.spent(on) for run in every):
-            continue
-        panels = []
-        for figure in FIRST:
-            name = f"{figure}-{on}".replace("_", "-")
-            title, unit = _titled(labels.get(figure, figure))
-            teacher = BESIDE.get(figure, "")
-            made = comparison_plots.against_cost(name, title, unit, figure, runs, on, teacher)
-            panels += [made] if made else []
-        if panels:
-            yield AXES[on], panels
+        if panels := [panel for name in FIRST if (panel := plots.cost_panel(name, runs, on))]:
+            yield plots.axis_title(on), panels
 
 
-def methods(result: Result) -> Iterator[Method]:
-    """In the order of their numbers."""
-    for index, entry in enumerate(_first_seed(result)):
-        yield Method(
-            index,
-            entry.method,
-            " ".join(result.comparison.methods[entry.method]),
-            " + ".join(wording.objective(term) for term in entry.config.terms),
-            len(result.of(entry.method)),
-        )
-
-
-def _first_seed(result: Result) -> Sequence[Entry]:
-    """One entry a method, in their order."""
-    return result.entries[: len(result.comparison.methods)]
+def _link(report: Path, place: Path) -> str:
+    """Return the link to the page of one run; empty where there is none."""
+    return quote(os.path.relpath(report, place)) if report.exists() else ""
 
 
 def _notes(result: Result) -> Iterator[str]:
     over = sum(run.over for run in result.runs.values())
     if over < len(result.entries):
-        yield f"{over} of {len(result.entries)} runs are over: all figures here are of those."
+        yield f"{over} of {len(result.entries)} runs are finished; all figures are from those."
     yield from result.problems
-    if not result.of(result.comparison.against):
-        yield (
-            f"No run of the baseline, {result.comparison.against}, is over yet: there is nothing "
-            "to compare with."
-        )
+    baseline = result.comparison.against
+    if not result.finished(baseline):
+        yield f"No run of the baseline, {baseline}, is finished: nothing can be compared yet."
     for run in result.runs.values():
         yield from (f"{run.name}: {problem}" for problem in run.problems)
-
-
-def _link(result: Result, method: str, seed: int, place: Path) -> dict[str, Any]:
-    """To the page of one run, where there is one."""
-    entry = next(e for e in result.entries if (e.method, e.seed) == (method, seed))
-    run = result.runs.get((method, seed))
-    page = entry.directory / "report.html"
-    return {
-        "href": quote(os.path.relpath(page, place)) if page.exists() else None,
-        "state": run.state if run else "not begun",
-        "steps": run.done if run else None,
-    }
-
-
-def _titled(label: str) -> tuple[str, str]:
-    """Title and unit of a label such as "length (tokens)"."""
-    found = re.fullmatch(r"(.*?)(?: \((.*)\))?", label)
-    assert found is not None
-    return found[1][:1].upper() + found[1][1:], found[2] or ""
-
-
-def _shared(values: Sequence[Any]) -> Any:
-    return values[0] if all(value == values[0] for value in values) else None

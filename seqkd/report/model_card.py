@@ -18,9 +18,9 @@ from seqkd.config.run import Config
 from seqkd.config.student import PruneInitConfig
 from seqkd.config.teacher import EndpointTeacherConfig, SingleTeacherConfig
 from seqkd.data.readers import JSON, TABLES
-from seqkd.evaluation.intervals import Interval
 from seqkd.evaluation.catalog import labeled
 from seqkd.evaluation.heldout import FIGURES
+from seqkd.evaluation.intervals import Interval
 from seqkd.files import disk_errors
 from seqkd.models.loading import expand
 from seqkd.storage.run_directory import EXECUTION_KEYS, SECTIONS

@@ -1,192 +1,218 @@
-"""How the figures of runs are drawn into a plot."""
+"""The plots of a page: metrics over steps or cost, held-out figures over cost, stage times."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from seqkd.report.curves import Array, Axis, Curve, curves, spent
-from seqkd.report.svg import COLOUR, Plot, series_colour
+from seqkd.evaluation.catalog import metric, title
+from seqkd.evaluation.heldout import TEACHER_FIGURES
+from seqkd.report.curves import POINTS, Array, CostAxis, column, curves, paths, spent, spent_before
+from seqkd.report.svg import COLOR, Key, Panel, Plot, plot
 from seqkd.storage.run_reader import Run
 
-AXES: dict[Axis, str] = {
-    "steps": "optimizer steps taken",
-    "learner_tokens": "completion tokens learnt from",
-    "sampled_tokens": "completion tokens sampled",
-    "teacher_tokens": "tokens that the teacher wrote or scored",
-    "seconds": "minutes of training steps",
-    "prompts": "prompts drawn",
+SECTIONS = {
+    "Divergence and loss": ("reverse_kl_per_token", "forward_kl_per_token", "loss"),
+    "Length and diversity": (
+        "length", "eos_rate", "truncation_rate", "entropy_per_token", "repetition",
+    ),
+    "Optimization": (
+        "grad_norm", "lr", "student_logprob_per_token", "teacher_logprob_per_token",
+        "tokens_per_s",
+    ),
+    "Sampler and learner": (
+        "logprob_gap_mean", "logprob_gap_max", "k1_per_token", "k3_per_token", "ratio_mean",
+        "ratio_effective_sample_size",
+    ),
+    "Mixture with the teacher": ("teacher_samples", "mean_weight", "effective_sample_size"),
+}  # fmt: skip
+"""Metrics of metrics.jsonl with a plot of their own over the steps."""
+HELD_OUT = {
+    "reverse_kl_per_token": "reverse_kl_per_token",
+    "forward_kl_per_token": "forward_kl_per_token",
+    "length": "student_length",
+    "eos_rate": "student_eos_rate",
 }
+"""Metrics with the figure that is the same on held-out prompts."""
+COSTS: tuple[CostAxis, ...] = ("learner_tokens", "seconds")
+"""Axes of the divergences in addition to the steps."""
 
 
-@dataclass(frozen=True)
-class Track:
-    """One column of one run, as one coloured line."""
-
-    run: Run
-    key: str
-    name: str
-    colour: int
+def axis_title(on: CostAxis) -> str:
+    """Return the title of a horizontal axis."""
+    names = {"steps": "optimizer steps", "seconds": "minutes of training steps"}
+    return names.get(on) or metric(on).label
 
 
-def tracks(made: Plot, found: Sequence[Track], on: Axis, smooth: bool) -> None:
-    """Every step faintly, and a smooth line over it; steps that were skipped as crosses."""
-    for track in found:
-        at = spent(track.run, on)
-        drawn = list(curves(track.run, track.key, at.amount[:-1], smooth))
-        for curve in drawn:
-            _curve(made, curve, series_colour(track.colour))
-        made.description += _said(track.name, drawn)
-        skipped = [row["step"] for row in track.run.rows if row.get("skipped")]
-        made.axes.plot(
-            at.before(np.array(skipped, dtype=float)),
-            np.full(len(skipped), 0.035),
-            "x",
-            color=COLOUR["ink"],
-            markersize=5,
-            transform=made.axes.get_xaxis_transform(),
-            clip_on=False,
-        )
+def curve_panels(runs: Sequence[Run]) -> Iterator[tuple[str, list[Panel]]]:
+    """Yield headings with their plots; headings without any are omitted."""
+    plotted: dict[str, list[tuple[str, CostAxis]]] = {
+        heading: [(name, "steps") for name in names] for heading, names in SECTIONS.items()
+    }
+    plotted["Divergence against cost"] = [
+        (name, on) for on in COSTS for name in ("reverse_kl_per_token", "forward_kl_per_token")
+    ]
+    for heading, pairs in plotted.items():
+        if panels := [found for name, on in pairs if (found := curve_panel(runs, name, on))]:
+            yield heading, panels
 
 
-def held_out(
-    made: Plot, run: Run, index: int, of: int, figure: str, teacher: str, on: Axis
-) -> None:
-    """What was measured on held-out prompts, with intervals; the teacher's as a dashed line. Of
-    several runs each stands a little beside the next."""
-    at = spent(run, on)
-    stages = [(at.before(s), found) for s, found in run.figures.values() if figure in found]
+def curve_panel(runs: Sequence[Run], name: str, on: CostAxis = "steps") -> Panel | None:
+    """Plot one metric of all runs; None where no run has it."""
+    lines = list(_lines(runs, name))
+    if not lines:
+        return None
+    values = np.concatenate([column(run.rows, source) for run, source, _ in lines])
+    with plot(f"{name}-{on}".replace("_", "-"), title(name)) as drawn:
+        for run, source, key in lines:
+            _curves(drawn, run, source, key, on)
+        for index, run in enumerate(runs):
+            color = COLOR["ink"] if len(runs) == 1 else Key(index, "").line["color"]
+            _held_out(drawn, run, HELD_OUT.get(name, ""), on, color)
+        _teacher(drawn, runs, HELD_OUT.get(name, ""))
+        unit = _frame(drawn, runs, on, values, metric(name).unit)
+    samplers = [key for _, _, key in lines] if len(runs) == 1 < len(lines) else []
+    return Panel(title(name), unit, drawn.svg, samplers)
+
+
+def cost_panel(figure: str, methods: Mapping[Key, Sequence[Run]], on: CostAxis) -> Panel | None:
+    """Plot a held-out figure of each method against a cost: seeds thin, their mean thick; None
+    where no run has the figure."""
+    lines = {key: found for key, runs in methods.items() if (found := paths(runs, figure, on))}
+    if not lines:
+        return None
+    runs = [run for of_method in methods.values() for run in of_method]
+    with plot(f"{figure}-{on}".replace("_", "-"), f"{title(figure)}, {axis_title(on)}") as drawn:
+        for key, ((x, y), seeds) in lines.items():
+            for seed in seeds if len(seeds) > 1 else ():
+                drawn.axes.plot(*seed, **key.line, linewidth=0.8, alpha=0.45)
+            drawn.axes.plot(x, y, **key.line, linewidth=2, marker="o", markersize=3.6)
+            drawn.description += (
+                f"{key.label}: from {y[0]:.3g} at {x[0]:.4g} to {y[-1]:.3g} at {x[-1]:.4g}. "
+            )
+        _teacher(drawn, runs, figure)
+        values = np.concatenate([mean[1] for mean, _ in lines.values()])
+        unit = _frame(drawn, runs, on, values, metric(figure).unit)
+    return Panel(title(figure), unit, drawn.svg)
+
+
+def stage_panel(name: str, run: str, steps: Array, stages: Mapping[str, Array]) -> Panel:
+    """Plot the seconds per step ([N] by stage), stacked; with many steps each point is the mean of
+    several."""
+    parts = np.array_split(np.arange(len(steps)), min(len(steps), POINTS))
+    edges = np.array([*(steps[part[0]] for part in parts), steps[-1] + 1])
+    base = np.zeros(len(parts))
+    with plot(name, f"Seconds per step of {run}") as drawn:
+        for index, (stage, seconds) in enumerate(stages.items()):
+            top = base + [seconds[part].mean() for part in parts]
+            color = Key(index, stage).line["color"]
+            drawn.axes.stairs(top, edges, baseline=base, fill=True, color=color)
+            drawn.description += f"{stage}: {seconds.mean():.3g} s on average. "
+            base = top
+        _ticks(drawn, "steps", edges[0], edges[-1])
+        drawn.axes.set_ylim(0, None)
+    return Panel("Seconds per step", "", drawn.svg)
+
+
+def _lines(runs: Sequence[Run], name: str) -> Iterator[tuple[Run, str, Key]]:
+    """Yield the lines of a plot with their columns: of several runs those of the phases' own
+    samplers, of a single run those of every sampler."""
+    for index, run in enumerate(runs):
+        columns = dict.fromkeys(key for row in run.rows for key in row)
+        known = [
+            key
+            for key in sorted(columns, key=lambda key: "/" in key)
+            if key.rpartition("/")[2] == name and np.isfinite(column(run.rows, key)).any()
+        ]
+        if len(runs) > 1:
+            yield from ((run, key, Key(index, run.name)) for key in known if key == name)
+            continue
+        for number, key in enumerate(known):
+            sampler = key.rpartition("/")[0] or "the phase's own"
+            yield run, key, Key(number, f"{sampler} samples")
+
+
+def _curves(drawn: Plot, run: Run, source: str, key: Key, on: CostAxis) -> None:
+    """Draw every step faintly, the mean over it, and skipped steps as crosses."""
+    phases = list(curves(run, source, spent(run, on)[:-1]))
+    color, axes = key.line["color"], drawn.axes
+    for curve in phases:
+        if (curve.low < curve.high).any():  # each point stands for several steps
+            axes.fill_between(curve.x, curve.low, curve.high, color=color, alpha=0.2, linewidth=0)
+        elif curve.window > 1:
+            axes.plot(curve.x, curve.low, color=color, alpha=0.4, linewidth=0.8)
+        marker = "o" if len(curve.x) == 1 else ""
+        axes.plot(curve.x, curve.y, **key.line, linewidth=1.8, marker=marker, markersize=4)
+    low, high = min(c.low.min() for c in phases), max(c.high.max() for c in phases)
+    drawn.description += (
+        f"{key.label}: from {phases[0].y[0]:.3g} to {phases[-1].y[-1]:.3g}; lowest {low:.3g}, "
+        f"highest {high:.3g}. "
+    )
+    skipped = np.array([row["step"] for row in run.rows if row.get("skipped")], dtype=float)
+    style = {"color": COLOR["ink"], "markersize": 5, "transform": axes.get_xaxis_transform()}
+    axes.plot(
+        spent_before(run, on, skipped), np.full(len(skipped), 0.035), "x", clip_on=False, **style
+    )
+
+
+def _held_out(drawn: Plot, run: Run, figure: str, on: CostAxis, color: str) -> None:
+    """Draw a held-out figure with its intervals."""
+    stages = [(s, row[figure]) for s, row in run.figures.values() if figure in row]
     if not stages:
         return
-    x = np.array([where for where, _ in stages]) + (index - (of - 1) / 2) * at.amount[-1] / 70
-    values = [found[figure] for _, found in stages]
-    mean = np.array([v.mean for v in values])
-    made.axes.errorbar(
-        x,
-        mean,
-        # A bootstrap interval of few prompts may leave the mean out.
-        [[max(v.mean - v.low, 0) for v in values], [max(v.high - v.mean, 0) for v in values]],
-        fmt="D",
-        color=series_colour(index) if of > 1 else COLOUR["ink"],
-        markersize=6 if of == 1 else 5,
-        markeredgecolor=COLOUR["paper"],
-        markeredgewidth=0.8,
-        elinewidth=1.4,
-        capsize=3 if of == 1 else 0,
-        zorder=5,
-        clip_on=False,
-    )
-    made.description += f" On held-out prompts: {', then '.join(map(str, values))}."
-    known = [found[teacher] for _, found in stages if teacher in found]
-    if known and index == 0:
-        made.axes.axhline(known[-1].mean, color=COLOUR["muted"], linewidth=1.2, dashes=(4, 3))
-        made.description += f" The teacher: {known[-1]}."
+    steps, values = zip(*stages, strict=True)
+    # A bootstrap interval of few prompts may exclude the mean.
+    below = [max(v.mean - v.low, 0) for v in values]
+    above = [max(v.high - v.mean, 0) for v in values]
+    drawn.axes.errorbar(
+        spent_before(run, on, np.array(steps)), [v.mean for v in values], [below, above],
+        fmt="D", color=color, markersize=5, markeredgecolor=COLOR["paper"], markeredgewidth=0.8,
+        elinewidth=1.4, capsize=3, zorder=5, clip_on=False,
+    )  # fmt: skip
+    drawn.description += f"On held-out prompts: {', then '.join(map(str, values))}. "
 
 
-def ends(found: Sequence[Track], on: Axis, smooth: bool) -> list[tuple[float, int]]:
-    """Where each line ends, and its colour."""
-    last = [[*curves(t.run, t.key, spent(t.run, on).amount[:-1], smooth)][-1] for t in found]
-    return [(float(curve.y[-1]), t.colour) for curve, t in zip(last, found, strict=True)]
+def _teacher(drawn: Plot, runs: Sequence[Run], figure: str) -> None:
+    """Draw the teacher's value of a figure as a dashed line."""
+    name = TEACHER_FIGURES.get(figure, "")
+    values = [row[name] for run in runs for _, row in run.figures.values() if name in row]
+    if values:
+        style = {"color": COLOR["muted"], "linewidth": 1.2, "dashes": (4, 3)}
+        drawn.axes.axhline(values[-1].mean, **style)
+        drawn.description += f"The teacher: {values[-1]}. "
 
 
-def numbers(made: Plot, ends: Sequence[tuple[float, int]]) -> None:
-    """At the right edge the number of each line, as high as it ends, or as near to that as the
-    others leave room; drawn when the limits of the axes are final."""
-    made.axes.autoscale_view()
-    to_page, to_data = made.axes.transData, made.axes.transData.inverted()
-    right, top = made.axes.transAxes.transform((1, 1))
-    ordered = sorted(ends)
-    heights = apart([to_page.transform((0, end))[1] - 5 for end, _ in ordered], 15, top)
-    for height, (_, colour) in zip(heights, ordered, strict=True):
-        where = to_data.transform((right + 4, height))
-        made.axes.text(*where, str(colour + 1), color=series_colour(colour), fontweight="bold")
+def _frame(drawn: Plot, runs: Sequence[Run], on: CostAxis, values: Array, unit: str) -> str:
+    """Set scale, limits and ticks, and shade every other phase where all runs share them. Positive
+    values over two orders of magnitude get a log scale, which the returned unit names."""
+    values = values[np.isfinite(values)]
+    if values.min() > 0 and values.max() / values.min() > 100:
+        drawn.axes.set_yscale("log")
+        unit = f"{unit}, log scale".removeprefix(", ")
+    end = max([1e-9, *(spent(run, on)[-1] for run in runs)])
+    drawn.axes.margins(y=0.12)
+    _ticks(drawn, on, -0.025 * end, 1.025 * end)
+    same = len({tuple(run.spans) for run in runs}) == 1 and (len(runs) == 1 or on == "steps")
+    spans = [span for span in runs[0].spans if span.begin < runs[0].done]
+    for index, span in enumerate(spans if same and len(spans) > 1 else ()):
+        low, high = spent_before(runs[0], on, np.array([span.begin, span.end]))
+        if index % 2 == 0:
+            drawn.axes.axvspan(low, high, color=COLOR["band"], linewidth=0, zorder=0)
+        transform = drawn.axes.get_xaxis_transform()
+        drawn.axes.text(low, 1.02, f" {span.name}", transform=transform, fontsize=10)
+    return unit
 
 
-def apart(heights: Sequence[float], gap: float, top: float) -> list[float]:
-    """Ascending heights so moved that ``gap`` is between them, none above ``top``: up where the one
-    below is in the way, then down from the top."""
-    placed: list[float] = []
-    for height in heights:
-        placed.append(max(height, placed[-1] + gap) if placed else height)
-    for index in reversed(range(len(placed))):
-        placed[index] = min(placed[index], top)
-        top = placed[index] - gap
-    return placed
-
-
-def frame(made: Plot, runs: Sequence[Run], on: Axis) -> None:
-    """Limits, label and ticks of the axes; the phases as bands, where all runs have the same."""
+def _ticks(drawn: Plot, on: CostAxis, low: float, high: float) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-    axes = made.axes
-    end = max([1e-9, *(spent(run, on).amount[-1] for run in runs)])
-    axes.set_xlim(-0.025 * end, 1.025 * end)  # so that what is measured at either end is seen whole
-    axes.margins(y=0.12)
-    axes.set_xlabel(AXES[on], fontsize=10.5, labelpad=5)
+    axes = drawn.axes
+    axes.set_xlim(low, high)
+    axes.set_xlabel(axis_title(on), fontsize=10.5, labelpad=5)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=on == "steps"))
-    if axes.get_yscale() == "log":
-        low, high = axes.get_ylim()
-        subs = (1,) if high > 100 * low else (1, 1.5, 2, 3, 5, 7)
-        axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=5))
-        axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.yaxis.set_major_formatter(FuncFormatter(_plain))
-    else:
-        axes.yaxis.set_major_locator(MaxNLocator(5))
-        axes.yaxis.get_offset_text().set(x=-0.168, fontsize=9.5)
-    spans = {tuple(run.spans) for run in runs}
-    if len(spans) == 1 and (len(runs) == 1 or on == "steps"):
-        _bands(made, runs[0], on)
-
-
-def _plain(value: float, _: int) -> str:
-    """Powers of ten without superscripts, which are drawn from a font that the page has not."""
-    return re.sub(r"e([+-])0?", lambda m: "e" + m[1].strip("+"), f"{value:g}")
-
-
-def _bands(made: Plot, run: Run, on: Axis) -> None:
-    at, spans = spent(run, on), [span for span in run.spans if span.begin < run.done]
-    if len(spans) < 2:
-        return
-    for index, span in enumerate(spans):
-        low, high = at.before(span.begin), at.before(span.end)
-        if index % 2 == 0:
-            made.axes.axvspan(low, high, color=COLOUR["band"], linewidth=0, zorder=0)
-        made.axes.text(
-            low, 1.02, f" {span.name}", transform=made.axes.get_xaxis_transform(), fontsize=10
-        )
-
-
-def _curve(made: Plot, curve: Curve, colour: str) -> None:
-    if (curve.low < curve.high).any():  # each point stands for several steps
-        made.axes.fill_between(curve.x, curve.low, curve.high, color=colour, alpha=0.2, linewidth=0)
-    elif curve.window > 1:
-        _dots(made, curve.x, curve.low, colour)
-    elif len(curve.x) == 1:  # no line
-        made.axes.plot(curve.x, curve.y, "o", color=colour, markersize=4)
-    made.axes.plot(curve.x, curve.y, color=colour, linewidth=1.8, solid_joinstyle="round")
-
-
-def _dots(made: Plot, x: Array, y: Array, colour: str) -> None:
-    """As lines of no length with round ends: one element in place of hundreds."""
-    from matplotlib.patches import PathPatch
-    from matplotlib.path import Path
-
-    points = np.repeat(np.column_stack([x, y]), 2, axis=0)
-    codes = [Path.MOVETO, Path.LINETO] * len(x)
-    style: dict[str, Any] = {"fill": False, "capstyle": "round", "linewidth": 3.4, "alpha": 0.45}
-    made.axes.add_patch(PathPatch(Path(points, codes), edgecolor=colour, **style))
-    made.axes.autoscale_view()
-
-
-def _said(name: str, drawn: Sequence[Curve]) -> str:
-    low, high = (f([f(part) for part in parts]) for f, parts in (
-        (min, [c.low for c in drawn]), (max, [c.high for c in drawn])
-    ))  # fmt: skip
-    return (
-        f" {name}: from {drawn[0].y[0]:.3g} to {drawn[-1].y[-1]:.3g}; lowest {low:.3g}, highest "
-        f"{high:.3g}."
-    )
+    logarithmic = axes.get_yscale() == "log"
+    axes.yaxis.set_major_locator(LogLocator(numticks=5) if logarithmic else MaxNLocator(5))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    # One form for all numbers: superscripts would need a font that the page does not have.
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.5g}"))

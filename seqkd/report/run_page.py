@@ -1,134 +1,177 @@
-"""The page: what stands in it, for the template."""
+"""The page of one run, or of several runs side by side."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+import numpy as np
 
-from seqkd.files import atomic_write, disk_errors
-from seqkd.report import panels, samples, tables, timing, wording
-from seqkd.report.svg import SERIES
+from seqkd.config.wording import describe_phase, model_names
+from seqkd.evaluation import heldout, table
+from seqkd.evaluation.catalog import metric
+from seqkd.evaluation.heldout import TEACHER_FIGURES
+from seqkd.evaluation.intervals import Interval
+from seqkd.evaluation.summary import stage_label
+from seqkd.report import page, plots, samples, wording
+from seqkd.report.curves import Array, column
+from seqkd.report.page import Table
+from seqkd.report.svg import Key, Panel
 from seqkd.storage.run_reader import Run
+from seqkd.training.clock import STAGES
+
+HEADLINES = (
+    "reverse_kl_per_token", "forward_kl_per_token", "student_length", "student_eos_rate",
+)  # fmt: skip
+"""Figures shown first: length is always reported with divergence."""
 
 
 def render(runs: Sequence[Run], refresh: float | None) -> str:
-    """HTML of one run, or of several beside each other; it loads itself anew after ``refresh``
-    seconds."""
-    several = len(runs) > 1
-    headers = [header(run, index) for index, run in enumerate(runs)]
-    drawn = any(run.rows for run in runs)
-    other, constant = panels.others(runs[0]) if drawn and not several else ([], [])
-    return template("page.html").render(
-        title=f"{len(runs)} runs compared" if several else runs[0].name,
-        several=several,
+    """Return the page of the runs; it reloads itself every ``refresh`` seconds."""
+    keys = [Key(index, f"{index + 1}. {run.name}") for index, run in enumerate(runs)]
+    return page.render(
+        "run.html",
+        title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared",
         refresh=refresh,
-        written=datetime.now(UTC),
-        headers=headers,
-        shared={name: _shared([of[name] for of in headers]) for name in ("models", "phases")},
-        headlines=[] if several else tables.headlines(runs[0]),
-        heldout=None if several else tables.heldout(runs[0]),
-        evaluated=[] if several else tables.evaluated(runs[0]),
-        last=tables.last(runs) if several else None,
-        differing=tables.differing([run.config for run in runs]) if several else [],
+        runs=dict(zip(keys, runs, strict=True)),
+        models=page.shared([run.config and model_names(run.config) for run in runs]),
+        phases={key: _phases(run) for key, run in zip(keys, runs, strict=True)},
+        facts=facts(runs[0]),
         notes=list(_notes(runs)),
-        samples=samples.side_by_side(runs),
-        coloured=samples.coloured(runs),
-        legend=samples.legend(),
-        section_notes=panels.NOTES,
-        sections=list(panels.sections(runs)) if drawn else [],
-        marks=_marks(runs),
-        others=other,
-        constant=constant,
-        stages=[] if several else timing.table(runs[0]),
-        timing=timing.panels(runs),
-        runs=runs,
+        headlines=headlines(runs[0]) if len(runs) == 1 else {},
+        interval=runs[0].evaluation and runs[0].evaluation.interval,
+        tables=held_out(runs[0]) if len(runs) == 1 else [last_figures(runs, keys)],
+        evaluated=evaluated(runs[0]) if len(runs) == 1 else {},
+        examples=samples.side_by_side(
+            {key.label: run for key, run in zip(keys, runs, strict=True)}
+        ),
+        curves=dict(plots.curve_panels(runs)),
+        times=list(times(runs)),
+        differing=page.differing([run.config for run in runs], keys),
     )
 
 
-def template(name: str) -> Template:
-    """One of those beside this file, with what all of them use."""
-    environment = Environment(
-        loader=PackageLoader("seqkd.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"stage": wording.stage, "between": wording.between}
-    return environment.get_template(name)
-
-
-def save(text: str, out: Path) -> None:
-    """Readers find the page before or after, never a part of it. StorageError where it cannot be
-    written."""
-    with disk_errors(out):
-        atomic_write(out, text)
-
-
-def header(run: Run, index: int) -> dict[str, Any]:
-    """What a run is, how far it has come, and what it is called in the plots."""
-    known: dict[str, Any] = {"State": run.state}
+def facts(run: Run) -> dict[str, str]:
+    """Return the state and the size of a run."""
+    known = {"State": run.state}
     if run.environment and isinstance(run.environment.get("started"), str):
         known["Started (UTC)"] = run.environment["started"][:16].replace("T", " ")
     if run.written:
         known["Last step (UTC)"] = f"{run.written:%Y-%m-%d %H:%M}"
     known["Steps"] = f"{run.done} of {run.total}" if run.total else str(run.done)
-    if run.rows:
-        known["Time in steps"] = wording.duration(run.seconds)
-        known["Tokens learnt from"] = wording.count(run.spent("learner_tokens"))
-    if left := tables.time_left(run):
-        known["Time left"] = f"about {wording.duration(left)}"
+    known["Time in steps"] = wording.duration(run.seconds)
+    known["Trained tokens"] = wording.count(run.spent("learner_tokens"))
+    return known
+
+
+def headlines(run: Run) -> dict[str, tuple[Interval, Interval, list[str]]]:
+    """Return the first figures before and after training, with details in words."""
+    if not run.figures or run.evaluation is None:
+        return {}
+    stages = [(stage, row) for stage, (_, row) in run.figures.items()]
+    (first_stage, first), (last_stage, last) = stages[0], stages[-1]
+    found = {}
+    for name in HEADLINES:
+        if name not in first or name not in last:
+            continue
+        details = [f"before {first[name]}"] if len(stages) > 1 else []
+        details.append(f"after {last[name]}")
+        changes = run.evaluation.changes.get(name, {})
+        if change := changes.get(f"{first_stage} -> {last_stage}"):
+            details.append(f"change {wording.change(change)}")
+        if (teacher := TEACHER_FIGURES.get(name)) in last:
+            details.append(f"teacher {last[teacher]}")
+        found[name] = first[name], last[name], details
+    return found
+
+
+def held_out(run: Run) -> list[Table]:
+    """Return the figures before, between and after the phases, and the paired changes."""
+    if run.evaluation is None:
+        return []
+    figures: Mapping[str | Key, Any] = {
+        stage_label(stage): row
+        for stage, row in run.evaluation.figures.items()
+        if not stage.startswith("step ")
+    }
+    return [
+        page.figure_table("Held-out figures", figures, list(heldout.FIGURES)),
+        page.change_table(run.evaluation, wording.between),
+    ]
+
+
+def last_figures(runs: Sequence[Run], keys: Sequence[Key]) -> Table:
+    """Return the last measurement of each run."""
+    last = [[row for _, row in run.figures.values()][-1:] or [{}] for run in runs]
+    figures: dict[str | Key, Any] = {key: row for key, (row,) in zip(keys, last, strict=True)}
+    names = list(dict.fromkeys((*HEADLINES, *heldout.FIGURES)))
+    return page.figure_table("Last held-out figures of every run", figures, names)
+
+
+def evaluated(run: Run) -> dict[str, tuple[int, list[Table]]]:
+    """Return the number of prompts and the tables of scripts/evaluate.py, by prompt set."""
     return {
-        "number": index + 1,
-        "colour": f"series-{index % SERIES + 1}",
-        "name": run.name,
-        "directory": str(run.directory),
-        "models": wording.models(run.config) if run.config else None,
-        "phases": wording.phases(run.config) if run.config else [],
-        "facts": known,
-        "done": run.done,
-        "total": run.total,
-        "over": run.over,
+        name: (
+            found.prompts,
+            [
+                page.figure_table("Figures by model", dict(found.figures), table.FIGURES),
+                page.change_table(found, lambda pair: pair.replace("->", "→")),
+            ],
+        )
+        for name, found in run.evaluated.items()
     }
 
 
-def _marks(runs: Sequence[Run]) -> dict[str, bool]:
-    """Which of the marks that are explained occur in the curves."""
-    figures = [of for run in runs for _, of in run.figures.values()]
-    return {
-        "held": bool(figures),
-        "teacher": any("teacher_length" in of for of in figures),
-        "skipped": any(row.get("skipped") for run in runs for row in run.rows),
-        "bands": len(runs[0].spans) > 1 and len({tuple(run.spans) for run in runs}) == 1,
+def stage_seconds(run: Run) -> tuple[Array, dict[str, Array]]:
+    """Return [N] the steps whose time is known and the seconds of each stage in them; the remainder
+    of a step is "other"."""
+    total = column(run.rows, "time_step_s")
+    known = np.isfinite(total)
+    steps = np.array([row["step"] for row in run.rows], dtype=float)[known]
+    stages = {
+        metric(f"time_{stage}_s").label: np.nan_to_num(column(run.rows, f"time_{stage}_s"))[known]
+        for stage in STAGES
     }
+    other = np.maximum(total[known] - sum(stages.values(), np.zeros(len(steps))), 0)
+    return steps, stages | {"other": other}
 
 
-def _shared(values: Sequence[Any]) -> Any:
-    """What is the same of all runs; None where it is not."""
-    return values[0] if all(value == values[0] for value in values) else None
+def times(runs: Sequence[Run]) -> Iterator[tuple[str, Table, Panel]]:
+    """Yield name, table and plot of the stages of each run."""
+    for index, run in enumerate(runs):
+        steps, stages = stage_seconds(run)
+        if not len(steps):
+            continue
+        whole = max(sum(each.sum() for each in stages.values()), 1e-12)
+        rows = [
+            [
+                Key(i, name),
+                f"{each.sum():.1f} s",
+                f"{100 * each.sum() / whole:.1f} %",
+                f"{np.median(each):.3f} s",
+            ]
+            for i, (name, each) in enumerate(stages.items())
+        ]
+        heads = ["Stage", "Time", "Share", "Median per step"]
+        panel = plots.stage_panel(f"stages-{index}", run.name, steps, stages)
+        yield run.name, Table(f"Stages of {run.name}", heads, rows), panel
+
+
+def _phases(run: Run) -> list[str]:
+    phases = run.config.phases if run.config else ()
+    return [describe_phase(run.config, name, phase) for name, phase in phases if run.config]
 
 
 def _notes(runs: Sequence[Run]) -> Iterator[str]:
-    """What is missing, in a line each."""
+    """Yield what is missing, one line each."""
     for run in runs:
-        of = f"{run.name}: " if len(runs) > 1 else ""
-        yield from (f"{of}{problem}" for problem in run.problems)
+        notes = list(run.problems)
         if not run.rows and not run.problems:
-            yield f"{of}no step is recorded yet: curves come with the first."
-        asked = run.config is None or run.config.evaluation.prompts
+            notes.append("No step is recorded yet.")
         if run.evaluation is None:
-            yield (
-                f"{of}no held-out figures yet: they come when the student is first measured."
-                if asked and not run.over
-                else f"{of}nothing was measured on held-out prompts."
-            )
+            notes.append("There are no held-out figures.")
         elif set(run.evaluation.figures) - set(run.figures):
-            yield f"{of}evaluation.json is of an earlier end of this run, which goes on beyond it."
+            notes.append("evaluation.json is from an earlier end of this run, which was extended.")
         if run.environment is None:
-            yield f"{of}no environment.json: on which versions it ran is not known."
-        if run.evaluation and run.evaluation.examples and not samples.coloured([run]):
-            yield f"{of}completions without a divergence for each token are shown as plain text."
+            notes.append("There is no environment.json: the software versions are unknown.")
+        yield from (f"{run.name}: {note}" if len(runs) > 1 else note for note in notes)

@@ -1,11 +1,10 @@
-"""Small plots as SVG that belongs into a page: text is text, colours are those of the page's style
-sheet, light or dark."""
+"""Small plots as inline SVG: text stays text, and colors are variables of the style sheet."""
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from html import escape
@@ -14,95 +13,116 @@ from typing import Any
 from markupsafe import Markup
 
 WIDTH, HEIGHT = 380, 216
-"""Of a plot, in units of the SVG: about as many pixels on the page."""
+"""Size of a plot in SVG units, about as many pixels on the page."""
 SERIES = 6
-"""Different colours of curves; then they begin again."""
+"""Number of colors of curves."""
+DASHES = ("solid", (0, (4.5, 2)), (0, (1.2, 1.5)))
+"""Line styles of the first curves, and of those after each repetition of the colors."""
 _NAMES = ("ink", "muted", "line", "band", "paper", *(f"series-{i}" for i in range(1, SERIES + 1)))
-# matplotlib wants colours, the page variables: these stand for them, as nothing else has them.
-_STANDS_FOR = {f"#0102{index:02x}": name for index, name in enumerate(_NAMES, 3)}
-COLOUR = {name: code for code, name in _STANDS_FOR.items()}
-"""By the name of a variable of the style sheet, what to draw with."""
+# matplotlib needs colors, the page needs variables: these codes stand for them in between.
+_CODES = {f"#0102{index:02x}": name for index, name in enumerate(_NAMES, 3)}
+COLOR = {name: code for code, name in _CODES.items()}
+"""matplotlib color of each variable of the style sheet."""
 
 
-def series_colour(index: int) -> str:
-    """Of the curve with this number, from 0."""
-    return COLOUR[f"series-{index % SERIES + 1}"]
+@dataclass(frozen=True)
+class Key:
+    """How a run, a method or a stage is named and drawn."""
+
+    index: int
+    label: str
+
+    @property
+    def variable(self) -> str:
+        """Its color as a variable of the style sheet."""
+        return f"series-{self.index % SERIES + 1}"
+
+    @property
+    def dash(self) -> int:
+        """Index of its line style in :data:`DASHES`."""
+        return self.index // SERIES % len(DASHES)
+
+    @property
+    def line(self) -> dict[str, Any]:
+        """Its line in matplotlib's terms."""
+        return {"color": COLOR[self.variable], "linestyle": DASHES[self.dash]}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A finished plot with its title."""
+
+    title: str
+    unit: str
+    svg: Markup
+    keys: Sequence[Key] = ()
+    """Legend below the plot."""
 
 
 @dataclass
 class Plot:
-    """One plot while it is drawn."""
+    """A plot while it is drawn."""
 
     axes: Any
     """matplotlib's."""
     description: str = ""
-    """What can be seen in it, in words."""
+    """What the plot shows, in words."""
     svg: Markup = field(default_factory=Markup)
-    """Empty until it is done."""
+    """Empty until the plot is done."""
 
 
 @contextmanager
-def plot(name: str, title: str, height: int = HEIGHT, left: int = 52) -> Iterator[Plot]:
-    """Empty axes to draw on; ``name`` is unique in the page, ``title`` is read out to those who do
-    not see it, ``left`` is the room for what stands beside the axes."""
+def plot(name: str, title: str) -> Iterator[Plot]:
+    """Yield empty axes to draw on; ``name`` is unique in the page, ``title`` is for screen
+    readers."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     style: dict[Any, Any] = {
         "svg.fonttype": "none",
-        "svg.hashsalt": name,  # so that no two plots of a page have the same ids
+        "svg.hashsalt": name,  # so that ids are unique in the page
         "svg.id": None,
         "font.size": 11,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.edgecolor": COLOUR["line"],
-        "axes.labelcolor": COLOUR["muted"],
-        "axes.formatter.limits": (-4, 5),
-        "axes.formatter.use_mathtext": False,
-        "axes.unicode_minus": True,
-        "text.color": COLOUR["muted"],
-        "xtick.color": COLOUR["line"],
-        "ytick.color": COLOUR["line"],
-        "xtick.labelcolor": COLOUR["muted"],
-        "ytick.labelcolor": COLOUR["muted"],
-        "grid.color": COLOUR["line"],
         "grid.linewidth": 0.7,
         "path.simplify": False,
     }
+    style |= dict.fromkeys(("axes.spines.top", "axes.spines.right"), False)
+    style |= dict.fromkeys(
+        ("axes.edgecolor", "grid.color", "xtick.color", "ytick.color"), COLOR["line"]
+    )
+    text = ("axes.labelcolor", "text.color", "xtick.labelcolor", "ytick.labelcolor")
+    style |= dict.fromkeys(text, COLOR["muted"])
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(WIDTH / 72, height / 72))
+        figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72))
         FigureCanvasSVG(figure)
-        size = (1 - (left + 20) / WIDTH, 1 - 52 / height)
-        axes = figure.add_axes((left / WIDTH, 36 / height, *size))
-        figure.patch.set_visible(False)
-        axes.patch.set_visible(False)
+        size = (1 - 72 / WIDTH, 1 - 52 / HEIGHT)
+        axes = figure.add_axes((52 / WIDTH, 36 / HEIGHT, *size))
+        for patch in (figure.patch, axes.patch):
+            patch.set_visible(False)
         axes.grid(True, axis="y")
         axes.set_axisbelow(True)
-        axes.tick_params(length=0, pad=5)
-        made = Plot(axes)
-        yield made
+        axes.tick_params(which="both", length=0, pad=5)
+        drawn = Plot(axes)
+        yield drawn
         out = io.StringIO()
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
-    made.svg = _for_page(out.getvalue(), name, title, made.description)
+    drawn.svg = _inline(out.getvalue(), name, title, drawn.description)
 
 
-def _for_page(text: str, name: str, title: str, description: str) -> Markup:
-    body = text[text.index("<svg") :]
-    view = re.search(r'viewBox="([^"]+)"', body)
+def _inline(text: str, name: str, title: str, description: str) -> Markup:
+    view = re.search(r'viewBox="([^"]+)"', text)
     assert view is not None
-    body = body[body.index(">") + 1 :]
-    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
-    body = re.sub(r"<style.*?</style>", "", body, flags=re.DOTALL)  # it would rule the whole page
-    body = re.sub(r"<!--.*?-->\s*", "", body, flags=re.DOTALL)
+    body = text[text.index(">", view.end()) + 1 :]
+    body = re.sub(r"<(metadata|style).*?</\1>|<!--.*?-->\s*", "", body, flags=re.DOTALL)
     body = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", body)
     body = re.sub(r' (d|x|y|transform)="[^"]*"', lambda m: _short(m[0]), body)
     used = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', body))
     body = re.sub(r' id="([^"]*)"', lambda m: m[0] if m[1] in used else "", body)
-    for code, variable in _STANDS_FOR.items():
+    for code, variable in _CODES.items():
         body = body.replace(code, f"var(--{variable})")
     head = (
-        f'<svg class="plot" role="img" viewBox="{view[1]}" preserveAspectRatio="xMidYMid meet" '
+        f'<svg class="plot" role="img" viewBox="{view[1]}" '
         f'aria-labelledby="{name}-title {name}-desc"><title id="{name}-title">{escape(title)}'
         f'</title><desc id="{name}-desc">{escape(description)}</desc>'
     )
@@ -110,5 +130,5 @@ def _for_page(text: str, name: str, title: str, description: str) -> Markup:
 
 
 def _short(attribute: str) -> str:
-    """With coordinates to a tenth of what can be seen."""
+    """Return an attribute with coordinates rounded to what can be seen."""
     return " " + re.sub(r"(\d\.\d\d)\d+", r"\1", " ".join(attribute.split()))

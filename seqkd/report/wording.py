@@ -1,79 +1,18 @@
-"""What a page says of a run in words."""
+"""Numbers and texts as a page shows them."""
 
 from __future__ import annotations
 
-from pathlib import PurePath
-
-from seqkd.config.objectives import SequenceReverseKLConfig
-from seqkd.config.phases import TermConfig
-from seqkd.config.run import Config
-from seqkd.config.student import PruneInitConfig
-from seqkd.config.teacher import MultiTeacherConfig
 from seqkd.evaluation.intervals import Interval
-
-OBJECTIVE = {
-    "sequence_reverse_kl": "sequence-level reverse KL",
-    "sequence_forward_kl": "sequence-level forward KL",
-    "sampled_token": "token-level reverse KL by sampled tokens",
-    "sft": "supervised fine-tuning",
-    "token_forward_kl": "token-level forward KL",
-    "token_reverse_kl": "token-level reverse KL",
-    "gjsd": "generalised Jensen-Shannon divergence",
-    "skew_kl": "skew KL",
-    "skew_reverse_kl": "skew reverse KL",
-    "total_variation": "total variation",
-}
-SAMPLES = {
-    "student": "the student's own samples",
-    "teacher": "the teacher's samples",
-    "mixture": "a mixture of the student's and the teacher's samples",
-    "dataset": "the data set's answers",
-    "corpus": "plain text",
-    "journal": "recorded completions",
-}
-
-
-def objective(term: TermConfig) -> str:
-    """E.g. "token-level forward KL on the teacher's samples"; options where they differ from what
-    they are when left out."""
-    of = term.objective
-    options = of.model_dump(exclude_defaults=True, exclude={"kind"})
-    if isinstance(of, SequenceReverseKLConfig):
-        options = {
-            name: getattr(of, name) for name in ("estimator", "baseline", "normalization")
-        } | options
-    listed = ", ".join(f"{name} {value}" for name, value in options.items())
-    weight = "" if term.weight == 1 else f"{term.weight:g} × "
-    in_brackets = f" ({listed})" if listed else ""
-    return f"{weight}{OBJECTIVE[of.kind]}{in_brackets} on {SAMPLES[term.sampler]}"
-
-
-def phases(config: Config) -> list[str]:
-    """A line each: its steps and what it minimises."""
-    return [
-        f"{name}, {config.extent(phase)}: " + " + ".join(objective(term) for term in phase.terms)
-        for name, phase in config.phases
-    ]
-
-
-def models(config: Config) -> tuple[str, str]:
-    """Short names of the teacher and the student."""
-    init = config.student.init
-    student = _short(config.student.model)
-    if isinstance(init, PruneInitConfig):
-        student += f" without layers {init.drop_layers[0]} to {init.drop_layers[1] - 1}"
-    if isinstance(config.teacher, MultiTeacherConfig):
-        return " + ".join(_short(t.model) for t in config.teachers.values()), student
-    return _short(config.teacher.model), student
+from seqkd.evaluation.summary import stage_label
 
 
 def count(number: float) -> str:
-    """With a narrow space between thousands."""
+    """Return a number with a narrow space between thousands."""
     return f"{number:,.0f}".replace(",", "\N{NARROW NO-BREAK SPACE}")
 
 
 def duration(seconds: float) -> str:
-    """E.g. "2 h 5 min", "3 min 4 s", "12.3 s"."""
+    """Return for example "2 h 5 min", "3 min 4 s", "12.3 s"."""
     if seconds < 60:
         return f"{seconds:.3g} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -83,34 +22,24 @@ def duration(seconds: float) -> str:
 
 
 def change(interval: Interval) -> str:
-    """A paired change with what its interval says."""
+    """Return a paired change with the conclusion from its interval."""
     if interval.low > 0 or interval.high < 0:
-        return f"{signed(interval)}, excludes 0: {'lower' if interval.high < 0 else 'higher'}"
-    return f"{signed(interval)}, includes 0: no difference shown"
+        return f"{signed(interval)}, {'lower' if interval.high < 0 else 'higher'}"
+    return f"{signed(interval)}, not significant"
 
 
 def signed(interval: Interval) -> str:
-    """With its sign and a true minus."""
+    """Return an interval with signs and true minus characters."""
     low, mean, high = (f"{v:+.3g}" for v in (interval.low, interval.mean, interval.high))
     return f"{mean} [{low}, {high}]".replace("-", "\N{MINUS SIGN}")
 
 
-def stage(name: str) -> str:
-    """Of a measurement, by what preceded it."""
-    return "before" if name == "initial" else f"after {name}"
-
-
 def between(pair: str) -> str:
-    """The two measurements that a change is between: "before → after main"."""
-    return " → ".join(stage(name) for name in pair.split(" -> "))
+    """Return the two measurements of a change: "before → after main"."""
+    return " → ".join(stage_label(name) for name in pair.split(" -> "))
 
 
 def printable(text: str) -> str:
-    """With its code in place of each control character."""
+    """Return the text with the code of each control character in its place."""
     codes = [code for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"]
     return text.translate({code: f"\\x{code:02x}" for code in codes})
-
-
-def _short(model: str) -> str:
-    """A directory by its last part; a hub name as it is."""
-    return PurePath(model).name if model.startswith(("/", "~", ".")) else model

@@ -1,5 +1,4 @@
-"""A run directory as it stands, read for its page: whatever is missing or damaged is left out, and
-said."""
+"""A run directory read for reports; missing or damaged files are listed as problems."""
 
 from __future__ import annotations
 
@@ -19,9 +18,8 @@ from seqkd.errors import DataError, SeqkdError
 from seqkd.evaluation.intervals import Interval
 from seqkd.evaluation.summary import Evaluation, number, read_figures
 from seqkd.files import atomic_write, disk_errors
-from seqkd.storage import run_directory
-
-Row = dict[str, Any]
+from seqkd.storage import metrics_file, run_directory
+from seqkd.storage.metrics_file import Row
 
 
 @dataclass(frozen=True)
@@ -35,24 +33,23 @@ class Span:
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that the page of a run is made from."""
+    """Everything that a report shows of a run."""
 
     directory: Path
     name: str
     config: Config | None
     config_text: str
     rows: list[Row]
-    """Of metrics.jsonl, steps ascending, each once."""
+    """Rows of metrics.jsonl, steps ascending."""
     evaluation: Evaluation | None
-    """Before, between and after the phases."""
+    """Held-out figures before, between and after the phases."""
     evaluated: dict[str, Evaluation]
-    """By scripts/evaluate.py, on other prompts: by their name; figures by model in place of
-    stage."""
+    """Results of scripts/evaluate.py by the name of the prompts, with models in place of stages."""
     environment: dict[str, Any] | None
     problems: list[str]
-    """A line for everything that could not be read."""
+    """One line for every file that could not be read."""
     held: bool | None
-    """Whether a process is at work in the directory; None where locks do not tell."""
+    """Whether a process is running in the directory; None where locks do not tell."""
     written: datetime | None
     """When metrics.jsonl was last written to."""
 
@@ -63,11 +60,11 @@ class Run:
 
     @property
     def spans(self) -> list[Span]:
-        """The phases: as configured, or as far as the rows tell where a budget ends them."""
+        """The phases: as configured, or as recorded where a budget ends them."""
         if self.config is None or self.config.budget:
             named = groupby(self.rows, lambda row: str(row.get("phase", "")))
             steps = [(name, [row["step"] for row in rows]) for name, rows in named]
-            return [Span(name, of[0], of[-1] + 1) for name, of in steps]
+            return [Span(name, taken[0], taken[-1] + 1) for name, taken in steps]
         ends: list[Span] = []
         for name, phase in self.config.phases:
             begin = ends[-1].end if ends else 0
@@ -76,26 +73,26 @@ class Run:
 
     @property
     def total(self) -> int | None:
-        """Steps of all phases, where the configuration says so."""
+        """Steps of all phases; None where a budget determines them."""
         return self.spans[-1].end if self.config and not self.config.budget else None
 
     @property
     def figures(self) -> dict[str, tuple[int, dict[str, Interval]]]:
-        """Held-out figures by stage, each with the steps that had been taken then. Without those
-        of an earlier end of a run that now goes on beyond it."""
+        """Held-out figures by stage, each with the steps taken before it. Stages beyond the
+        recorded steps, which an extended run still has from its earlier end, are omitted."""
         taken = {"initial": 0} | {span.name: span.end for span in self.spans}
-        found = self.evaluation.figures if self.evaluation else {}
-        taken |= {stage: int(stage[5:]) for stage in found if re.fullmatch(r"step \d+", stage)}
+        figures = self.evaluation.figures if self.evaluation else {}
+        taken |= {stage: int(stage[5:]) for stage in figures if re.fullmatch(r"step \d+", stage)}
         return {
-            stage: (taken[stage], figures)
-            for stage, figures in found.items()
+            stage: (taken[stage], values)
+            for stage, values in figures.items()
             if taken.get(stage, math.inf) <= self.done
         }
 
     @property
     def over(self) -> bool:
-        """Whether nothing more is to come: no process is at work, every step is taken and, where
-        the configuration asks for it, the student after the last of them is measured."""
+        """Whether the run is finished: no process is running, every step is taken and, where the
+        configuration asks for it, the final student is measured."""
         if self.held or not self.rows:
             return False
         if self.config is None:
@@ -112,17 +109,17 @@ class Run:
         return spent or self.done == steps
 
     def costs(self, kind: BudgetKind) -> list[float]:
-        """[N] of each row; see :class:`seqkd.config.lifecycle.BudgetConfig`."""
+        """[N] cost of each row; see :class:`seqkd.config.lifecycle.BudgetConfig`."""
         key = "time_step_s" if kind == "seconds" else kind
         return [number(row, key) or 0.0 for row in self.rows]
 
     def spent(self, kind: BudgetKind) -> float:
-        """By the steps so far."""
+        """Return the cost of all steps so far."""
         return sum(self.costs(kind))
 
     @property
     def state(self) -> str:
-        """In a few words."""
+        """State of the run in a few words."""
         if self.over:
             return "finished"
         if self.held is None:
@@ -131,17 +128,17 @@ class Run:
             return "stopped" + (" before the last measurement" if self.trained else "")
         if not self.rows:
             return "starting"
-        return "measuring on held-out prompts" if self.trained else "under way"
+        return "measuring on held-out prompts" if self.trained else "running"
 
     @property
     def seconds(self) -> float:
-        """Spent in optimizer steps."""
+        """Seconds spent in optimizer steps."""
         return self.spent("seconds")
 
 
 def read(directory: Path) -> Run:
-    """What is in a run directory. DataError where it is none."""
-    if not any((directory / name).is_file() for name in ("config.yaml", "metrics.jsonl")):
+    """Read a run directory. Raises DataError where it is none."""
+    if not any((directory / name).is_file() for name in ("config.yaml", metrics_file.NAME)):
         raise DataError(
             f"{directory}: is not a run directory: it holds neither config.yaml nor metrics.jsonl. "
             "Name one that scripts/train.py has made, such as runs/quickstart."
@@ -154,14 +151,14 @@ def read(directory: Path) -> Run:
         except SeqkdError as error:
             problems.append(str(error).replace(f"{directory}/", ""))
         except FileNotFoundError:
-            problems.append(f"{name}: is not there.")
+            problems.append(f"{name}: no such file.")
         except OSError as error:
             problems.append(f"{name}: cannot be read: {error.strerror}.")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            problems.append(f"{name}: is damaged and left out ({error!r:.200}).")
+            problems.append(f"{name}: is damaged and omitted ({error!r:.200}).")
         return None
 
-    held = run_directory.under_way(directory)  # before the files: what is over then stays over
+    held = run_directory.under_way(directory)  # before the files: a finished run stays finished
     text = attempt("config.yaml", lambda file: file.read_text(encoding="utf-8", errors="replace"))
     config = attempt("config.yaml", load) if text is not None else None
     optional = {
@@ -170,14 +167,14 @@ def read(directory: Path) -> Run:
     }
     files = sorted(directory.glob("evaluation/*/evaluation.json"))
     evaluated = {
-        file.parent.name: found
+        file.parent.name: evaluation
         for file in files
-        if (found := attempt(str(file.relative_to(directory)), read_figures)) is not None
+        if (evaluation := attempt(str(file.relative_to(directory)), read_figures)) is not None
     }
-    rows, damaged = attempt("metrics.jsonl", _rows) or ([], 0)
+    rows, damaged = attempt(metrics_file.NAME, metrics_file.read_rows) or ([], 0)
     if damaged:
-        problems.append(f"metrics.jsonl: {damaged} damaged rows are left out.")
-    file = directory / "metrics.jsonl"
+        problems.append(f"metrics.jsonl: {damaged} damaged rows are omitted.")
+    file = directory / metrics_file.NAME
     return Run(
         directory=directory,
         name=config.name if config else directory.resolve().name,
@@ -193,34 +190,18 @@ def read(directory: Path) -> Run:
     )
 
 
-def _rows(file: Path) -> tuple[list[Row], int]:
-    """The rows and the number of damaged ones. A last line without its end is still being
-    written."""
-    *lines, _ = file.read_text(encoding="utf-8", errors="replace").split("\n")
-    rows: list[Row] = []
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        step = row.get("step") if isinstance(row, dict) else None
-        if isinstance(step, int) and step > (rows[-1]["step"] if rows else -1):
-            rows.append(row)
-    return rows, len(lines) - len(rows)
-
-
 def _environment(file: Path) -> dict[str, Any]:
-    found = json.loads(file.read_text(encoding="utf-8"))
-    return dict(found.items())
+    values = json.loads(file.read_text(encoding="utf-8"))
+    return dict(values.items())
 
 
 def write_evaluation(directory: Path, evaluation: dict[str, Any]) -> None:
-    """``evaluation.json`` of the run directory. StorageError where it cannot be written."""
+    """Write ``evaluation.json``. Raises StorageError where it cannot be written."""
     file = directory / "evaluation.json"
     with disk_errors(file):
         atomic_write(file, json.dumps(evaluation, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_evaluation(directory: Path) -> dict[str, Any]:
-    """What :func:`write_evaluation` wrote."""
+    """Return what :func:`write_evaluation` wrote."""
     return dict(json.loads((directory / "evaluation.json").read_text(encoding="utf-8")))

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from seqkd.config.phases import PhaseConfig
 from seqkd.config.run import Config
+from seqkd.config.wording import describe_phase
 from seqkd.files import disk_errors
+from seqkd.storage.metrics_file import NAME, Row, read_rows
 from seqkd.training.budget import Cost
 from seqkd.training.clock import STAGES, Clock
 from seqkd.training.trackers import Trackers
@@ -26,20 +28,22 @@ class Recorder:
     """Writes a run's metrics as they come; closed by the caller. Each row of metrics.jsonl is on
     disk before the next step begins."""
 
-    def __init__(self, directory: Path, config: Config, out: TextIO = sys.stdout) -> None:
-        self.out, self.live = out, out.isatty()
+    def __init__(self, directory: Path, config: Config, out: TextIO | None = None) -> None:
+        self.out = out or sys.stdout
+        self.live = self.out.isatty()
         self.config = config
         self.stage_seconds = dict.fromkeys((*STAGES, "other"), 0.0)
-        self.path = directory / "metrics.jsonl"
+        self.path = directory / NAME
         self.file: TextIO | None = None
         self.trackers = Trackers(directory, config, self.note)
 
-    def rewind(self, step: int) -> list[dict[str, Any]]:
+    def rewind(self, step: int) -> list[Row]:
         """Go on with ``step``: later rows, and one that was not written to its end, are cut off.
         Returns the rows that are left."""
         self._close_file()
         with disk_errors(self.path):
-            rows = _whole_rows(self.path, step)
+            rows = read_rows(self.path)[0] if self.path.exists() else []
+            rows = [row for row in rows if row["step"] < step]
             partial = self.path.with_suffix(".partial")
             partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
             partial.rename(self.path)
@@ -54,12 +58,7 @@ class Recorder:
     def begin(self, name: str, phase: PhaseConfig) -> None:
         """Announce a phase."""
         self.recent: list[float] = []
-        terms = " + ".join(
-            f"{'' if term.weight == 1 else f'{term.weight:g} '}{term.objective.kind} "
-            f"({term.sampler} samples)"
-            for term in phase.terms
-        )
-        self.note(f"{name}: {self.config.extent(phase)}, {terms}")
+        self.note(describe_phase(self.config, name, phase))
 
     def step(self, step: int, row: dict[str, Any], costs: Cost, clock: Clock, steps: int) -> None:
         """Record one optimizer step of about ``steps``.
@@ -134,15 +133,3 @@ def _finite(row: Mapping[str, Any]) -> dict[str, Any]:
     """With null in place of what JSON has no number for."""
     lost = [k for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)]
     return {**row, **dict.fromkeys(lost)}
-
-
-def _whole_rows(path: Path, step: int) -> list[dict[str, Any]]:
-    """Rows of the steps before ``step``, but for those that are damaged."""
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    rows: list[dict[str, Any]] = []
-    for line in text.splitlines():
-        with suppress(ValueError, AttributeError, TypeError):  # not JSON, or not such a row
-            row = json.loads(line)
-            if (rows[-1]["step"] if rows else -1) < row.get("step") < step:
-                rows.append(row)
-    return rows

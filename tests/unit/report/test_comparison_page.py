@@ -9,12 +9,15 @@ from html.parser import HTMLParser
 import compare
 import numpy as np
 import pytest
+from markupsafe import escape
 
 from seqkd.comparison import plan, results
 from seqkd.config.lifecycle import BudgetConfig
 from seqkd.errors import StorageError
+from seqkd.evaluation.catalog import title as title_of
 from seqkd.report import comparison_page as page
-from seqkd.report import comparison_plots, plots
+from seqkd.report import curves
+from seqkd.report.svg import Key
 from seqkd.storage.run_reader import read
 from tests import pages
 from tests.comparison_runs import AMOUNT, METHODS, write_comparison, write_evaluation
@@ -99,8 +102,8 @@ def test_a_mean_is_that_of_the_files(whole):
         found = json.loads(file.read_text())["per_prompt"]["main"]["reverse_kl_per_token"]
         of_seeds.append(sum(found["above"]) / sum(found["below"]))
     cells = figure_table(text, "Reverse KL per token")["3. rao_blackwell"]
-    assert cells[0].startswith(f"{sum(of_seeds) / 3:.3g} [")
-    assert cells[1] == " ".join(f"{value:.3g}" for value in of_seeds)
+    assert cells[1].startswith(f"{sum(of_seeds) / 3:.3g} [")
+    assert cells[2] == " ".join(f"{value:.3g}" for value in of_seeds)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +112,7 @@ def test_a_mean_is_that_of_the_files(whole):
         ("Reverse KL per token", "reverse_kl_per_token"),
         ("Forward KL per token", "forward_kl_per_token"),
         ("Completion length", "student_length"),
-        ("Ended by itself", "student_eos_rate"),
+        ("EOS rate", "student_eos_rate"),
     ],
 )
 def test_every_number_of_a_first_figure_is_that_of_the_tables(whole, title, key):
@@ -118,7 +121,7 @@ def test_every_number_of_a_first_figure_is_that_of_the_tables(whole, title, key)
     methods = [f"{i}. {m}" for i, m in enumerate(METHODS, 1)]
     assert list(shown) == [*methods, "the teacher", "before training"]
     apart = {"the teacher": results.TEACHER, "before training": results.INITIAL}
-    for head, (mean, seeds, difference) in shown.items():
+    for head, (_, mean, seeds, difference) in shown.items():
         method = apart.get(head) or head.split(" ")[1]
         found = of.figures[method].get(key)
         if found is None:  # the teacher from itself
@@ -127,7 +130,7 @@ def test_every_number_of_a_first_figure_is_that_of_the_tables(whole, title, key)
         assert mean == f"{found.mean:.3g} [{found.low:.3g}, {found.high:.3g}]"
         assert seeds == " ".join(f"{value:.3g}" for value in found.of_seeds)
         if method == "sft":
-            assert difference == "the baseline"
+            assert difference == "baseline"
             continue
         from_baseline = of.differences[method][key]
         numbers = " [".join((f"{from_baseline.mean:+.3g}", f"{from_baseline.low:+.3g}"))
@@ -156,21 +159,38 @@ def test_a_difference_is_marked_by_more_than_colour(whole):
     assert 4 <= marked < 12
 
 
-def test_what_is_real_is_said_in_words(whole):
+def test_intervals_stand_on_a_common_axis(whole):
+    """Each row of the table has its marks where its numbers are, in percent of the width."""
     result, text = whole
-    of, lines = result.tables[0], []
-    for figure in of.labels:
-        verdicts = {m: of.verdict(m, figure) for m in list(METHODS)[1:]}
-        for word, head in (
-            ("lower", "Lower than"), ("higher", "Higher than"), ("not", "Not told apart from"),
-        ):  # fmt: skip
-            names = [f"{i}. {m}" for i, m in enumerate(METHODS, 1)
-                     if verdicts.get(m, "").startswith(word)]  # fmt: skip
-            lines += [f"{head} 1. sft: {', '.join(names)}."] if names else []
-    part = text[: text.index('<section id="figures-2">')]
-    said = re.findall(r'<p class="said">(.*?)</p>', part.replace("\xa0", " "))
-    assert sorted(said) == sorted(lines)
-    assert len({line.split()[0] for line in lines}) == 3
+    (held_out, *_) = result.tables
+    known = page.methods(result)
+    for figure in page.figures(held_out, result, known):
+        shown = {row.head.label: row for row in figure.rows if isinstance(row.head, Key)}
+        estimates = [held_out.figures[method][figure.name] for method in METHODS]
+        ends = [v for e in estimates for v in (e.low, e.high, *e.of_seeds)]
+        if teacher := held_out.figures[results.TEACHER].get(figure.name):
+            ends += [teacher.low, teacher.high, *teacher.of_seeds]
+        low, high = min(ends), max(ends)
+        assert (figure.axis.at(low), figure.axis.at(high)) == (4, 96)
+        assert all(low <= tick <= high for tick in figure.axis.ticks)
+        part = text[text.index(f'aria-label="{escape(title_of(figure.name))}"') :]
+        rows = re.findall(r"<tr>(.*?)</tr>", part.partition("</table>")[0], re.DOTALL)[1:]
+        for estimate, (label, row), html in zip(estimates, shown.items(), rows, strict=False):
+            assert label in html and f"{estimate.mean:.3g}" in html
+            (mean,) = re.findall(r'<i class="dot([^"]*)" style="left:([\d.]+)%">', html)
+            assert float(mean[1]) == pytest.approx(
+                4 + 92 * (estimate.mean - low) / (high - low), abs=0.01
+            )
+            ((left, width),) = re.findall(
+                r'<i class="bar" style="left:([\d.]+)%;width:([\d.]+)%">', html
+            )
+            assert float(left) == figure.axis.at(estimate.low)
+            assert float(width) == pytest.approx(
+                92 * (estimate.high - estimate.low) / (high - low), abs=0.02
+            )
+            assert html.count('class="seed"') == 3
+            assert ("full" in mean[0]) == bool(row.arrow or row.baseline)
+            assert ("diamond" in mean[0]) == row.baseline
 
 
 def test_every_set_of_prompts_has_its_section(whole):
@@ -178,21 +198,25 @@ def test_every_set_of_prompts_has_its_section(whole):
     assert [of.name for of in result.tables][1:] == ['x"><b>$1']
     assert "x&#34;&gt;&lt;b&gt;$1" in text and "<b>" not in text
     part = text[text.index('<section id="figures-2">') :]
-    assert Tables(part).tables[0][0] == ["Method", "ROUGE-L 0 to 100", "Length tokens"]
+    assert Tables(part).tables[0][0] == [
+        "Method", "ROUGE-L 0 to 100, higher is better",
+        "Completion length tokens, should match the teacher's",
+    ]  # fmt: skip
     rouge = figure_table(part, "ROUGE-L")
-    assert rouge["4. default"][1] == "23 23.1 23.2" and rouge["the teacher"][1].startswith("31 31")
-    assert rouge["4. default"][2].startswith("+3 [+3, +3] ↑ higher")
-    assert figure_table(part, "Length")["the teacher"][0] == "not measured"
-    assert 'id="forest-1-rougeL-title"' in part
+    assert rouge["4. default"][2] == "23 23.1 23.2" and rouge["the teacher"][2].startswith("31 31")
+    assert rouge["4. default"][3].startswith("+3 [+3, +3] ↑ higher")
+    assert figure_table(part, "Completion length")["the teacher"][1] == "not measured"
+    assert 'class="diamond' in part or "full diamond" in part
 
 
 def test_lengths_and_ends_stand_beside_the_divergences(whole):
     _, text = whole
-    heads = Tables(text).tables[0][0]
-    assert [re.sub(" (nats|tokens)$", "", head) for head in heads[1:]] == [
-        "Reverse KL per token", "Forward KL per token", "Completion length", "Ended by itself",
+    assert Tables(text).tables[0][0][1:] == [
+        "Reverse KL per token nats, lower is better", "Forward KL per token nats, lower is better",
+        "Completion length tokens, should match the teacher's",
+        "EOS rate share, should match the teacher's",
     ]  # fmt: skip
-    assert "a divergence alone does not tell a good student" in text
+    assert "Length is always reported with divergence" in text
 
 
 # What it cost.
@@ -200,8 +224,11 @@ def test_lengths_and_ends_stand_beside_the_divergences(whole):
 
 def test_costs_are_those_of_the_rows(whole):
     result, text = whole
-    table = next(t for t in Tables(text).tables if "steps" in t[0] and "prompts" in t[0])
-    assert table[0][4] == "learner tokens the budget"
+    table = next(t for t in Tables(text).tables if "Optimizer steps" in t[0])
+    assert table[0] == [
+        "Method", "Optimizer steps", "Prompts", "Sampled tokens", "Trained tokens (the budget)",
+        "Teacher tokens", "Time in steps",
+    ]  # fmt: skip
     rows = [result.runs["sft", seed].rows for seed in (0, 1, 2)]
     for column, key in ((2, "prompts"), (3, "sampled_tokens"), (4, "learner_tokens")):
         mean = sum(row[key] for of in rows for row in of) / 3
@@ -213,8 +240,8 @@ def test_costs_are_those_of_the_rows(whole):
 @pytest.mark.parametrize(
     ("kind", "amount", "said"),
     [
-        ("learner_tokens", 25000, "25\u202f000 completion tokens learnt from"),
-        ("teacher_tokens", 9, "9 tokens that the teacher wrote or scored"),
+        ("learner_tokens", 25000, "25\u202f000 trained tokens"),
+        ("teacher_tokens", 9, "9 teacher tokens"),
         ("seconds", 5400, "1 h 30 min of training steps"),
     ],
 )
@@ -242,39 +269,25 @@ def test_a_point_is_the_mean_of_the_seeds_in_what_they_cost_and_in_what_they_rea
     second is measured after four as well, which the first is not."""
     first = measured_run(tmp_path, "a", 60.0, [0, 2, 4], [40.0, 30.0, 20.0])
     second = measured_run(tmp_path, "b", 120.0, [0, 2, 4, 5], [44.0, 32.0, 28.0, 26.0])
-    path = comparison_plots.path([first, second], "student_length", "seconds")
-    assert path.x.tolist() == [0, (2 + 4) / 2, (4 + 10) / 2]
-    assert path.y.tolist() == [42, 31, 23]
-    assert path.seeds[1].tolist() == [[0, 4, 8, 10], [44, 32, 28, 26]]
-    steps = comparison_plots.path([first, second], "student_length", "steps")
-    assert steps.x.tolist() == [0, 2, 4.5]
-    assert comparison_plots.path([first], "reverse_kl_per_token", "steps") is None
+    (x, y), seeds = curves.paths([first, second], "student_length", "seconds")
+    assert x.tolist() == [0, (2 + 4) / 2, (4 + 10) / 2]
+    assert y.tolist() == [42, 31, 23]
+    assert seeds[1].tolist() == [[0, 4, 8, 10], [44, 32, 28, 26]]
+    (x, _), _ = curves.paths([first, second], "student_length", "steps")
+    assert x.tolist() == [0, 2, 4.5]
+    assert curves.paths([first], "reverse_kl_per_token", "steps") is None
 
 
 def test_the_budget_is_the_first_axis_and_all_others_follow(whole):
     _, text = whole
     part = text[text.index('<section id="quality">') :]
-    assert [name for level, name in pages.Page(part).headings if name.startswith("Against")] == [
-        "Against completion tokens learnt from the budget", "Against optimizer steps taken",
-        "Against completion tokens sampled", "Against tokens that the teacher wrote or scored",
-        "Against minutes of training steps",
+    assert re.findall(r"<(?:h3|summary)>(Against [a-z ]+)", part) == [
+        "Against trained tokens ", "Against optimizer steps", "Against sampled tokens",
+        "Against teacher tokens", "Against minutes of training steps",
     ]  # fmt: skip
     for figure in results.FIRST:
         for axis in ("steps", "learner-tokens", "sampled-tokens", "teacher-tokens", "seconds"):
             assert f'id="{figure.replace("_", "-")}-{axis}-title"' in part
-
-
-@pytest.mark.parametrize(
-    ("heights", "top", "placed"),
-    [
-        ([10.0, 50.0], 100, [10.0, 50.0]),
-        ([10.0, 12.0, 13.0, 80.0], 100, [10.0, 20.0, 30.0, 80.0]),
-        ([10.0, 88.0, 90.0, 95.0], 100, [10.0, 80.0, 90.0, 100.0]),
-        ([], 100, []),
-    ],
-)
-def test_numbers_at_the_ends_of_lines_stand_apart(heights, top, placed):
-    assert plots.apart(heights, 10, top) == placed
 
 
 # What is missing.
@@ -283,13 +296,13 @@ def test_numbers_at_the_ends_of_lines_stand_apart(heights, top, placed):
 def test_a_run_that_is_missing_is_named_and_the_rest_is_shown(partly):
     result, text = partly
     notes = text[text.index('<section class="notes"') : text.index('<section id="figures-1">')]
-    assert "8 of 12 runs are over" in notes
+    assert "8 of 12 runs are finished" in notes
     for method, seed in MISSING:
-        assert f"{method}, seed {seed}: not begun." in notes
-    assert notes.count("not begun") == len(MISSING)
+        assert f"{method}, seed {seed}: not started." in notes
+    assert notes.count("not started") == len(MISSING)
     shown = figure_table(text, "Reverse KL per token")
-    assert shown["4. default"] == ["no run is over", "", ""]
-    assert shown["1. sft"][1].endswith("2 of 3 seeds")
+    assert shown["4. default"][1:] == ["no finished run", "", ""]
+    assert shown["1. sft"][2].endswith("2 of 3 seeds")
     known = result.tables[0].differences["rao_blackwell"]["reverse_kl_per_token"]
     assert len(known.of_seeds) == 2 and f"{known.mean:+.3g}".replace("-", "−") in text
     assert (
@@ -299,8 +312,8 @@ def test_a_run_that_is_missing_is_named_and_the_rest_is_shown(partly):
 
 def test_one_seed_says_so_and_marks_nothing(tmp_path):
     _, text = made(tmp_path, seeds=(3,))
-    assert "There is one seed: intervals are over prompts alone" in text
-    assert figure_table(text, "Forward KL per token")["3. rao_blackwell"][2].endswith(
+    assert "There is one seed: intervals are over prompts only" in text
+    assert figure_table(text, "Forward KL per token")["3. rao_blackwell"][3].endswith(
         "one seed: not tested"
     )
     assert not any("↓" in cell or "↑" in cell for t in Tables(text).tables for r in t for cell in r)
@@ -308,17 +321,17 @@ def test_one_seed_says_so_and_marks_nothing(tmp_path):
 
 def test_without_the_baseline_nothing_is_compared(tmp_path):
     _, text = made(tmp_path, missing=[("sft", seed) for seed in (0, 1, 2)])
-    assert "No run of the baseline, sft, is over yet: there is nothing to compare with." in text
-    assert figure_table(text, "Reverse KL per token")["2. token_forward_kl"][2] == (
-        "no seed in common yet"
+    assert "No run of the baseline, sft, is finished: nothing can be compared yet." in text
+    assert figure_table(text, "Reverse KL per token")["2. token_forward_kl"][3] == (
+        "no common seed yet"
     )
 
 
 def test_before_any_run_there_is_a_page(tmp_path):
     missing = [(method, seed) for method in METHODS for seed in (0, 1, 2)]
     _, text = made(tmp_path, missing=missing)
-    assert "No run is over yet: figures come with the first." in text
-    assert "0 of 12 runs are over" in text
+    assert "No run is finished yet." in text
+    assert "0 of 12 runs are finished" in text
     assert pages.check_plots(text) == 0
     pages.check_headings(text)
 
@@ -339,20 +352,13 @@ def test_a_run_under_way_is_named_with_its_state(tmp_path):
 def test_more_methods_than_colours_stay_apart(tmp_path):
     methods = {f"method-{i}-with-a-long-name-{i}": [f"learner.lr={i}e-5"] for i in range(1, 14)}
     result, text = made(tmp_path, methods, seeds=(0, 1))
-    looks = {(m.colour, m.line) for m in page.methods(result)}
+    looks = {(key.variable, key.dash) for key in page.methods(result).values()}
     assert len(looks) == 13
     (plot,) = re.findall(
         r'<svg[^>]*aria-labelledby="reverse-kl-per-token-steps-title.*?</svg>', text, re.DOTALL
     )
-    for number in range(1, 14):
-        assert f">{number}</text>" in plot
     # Solid, dashed and dotted; the thin lines of seeds have shorter dashes than the thick ones.
     assert len(set(re.findall(r"stroke-dasharray: ([\d., ]+)", plot))) == 2 * 2
-    (forest,) = re.findall(
-        r'<svg[^>]*aria-labelledby="forest-0-reverse-kl-per-token-title.*?</svg>', text, re.DOTALL
-    )
-    named = re.findall(r">(\d+ [^<]*…[^<]*)</text>", forest)
-    assert len(set(named)) == 13 and all(len(of) <= 23 for of in named)
 
 
 def test_links_lead_to_the_pages_of_the_runs(tmp_path):
@@ -385,12 +391,13 @@ def test_nothing_in_it_runs_or_is_fetched(whole, tmp_path):
 @pytest.mark.parametrize("which", ["whole", "partly"])
 def test_it_can_be_read_by_everyone(which, request):
     _, text = request.getfixturevalue(which)
-    # Forests of seven figures (and of two that were evaluated); four figures on five axes.
-    assert pages.check_plots(text) == {"whole": 7 + 2, "partly": 7}[which] + 4 * 5
+    assert pages.check_plots(text) == 4 * 5, "four figures on five axes"
+    # Seven figures of every method, and two that were evaluated.
+    assert text.count('class="tick"') >= 2 * {"whole": 9, "partly": 7}[which]
     pages.check_colours(text)
     sections = [name for level, name in pages.check_headings(text) if level == 2]
     assert [name for name in sections if not name.startswith("x")] == [
-        "Which differences are real", "What it cost", "Quality against cost",
+        "Differences", "Cost", "Quality against cost",
         "Samples side by side", "Runs, configuration and environment",
     ]  # fmt: skip
 
@@ -411,7 +418,7 @@ def test_the_script_writes_it_beside_the_tables(tmp_path):
     compare.update(comparison, entries)
     where = plan.directory(entries)
     assert where == tmp_path / "runs" / "study"
-    assert "default, seed 1: not begun." in (where / "report.html").read_text()
+    assert "default, seed 1: not started." in (where / "report.html").read_text()
     assert (where / "comparison.json").exists() and not list(where.glob(".report*"))
 
 
