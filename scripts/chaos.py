@@ -4,7 +4,6 @@ it leaves is compared with an undisturbed run: python scripts/chaos.py --kills 5
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import shutil
 import signal
@@ -22,6 +21,7 @@ from quickstart import ENVIRONMENT, RAY, ROOT, Head, free_ports, local_head
 
 from seqkd.console import print_message
 from seqkd.files import file_digest
+from seqkd.storage.metrics_file import read_rows
 
 ROLES = {
     "rollout": "RolloutActor",
@@ -328,10 +328,7 @@ def left_behind(run: Trial) -> list[str]:
 
 def differences(quiet: Path, chaos: Path) -> list[str]:
     """What the disturbed run has learnt otherwise than the undisturbed one."""
-    rows = [
-        [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        for run in (quiet, chaos)
-    ]
+    rows = [read_rows(run / "metrics.jsonl")[0] for run in (quiet, chaos)]
     problems = []
     if [row["step"] for row in rows[1]] != list(range(len(rows[0]))):
         problems.append(f"metrics have gaps: {[row['step'] for row in rows[1]]}")

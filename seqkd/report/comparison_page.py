@@ -17,7 +17,6 @@ from seqkd.report import page, plots, samples, wording
 from seqkd.report.curves import CostAxis
 from seqkd.report.page import Table, save
 from seqkd.report.svg import Key, Panel
-from seqkd.storage.run_reader import Run
 
 EVALUATED = (*FIRST[:2], "rougeL", "bartscore_f", "length", "ended")
 """Figures of scripts/evaluate.py that are shown first."""
@@ -102,9 +101,11 @@ def render(result: Result, place: Path) -> str:
         sections=[(tables, list(figures(tables, result, known))) for tables in result.tables],
         costs=costs(result, known),
         quality=dict(_quality(result, known)),
-        examples=samples.side_by_side(first) if len(first) > 1 else [],
+        examples=samples.side_by_side(first),
         links={
-            (e.method, e.seed): _link(e.directory / "report.html", place) for e in result.entries
+            (entry.method, entry.seed): quote(os.path.relpath(report, place))
+            for entry in result.entries
+            if (report := entry.directory / "report.html").exists()
         },
         differing=page.differing([entry.config for entry in entries], list(known.values())),
         environment=next((r.environment for r in result.runs.values() if r.environment), None),
@@ -179,18 +180,13 @@ def costs(result: Result, known: dict[str, Key]) -> Table:
 def _quality(result: Result, known: dict[str, Key]) -> Iterator[tuple[str, list[Panel]]]:
     """Yield the first figures against every cost, the budget first."""
     kind = result.comparison.budget.kind
-    runs: dict[Key, list[Run]] = {
-        key: list(result.finished(name).values()) for name, key in known.items()
-    }
+    runs = {key: list(result.finished(name).values()) for name, key in known.items()}
     axes: list[CostAxis] = [kind, "steps", *(k for k in KINDS if k not in (kind, "prompts"))]
     for on in axes:
+        if on != "steps" and not any(run.spent(on) for run in result.runs.values()):
+            continue
         if panels := [panel for name in FIRST if (panel := plots.cost_panel(name, runs, on))]:
             yield plots.axis_title(on), panels
-
-
-def _link(report: Path, place: Path) -> str:
-    """Return the link to the page of one run; empty where there is none."""
-    return quote(os.path.relpath(report, place)) if report.exists() else ""
 
 
 def _notes(result: Result) -> Iterator[str]:

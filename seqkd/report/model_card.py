@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -23,6 +22,7 @@ from seqkd.evaluation.heldout import FIGURES
 from seqkd.evaluation.intervals import Interval
 from seqkd.files import disk_errors
 from seqkd.models.loading import expand
+from seqkd.storage.metrics_file import read_rows
 from seqkd.storage.run_directory import EXECUTION_KEYS, SECTIONS
 
 SAMPLES = {
@@ -107,8 +107,7 @@ def license_of(model: str) -> dict[str, str]:
 def learnt_tokens(metrics: Path) -> Counter[str]:
     """Completion tokens that the loss was taken over, by sampler, of every step that was taken."""
     tokens: Counter[str] = Counter()
-    for line in metrics.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    for row in read_rows(metrics)[0]:
         if row.get("skipped"):
             continue
         for key, value in row.items():

@@ -475,10 +475,10 @@ def test_the_page_follows_a_run_to_its_end(few, monkeypatch, capsys):
     assert len(pages) == 2
     for shown in pages:
         assert '<meta http-equiv="refresh" content="7">' in shown
-    assert "30 of 60" in pages[0] and '<progress value="30" max="60"' in pages[0]
+    assert "30 of 60" in pages[0]
     last = out.read_text()
     assert 'http-equiv="refresh"' not in last
-    assert "finished" in last and "<progress" not in last
+    assert "finished" in last and "60 of 60" in last
 
 
 def test_a_watch_that_is_ended_leaves_a_page_that_waits_for_nothing(few, monkeypatch):
