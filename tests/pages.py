@@ -58,7 +58,7 @@ def check_that_nothing_runs_or_is_fetched(text):
 
 
 def check_plots(text):
-    """Well-formed, told in words, without a colour or an id of another; their number."""
+    """Well-formed, told in words, without a color or an id of another; their number."""
     plots = re.findall(r'<svg class="plot".*?</svg>', text, re.DOTALL)
     for plot in plots:
         root = ElementTree.fromstring(plot.replace("<svg ", '<svg xmlns:xlink="x" ', 1))
@@ -66,7 +66,7 @@ def check_plots(text):
         assert title.tag == "title" and title.text
         assert description.tag == "desc" and re.search(r"\d", description.text)
         assert root.get("aria-labelledby") == f"{title.get('id')} {description.get('id')}"
-        assert not re.search(r"#[0-9a-f]{6}\b", plot), "a colour that knows neither light nor dark"
+        assert not re.search(r"#[0-9a-f]{6}\b", plot), "a color that knows neither light nor dark"
         inner = [element.get("id") for element in root.iter() if element.get("id")]
         used = re.findall(r'(?:url\(#|href="#)([^)"]+)', plot)
         assert set(used) <= set(inner)
@@ -75,7 +75,7 @@ def check_plots(text):
     return len(plots)
 
 
-def check_colours(text):
+def check_colors(text):
     """Known to the style sheet, in light and in dark."""
     style = re.search(r"<style>(.*?)</style>", text, re.DOTALL)[1]
     light, dark = re.findall(r":root \{(.*?)\}", style, re.DOTALL)

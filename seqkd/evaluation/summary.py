@@ -1,4 +1,4 @@
-"""The end of a run: evaluation.json and what a person reads."""
+"""The held-out figures of a run: evaluation.json and its text form."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def evaluation_json(
     tokenizer: Any,
     examples: int,
 ) -> dict[str, Any]:
-    """Everything measured, as plain data: figures by stage, paired changes, completions."""
+    """Return all measurements as plain data: figures by stage, paired changes, completions."""
     ratios = {stage: m.ratios() for stage, m in measurements.items()}
     tables = {stage: m.table() for stage, m in measurements.items()}
     phases = [stage for stage in ratios if not stage.startswith("step ")]
@@ -52,7 +52,7 @@ def evaluation_json(
 
 
 def render(evaluation: dict[str, Any]) -> str:
-    """The figures, the paired changes and the completions side by side, as text."""
+    """Return the figures, the paired changes and the completions side by side as text."""
     stages = [stage for stage in evaluation["figures"] if not stage.startswith("step ")]
     names = [name for name in FIGURES if name in evaluation["figures"][stages[0]]]
     width = 2 + max(len(labeled(name)) for name in names)
@@ -108,8 +108,8 @@ def _example(
 
 
 def _tokens(shown: Example, tokenizer: Any) -> list[tuple[str, float | None]]:
-    """Each token's own text, and what it costs. Of a character that several tokens make up, the
-    last of them has it."""
+    """Return each token's own text with its divergence. A character of several tokens belongs to
+    the last of them."""
     ids, found, told = shown.rollout.completion_ids, [], ""
     costs = shown.costs or (None,) * len(ids)
     for end, cost in enumerate(costs, 1):
@@ -131,7 +131,7 @@ def _wrapped(who: str, text: str) -> str:
 
 
 def closing(directory: Path, stage_seconds: Mapping[str, float], seconds: float) -> str:
-    """Where the time went and where everything is."""
+    """Return the last lines of a run: time by stage, and paths."""
     stages = ", ".join(f"{stage} {spent:.0f} s" for stage, spent in stage_seconds.items())
     adapter = directory / "student_adapter"
     return (
@@ -145,42 +145,43 @@ def closing(directory: Path, stage_seconds: Mapping[str, float], seconds: float)
 
 
 Token = tuple[str, float | None]
-"""Its text and its divergence in nats, None where that is not known."""
+"""Text and divergence in nats; None where it is not known."""
 
 
 @dataclass(frozen=True)
 class Completions:
-    """Completions of one held-out prompt, by whose they are."""
+    """Completions of one held-out prompt, by author."""
 
     prompt: str
     completions: dict[str, str]
     tokens: dict[str, list[Token]]
-    """Of those completions whose divergence is known token by token."""
+    """By author, for completions with known per-token divergences."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """evaluation.json: what was measured on held-out prompts."""
+    """Content of evaluation.json."""
 
     prompts: int
     interval: str
     figures: dict[str, dict[str, Interval]]
-    """By what preceded the measurement ("initial" first), by figure."""
+    """By stage ("initial" first), by figure."""
     changes: dict[str, dict[str, Interval]]
     """By figure, by "before -> after"; paired over prompts."""
     per_prompt: dict[str, dict[str, Ratio]]
-    """As ``figures``."""
+    """Sums of each prompt, by stage, by figure."""
     examples: list[Completions]
 
 
 def number(row: Mapping[str, Any], key: str) -> float | None:
-    """A figure of a row; None where it is not there or is no finite number."""
+    """Return a number of a row; None where it is missing or not finite."""
     value = row.get(key)
     known = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     return float(value) if known else None  # type: ignore[arg-type]
 
 
 def read_figures(file: Path) -> Evaluation:
+    """Read evaluation.json. Raises OSError, ValueError, KeyError or TypeError."""
     found = json.loads(file.read_text(encoding="utf-8"))
     return Evaluation(
         prompts=int(found["prompts"]),
@@ -193,7 +194,7 @@ def read_figures(file: Path) -> Evaluation:
 
 
 def ratios(found: Mapping[str, Any]) -> dict[str, Ratio]:
-    """As :meth:`seqkd.evaluation.intervals.Ratio.plain` wrote them, by figure."""
+    """Read what :meth:`seqkd.evaluation.intervals.Ratio.plain` wrote, by figure."""
     return {
         name: Ratio(np.array(of["above"], dtype=float), np.array(of["below"], dtype=float))
         for name, of in found.items()
@@ -201,7 +202,7 @@ def ratios(found: Mapping[str, Any]) -> dict[str, Ratio]:
 
 
 def _intervals(found: Mapping[str, Any]) -> dict[str, Interval]:
-    """Of those figures that have a mean and an interval."""
+    """Read the figures that have a mean and an interval."""
     fields = ("mean", "low", "high")
     return {
         name: Interval(*(float(value[field]) for field in fields))
@@ -211,6 +212,7 @@ def _intervals(found: Mapping[str, Any]) -> dict[str, Interval]:
 
 
 def read_completions(found: Mapping[str, Any]) -> Completions:
+    """Read one example of evaluation.json."""
     tokens = found.get("tokens") or {}
     return Completions(
         str(found["prompt"]),

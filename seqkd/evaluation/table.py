@@ -1,4 +1,4 @@
-"""Everything that is measured of what a model wrote, side by side.
+"""All figures of the completions of several models, side by side.
 
 Definitions, units and what each figure hides: docs/evaluation.md.
 """
@@ -37,25 +37,25 @@ FIGURES = (
 
 @dataclass(frozen=True)
 class ModelOutputs:
-    """What one model wrote, and all that is known of it."""
+    """Completions of one model with their measurements."""
 
     answers: Answers
     on_teacher: Answers | None = None
-    """The teacher's text, as this student measures it; None for the teacher itself, and where
-    there is no teacher."""
+    """The teacher's completions as this student measures them; None for the teacher itself and
+    without a teacher."""
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Of one model."""
+    """Figures of one model."""
 
     ratios: dict[str, Ratio]
-    """Prompt by prompt."""
+    """Figures with a value per prompt."""
     whole: dict[str, float]
-    """Of all prompts together; an interval is not known."""
+    """Figures of all prompts together, without an interval."""
 
     def table(self) -> dict[str, Interval]:
-        """Every figure that is known."""
+        """Return every known figure."""
         found = {name: of.interval() for name, of in self.ratios.items()}
         if (nll := found.pop("nll_per_token", None)) is not None:
             found["perplexity"] = Interval(*map(math.exp, asdict(nll).values()))
@@ -69,10 +69,10 @@ def figures(
     decode: Callable[[Sequence[int]], str],
     bart: BartScorer | None,
 ) -> Figures:
-    """All of one model.
+    """Measure all figures of one model.
 
     Args:
-        references: [P] the data set's own answers to each prompt, or none.
+        references: [P] the data set's answers to each prompt, possibly none.
     """
     groups = by_prompt(written.answers.rollouts, prompts)
     texts = [[decode(without_eos(r)) for r in group] for group in groups]
@@ -104,7 +104,7 @@ def figures(
 
 
 def changes(before: Figures, after: Figures) -> dict[str, Interval]:
-    """after - before, prompts resampled together, of every figure that has a value a prompt."""
+    """Return after - before of every figure with a value per prompt, prompts resampled together."""
     both = [name for name in FIGURES if name in before.ratios.keys() & after.ratios.keys()]
     pairs = {name: (before.ratios[name], after.ratios[name]) for name in both}
     return {
@@ -142,7 +142,7 @@ def render(table: Mapping[str, Mapping[str, Interval]]) -> str:
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Cells as text, each column as wide as its widest."""
+    """Return rows of cells as text with aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -157,7 +157,7 @@ def _cell(value: Interval | None) -> str:
 
 
 def by_prompt(rollouts: Sequence[Rollout], prompts: Sequence[Prompt]) -> list[list[Rollout]]:
-    """[P] the samples of each prompt."""
+    """Return [P] the samples of each prompt."""
     groups: dict[str, list[Rollout]] = {p.prompt_id: [] for p in prompts}
     for rollout in rollouts:
         groups[rollout.prompt_id].append(rollout)
@@ -165,7 +165,7 @@ def by_prompt(rollouts: Sequence[Rollout], prompts: Sequence[Prompt]) -> list[li
 
 
 def _places(answers: Answers, prompts: Sequence[Prompt]) -> list[int]:
-    """[N] index of each completion's prompt."""
+    """Return [N] the index of each completion's prompt."""
     index = {p.prompt_id: i for i, p in enumerate(prompts)}
     return [index[r.prompt_id] for r in answers.rollouts]
 

@@ -35,7 +35,7 @@ def browser():
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
     """The page of one run, that of three, and those of comparisons, by name: one whole, with more
-    methods than colours, and one with runs missing."""
+    methods than colors, and one with runs missing."""
     folder = tmp_path_factory.mktemp("runs")
     runs = [
         write_run(folder, name, draw, 0.2 * draw) for draw, name in enumerate(("one", "two", "3"))
@@ -123,20 +123,20 @@ def test_it_is_light_or_dark(opened, scheme):
     page = opened("one")
     paper = page.locator("body").evaluate(BACKGROUND)
     ink = page.locator("svg.plot text").first.evaluate("e => getComputedStyle(e).fill")
-    bright = [sum(map(int, colour[4:-1].split(","))) > 3 * 128 for colour in (paper, ink)]
+    bright = [sum(map(int, color[4:-1].split(","))) > 3 * 128 for color in (paper, ink)]
     assert bright == ([True, False] if scheme == "light" else [False, True])
 
 
-def test_tokens_are_coloured_by_their_divergence(opened):
+def test_tokens_are_colored_by_their_divergence(opened):
     page = opened("one")
     scale = page.locator(".scale .token")
-    colours = [scale.nth(i).evaluate(BACKGROUND) for i in range(6)]
-    assert colours[0] == CLEAR and len(set(colours)) == 6
+    colors = [scale.nth(i).evaluate(BACKGROUND) for i in range(6)]
+    assert colors[0] == CLEAR and len(set(colors)) == 6
     tokens = page.locator(".completion .token[title$=nats]").evaluate_all(SHOWN)
     assert len(tokens) > 30
-    for title, colour, line in tokens:
+    for title, color, line in tokens:
         level = sum(float(title.split()[0]) >= bound for bound in (0.1, 0.5, 1, 2, 4))
-        assert colour == colours[level]
+        assert color == colors[level]
         assert line == ("underline" if level > 3 else "none")
 
 
@@ -189,7 +189,7 @@ def test_intervals_are_drawn_in_the_row_of_their_method(opened, name):
             assert marks[place] == pytest.approx(a + scale * (value - shown[0][0]), abs=0.03)
 
 
-def test_what_is_told_apart_is_so_without_colour(opened):
+def test_what_is_told_apart_is_so_without_color(opened):
     page = opened("whole")
     strong = page.locator("#figures-1 table strong").all()
     assert len(strong) > 8
@@ -198,7 +198,7 @@ def test_what_is_told_apart_is_so_without_colour(opened):
         assert int(mark.evaluate("e => getComputedStyle(e).fontWeight")) >= 600
 
 
-def test_methods_of_one_colour_are_drawn_and_named_apart(opened):
+def test_methods_of_one_color_are_drawn_and_named_apart(opened):
     page = opened("whole")
     swatches = page.locator("header .entries .swatch")
     assert swatches.count() == 8

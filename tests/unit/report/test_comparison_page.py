@@ -53,7 +53,7 @@ def partly(tmp_path_factory):
 
 
 class Tables(HTMLParser):
-    """[table][row][cell] texts, and which cells hold a mark that does not need colour."""
+    """[table][row][cell] texts, and which cells hold a mark that does not need color."""
 
     def __init__(self, text):
         super().__init__()
@@ -139,7 +139,7 @@ def test_every_number_of_a_first_figure_is_that_of_the_tables(whole, title, key)
         assert difference.endswith(of.verdict(method, key))
 
 
-def test_a_difference_is_marked_by_more_than_colour(whole):
+def test_a_difference_is_marked_by_more_than_color(whole):
     result, text = whole
     of, found = result.tables[0], Tables(text)
     overview = found.tables[0]
@@ -349,7 +349,7 @@ def test_a_run_under_way_is_named_with_its_state(tmp_path):
 # Who is who, and what the page is made of.
 
 
-def test_more_methods_than_colours_stay_apart(tmp_path):
+def test_more_methods_than_colors_stay_apart(tmp_path):
     methods = {f"method-{i}-with-a-long-name-{i}": [f"learner.lr={i}e-5"] for i in range(1, 14)}
     result, text = made(tmp_path, methods, seeds=(0, 1))
     looks = {(key.variable, key.dash) for key in page.methods(result).values()}
@@ -394,7 +394,7 @@ def test_it_can_be_read_by_everyone(which, request):
     assert pages.check_plots(text) == 4 * 5, "four figures on five axes"
     # Seven figures of every method, and two that were evaluated.
     assert text.count('class="tick"') >= 2 * {"whole": 9, "partly": 7}[which]
-    pages.check_colours(text)
+    pages.check_colors(text)
     sections = [name for level, name in pages.check_headings(text) if level == 2]
     assert [name for name in sections if not name.startswith("x")] == [
         "Differences", "Cost", "Quality against cost",

@@ -391,12 +391,12 @@ def test_every_plot_is_well_formed_and_named_and_its_own(text):
     assert pages.check_plots(text) == 22 + 4 + 1, "metrics, divergences by cost, stages"
 
 
-def test_colours_are_known_to_the_style_sheet_in_light_and_dark(text):
-    pages.check_colours(text)
+def test_colors_are_known_to_the_style_sheet_in_light_and_dark(text):
+    pages.check_colors(text)
 
 
-def luminance(colour):
-    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+def luminance(color):
+    parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
@@ -411,14 +411,14 @@ def contrast(one, other):
 def test_text_and_curves_stand_out(scheme):
     style = (ROOT / "seqkd" / "report" / "templates" / "style.css").read_text()
     block = re.findall(r":root \{(.*?)\}", style, re.DOTALL)[scheme]
-    colour = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6});", block))
+    color = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6});", block))
     for level in range(1, 6):
-        assert contrast(colour["ink"], colour[f"kl-{level}"]) >= 4.5, level
+        assert contrast(color["ink"], color[f"kl-{level}"]) >= 4.5, level
     for back in ("paper", "band", "soft"):
-        assert contrast(colour["ink"], colour[back]) >= 7
-        assert contrast(colour["muted"], colour[back]) >= 4.5
+        assert contrast(color["ink"], color[back]) >= 7
+        assert contrast(color["muted"], color[back]) >= 4.5
         for number in range(1, 7):
-            assert contrast(colour[f"series-{number}"], colour[back]) >= 4.5, (number, back)
+            assert contrast(color[f"series-{number}"], color[back]) >= 4.5, (number, back)
 
 
 def test_headings_go_down_one_level_at_a_time(text):
