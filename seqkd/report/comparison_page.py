@@ -41,16 +41,20 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Axis:
-    """The common axis of the intervals in a table."""
+class Figure:
+    """One figure of all methods; its intervals have a common axis from ``low`` to ``high``."""
 
+    name: str
+    first: bool
+    """Whether it is shown unfolded and in the overview."""
+    rows: list[Row]
     low: float
     high: float
     baseline: Estimate | None
     teacher: Estimate | None
 
     def at(self, value: float) -> float:
-        """Return the place of a value in percent."""
+        """Return the place of a value on the axis in percent."""
         return round(4 + 92 * (value - self.low) / ((self.high - self.low) or 1), 2)
 
     @property
@@ -60,17 +64,6 @@ class Axis:
 
         ticks = MaxNLocator(4).tick_values(self.low, self.high)
         return [float(tick) for tick in ticks if self.low <= tick <= self.high]
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One figure of all methods."""
-
-    name: str
-    first: bool
-    """Whether it is shown unfolded and in the overview."""
-    rows: list[Row]
-    axis: Axis
 
 
 def write(result: Result, out: Path) -> None:
@@ -149,8 +142,8 @@ def figures(tables: Tables, result: Result, known: dict[str, Key]) -> Iterator[F
         rows = [_row(tables, row, name, head, row == baseline) for row, head in heads.items()]
         shown = [e for row, e in estimates.items() if e and row != INITIAL]
         ends = [value for e in shown for value in (e.low, e.high, *e.of_seeds)] or [0.0]
-        axis = Axis(min(ends), max(ends), estimates[baseline], estimates[TEACHER])
-        yield Figure(name, name in order, rows, axis)
+        lines = estimates[baseline], estimates[TEACHER]
+        yield Figure(name, name in order, rows, min(ends), max(ends), *lines)
 
 
 def _row(tables: Tables, row: str, figure: str, head: Key | str, baseline: bool) -> Row:

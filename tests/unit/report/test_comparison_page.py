@@ -171,8 +171,8 @@ def test_intervals_stand_on_a_common_axis(whole):
         if teacher := held_out.figures[results.TEACHER].get(figure.name):
             ends += [teacher.low, teacher.high, *teacher.of_seeds]
         low, high = min(ends), max(ends)
-        assert (figure.axis.at(low), figure.axis.at(high)) == (4, 96)
-        assert all(low <= tick <= high for tick in figure.axis.ticks)
+        assert (figure.at(low), figure.at(high)) == (4, 96)
+        assert all(low <= tick <= high for tick in figure.ticks)
         part = text[text.index(f'aria-label="{escape(title_of(figure.name))}"') :]
         rows = re.findall(r"<tr>(.*?)</tr>", part.partition("</table>")[0], re.DOTALL)[1:]
         for estimate, (label, row), html in zip(estimates, shown.items(), rows, strict=False):
@@ -184,7 +184,7 @@ def test_intervals_stand_on_a_common_axis(whole):
             ((left, width),) = re.findall(
                 r'<i class="bar" style="left:([\d.]+)%;width:([\d.]+)%">', html
             )
-            assert float(left) == figure.axis.at(estimate.low)
+            assert float(left) == figure.at(estimate.low)
             assert float(width) == pytest.approx(
                 92 * (estimate.high - estimate.low) / (high - low), abs=0.02
             )
