@@ -128,7 +128,7 @@ def needed(config: Config) -> set[Role]:
     terms = [term for _, phase in config.phases for term in phase.terms]
     samplers = config.samplers
     measured = config.evaluation.prompts > 0
-    asked = measured and not config.two_step  # else the journal has what the teacher said
+    asked = measured and not config.two_step  # else the teacher cache has what the teacher said
     roles: set[Role] = {"learner"}
     if measured or samplers & {"student", "mixture"}:
         roles.add("rollout")
@@ -137,15 +137,15 @@ def needed(config: Config) -> set[Role]:
     if (
         (asked and config.teacher.distribution)
         or "mixture" in samplers
-        or any(t.objective.teacher_need != "nothing" for t in terms if t.sampler != "journal")
+        or any(t.objective.teacher_need != "nothing" for t in terms if t.sampler != "teacher_cache")
     ):
         roles.add("teacher")
     return roles
 
 
 def recording(config: Config) -> set[Role]:
-    """Roles that writing what sampler=journal reads takes."""
-    terms = [t for _, phase in config.phases for t in phase.terms if t.sampler == "journal"]
+    """Roles that writing what sampler=teacher_cache reads takes."""
+    terms = [t for _, phase in config.phases for t in phase.terms if t.sampler == "teacher_cache"]
     measured = config.evaluation.prompts > 0 and config.two_step
     roles: set[Role] = set()
     if measured or any(config.source(term.sampler) == "teacher" for term in terms):

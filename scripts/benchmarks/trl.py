@@ -36,7 +36,7 @@ def compare(file: str, repetitions: int, precision: Precision = "float32") -> It
     total = Row("end to end", f"memory of all processes, {precision}", "GiB", "TRL's process")
     config = configuration.load(file)
     plain = [f"{role}.precision={precision}" for role in ("learner", "rollout", "teacher")]
-    prefetched = [*plain, *COMPILED, *SPLIT, "rollout.max_staleness=1"]
+    prefetched = [*plain, *COMPILED, *SPLIT, "rollout.max_off_policy_steps=1"]
     cases: list[tuple[Row, list[str], bool]] = [
         (step, plain, False), (compiled, [*plain, *COMPILED], False), (ahead, prefetched, False),
     ]  # fmt: skip

@@ -103,7 +103,7 @@ def check(config: Config, teacher_here: bool = True) -> Checked:
         found.attempt(check_turn_end, tokenizer, stop_ids)
     teachers: dict[str, Any] = {}
     for name, of in config.teachers.items():
-        found.where = f"teacher.members.{name}: " if name else ""
+        found.where = f"teacher.teachers.{name}: " if name else ""
         if not isinstance(of, EndpointTeacherConfig):
             teachers[name] = _local_teacher(config, of, student, tokenizer, stop_ids, found)
         elif teacher_here:
@@ -164,7 +164,7 @@ def _local_teacher(
     stops = _stop_ids(name, other, teacher, "teacher.model", found)
     found.warn(check_same_stop_ids, stop_ids, stops, other)
     if config.data.chat:
-        found.warn(check_same_template, tokenizer, other, of.other_template, config.data)
+        found.warn(check_same_template, tokenizer, other, of.allow_template_mismatch, config.data)
     return teacher
 
 
@@ -210,7 +210,7 @@ def every_tag_has_a_teacher(config: Config, data: DataSets) -> None:
         if not config.teacher.candidates(tag):
             raise DataError(
                 f"data.tag_key: no teacher may have rows with {config.data.tag_key} {tag!r}. Add "
-                "it to the tags of one of teacher.members, or one without tags, which may have all."
+                "it to the tags of one of teacher.teachers, or add a teacher without tags."
             )
 
 

@@ -42,7 +42,7 @@ def check_endpoint(config: EndpointTeacherConfig) -> EndpointClient:
     except (*UNREADABLE, openai.OpenAIError) as error:
         raise ModelError(
             f"teacher.base_url: {config.base_url} does not list its models: {cause(error, key)}. "
-            f"Check the address (it mostly ends in /v1) and the key in {config.key_env}."
+            f"Check the address (it mostly ends in /v1) and the key in {config.api_key_env}."
         ) from None
     if not any(same_model(name, config.model) for name in served):
         raise ModelError(

@@ -169,11 +169,11 @@ def _named(ids: Any, tokenizer: Any) -> str:
 
 
 def check_same_template(
-    student: Any, teacher: Any, other_template: bool, data: DataConfig
+    student: Any, teacher: Any, allow_template_mismatch: bool, data: DataConfig
 ) -> str | None:
     """ModelError with a diff where the two chat templates render a prompt differently; only a
-    warning with ``teacher.other_template``. Both models get the student's rendering, so a teacher
-    with another one would judge and write in a form that it was not trained on.
+    warning with ``teacher.allow_template_mismatch``. Both models get the student's rendering, so a
+    teacher with another one would judge and write in a form that it was not trained on.
 
     What a template says by itself where there is no system message does not matter to a run that
     has one.
@@ -186,11 +186,11 @@ def check_same_template(
             continue
         mend = (
             "Copy the teacher's chat template into the student's directory, or set "
-            "teacher.other_template to true to go on all the same."
+            "teacher.allow_template_mismatch to true to go on all the same."
         )
         text = "teacher.model: has another chat template than the student, whose prompts it gets."
         diff = _diff(ours, "(no chat template, or it refuses)" if theirs is None else theirs)
-        if other_template:
+        if allow_template_mismatch:
             return f"{text}\n{diff}"
         raise ModelError(f"{text} {mend}\n{diff}")
     return None

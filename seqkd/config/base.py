@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-SamplerName = Literal["student", "teacher", "mixture", "dataset", "corpus", "journal"]
+SamplerName = Literal["student", "teacher", "mixture", "dataset", "corpus", "teacher_cache"]
 TeacherNeed = Literal["nothing", "logprobs", "distribution"]
 BudgetKind = Literal["prompts", "sampled_tokens", "learner_tokens", "teacher_tokens", "seconds"]
 TrackerName = Literal[

@@ -23,7 +23,7 @@ def check(config: Config) -> None:
                 f"{config.learner.ranks} or more."
             )
         for index, term in enumerate(phase.terms):
-            field = f"{where}plus.{index - 1}." if index else where
+            field = f"{where}extra_terms.{index - 1}." if index else where
             _check_teacher(config, term.objective, field)
             _check_samples(config, term, config.samples_per_prompt(phase), field)
     _check_staleness(config)
@@ -34,11 +34,11 @@ def check(config: Config) -> None:
             "not compile in reasonable time. Set learner.compile to false."
         )
     tagged = isinstance(config.teacher, MultiTeacherConfig) and any(
-        member.tags for member in config.teacher.members.values()
+        member.tags for member in config.teacher.teachers.values()
     )
     if tagged and config.data.tag_key is None:
         raise ValueError(
-            "teacher.members have tags, but data.tag_key is not set. Name the column of the "
+            "teacher.teachers have tags, but data.tag_key is not set. Name the column of the "
             "data set that holds them."
         )
     if config.evaluation.prompts and not config.data.holds_out:
@@ -50,18 +50,19 @@ def check(config: Config) -> None:
 
 
 def _check_staleness(config: Config) -> None:
-    if not config.rollout.max_staleness:
+    if not config.rollout.max_off_policy_steps:
         return
     if config.placement != "split":
         raise ValueError(
-            "rollout.max_staleness 1 samples while the learner is at work, but with placement "
-            "colocated they take turns on the same cores. Set placement to split, or "
-            "rollout.max_staleness to 0."
+            "rollout.max_off_policy_steps 1 samples while the learner is running, but with "
+            "placement colocated they take turns on the same cores. Set placement to split, or "
+            "rollout.max_off_policy_steps to 0."
         )
     if any(phase.weighs_a_mixture for _, phase in config.phases):
         raise ValueError(
-            "rollout.max_staleness 1 learns from samples of an older student, but the weights "
-            "of sampler 'mixture' are those of today's. Set rollout.max_staleness to 0."
+            "rollout.max_off_policy_steps 1 learns from samples of an older student, but the "
+            "weights of sampler 'mixture' are those of the current one. Set "
+            "rollout.max_off_policy_steps to 0."
         )
 
 
@@ -143,7 +144,7 @@ def _check_samples(config: Config, term: TermConfig, samples: int, where: str) -
             f"itself, but rollout draws with temperature {rollout.temperature:g} and "
             f"top_p {rollout.top_p:g}. Set both to 1."
         )
-    corrected = [n for n in ("clip_ratio", "truncated_is") if getattr(objective, n, None)]
+    corrected = [n for n in ("clip_ratio", "importance_ratio_cap") if getattr(objective, n, None)]
     if corrected and term.sampler == "mixture":
         raise ValueError(
             f"{where}objective.{corrected[0]} compares a token with the student that drew it, "
@@ -158,15 +159,15 @@ def _check_samples(config: Config, term: TermConfig, samples: int, where: str) -
             f"{where}objective.baseline 'leave_one_out' compares the samples of a prompt, "
             f"but samples_per_prompt is {samples}. Set it to at least 2, or baseline to none."
         )
-    if term.sampler == "journal" and config.journal is None:
+    if term.sampler == "teacher_cache" and config.teacher_cache is None:
         raise ValueError(
-            f"{where}sampler 'journal' reads what scripts/precompute.py wrote, but journal is "
-            "not set. Set journal.path to its directory."
+            f"{where}sampler 'teacher_cache' reads what scripts/precompute.py wrote, but "
+            "teacher_cache is not set. Set teacher_cache.path to its directory."
         )
     if config.source(term.sampler) not in objective.samplers:
         raise ValueError(
             f"{where}objective {objective.kind!r} is defined on samples of the "
-            f"{' or '.join(objective.samplers)}, but journal.records is "
+            f"{' or '.join(objective.samplers)}, but teacher_cache.records is "
             f"{config.source(term.sampler)!r}. Set objective.kind to "
             f"{NATURAL_OBJECTIVE[config.source(term.sampler)]}, or to a token-level one."
         )

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from seqkd.config.base import BaseConfig, SamplerName, TeacherNeed
 
-ANY: tuple[SamplerName, ...] = ("student", "teacher", "mixture", "dataset", "journal")
+ANY: tuple[SamplerName, ...] = ("student", "teacher", "mixture", "dataset", "teacher_cache")
 
 
 class _ObjectiveConfig(BaseConfig):
@@ -53,7 +53,7 @@ class _PolicyGradientConfig(_ObjectiveConfig):
     clip_ratio: float | None = Field(
         None, gt=0, lt=1, description="PPO's clipping of the token ratio, for older samples."
     )
-    truncated_is: float | None = Field(
+    importance_ratio_cap: float | None = Field(
         None, ge=1, description="Token ratio as a weight, cut here, for older samples."
     )
     samplers: ClassVar = ("student", "mixture")
@@ -64,8 +64,10 @@ class _PolicyGradientConfig(_ObjectiveConfig):
 
     @model_validator(mode="after")
     def _one_correction(self) -> _PolicyGradientConfig:
-        if self.clip_ratio is not None and self.truncated_is is not None:
-            raise ValueError("clip_ratio and truncated_is both correct for older samples. Set one.")
+        if self.clip_ratio is not None and self.importance_ratio_cap is not None:
+            raise ValueError(
+                "clip_ratio and importance_ratio_cap both correct for older samples. Set one."
+            )
         return self
 
 
@@ -141,7 +143,7 @@ class SequenceForwardKLConfig(_ObjectiveConfig):
     """KL(p || q) of whole sequences on teacher samples: -log q(y), y ~ p."""
 
     kind: Literal["sequence_forward_kl"] = "sequence_forward_kl"
-    samplers: ClassVar = ("teacher", "journal")
+    samplers: ClassVar = ("teacher", "teacher_cache")
 
     def stats(self) -> tuple[str, ...]:
         return ("student_logprob",)
@@ -151,7 +153,7 @@ class SFTConfig(_ObjectiveConfig):
     """Mean over tokens of -log q(y_t) on given text."""
 
     kind: Literal["sft"] = "sft"
-    samplers: ClassVar = ("dataset", "corpus", "teacher", "journal")
+    samplers: ClassVar = ("dataset", "corpus", "teacher", "teacher_cache")
 
     def stats(self) -> tuple[str, ...]:
         return ("student_logprob",)
@@ -246,5 +248,5 @@ NATURAL_OBJECTIVE: dict[str, str] = {
     "teacher": "sequence_forward_kl",
     "dataset": "sft",
     "corpus": "sft",
-    "journal": "sequence_forward_kl",
+    "teacher_cache": "sequence_forward_kl",
 }

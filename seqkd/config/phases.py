@@ -17,7 +17,7 @@ class TermConfig(BaseConfig):
         "student",
         description="Whose completions are learnt from. mixture: each from the teacher with "
         "probability rollout.teacher_fraction; dataset: the rows' answers; corpus: plain text; "
-        "journal: what scripts/precompute.py recorded.",
+        "teacher_cache: what scripts/precompute.py recorded.",
     )
     objective: ObjectiveConfig = Field(description="Left out: the natural one of the sampler.")
     weight: float = Field(1.0, gt=0, description="Factor of the term in the loss.")
@@ -48,7 +48,7 @@ class TermConfig(BaseConfig):
 class PhaseConfig(TermConfig):
     """One stretch of training: a term, and more terms that are added to it."""
 
-    plus: tuple[TermConfig, ...] = Field(
+    extra_terms: tuple[TermConfig, ...] = Field(
         (), description="Terms added to the loss, each with a weight."
     )
     steps: int = Field(ge=1, description="Optimizer steps; with a budget at most so many.")
@@ -79,7 +79,7 @@ class PhaseConfig(TermConfig):
     @property
     def terms(self) -> tuple[TermConfig, ...]:
         """Every summand of the loss."""
-        return (self, *self.plus)
+        return (self, *self.extra_terms)
 
     @property
     def by_sampler(self) -> dict[SamplerName, tuple[TermConfig, ...]]:

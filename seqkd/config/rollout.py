@@ -17,7 +17,7 @@ class RolloutConfig(EngineConfig):
         description="Leave sampled completions that max_tokens cut out of the loss (a bias against "
         "long ones); a step of which all are cut learns from all.",
     )
-    max_staleness: int = Field(
+    max_off_policy_steps: int = Field(
         0,
         ge=0,
         le=1,

@@ -32,7 +32,8 @@ class TeacherCacheConfig(BaseConfig):
     path: str = Field(description="A directory that several runs may share.")
     records: Literal["teacher", "dataset"] = Field(
         "teacher",
-        description="What sampler=journal reads: the teacher's completions, or the rows' answers.",
+        description="What sampler=teacher_cache reads: the teacher's completions, or the answers "
+        "in the data set.",
     )
 
 
@@ -63,7 +64,7 @@ class Config(PhaseConfig):
     student: StudentConfig
     teacher: TeacherConfig
     data: DataConfig
-    journal: TeacherCacheConfig | None = None
+    teacher_cache: TeacherCacheConfig | None = None
     rollout: RolloutConfig = RolloutConfig()
     learner: LearnerConfig = LearnerConfig()
     warmup: WarmupConfig | None = None
@@ -106,7 +107,7 @@ class Config(PhaseConfig):
     def teachers(self) -> dict[str, SingleTeacherConfig]:
         """By name; a single one has an empty name."""
         if isinstance(self.teacher, MultiTeacherConfig):
-            return {name: member.teacher for name, member in self.teacher.members.items()}
+            return {name: member.teacher for name, member in self.teacher.teachers.items()}
         return {"": self.teacher}
 
     def teacher_of(self, tag: str, prompt_id: str) -> str:
@@ -119,29 +120,29 @@ class Config(PhaseConfig):
         """The same with other teachers under the same names."""
         teacher: Any = teachers.get("")
         if isinstance(self.teacher, MultiTeacherConfig):
-            members = {
+            teachers = {
                 name: member.model_copy(update={"teacher": teachers[name]})
-                for name, member in self.teacher.members.items()
+                for name, member in self.teacher.teachers.items()
             }
-            teacher = self.teacher.model_copy(update={"members": members})
+            teacher = self.teacher.model_copy(update={"teachers": teachers})
         return self.model_copy(update={"teacher": teacher})
 
     @property
     def two_step(self) -> bool:
-        """Whether all that is learnt of the teacher is in the journal, so that none is loaded."""
-        live = [t for _, p in self.phases for t in p.terms if t.sampler != "journal"]
+        """Whether training reads the teacher from its cache only, so that none is loaded."""
+        live = [t for _, p in self.phases for t in p.terms if t.sampler != "teacher_cache"]
         asked = any(
             t.sampler in ("teacher", "mixture") or t.objective.teacher_need != "nothing"
             for t in live
         )
-        return "journal" in self.samplers and not asked
+        return "teacher_cache" in self.samplers and not asked
 
     def source(self, sampler: SamplerName) -> SamplerName:
-        """Whose completions they are: what the journal records, where they come from there."""
-        if sampler != "journal":
+        """The sampler whose completions ``sampler`` gives: for teacher_cache, the recorded one."""
+        if sampler != "teacher_cache":
             return sampler
-        assert self.journal is not None
-        return self.journal.records
+        assert self.teacher_cache is not None
+        return self.teacher_cache.records
 
     def samples_per_prompt(self, phase: PhaseConfig) -> int:
         """Samples a prompt in ``phase``."""
@@ -155,7 +156,9 @@ class Config(PhaseConfig):
         """Whether the next draw of ``phase`` may begin while the learner is at work: what does not
         come from the student is the same whenever it is drawn."""
         of_student = {"student", "mixture"} & phase.by_sampler.keys()
-        return self.placement == "split" and (not of_student or self.rollout.max_staleness > 0)
+        return self.placement == "split" and (
+            not of_student or self.rollout.max_off_policy_steps > 0
+        )
 
     @property
     def scored_together(self) -> int | None:

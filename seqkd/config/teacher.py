@@ -20,7 +20,7 @@ class _LocalTeacherConfig(ActorsConfig):
     )
     top_k: int = Field(64, ge=1, description="Tokens that scores=top_k names at each state.")
     batch_tokens: int = Field(8192, ge=1, description="Tokens scored in one engine step.")
-    other_template: bool = Field(
+    allow_template_mismatch: bool = Field(
         False, description="Go on with a chat template that is not the student's."
     )
     generation: EngineConfig = Field(
@@ -73,7 +73,9 @@ class EndpointTeacherConfig(BaseConfig):
     api: Literal["chat", "completions"] = Field(
         "chat", description="chat: the endpoint's own template; completions: the student's."
     )
-    key_env: str = Field("OPENAI_API_KEY", description="Environment variable that holds the key.")
+    api_key_env: str = Field(
+        "OPENAI_API_KEY", description="Environment variable that holds the key."
+    )
     concurrency: int = Field(8, ge=1, description="Requests under way at once.")
     timeout_s: float = Field(120.0, gt=0, description="Of one request.")
     max_retries: int = Field(
@@ -97,7 +99,7 @@ class EndpointTeacherConfig(BaseConfig):
         "bfloat16", description="What the endpoint computes in: how closely its scores must repeat."
     )
 
-    @field_validator("key_env")
+    @field_validator("api_key_env")
     @classmethod
     def _a_name(cls, value: str) -> str:
         if not value.isidentifier():  # its text is not shown: it may be the key itself
@@ -156,17 +158,17 @@ class MultiTeacherConfig(BaseConfig):
     a constant that to their mixture, for reverse KL that to their normalised geometric mean.
     """
 
-    kind: Literal["several"] = "several"
-    members: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")], MemberConfig] = Field(
+    kind: Literal["multi"] = "multi"
+    teachers: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")], MemberConfig] = Field(
         min_length=1, description="By a name of your choice."
     )
 
     @model_validator(mode="after")
     def _same_scores(self) -> MultiTeacherConfig:
-        forms = {name: member.teacher.scores for name, member in self.members.items()}
+        forms = {name: member.teacher.scores for name, member in self.teachers.items()}
         if len(set(forms.values())) > 1:
             raise ValueError(
-                f"members give scores of different kinds ({forms}), and one loss is made of all. "
+                f"teachers give scores of different kinds ({forms}), and one loss is made of all. "
                 "Set teacher.scores of each to the same."
             )
         return self
@@ -174,16 +176,16 @@ class MultiTeacherConfig(BaseConfig):
     @property
     def scores(self) -> str:
         """What each of them gives."""
-        return next(iter(self.members.values())).teacher.scores
+        return next(iter(self.teachers.values())).teacher.scores
 
     @property
     def distribution(self) -> bool:
         """Whether their scores tell their distributions."""
-        return all(member.teacher.distribution for member in self.members.values())
+        return all(member.teacher.distribution for member in self.teachers.values())
 
     def candidates(self, tag: str) -> dict[str, float]:
         """Names and weights of those that may have a prompt with ``tag``."""
-        return {n: m.weight for n, m in self.members.items() if not m.tags or tag in m.tags}
+        return {n: m.weight for n, m in self.teachers.items() if not m.tags or tag in m.tags}
 
     def choose(self, tag: str, prompt_id: str) -> str:
         """Name of a prompt's teacher: the same for the same prompt, always."""

@@ -30,7 +30,7 @@ SAMPLES = {
     "teacher": "the teacher's samples",
     "dataset": "the data set's answers",
     "corpus": "plain text",
-    "journal": "recorded completions",
+    "teacher_cache": "recorded completions",
 }
 LICENSE = ("license", "license_name", "license_link")
 

@@ -29,7 +29,7 @@ SAMPLES = {
     "mixture": "a mixture of the student's and the teacher's samples",
     "dataset": "the data set's answers",
     "corpus": "plain text",
-    "journal": "recorded completions",
+    "teacher_cache": "recorded completions",
 }
 
 

@@ -1,11 +1,11 @@
 """What a teacher wrote and scored, on disk, so that nothing is asked of it twice.
 
 Completions and scores are addressed by what they answer: token ids and sampling settings, below a
-directory for the teacher's own identity. A live run takes from the journal what is there and adds
-what is not; under ``sampler: journal`` it is all there is (score first, train later), and the same
-code runs on the same values. The journal keeps the teacher's output head and tokenizer too, so
-that its checkpoint need not be there. The student's own samples are not kept: they do not recur
-(but for a while, by :mod:`seqkd.training.replay_log`).
+directory for the teacher's own identity. A live run takes from the cache what is there and adds
+what is not. Under ``sampler: teacher_cache`` a run reads the cache alone (score first, train
+later), and the same code runs on the same values. The cache keeps the teacher's output head and
+tokenizer too, so that its checkpoint need not be there. The student's own samples are not kept:
+they do not recur (but for a while, by :mod:`seqkd.training.replay_log`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 from seqkd.config.resources import EngineConfig
 from seqkd.config.run import Config
 from seqkd.config.teacher import EndpointTeacherConfig, SingleTeacherConfig
-from seqkd.errors import JournalError
+from seqkd.errors import TeacherCacheError
 from seqkd.files import sync, unwritable
 from seqkd.models.loading import dtype_of, load_config
 from seqkd.models.output_head import export_head
@@ -113,21 +113,21 @@ class TeacherCache:
 
 
 def open_caches(config: Config, teacher_here: bool) -> tuple[Config, dict[str, TeacherCache]]:
-    """The journals of ``config``'s teachers, by name; none where no path is set. Without a teacher
+    """The caches of ``config``'s teachers, by name; none where no path is set. Without a teacher
     the returned configuration has the recorded one in place of the checkpoint."""
-    if config.journal is None:
+    if config.teacher_cache is None:
         return config, {}
-    root = Path(config.journal.path).expanduser().absolute()
-    journals = {name: _open(root, t, teacher_here) for name, t in config.teachers.items()}
+    root = Path(config.teacher_cache.path).expanduser().absolute()
+    caches = {name: _open(root, t, teacher_here) for name, t in config.teachers.items()}
     if not teacher_here:
         recorded = {
             name: teacher
             if isinstance(teacher, EndpointTeacherConfig)
-            else teacher.model_copy(update={"model": journals[name].teacher})
+            else teacher.model_copy(update={"model": caches[name].teacher})
             for name, teacher in config.teachers.items()
         }
         config = config.with_teachers(recorded)
-    return config, journals
+    return config, caches
 
 
 def _open(root: Path, teacher: SingleTeacherConfig, here: bool) -> TeacherCache:
@@ -139,9 +139,10 @@ def _open(root: Path, teacher: SingleTeacherConfig, here: bool) -> TeacherCache:
         named = [path for path, other in known.items() if other == spec]
         if identity or len(named) != 1:
             held = "; ".join(str(other) for other in known.values()) or "nothing at all"
-            raise JournalError(
-                f"journal.path: {root} holds nothing of the teacher {spec}; it holds {held:.500}. "
-                "Name that teacher, or run scripts/precompute.py with this configuration first."
+            raise TeacherCacheError(
+                f"teacher_cache.path: {root} holds nothing of the teacher {spec}; it holds "
+                f"{held:.500}. Name that teacher, or run scripts/precompute.py with this "
+                "configuration first."
             )
         directory = named[0]
     assert directory is not None, "a checkpoint that must be here has an identity"
@@ -156,9 +157,9 @@ def _description(file: Path) -> dict[str, str]:
         error: object = "it holds no keys"
     except (OSError, ValueError, RecursionError) as caught:
         error = caught
-    raise JournalError(
-        f"journal.path: {file} is damaged: {error!s:.200}. Remove it; scripts/precompute.py with "
-        "the same configuration writes it anew."
+    raise TeacherCacheError(
+        f"teacher_cache.path: {file} is damaged: {error!s:.200}. Remove it; "
+        "scripts/precompute.py with the same configuration writes it again."
     )
 
 
@@ -181,20 +182,20 @@ def identify_teacher(teacher: SingleTeacherConfig, here: bool) -> str | None:
     return address_of(spec)
 
 
-def keep_teachers(config: Config, journals: Mapping[str, TeacherCache]) -> None:
-    """Write down whose journals they are, with the head and tokenizer that reading them takes."""
-    for name, journal in journals.items():
-        teacher, description = config.teachers[name], journal.directory / "teacher.json"
+def keep_teachers(config: Config, caches: Mapping[str, TeacherCache]) -> None:
+    """Write down whose caches they are, with the head and tokenizer that reading them takes."""
+    for name, cache in caches.items():
+        teacher, description = config.teachers[name], cache.directory / "teacher.json"
         if description.exists():
             continue
         text = json.dumps(describe_teacher(teacher), indent=2)
         partial = description.with_suffix(".partial")
         try:
-            journal.directory.mkdir(parents=True, exist_ok=True)
+            cache.directory.mkdir(parents=True, exist_ok=True)
             partial.write_text(text + "\n", encoding="utf-8")
             sync(partial)
             if not isinstance(teacher, EndpointTeacherConfig):
-                export_head(teacher.model, teacher.precision, Path(journal.teacher))
+                export_head(teacher.model, teacher.precision, Path(cache.teacher))
             partial.rename(description)
         except OSError as error:
             raise unwritable(description, error) from None
@@ -225,9 +226,9 @@ class CachedSampler:
     """The teacher's completions: recorded ones first, in order, then new ones, which are kept."""
 
     def __init__(
-        self, inner: Sampler | None, journal: TeacherCache, settings: Sequence[object]
+        self, inner: Sampler | None, cache: TeacherCache, settings: Sequence[object]
     ) -> None:
-        self.inner, self.journal, self.settings = inner, journal, settings
+        self.inner, self.cache, self.settings = inner, cache, settings
         self.taken: Counter[str] = Counter()
         self.reused = 0
 
@@ -244,7 +245,7 @@ class CachedSampler:
         gets its place among the recorded ones at the end. A prompt that comes again takes the
         completions after those that it took before; without a teacher it begins anew at the
         last."""
-        stored = self.journal.completions
+        stored = self.cache.completions
         places = []
         missing: Counter[str] = Counter()
         by_address: dict[str, Prompt] = {}
@@ -254,9 +255,7 @@ class CachedSampler:
             if self.inner is None and number:
                 have = stored.count(address)
                 if have < number:
-                    raise _missing_error(
-                        self.journal, f"{number} completions of {prompt.text!r:.60}"
-                    )
+                    raise _missing_error(self.cache, f"{number} completions of {prompt.text!r:.60}")
                 first = first if first + number <= have else 0
             self.taken[address] = first + number
             places.append((prompt, address, first, first + number))
@@ -301,9 +300,9 @@ class CachedTeacher:
     """Scores: recorded ones, and new ones, which are kept unless the student wrote the text."""
 
     def __init__(
-        self, inner: Teacher | None, journal: TeacherCache, form: str, name: str = ""
+        self, inner: Teacher | None, cache: TeacherCache, form: str, name: str = ""
     ) -> None:
-        self.inner, self.journal, self.form, self.name = inner, journal, form, name
+        self.inner, self.cache, self.form, self.name = inner, cache, form, name
         self.reused = 0
 
     def score(self, rollouts: Sequence[Rollout]) -> dict[str, TeacherScore]:
@@ -312,21 +311,21 @@ class CachedTeacher:
         missing = {
             addresses[r.sample_id]: r
             for r in rollouts
-            if addresses[r.sample_id] not in self.journal.scores
+            if addresses[r.sample_id] not in self.cache.scores
         }
         self.reused += len(rollouts) - len(missing)
         new: dict[str, TeacherScore] = {}
         if missing:
             if self.inner is None:
-                raise _missing_error(self.journal, f"scores of {len(missing)} completions")
+                raise _missing_error(self.cache, f"scores of {len(missing)} completions")
             given = self.inner.score(list(missing.values()))
             new = {address: given[r.sample_id] for address, r in missing.items()}
             kept = [(a, new[a]) for a, r in missing.items() if r.source != "student"]
-            self.journal.add_scores(kept)
+            self.cache.add_scores(kept)
         return {
             sample_id: replace(new[a], sample_id=sample_id)
             if a in new
-            else replace(self.journal.read_score(a, sample_id), teacher=self.name)
+            else replace(self.cache.read_score(a, sample_id), teacher=self.name)
             for sample_id, a in addresses.items()
         }
 
@@ -335,8 +334,8 @@ class CachedTeacher:
         return {**(self.inner.usage() if self.inner else {}), "reused_scores": self.reused}
 
     def lacks(self, rollouts: Sequence[Rollout]) -> int:
-        """How many of them have no score in the journal."""
-        return sum(self.address(r) not in self.journal.scores for r in rollouts)
+        """How many of them have no score in the cache."""
+        return sum(self.address(r) not in self.cache.scores for r in rollouts)
 
     def address(self, rollout: Rollout) -> str:
         """Of the score of ``rollout``'s tokens, in this form."""
@@ -370,10 +369,10 @@ def bytes_per_token(teacher: SingleTeacherConfig) -> int:
     return hidden_size * dtype_of(teacher.precision).itemsize
 
 
-def _missing_error(journal: TeacherCache, what: str) -> JournalError:
-    return JournalError(
-        f"journal.path: {journal.directory} lacks {what}. Run scripts/precompute.py with the same "
-        "configuration; what is there already is kept."
+def _missing_error(cache: TeacherCache, what: str) -> TeacherCacheError:
+    return TeacherCacheError(
+        f"teacher_cache.path: {cache.directory} lacks {what}. Run scripts/precompute.py with "
+        "the same configuration; what is there already is kept."
     )
 
 

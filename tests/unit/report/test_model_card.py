@@ -101,7 +101,7 @@ def config(**changes):
         "warmup": {"sampler": "teacher", "steps": 3, "prompts_per_step": 8},
         "sampler": "student",
         "objective": {"kind": "sequence_reverse_kl", "normalization": "rate"},
-        "plus": [{"sampler": "dataset", "weight": 0.5}],
+        "extra_terms": [{"sampler": "dataset", "weight": 0.5}],
         "steps": 2,
         "learner": {"lr": 2e-6},
     }  # fmt: skip
@@ -221,7 +221,7 @@ def test_it_says_how_the_student_was_made(run):
 
 def test_its_configuration_shapes_the_student_and_tells_no_address(run):
     teacher = {"kind": "openai", "model": "big", "base_url": "https://inner.example/v1"}
-    card = written(run, config(teacher=teacher, sampler="teacher", objective=None, plus=[]))
+    card = written(run, config(teacher=teacher, sampler="teacher", objective=None, extra_terms=[]))
     block = re.search(r"```yaml\n(.*?)```", card.text, re.DOTALL)
     given = yaml.safe_load(block[1])
     assert given["learner"]["lr"] == 2e-6 and given["warmup"]["steps"] == 3

@@ -272,7 +272,7 @@ def test_objectives_in_words():
         "samples + 0.1 × supervised fine-tuning on the data set's answers"
     )
     (gjsd,) = wording.phases(
-        configuration("x", warmup=None, plus=[], objective={"kind": "gjsd", "beta": 0.25})
+        configuration("x", warmup=None, extra_terms=[], objective={"kind": "gjsd", "beta": 0.25})
     )
     assert "generalised Jensen-Shannon divergence (beta 0.25)" in gjsd
 
