@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from actors.groups import LearnerGroup, RolloutGroup, TeacherGroup
 from actors.pool import Pool, remote
 from seqkd.checks.preflight import Checked
 from seqkd.config.run import Config
-from seqkd.config.teacher import EndpointTeacherConfig, SingleTeacherConfig
+from seqkd.config.teacher import EndpointTeacherConfig, LocalTeacherConfig
 from seqkd.errors import LearnerLost, ResourceError
 from seqkd.models.loading import expand
 from seqkd.teachers.endpoint import key_of
@@ -125,7 +125,7 @@ def _started(
     scorers, writers = {}, {}
     for name, teacher in config.teachers.items():
         if any(plan.role(role, name) for role in ("teacher", "teacher_sampler")):
-            scoring, writing = _teacher_actors(config, teacher, checked)
+            scoring, writing = TEACHER_ACTORS[teacher.kind](config, teacher, checked)
             scorers[name] = pool("teacher", name, scoring)
             writers[name] = pool("teacher_sampler", name, writing)
     pools = [student, *scorers.values(), *writers.values()]
@@ -162,7 +162,7 @@ def _assemble_workers(
         teacher_samplers={
             name: RolloutGroup(of, length) for name, of in writers.items() if of.actors
         },
-        teacher_of=config.teacher_of,
+        teacher_of=config.teacher.choose,
         distribution=config.teacher.distribution,
     )
 
@@ -204,26 +204,38 @@ def _student_engine(config: Config, student_path: str, checked: Checked) -> _Act
     return _Actors(RolloutActor, (checked.stop_ids, "student"), start_args)
 
 
-def _teacher_actors(
-    config: Config, teacher: SingleTeacherConfig, checked: Checked
+def _local_teacher(
+    config: Config, teacher: LocalTeacherConfig, checked: Checked
 ) -> tuple[_Actors, _Actors]:
-    """Those that score and those that write."""
-    from actors.endpoint_teacher import ApiSampler, ApiScorer
     from actors.rollout import RolloutActor
     from actors.teacher import TeacherActor
 
-    if isinstance(teacher, EndpointTeacherConfig):
-        key = key_of(teacher)
-        writing = (teacher, key, expand(config.student.model))
-        return (
-            _Actors(ApiScorer, (), (teacher, key, checked.vocabulary), paid=True),
-            _Actors(ApiSampler, (checked.stop_ids,), writing, paid=True),
-        )
     engine = (expand(teacher.model), teacher.generation, checked.max_model_len)
     return (
         _Actors(TeacherActor, (), (teacher, checked.max_model_len, checked.vocabulary)),
         _Actors(RolloutActor, (checked.stop_ids, "teacher"), engine),
     )
+
+
+def _endpoint_teacher(
+    config: Config, teacher: EndpointTeacherConfig, checked: Checked
+) -> tuple[_Actors, _Actors]:
+    from actors.endpoint_teacher import ApiSampler, ApiScorer
+
+    key = key_of(teacher)
+    writing = (teacher, key, expand(config.student.model))
+    return (
+        _Actors(ApiScorer, (), (teacher, key, checked.vocabulary), paid=True),
+        _Actors(ApiSampler, (checked.stop_ids,), writing, paid=True),
+    )
+
+
+TEACHER_ACTORS: dict[str, Callable[[Config, Any, Checked], tuple[_Actors, _Actors]]] = {
+    "vllm": _local_teacher,
+    "hf": _local_teacher,
+    "openai": _endpoint_teacher,
+}
+"""By teacher kind, the actors that score and the actors that write."""
 
 
 def _largest(bundles: tuple[dict[str, float], ...]) -> str:

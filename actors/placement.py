@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from seqkd.config.resources import ActorsConfig
 from seqkd.config.run import Config
-from seqkd.config.teacher import EndpointTeacherConfig
+from seqkd.config.samplers import SAMPLERS
 from seqkd.errors import ResourceError
 
 Role = Literal["learner", "rollout", "teacher", "teacher_sampler"]
@@ -126,18 +126,20 @@ class Plan:
 def needed(config: Config) -> set[Role]:
     """Roles that some phase or the held-out evaluation calls."""
     terms = [term for _, phase in config.phases for term in phase.terms]
-    samplers = config.samplers
+    samplers = [SAMPLERS[name] for name in config.samplers]
     measured = config.evaluation.prompts > 0
     asked = measured and not config.two_step  # else the teacher cache has what the teacher said
     roles: set[Role] = {"learner"}
-    if measured or samplers & {"student", "mixture"}:
+    if measured or any(sampler.on_student for sampler in samplers):
         roles.add("rollout")
-    if asked or samplers & {"teacher", "mixture"}:
+    if asked or any(sampler.on_teacher for sampler in samplers):
         roles.add("teacher_sampler")
     if (
         (asked and config.teacher.distribution)
-        or "mixture" in samplers
-        or any(t.objective.teacher_need != "nothing" for t in terms if t.sampler != "teacher_cache")
+        or any(sampler.weighted for sampler in samplers)
+        or any(
+            t.objective.teacher_need != "nothing" for t in terms if not SAMPLERS[t.sampler].recorded
+        )
     ):
         roles.add("teacher")
     return roles
@@ -145,10 +147,10 @@ def needed(config: Config) -> set[Role]:
 
 def recording(config: Config) -> set[Role]:
     """Roles that writing what sampler=teacher_cache reads takes."""
-    terms = [t for _, phase in config.phases for t in phase.terms if t.sampler == "teacher_cache"]
+    terms = [t for _, phase in config.phases for t in phase.terms if SAMPLERS[t.sampler].recorded]
     measured = config.evaluation.prompts > 0 and config.two_step
     roles: set[Role] = set()
-    if measured or any(config.source(term.sampler) == "teacher" for term in terms):
+    if measured or any(SAMPLERS[config.source(t.sampler)].on_teacher for t in terms):
         roles.add("teacher_sampler")
     if (measured and config.teacher.distribution) or any(
         term.objective.teacher_need != "nothing" for term in terms
@@ -169,8 +171,7 @@ def plan(config: Config, roles: set[Role] | None = None) -> Plan:
     )
     specs: list[Spec] = [("learner", "", learner), ("rollout", "", config.rollout)]
     for name, teacher in config.teachers.items():
-        scoring = ActorsConfig() if isinstance(teacher, EndpointTeacherConfig) else teacher
-        specs += [("teacher_sampler", name, teacher.generation), ("teacher", name, scoring)]
+        specs += [("teacher_sampler", name, teacher.writing), ("teacher", name, teacher.scoring)]
     specs = [spec for spec in specs if spec[0] in chosen]
     return _split(specs) if config.placement == "split" else _colocated(specs)
 

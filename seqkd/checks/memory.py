@@ -26,7 +26,7 @@ import torch
 from seqkd.config.resources import EngineConfig
 from seqkd.config.run import Config
 from seqkd.config.student import PruneInitConfig, StudentConfig
-from seqkd.config.teacher import EndpointTeacherConfig, HfTeacherConfig, VllmTeacherConfig
+from seqkd.config.teacher import LocalTeacherConfig
 from seqkd.errors import ResourceError
 from seqkd.models.loading import skeleton
 from seqkd.models.lora import adapted_layers
@@ -136,8 +136,8 @@ def estimate(
     if "rollout" in roles:
         needs.append(_engine("rollout", config.rollout, ours))
     for name, size in theirs.items():
-        teacher = config.teachers[name]
-        assert not isinstance(teacher, EndpointTeacherConfig)
+        teacher = config.teachers[name].local
+        assert teacher is not None
         needs += [replace(need, of=name) for need in _teacher(teacher, size, roles)]
     return [*needs, _driver(config, ours, theirs)]
 
@@ -197,11 +197,9 @@ def _engine(role: str, engine: EngineConfig, size: Size, head: int = 0) -> Need:
     return _need(role, engine.actors, parts, libraries="vllm")
 
 
-def _teacher(
-    teacher: VllmTeacherConfig | HfTeacherConfig, size: Size, roles: Collection[str]
-) -> Iterator[Need]:
+def _teacher(teacher: LocalTeacherConfig, size: Size, roles: Collection[str]) -> Iterator[Need]:
     width = BYTES[teacher.precision]
-    if "teacher" in roles and isinstance(teacher, HfTeacherConfig):
+    if "teacher" in roles and teacher.engine is None:
         # No pass back: what one layer works on at a time.
         working = teacher.batch_tokens * size.saved // size.layers
         parts: dict[str, float] = {
@@ -209,10 +207,9 @@ def _teacher(
             "activations": working * width,
         }
         yield _need("teacher", teacher.actors, parts, teacher.gpus)
-    elif "teacher" in roles:
-        assert isinstance(teacher, VllmTeacherConfig)
+    elif "teacher" in roles and teacher.engine is not None:
         head = 0 if teacher.scores == "hidden" else size.head * width
-        yield _engine("teacher", teacher, size, head)
+        yield _engine("teacher", teacher.engine, size, head)
     if "teacher_sampler" in roles:
         yield _engine("teacher_sampler", teacher.generation, size)
 

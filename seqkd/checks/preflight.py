@@ -20,12 +20,7 @@ from seqkd.checks.tokenizers import (
 )
 from seqkd.config.run import Config
 from seqkd.config.student import PruneInitConfig
-from seqkd.config.teacher import (
-    EndpointTeacherConfig,
-    HfTeacherConfig,
-    MultiTeacherConfig,
-    VllmTeacherConfig,
-)
+from seqkd.config.teacher import EndpointTeacherConfig, LocalTeacherConfig
 from seqkd.data.dataset import DataSets, read_data
 from seqkd.data.prompt_table import PromptTable
 from seqkd.errors import ConfigError, DataError, ModelError, SeqkdError
@@ -102,12 +97,12 @@ def check(config: Config, teacher_here: bool = True) -> Checked:
     if config.data.chat:
         found.attempt(check_turn_end, tokenizer, stop_ids)
     teachers: dict[str, Any] = {}
-    for name, of in config.teachers.items():
+    for name, teacher in config.teachers.items():
         found.where = f"teacher.teachers.{name}: " if name else ""
-        if not isinstance(of, EndpointTeacherConfig):
-            teachers[name] = _local_teacher(config, of, student, tokenizer, stop_ids, found)
-        elif teacher_here:
-            _endpoint(config, of, student, tokenizer, stop_ids, found)
+        if local := teacher.local:
+            teachers[name] = _local_teacher(config, local, student, tokenizer, stop_ids, found)
+        if teacher_here and (endpoint := teacher.endpoint):
+            _endpoint(config, endpoint, student, tokenizer, stop_ids, found)
     found.where = ""
     data = found.attempt(read_data, config, tokenizer, stop_ids)
     found.attempt(every_tag_has_a_teacher, config, data)
@@ -143,13 +138,13 @@ def _endpoint(
 
 def _local_teacher(
     config: Config,
-    of: VllmTeacherConfig | HfTeacherConfig,
+    local: LocalTeacherConfig,
     student: Any,
     tokenizer: Any,
     stop_ids: tuple[int, ...] | None,
     found: Findings,
 ) -> Any:
-    name = of.model
+    name = local.model
     teacher = found.attempt(load_config, name, "teacher.model")
     found.attempt(fits_context, teacher, "teacher.model", config)
     if student and teacher and student.vocab_size != teacher.vocab_size:
@@ -158,13 +153,15 @@ def _local_teacher(
             f"{teacher.vocab_size}: divergences use the first "
             f"{min(student.vocab_size, teacher.vocab_size)}, the rest is padding."
         )
-    found.attempt(top_k_fits, teacher, of)
+    found.attempt(top_k_fits, teacher, local)
     other = found.attempt(load_tokenizer, name, "teacher.model") if teacher else None
     found.attempt(check_same_tokenizer, tokenizer, other, "teacher.model", _plain(config))
     stops = _stop_ids(name, other, teacher, "teacher.model", found)
     found.warn(check_same_stop_ids, stop_ids, stops, other)
     if config.data.chat:
-        found.warn(check_same_template, tokenizer, other, of.allow_template_mismatch, config.data)
+        found.warn(
+            check_same_template, tokenizer, other, local.allow_template_mismatch, config.data
+        )
     return teacher
 
 
@@ -202,8 +199,6 @@ def fits_context(model: Any, name: str, config: Config) -> None:
 
 def every_tag_has_a_teacher(config: Config, data: DataSets) -> None:
     """DataError for a row that none of several teachers may have."""
-    if not isinstance(config.teacher, MultiTeacherConfig):
-        return
     tables = (table for table in (data.train, data.heldout) if isinstance(table, PromptTable))
     tags: set[str] = set().union(*(table.tags() for table in tables))
     for tag in sorted(tags):
@@ -214,7 +209,7 @@ def every_tag_has_a_teacher(config: Config, data: DataSets) -> None:
             )
 
 
-def top_k_fits(model: Any, teacher: VllmTeacherConfig | HfTeacherConfig) -> None:
+def top_k_fits(model: Any, teacher: LocalTeacherConfig) -> None:
     """ModelError unless the teacher's vocabulary has more than ``top_k`` tokens."""
     if teacher.scores == "top_k" and teacher.top_k >= model.vocab_size:
         raise ModelError(

@@ -25,7 +25,7 @@ from seqkd.checks.probe import (
     tolerance,
 )
 from seqkd.config.run import Config
-from seqkd.config.teacher import EndpointTeacherConfig, HfTeacherConfig, VllmTeacherConfig
+from seqkd.config.teacher import LocalTeacherConfig
 from seqkd.errors import ModelError
 from seqkd.models.loading import load_causal_lm
 from seqkd.protocols import Sampler
@@ -51,8 +51,8 @@ def check_workers(
     if "rollout" in roles:
         errors += _student_agrees(config, checked, workers)
     for name, teacher in config.teachers.items():
-        if "teacher" in roles and not isinstance(teacher, EndpointTeacherConfig):
-            echo = _Echo(name, teacher, config, checked, workers)
+        if "teacher" in roles and (local := teacher.local):
+            echo = _Echo(name, local, config, checked, workers)
             errors += echo.errors(sampling="teacher_sampler" in roles)
             warnings += echo.warnings
     if errors:
@@ -81,7 +81,7 @@ class _Echo:
     def __init__(
         self,
         name: str,
-        teacher: VllmTeacherConfig | HfTeacherConfig,
+        teacher: LocalTeacherConfig,
         config: Config,
         checked: Checked,
         workers: Workers,
@@ -202,8 +202,7 @@ class _Echo:
 
     @property
     def _without_engine(self) -> str:
-        engine = isinstance(self.teacher, VllmTeacherConfig)
-        return ", or set teacher.kind to hf to leave the engine out" if engine else ""
+        return ", or set teacher.kind to hf to leave the engine out" if self.teacher.engine else ""
 
     @property
     def _name(self) -> str:
@@ -227,7 +226,7 @@ def _draw(sampler: Sampler, checked: Checked, engines: int) -> list[Rollout]:
 
 
 def _forward(
-    teacher: VllmTeacherConfig | HfTeacherConfig, config: Any, vocabulary: int, rollout: Rollout
+    teacher: LocalTeacherConfig, config: Any, vocabulary: int, rollout: Rollout
 ) -> Tensor | None:
     """[T] log-probs by transformers, from the checkpoint; None where that would be too large."""
     from seqkd.checks.memory import BYTES, GIB, size_of

@@ -6,7 +6,6 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-SamplerName = Literal["student", "teacher", "mixture", "dataset", "corpus", "teacher_cache"]
 TeacherNeed = Literal["nothing", "logprobs", "distribution"]
 BudgetKind = Literal["prompts", "sampled_tokens", "learner_tokens", "teacher_tokens", "seconds"]
 TrackerName = Literal[
@@ -19,5 +18,9 @@ class BaseConfig(BaseModel):
     """Frozen; unknown keys and infinite numbers are refused."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=()
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        use_attribute_docstrings=True,
     )

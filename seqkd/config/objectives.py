@@ -8,13 +8,13 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from seqkd.config.base import BaseConfig, SamplerName, TeacherNeed
-
-ANY: tuple[SamplerName, ...] = ("student", "teacher", "mixture", "dataset", "teacher_cache")
+from seqkd.config.base import BaseConfig, TeacherNeed
+from seqkd.config.samplers import SamplerName, samplers_where
 
 
 class _ObjectiveConfig(BaseConfig):
     samplers: ClassVar[tuple[SamplerName, ...]]
+    """The samplers on whose completions the objective is defined."""
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments of the objective's function."""
@@ -56,7 +56,7 @@ class _PolicyGradientConfig(_ObjectiveConfig):
     importance_ratio_cap: float | None = Field(
         None, ge=1, description="Token ratio as a weight, cut here, for older samples."
     )
-    samplers: ClassVar = ("student", "mixture")
+    samplers: ClassVar = samplers_where(lambda sampler: sampler.on_student)
 
     @property
     def on_policy(self) -> bool:
@@ -143,7 +143,7 @@ class SequenceForwardKLConfig(_ObjectiveConfig):
     """KL(p || q) of whole sequences on teacher samples: -log q(y), y ~ p."""
 
     kind: Literal["sequence_forward_kl"] = "sequence_forward_kl"
-    samplers: ClassVar = ("teacher", "teacher_cache")
+    samplers: ClassVar = samplers_where(lambda s: not (s.on_student or s.from_data))
 
     def stats(self) -> tuple[str, ...]:
         return ("student_logprob",)
@@ -153,7 +153,7 @@ class SFTConfig(_ObjectiveConfig):
     """Mean over tokens of -log q(y_t) on given text."""
 
     kind: Literal["sft"] = "sft"
-    samplers: ClassVar = ("dataset", "corpus", "teacher", "teacher_cache")
+    samplers: ClassVar = samplers_where(lambda sampler: not sampler.on_student)
 
     def stats(self) -> tuple[str, ...]:
         return ("student_logprob",)
@@ -165,7 +165,7 @@ class _TokenLevelConfig(_ObjectiveConfig):
     temperature: float = Field(
         1.0, gt=0, description="Of both distributions; the divergence is multiplied by its square."
     )
-    samplers: ClassVar = ANY
+    samplers: ClassVar = samplers_where(lambda sampler: not sampler.plain_text)
 
     def options(self) -> dict[str, Any]:
         return {}
@@ -241,12 +241,3 @@ ObjectiveConfig = Annotated[
     | TotalVariationConfig,
     Field(discriminator="kind"),
 ]
-
-NATURAL_OBJECTIVE: dict[str, str] = {
-    "student": "sequence_reverse_kl",
-    "mixture": "sequence_reverse_kl",
-    "teacher": "sequence_forward_kl",
-    "dataset": "sft",
-    "corpus": "sft",
-    "teacher_cache": "sequence_forward_kl",
-}

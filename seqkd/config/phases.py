@@ -6,8 +6,9 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from seqkd.config.base import BaseConfig, SamplerName
-from seqkd.config.objectives import NATURAL_OBJECTIVE, ObjectiveConfig
+from seqkd.config.base import BaseConfig
+from seqkd.config.objectives import ObjectiveConfig
+from seqkd.config.samplers import SAMPLERS, SamplerName, traits_of
 
 
 class TermConfig(BaseConfig):
@@ -15,9 +16,9 @@ class TermConfig(BaseConfig):
 
     sampler: SamplerName = Field(
         "student",
-        description="Whose completions are learnt from. mixture: each from the teacher with "
-        "probability rollout.teacher_fraction; dataset: the rows' answers; corpus: plain text; "
-        "teacher_cache: what scripts/precompute.py recorded.",
+        description="Source of the completions that the term trains on. "
+        + "; ".join(f"{name}: {traits.label}" for name, traits in SAMPLERS.items())
+        + ".",
     )
     objective: ObjectiveConfig = Field(description="Left out: the natural one of the sampler.")
     weight: float = Field(1.0, gt=0, description="Factor of the term in the loss.")
@@ -27,10 +28,10 @@ class TermConfig(BaseConfig):
     def _natural_objective(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        natural = NATURAL_OBJECTIVE.get(str(data.get("sampler", "student")))
-        given = data.get("objective") or {}
-        if natural and isinstance(given, dict):
-            data = {**data, "objective": {"kind": natural, **given}}
+        traits = traits_of(str(data.get("sampler", "student")))
+        options = data.get("objective") or {}
+        if traits and isinstance(options, dict):
+            data = {**data, "objective": {"kind": traits.objective, **options}}
         return data
 
     @model_validator(mode="after")
@@ -40,7 +41,7 @@ class TermConfig(BaseConfig):
             raise ValueError(
                 f"objective {self.objective.kind!r} cannot use sampler {self.sampler!r}: it is "
                 f"defined on samples of the {fits}. Set sampler to {fits}, or leave the "
-                f"objective out to get {NATURAL_OBJECTIVE[self.sampler]!r}."
+                f"objective out to get {SAMPLERS[self.sampler].objective!r}."
             )
         return self
 
@@ -74,7 +75,7 @@ class PhaseConfig(TermConfig):
     @property
     def weighs_a_mixture(self) -> bool:
         """Whether completions have the importance weights of a mixture with today's student."""
-        return any(t.sampler == "mixture" and t.objective.on_policy for t in self.terms)
+        return any(SAMPLERS[t.sampler].weighted and t.objective.on_policy for t in self.terms)
 
     @property
     def terms(self) -> tuple[TermConfig, ...]:

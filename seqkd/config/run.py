@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import yaml
 from pydantic import Field, model_validator
 
 from seqkd.config.alarms import AlarmsConfig
-from seqkd.config.base import BaseConfig, SamplerName, TrackerName
+from seqkd.config.base import BaseConfig, TrackerName
 from seqkd.config.compatibility import check
 from seqkd.config.data import DataConfig
 from seqkd.config.learner import LearnerConfig
@@ -22,8 +22,9 @@ from seqkd.config.lifecycle import BudgetConfig, CheckpointsConfig, RecoveryConf
 from seqkd.config.loading import read
 from seqkd.config.phases import PhaseConfig, WarmupConfig
 from seqkd.config.rollout import RolloutConfig
+from seqkd.config.samplers import SAMPLERS, SamplerName
 from seqkd.config.student import StudentConfig
-from seqkd.config.teacher import MultiTeacherConfig, SingleTeacherConfig, TeacherConfig
+from seqkd.config.teacher import SingleTeacherConfig, TeacherConfig
 
 
 class TeacherCacheConfig(BaseConfig):
@@ -105,41 +106,26 @@ class Config(PhaseConfig):
 
     @property
     def teachers(self) -> dict[str, SingleTeacherConfig]:
-        """By name; a single one has an empty name."""
-        if isinstance(self.teacher, MultiTeacherConfig):
-            return {name: member.teacher for name, member in self.teacher.teachers.items()}
-        return {"": self.teacher}
-
-    def teacher_of(self, tag: str, prompt_id: str) -> str:
-        """Name of a prompt's teacher."""
-        if isinstance(self.teacher, MultiTeacherConfig):
-            return self.teacher.choose(tag, prompt_id)
-        return ""
+        """Teachers by name. A single teacher has an empty name."""
+        return self.teacher.named
 
     def with_teachers(self, teachers: Mapping[str, SingleTeacherConfig]) -> Config:
-        """The same with other teachers under the same names."""
-        teacher: Any = teachers.get("")
-        if isinstance(self.teacher, MultiTeacherConfig):
-            teachers = {
-                name: member.model_copy(update={"teacher": teachers[name]})
-                for name, member in self.teacher.teachers.items()
-            }
-            teacher = self.teacher.model_copy(update={"teachers": teachers})
-        return self.model_copy(update={"teacher": teacher})
+        """Return the configuration with other teachers under the same names."""
+        return self.model_copy(update={"teacher": self.teacher.replaced(teachers)})
 
     @property
     def two_step(self) -> bool:
         """Whether training reads the teacher from its cache only, so that none is loaded."""
-        live = [t for _, p in self.phases for t in p.terms if t.sampler != "teacher_cache"]
+        recorded = {name for name in self.samplers if SAMPLERS[name].recorded}
+        live = [t for _, p in self.phases for t in p.terms if t.sampler not in recorded]
         asked = any(
-            t.sampler in ("teacher", "mixture") or t.objective.teacher_need != "nothing"
-            for t in live
+            SAMPLERS[t.sampler].on_teacher or t.objective.teacher_need != "nothing" for t in live
         )
-        return "teacher_cache" in self.samplers and not asked
+        return bool(recorded) and not asked
 
     def source(self, sampler: SamplerName) -> SamplerName:
         """The sampler whose completions ``sampler`` gives: for teacher_cache, the recorded one."""
-        if sampler != "teacher_cache":
+        if not SAMPLERS[sampler].recorded:
             return sampler
         assert self.teacher_cache is not None
         return self.teacher_cache.records
@@ -155,9 +141,9 @@ class Config(PhaseConfig):
     def draws_ahead(self, phase: PhaseConfig) -> bool:
         """Whether the next draw of ``phase`` may begin while the learner is at work: what does not
         come from the student is the same whenever it is drawn."""
-        of_student = {"student", "mixture"} & phase.by_sampler.keys()
+        on_student = any(SAMPLERS[name].on_student for name in phase.by_sampler)
         return self.placement == "split" and (
-            not of_student or self.rollout.max_off_policy_steps > 0
+            not on_student or self.rollout.max_off_policy_steps > 0
         )
 
     @property

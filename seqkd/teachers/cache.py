@@ -22,9 +22,8 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from seqkd.config.resources import EngineConfig
 from seqkd.config.run import Config
-from seqkd.config.teacher import EndpointTeacherConfig, SingleTeacherConfig
+from seqkd.config.teacher import SingleTeacherConfig
 from seqkd.errors import TeacherCacheError
 from seqkd.files import sync, unwritable
 from seqkd.models.loading import dtype_of, load_config
@@ -121,9 +120,9 @@ def open_caches(config: Config, teacher_here: bool) -> tuple[Config, dict[str, T
     caches = {name: _open(root, t, teacher_here) for name, t in config.teachers.items()}
     if not teacher_here:
         recorded = {
-            name: teacher
-            if isinstance(teacher, EndpointTeacherConfig)
-            else teacher.model_copy(update={"model": caches[name].teacher})
+            name: teacher.model_copy(update={"model": caches[name].teacher})
+            if teacher.local
+            else teacher
             for name, teacher in config.teachers.items()
         }
         config = config.with_teachers(recorded)
@@ -131,7 +130,7 @@ def open_caches(config: Config, teacher_here: bool) -> tuple[Config, dict[str, T
 
 
 def _open(root: Path, teacher: SingleTeacherConfig, here: bool) -> TeacherCache:
-    identity, spec = identify_teacher(teacher, here), describe_teacher(teacher)
+    identity, spec = identify_teacher(teacher, here), teacher.describe()
     directory = root / identity if identity else None
     if not here and not (directory and (directory / "teacher.json").exists()):
         # The checkpoint is elsewhere, and its name is all there is to go by.
@@ -163,18 +162,11 @@ def _description(file: Path) -> dict[str, str]:
     )
 
 
-def describe_teacher(teacher: SingleTeacherConfig) -> dict[str, str]:
-    """What makes a teacher another one, in a user's words."""
-    if isinstance(teacher, EndpointTeacherConfig):
-        return {"model": teacher.model, "base_url": teacher.base_url, "api": teacher.api}
-    return {"model": teacher.model, "precision": teacher.precision}
-
-
 def identify_teacher(teacher: SingleTeacherConfig, here: bool) -> str | None:
     """Name of the teacher's directory: a hash of its weights, or of how it is reached. None where
     its checkpoint is not on this machine and need not be ``here``."""
-    spec = describe_teacher(teacher)
-    if not isinstance(teacher, EndpointTeacherConfig):
+    spec = teacher.describe()
+    if teacher.local:
         digest = checkpoint_digest(teacher.model, download=here)
         if digest is None:
             return None
@@ -188,13 +180,13 @@ def keep_teachers(config: Config, caches: Mapping[str, TeacherCache]) -> None:
         teacher, description = config.teachers[name], cache.directory / "teacher.json"
         if description.exists():
             continue
-        text = json.dumps(describe_teacher(teacher), indent=2)
+        text = json.dumps(teacher.describe(), indent=2)
         partial = description.with_suffix(".partial")
         try:
             cache.directory.mkdir(parents=True, exist_ok=True)
             partial.write_text(text + "\n", encoding="utf-8")
             sync(partial)
-            if not isinstance(teacher, EndpointTeacherConfig):
+            if teacher.local:
                 export_head(teacher.model, teacher.precision, Path(cache.teacher))
             partial.rename(description)
         except OSError as error:
@@ -346,9 +338,7 @@ def sampling_settings(
     config: Config, teacher: SingleTeacherConfig, stop_ids: tuple[int, ...]
 ) -> list[object]:
     """What else a completion of the teacher depends on: other settings, other addresses."""
-    generation = teacher.generation
-    precision = generation.precision if isinstance(generation, EngineConfig) else None
-    return [config.rollout.max_tokens, stop_ids, precision]
+    return [config.rollout.max_tokens, stop_ids, teacher.writing_precision]
 
 
 def score_form(teacher: SingleTeacherConfig, vocabulary: int) -> str:
@@ -363,7 +353,7 @@ def bytes_per_token(teacher: SingleTeacherConfig) -> int:
     """What the score of one completion token takes on disk."""
     if teacher.scores == "top_k":
         return 4 + 4 * teacher.top_k + 4 * (teacher.top_k + 1)
-    if isinstance(teacher, EndpointTeacherConfig) or teacher.scores == "logprobs":
+    if teacher.scores != "hidden":
         return 4
     hidden_size: int = load_config(teacher.model, "teacher.model").hidden_size
     return hidden_size * dtype_of(teacher.precision).itemsize

@@ -10,8 +10,8 @@ from types import TracebackType
 from typing import Self
 
 from seqkd.checks.canary import ProbeResponses
-from seqkd.config.base import SamplerName
 from seqkd.config.run import Config
+from seqkd.config.samplers import SamplerName
 from seqkd.data.stream import PromptStream
 from seqkd.learner.running_costs import RunningCosts
 from seqkd.protocols import Part

@@ -80,7 +80,7 @@ def check_recorded(config: Config, caches: Mapping[str, TeacherCache], checked: 
         prompt: Prompt, samples: int, scored: bool, own: bool, temperature: float, top_p: float
     ) -> None:
         nonlocal completions
-        name = config.teacher_of(prompt.tag, prompt.prompt_id)
+        name = config.teacher.choose(prompt.tag, prompt.prompt_id)
         rollouts: list[Rollout] = [reference_rollout(prompt, "dataset")] if own else []
         if not own:
             with suppress(TeacherCacheError):

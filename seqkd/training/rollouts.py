@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from seqkd.config.base import SamplerName
 from seqkd.config.phases import PhaseConfig
 from seqkd.config.run import Config
+from seqkd.config.samplers import SamplerName
 from seqkd.learner.running_costs import by_position
 from seqkd.objectives import mixture_weight
 from seqkd.protocols import Finished, Sampler, Scores

@@ -24,7 +24,7 @@ from seqkd.data.readers import Source
 from seqkd.errors import ConfigError, DataError, TeacherCacheError
 from seqkd.storage.arrow_store import ArrowStore
 from seqkd.storage.checkpoint_dir import newest, save
-from seqkd.teachers.cache import describe_teacher, identify_teacher, keep_teachers, open_caches
+from seqkd.teachers.cache import identify_teacher, keep_teachers, open_caches
 from tests.conftest import ROOT
 from tests.unit.config.test_config import MINIMAL
 
@@ -560,7 +560,7 @@ def test_a_damaged_description_of_a_teacher(folder, content):
         (line,) = lines_of(error)
         assert line.startswith(f"teacher_cache.path: {folder / 'j'}")
     else:
-        assert json.loads(content) == describe_teacher(config.teacher)
+        assert json.loads(content) == config.teacher.describe()
         assert journals[""].directory == directory
 
 

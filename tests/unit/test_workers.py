@@ -33,18 +33,19 @@ def several(**changes):
 def test_prompts_are_shared_out_by_the_weights_of_those_that_may_have_them():
     c = several()
     found = {
-        tag: Counter(c.teacher_of(tag, str(i)) for i in range(10_000)) for tag in ("math", "law")
+        tag: Counter(c.teacher.choose(tag, str(i)) for i in range(10_000))
+        for tag in ("math", "law")
     }
     assert found["law"] == {"large": 10_000}
     assert found["math"].keys() == {"math", "large"}
     # 3 : 1, with a standard deviation of sqrt(10,000 x 0.75 x 0.25) = 43.
     assert abs(found["math"]["large"] - 7_500) < 4 * 43
-    assert c.teacher_of("math", "7") == several().teacher_of("math", "7")
+    assert c.teacher.choose("math", "7") == several().teacher.choose("math", "7")
 
 
 def test_a_single_teacher_has_every_prompt():
     c = Config.model_validate(MINIMAL)
-    assert (c.teacher_of("math", "7"), list(c.teachers)) == ("", [""])
+    assert (c.teacher.choose("math", "7"), list(c.teachers)) == ("", [""])
 
 
 @pytest.mark.parametrize(

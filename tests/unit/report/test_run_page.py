@@ -278,7 +278,7 @@ def test_objectives_in_words():
 
 
 def test_every_objective_and_sampler_has_words():
-    from seqkd.config.base import SamplerName
+    from seqkd.config.samplers import SamplerName
     from seqkd.objectives import OBJECTIVES
 
     assert set(wording.OBJECTIVE) == set(OBJECTIVES)

@@ -213,7 +213,7 @@ class World:
             learner=learner,
             teachers={"": Teacher(self.lives, self.asked)},
             teacher_samplers={"": Sampler(self.lives, self.asked, "teacher")},
-            teacher_of=config.teacher_of,
+            teacher_of=config.teacher.choose,
             distribution=False,
         )
         self.out, directory = io.StringIO(), Path(directory)
