@@ -36,7 +36,7 @@ class SamplerTraits:
 
 SAMPLERS: dict[SamplerName, SamplerTraits] = {
     "student": SamplerTraits(
-        "the student's own samples", objective="sequence_reverse_kl", on_student=True
+        "the student's samples", objective="sequence_reverse_kl", on_student=True
     ),
     "teacher": SamplerTraits(
         "the teacher's samples", objective="sequence_forward_kl", on_teacher=True

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from seqkd.objectives.off_policy import policy_gradient_term
+from seqkd.objectives.importance import policy_gradient_term
 from seqkd.types import Counts, TokenStats
 
 

@@ -33,9 +33,9 @@ ended; ``position_mean`` the mean at that position over past batches (``counts.c
 Two dials between the sequence and the token level, biased for every value below 1:
 ``future_weight`` multiplies the future in each return, ``discount`` its cost u - t tokens ahead by
 discount^(u - t). At 0 either leaves the token level. ``clip_ratio`` and ``importance_ratio_cap``
-correct for samples of an older student (:mod:`seqkd.objectives.off_policy`).
+correct for samples of an older student (:mod:`seqkd.objectives.importance`).
 
-Where ``stats.weight`` is set (:mod:`seqkd.objectives.mixture`), every sequence is weighted by it.
+Where ``stats.weight`` is set (:mod:`seqkd.objectives.importance`), it weights every sequence.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from seqkd.objectives.off_policy import policy_gradient_term
+from seqkd.objectives.importance import policy_gradient_term
 from seqkd.types import Counts, TokenStats
 
 
