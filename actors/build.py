@@ -14,8 +14,10 @@ from actors import placement
 from actors.groups import LearnerGroup, RolloutGroup, TeacherGroup
 from actors.pool import Pool, remote
 from seqkd.checks.preflight import Checked
+from seqkd.config.rollout import RolloutConfig
 from seqkd.config.run import Config
-from seqkd.config.teacher import EndpointTeacherConfig, LocalTeacherConfig
+from seqkd.config.student import StudentConfig
+from seqkd.config.teacher import EndpointTeacherConfig, LocalTeacherConfig, TeacherConfig
 from seqkd.errors import LearnerLost, ResourceError
 from seqkd.models.loading import expand
 from seqkd.teachers.endpoint import key_of
@@ -121,11 +123,11 @@ def _started(
         name = f"{role} {teacher}".strip()
         return Pool(name, every, control, create, actors.start_args, actors.paid)
 
-    student = pool("rollout", "", _student_engine(config, student_path, checked))
+    student = pool("rollout", "", _student_engine(config.rollout, student_path, checked))
     scorers, writers = {}, {}
     for name, teacher in config.teachers.items():
         if any(plan.role(role, name) for role in ("teacher", "teacher_sampler")):
-            scoring, writing = TEACHER_ACTORS[teacher.kind](config, teacher, checked)
+            scoring, writing = TEACHER_ACTORS[teacher.kind](teacher, config.student, checked)
             scorers[name] = pool("teacher", name, scoring)
             writers[name] = pool("teacher_sampler", name, writing)
     pools = [student, *scorers.values(), *writers.values()]
@@ -139,7 +141,7 @@ def _started(
             started()
         if learner:
             learner.ready()
-        yield _assemble_workers(config, learner, student, scorers, writers)
+        yield _assemble_workers(config.rollout, config.teacher, learner, student, scorers, writers)
     finally:
         for p in pools:
             p.kill()
@@ -148,22 +150,23 @@ def _started(
 
 
 def _assemble_workers(
-    config: Config,
+    rollout: RolloutConfig,
+    teacher: TeacherConfig,
     learner: Any,
     student: Pool,
     scorers: Mapping[str, Pool],
     writers: Mapping[str, Pool],
 ) -> Workers:
-    length = config.rollout.max_tokens
+    length = rollout.max_tokens
     return Workers(
         student=RolloutGroup(student, length, learner),
         learner=learner,
-        teachers={name: TeacherGroup(of, name) for name, of in scorers.items() if of.actors},
+        teachers={n: TeacherGroup(pool, n) for n, pool in scorers.items() if pool.actors},
         teacher_samplers={
-            name: RolloutGroup(of, length) for name, of in writers.items() if of.actors
+            name: RolloutGroup(pool, length) for name, pool in writers.items() if pool.actors
         },
-        teacher_of=config.teacher.choose,
-        distribution=config.teacher.distribution,
+        teacher_of=teacher.choose,
+        distribution=teacher.distribution,
     )
 
 
@@ -197,15 +200,15 @@ class _Actors(NamedTuple):
     paid: bool = False
 
 
-def _student_engine(config: Config, student_path: str, checked: Checked) -> _Actors:
+def _student_engine(rollout: RolloutConfig, student_path: str, checked: Checked) -> _Actors:
     from actors.rollout import RolloutActor
 
-    start_args = (student_path, config.rollout, checked.max_model_len)
+    start_args = (student_path, rollout, checked.max_model_len)
     return _Actors(RolloutActor, (checked.stop_ids, "student"), start_args)
 
 
 def _local_teacher(
-    config: Config, teacher: LocalTeacherConfig, checked: Checked
+    teacher: LocalTeacherConfig, student: StudentConfig, checked: Checked
 ) -> tuple[_Actors, _Actors]:
     from actors.rollout import RolloutActor
     from actors.teacher import TeacherActor
@@ -218,19 +221,19 @@ def _local_teacher(
 
 
 def _endpoint_teacher(
-    config: Config, teacher: EndpointTeacherConfig, checked: Checked
+    teacher: EndpointTeacherConfig, student: StudentConfig, checked: Checked
 ) -> tuple[_Actors, _Actors]:
     from actors.endpoint_teacher import ApiSampler, ApiScorer
 
     key = key_of(teacher)
-    writing = (teacher, key, expand(config.student.model))
+    writing = (teacher, key, expand(student.model))
     return (
         _Actors(ApiScorer, (), (teacher, key, checked.vocabulary), paid=True),
         _Actors(ApiSampler, (checked.stop_ids,), writing, paid=True),
     )
 
 
-TEACHER_ACTORS: dict[str, Callable[[Config, Any, Checked], tuple[_Actors, _Actors]]] = {
+TEACHER_ACTORS: dict[str, Callable[[Any, StudentConfig, Checked], tuple[_Actors, _Actors]]] = {
     "vllm": _local_teacher,
     "hf": _local_teacher,
     "openai": _endpoint_teacher,

@@ -18,9 +18,11 @@ from seqkd.checks.tokenizers import (
     check_stop_ids,
     check_turn_end,
 )
+from seqkd.config.data import DataConfig
+from seqkd.config.rollout import RolloutConfig
 from seqkd.config.run import Config
 from seqkd.config.student import PruneInitConfig
-from seqkd.config.teacher import EndpointTeacherConfig, LocalTeacherConfig
+from seqkd.config.teacher import EndpointTeacherConfig, LocalTeacherConfig, TeacherConfig
 from seqkd.data.dataset import DataSets, read_data
 from seqkd.data.prompt_table import PromptTable
 from seqkd.errors import ConfigError, DataError, ModelError, SeqkdError
@@ -89,7 +91,7 @@ def check(config: Config, teacher_here: bool = True) -> Checked:
     student = found.attempt(load_config, students, "student.model")
     tokenizer = found.attempt(load_tokenizer, students, "student.model") if student else None
     max_model_len = config.data.max_prompt_tokens + config.rollout.max_tokens
-    found.attempt(fits_context, student, "student.model", config)
+    found.attempt(fits_context, student, "student.model", config.data, config.rollout)
     if isinstance(config.student.init, PruneInitConfig):
         found.attempt(check_prune, student, config.student.init)
     found.attempt(check_targets, student, config.student.lora)
@@ -100,12 +102,14 @@ def check(config: Config, teacher_here: bool = True) -> Checked:
     for name, teacher in config.teachers.items():
         found.where = f"teacher.teachers.{name}: " if name else ""
         if local := teacher.local:
-            teachers[name] = _local_teacher(config, local, student, tokenizer, stop_ids, found)
+            teachers[name] = _local_teacher(
+                config.data, config.rollout, local, student, tokenizer, stop_ids, found
+            )
         if teacher_here and (endpoint := teacher.endpoint):
-            _endpoint(config, endpoint, student, tokenizer, stop_ids, found)
+            _endpoint(config.data, config.rollout, endpoint, student, tokenizer, stop_ids, found)
     found.where = ""
     data = found.attempt(read_data, config, tokenizer, stop_ids)
-    found.attempt(every_tag_has_a_teacher, config, data)
+    found.attempt(every_tag_has_a_teacher, config.teacher, config.data, data)
     if found.errors:
         raise ConfigError("\n".join(found.errors))
     assert tokenizer is not None and stop_ids is not None and data is not None
@@ -119,7 +123,8 @@ def check(config: Config, teacher_here: bool = True) -> Checked:
 
 
 def _endpoint(
-    config: Config,
+    data: DataConfig,
+    rollout: RolloutConfig,
     teacher: EndpointTeacherConfig,
     student: Any,
     tokenizer: Any,
@@ -129,15 +134,16 @@ def _endpoint(
     client = found.attempt(check_endpoint, teacher)
     if teacher.tokenizer is not None:
         other = found.attempt(load_tokenizer, teacher.tokenizer, "teacher.tokenizer")
-        found.attempt(check_same_tokenizer, tokenizer, other, "teacher.tokenizer", _plain(config))
+        found.attempt(check_same_tokenizer, tokenizer, other, "teacher.tokenizer", _plain(data))
         ends = found.attempt(end_of_sequence_ids, teacher.tokenizer, other, "teacher.tokenizer")
         found.warn(check_same_stop_ids, stop_ids, ends, other)
     if student is not None:
-        found.attempt(check_answers, client, tokenizer, student.vocab_size, config)
+        found.attempt(check_answers, client, tokenizer, student.vocab_size, data, rollout)
 
 
 def _local_teacher(
-    config: Config,
+    data: DataConfig,
+    rollout: RolloutConfig,
     local: LocalTeacherConfig,
     student: Any,
     tokenizer: Any,
@@ -146,7 +152,7 @@ def _local_teacher(
 ) -> Any:
     name = local.model
     teacher = found.attempt(load_config, name, "teacher.model")
-    found.attempt(fits_context, teacher, "teacher.model", config)
+    found.attempt(fits_context, teacher, "teacher.model", data, rollout)
     if student and teacher and student.vocab_size != teacher.vocab_size:
         found.warnings.append(
             f"{found.where}student.model has {student.vocab_size} output rows, teacher.model "
@@ -155,19 +161,17 @@ def _local_teacher(
         )
     found.attempt(top_k_fits, teacher, local)
     other = found.attempt(load_tokenizer, name, "teacher.model") if teacher else None
-    found.attempt(check_same_tokenizer, tokenizer, other, "teacher.model", _plain(config))
+    found.attempt(check_same_tokenizer, tokenizer, other, "teacher.model", _plain(data))
     stops = _stop_ids(name, other, teacher, "teacher.model", found)
     found.warn(check_same_stop_ids, stop_ids, stops, other)
-    if config.data.chat:
-        found.warn(
-            check_same_template, tokenizer, other, local.allow_template_mismatch, config.data
-        )
+    if data.chat:
+        found.warn(check_same_template, tokenizer, other, local.allow_template_mismatch, data)
     return teacher
 
 
-def _plain(config: Config) -> bool:
+def _plain(data: DataConfig) -> bool:
     """Whether the tokenizer, and not a template, puts the special tokens around a text."""
-    return not config.data.chat or config.data.corpus_path is not None
+    return not data.chat or data.corpus_path is not None
 
 
 def _stop_ids(
@@ -179,32 +183,32 @@ def _stop_ids(
     return ids
 
 
-def fits_context(model: Any, name: str, config: Config) -> None:
+def fits_context(model: Any, name: str, data: DataConfig, rollout: RolloutConfig) -> None:
     """ModelError where the longest prompt and completion exceed a model's context. The last token
     of a completion is read by no scorer, but vLLM wants room for it: a request to sample is refused
     unless its prompt is shorter than ``max_model_len``, one to score unless it fits."""
-    prompt, completion = config.data.max_prompt_tokens, config.rollout.max_tokens
+    prompt, completion = data.max_prompt_tokens, rollout.max_tokens
     context = getattr(model, "max_position_embeddings", None)
     if context and prompt + completion > context:
         raise ModelError(
             f"{name}: data.max_prompt_tokens {prompt} + rollout.max_tokens {completion} = "
             f"{prompt + completion} is beyond its context of {context}. Lower one of the two."
         )
-    pieces = config.data.corpus_tokens if config.data.corpus_path else 0
+    pieces = data.corpus_tokens if data.corpus_path else 0
     if context and pieces > context:
         raise ModelError(
             f"{name}: data.corpus_tokens {pieces} is beyond its context of {context}. Lower it."
         )
 
 
-def every_tag_has_a_teacher(config: Config, data: DataSets) -> None:
+def every_tag_has_a_teacher(teacher: TeacherConfig, data: DataConfig, read: DataSets) -> None:
     """DataError for a row that none of several teachers may have."""
-    tables = (table for table in (data.train, data.heldout) if isinstance(table, PromptTable))
+    tables = (table for table in (read.train, read.heldout) if isinstance(table, PromptTable))
     tags: set[str] = set().union(*(table.tags() for table in tables))
     for tag in sorted(tags):
-        if not config.teacher.candidates(tag):
+        if not teacher.candidates(tag):
             raise DataError(
-                f"data.tag_key: no teacher may have rows with {config.data.tag_key} {tag!r}. Add "
+                f"data.tag_key: no teacher may have rows with {data.tag_key} {tag!r}. Add "
                 "it to the tags of one of teacher.teachers, or add a teacher without tags."
             )
 

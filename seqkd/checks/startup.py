@@ -24,6 +24,9 @@ from seqkd.checks.probe import (
     scored_tokens,
     tolerance,
 )
+from seqkd.config.data import DataConfig
+from seqkd.config.learner import LearnerConfig
+from seqkd.config.rollout import RolloutConfig
 from seqkd.config.run import Config
 from seqkd.config.teacher import LocalTeacherConfig
 from seqkd.errors import ModelError
@@ -49,10 +52,10 @@ def check_workers(
     errors: list[str] = []
     warnings: list[str] = []
     if "rollout" in roles:
-        errors += _student_agrees(config, checked, workers)
+        errors += _student_agrees(config.rollout, config.learner, checked, workers)
     for name, teacher in config.teachers.items():
         if "teacher" in roles and (local := teacher.local):
-            echo = _Echo(name, local, config, checked, workers)
+            echo = _Echo(name, local, config.data, config.rollout, checked, workers)
             errors += echo.errors(sampling="teacher_sampler" in roles)
             warnings += echo.warnings
     if errors:
@@ -60,11 +63,13 @@ def check_workers(
     return warnings
 
 
-def _student_agrees(config: Config, checked: Checked, workers: Workers) -> list[str]:
-    drawn = _draw(workers.student, checked, config.rollout.actors)
+def _student_agrees(
+    rollout: RolloutConfig, learner: LearnerConfig, checked: Checked, workers: Workers
+) -> list[str]:
+    drawn = _draw(workers.student, checked, rollout.actors)
     measured = workers.learner.measure(drawn, {})
     gap = _gap([(r, torch.tensor(measured[r.sample_id]["student_logprob"])) for r in drawn])
-    most = tolerance(config.rollout.precision, config.learner.precision)
+    most = tolerance(rollout.precision, learner.precision)
     if gap <= most:
         return []
     return [
@@ -82,19 +87,20 @@ class _Echo:
         self,
         name: str,
         teacher: LocalTeacherConfig,
-        config: Config,
+        data: DataConfig,
+        rollout: RolloutConfig,
         checked: Checked,
         workers: Workers,
     ) -> None:
         self.name, self.teacher, self.workers = name, teacher, workers
-        self.config, self.checked = config, checked
+        self.data, self.rollout, self.checked = data, rollout, checked
         self.most = tolerance(teacher.precision)
         self.warnings: list[str] = []
 
     def errors(self, sampling: bool) -> list[str]:
         """Every fault of the scores; only the first kind where tokens lack them."""
         copies = answers(self.checked, "echo", max(2, self.teacher.actors))
-        others = _full_length(self.config, self.checked)
+        others = _full_length(self.data.max_prompt_tokens, self.checked)
         once = self.logprobs(copies)
         again = self.logprobs([copies[0], *others])  # in other company than before
         if once is None or again is None:
@@ -174,7 +180,7 @@ class _Echo:
         noise = (full - again).abs().max().item()
         if (full - changed).abs().max().item() > max(3 * noise, 1e-6):
             return None
-        prompt, completion = self.config.data.max_prompt_tokens, self.config.rollout.max_tokens
+        prompt, completion = self.data.max_prompt_tokens, self.rollout.max_tokens
         return (
             f"{self._name} scores after a prompt of data.max_prompt_tokens = {prompt} and up to "
             f"rollout.max_tokens = {completion} do not depend on the prompt's first token: the "
@@ -209,13 +215,13 @@ class _Echo:
         return f"teacher.model: {self.teacher.model!r}:"
 
 
-def _full_length(config: Config, checked: Checked) -> list[Rollout]:
-    """The longest text that the run allows, the same once more, and with another first token."""
+def _full_length(prompt: int, checked: Checked) -> list[Rollout]:
+    """Return the longest text that the run allows, with ``prompt`` tokens of prompt, the same text
+    again, and the text with another first token."""
     words = english(checked)
     text = (words * -(-checked.max_model_len // len(words)))[: checked.max_model_len]
     other = next(i for i in words if i != text[0])
     texts = {"full": text, "again": text, "changed": (other, *text[1:])}
-    prompt = config.data.max_prompt_tokens
     return [as_rollout(name, ids[:prompt], ids[prompt:]) for name, ids in texts.items()]
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from seqkd.config.objectives import ObjectiveConfig, SequenceReverseKLConfig
 from seqkd.config.phases import TermConfig
 from seqkd.config.samplers import SAMPLERS
+from seqkd.config.teacher import TeacherConfig
 
 if TYPE_CHECKING:
     from seqkd.config.run import Config
@@ -24,7 +25,7 @@ def check(config: Config) -> None:
             )
         for index, term in enumerate(phase.terms):
             field = f"{where}extra_terms.{index - 1}." if index else where
-            _check_teacher(config, term.objective, field)
+            _check_teacher(config.teacher, term.objective, field)
             _check_samples(config, term, config.samples_per_prompt(phase), field)
     _check_staleness(config)
     _check_budget(config)
@@ -88,10 +89,10 @@ def _check_budget(config: Config) -> None:
             )
 
 
-def _check_teacher(config: Config, objective: ObjectiveConfig, where: str) -> None:
-    scores, need = config.teacher.scores, objective.teacher_need
-    hint = next(iter(config.teachers.values())).distribution_hint
-    if need == "distribution" and not config.teacher.distribution:
+def _check_teacher(teacher: TeacherConfig, objective: ObjectiveConfig, where: str) -> None:
+    scores, need = teacher.scores, objective.teacher_need
+    if need == "distribution" and not teacher.distribution:
+        hint = next(iter(teacher.named.values())).distribution_hint
         raise ValueError(
             f"{where}objective {objective.kind!r} needs the teacher's distribution, but "
             f"teacher.scores is {scores!r}. {hint}"

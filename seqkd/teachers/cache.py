@@ -206,7 +206,7 @@ def with_caches(
     live = workers.live_teacher
     for name, cache in caches.items():
         teacher, sampler, scorer = config.teachers[name], samplers.get(name), teachers.get(name)
-        settings = sampling_settings(config, teacher, stop_ids)
+        settings = sampling_settings(teacher, config.rollout.max_tokens, stop_ids)
         samplers[name] = CachedSampler(sampler, cache, settings)
         form = score_form(teacher, vocabulary)
         teachers[name] = CachedTeacher(scorer, cache, form, name)
@@ -335,10 +335,10 @@ class CachedTeacher:
 
 
 def sampling_settings(
-    config: Config, teacher: SingleTeacherConfig, stop_ids: tuple[int, ...]
+    teacher: SingleTeacherConfig, max_tokens: int, stop_ids: tuple[int, ...]
 ) -> list[object]:
     """What else a completion of the teacher depends on: other settings, other addresses."""
-    return [config.rollout.max_tokens, stop_ids, teacher.writing_precision]
+    return [max_tokens, stop_ids, teacher.writing_precision]
 
 
 def score_form(teacher: SingleTeacherConfig, vocabulary: int) -> str:

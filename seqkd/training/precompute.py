@@ -70,7 +70,7 @@ def check_recorded(config: Config, caches: Mapping[str, TeacherCache], checked: 
     """TeacherCacheError unless the caches have all that a run without a teacher will read."""
     samplers, teachers = {}, {}
     for name, teacher in config.teachers.items():
-        settings = sampling_settings(config, teacher, checked.stop_ids)
+        settings = sampling_settings(teacher, config.rollout.max_tokens, checked.stop_ids)
         samplers[name] = CachedSampler(None, caches[name], settings)
         form = score_form(teacher, checked.vocabulary)
         teachers[name] = CachedTeacher(None, caches[name], form)

@@ -430,7 +430,7 @@ def check(server, words, longest=40, **options):
     run = {**MINIMAL, "data": data, "teacher": teacher, "sampler": "teacher"}
     run["rollout"] = {"max_tokens": 8}
     whole = Config.model_validate(run)
-    check_answers(check_endpoint(whole.teacher), words, VOCABULARY, whole)
+    check_answers(check_endpoint(whole.teacher), words, VOCABULARY, whole.data, whole.rollout)
 
 
 TEXT_ONLY = {"scores": "none", "tokenizer": None}
