@@ -67,3 +67,10 @@ def samplers_where(condition: Callable[[SamplerTraits], bool]) -> tuple[SamplerN
 def traits_of(name: str) -> SamplerTraits | None:
     """Return the traits of a sampler, or None if no sampler has this name."""
     return SAMPLERS.get(cast(SamplerName, name))
+
+
+ON_STUDENT = samplers_where(lambda sampler: sampler.on_student)
+"""Samplers for which the student writes completions."""
+
+STUDENT_ALONE = samplers_where(lambda sampler: sampler.on_student and not sampler.on_teacher)
+"""Samplers for which no one but the student writes completions."""

@@ -10,6 +10,7 @@ import torch
 from seqkd.checks.preflight import Checked
 from seqkd.config.phases import PhaseConfig
 from seqkd.config.run import Config
+from seqkd.config.samplers import RECORDED, SAMPLERS
 from seqkd.data.stream import PromptStream
 from seqkd.errors import TeacherCacheError
 from seqkd.models.output_head import load_head
@@ -39,8 +40,8 @@ def planned(
         corpus = PromptStream(checked.corpus, config.seed)
         step = span.first
         for prompts in prompt_batches(config, span, train, corpus):
-            if "teacher_cache" in prompts:
-                yield step, span.config, prompts["teacher_cache"]
+            if RECORDED in prompts:
+                yield step, span.config, prompts[RECORDED]
             step += len(prompts[span.config.sampler])
 
 
@@ -55,7 +56,7 @@ def record(
     asked for again."""
     steps = tokens = 0
     for step, phase, batches in planned(config, checked):
-        drawn = RolloutSource(config, phase, "teacher_cache", workers).draw(batches, step, Clock())
+        drawn = RolloutSource(config, phase, RECORDED, workers).draw(batches, step, Clock())
         steps += len(batches)
         tokens += sum(len(r.completion_ids) for of_step in drawn.steps for r in of_step)
         report(steps, tokens)
@@ -91,9 +92,10 @@ def check_recorded(config: Config, caches: Mapping[str, TeacherCache], checked: 
 
     rollout = config.rollout
     for _, phase, batches in planned(config, checked):
-        terms = phase.by_sampler["teacher_cache"]
+        terms = phase.by_sampler[RECORDED]
         scored = any(term.objective.teacher_need != "nothing" for term in terms)
-        own, samples = config.source("teacher_cache") == "dataset", config.samples_per_prompt(phase)
+        own = SAMPLERS[config.source(RECORDED)].from_data
+        samples = config.samples_per_prompt(phase)
         for prompt in (p for batch in batches for p in batch):
             look(prompt, samples, scored, own, rollout.temperature, rollout.top_p)
     for prompt in checked.heldout:

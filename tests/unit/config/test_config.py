@@ -238,7 +238,7 @@ def test_scientific_notation_is_a_number(path):
         ),
         (
             [ENDPOINT, "sampler=mixture", "teacher.tokenizer=a", "teacher.scores=top_k"],
-            "sampler 'mixture' weighs each completion",
+            "sampler 'mixture' weights each completion",
             "Set teacher.api to completions",
         ),
         (["rollout.teacher_fraction=1"], "rollout.teacher_fraction: 1", "less than 1"),
