@@ -1,4 +1,4 @@
-"""What every part of the configuration is made of."""
+"""Base class and shared types of the configuration."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Precision = Literal["float32", "bfloat16"]
 
 
 class BaseConfig(BaseModel):
-    """Frozen; unknown keys and infinite numbers are refused."""
+    """A frozen section of the configuration. Unknown keys and infinite numbers are refused."""
 
     model_config = ConfigDict(
         frozen=True,

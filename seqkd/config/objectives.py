@@ -33,12 +33,12 @@ class _ObjectiveConfig(BaseConfig):
 
     @property
     def running(self) -> bool:
-        """Whether the function reads the running estimates of :class:`~seqkd.types.Counts`."""
+        """True if the function reads the running estimates of :class:`~seqkd.types.Counts`."""
         return False
 
     @property
     def on_policy(self) -> bool:
-        """Whether the objective is an expectation under the student's own distribution."""
+        """True if the objective is an expectation under the student's own distribution."""
         return False
 
     @property

@@ -14,7 +14,7 @@ SamplerName = Literal["student", "teacher", "mixture", "dataset", "corpus", "tea
 
 @dataclass(frozen=True)
 class SamplerTraits:
-    """What is known of a sampler before a run."""
+    """Facts about one sampler."""
 
     label: str
     """Its completions, in words."""

@@ -34,12 +34,12 @@ class SingleTeacherConfig(BaseConfig):
 
     @property
     def distribution(self) -> bool:
-        """Whether the scores hold the teacher's distribution, or the most probable part of it."""
+        """True if the scores hold the teacher's distribution, or the most probable part of it."""
         return self.scores not in ("none", "logprobs")
 
     @property
     def by_text(self) -> bool:
-        """Whether completions come as text, whose tokens' probabilities are unknown."""
+        """True if completions come as text, whose tokens' probabilities are unknown."""
         return False
 
     @property
@@ -59,7 +59,7 @@ class SingleTeacherConfig(BaseConfig):
 
     @property
     def distribution_hint(self) -> str:
-        """How to get the teacher's distribution, as the end of an error message."""
+        """Advice on how to get the teacher's distribution, as the end of an error message."""
         return "Use a local teacher (kind vllm or hf)."
 
     def at_once(self, length: int) -> int:
@@ -77,7 +77,7 @@ class SingleTeacherConfig(BaseConfig):
 
     @property
     def tagged(self) -> bool:
-        """Whether the choice of a prompt's teacher depends on the prompt's tag."""
+        """True if the choice of a prompt's teacher depends on the prompt's tag."""
         return False
 
     def candidates(self, tag: str) -> dict[str, float]:
@@ -99,14 +99,15 @@ class LocalTeacherConfig(SingleTeacherConfig, ActorsConfig):
     model: str
     """Local directory or hub name of the model, in transformers' format."""
     scores: Literal["hidden", "top_k", "logprobs"] = "hidden"
-    """What the teacher returns. hidden: hidden states, which give the whole distribution; top_k:
-    the most probable tokens, with the rest as one event; logprobs: the sampled tokens only."""
+    """Kind of the scores. hidden: hidden states, which give the whole distribution; top_k: the most
+    probable tokens, with the rest as one event; logprobs: the sampled tokens only."""
     top_k: int = Field(64, ge=1)
     """Number of tokens per state under scores=top_k."""
     batch_tokens: int = Field(8192, ge=1)
     """Number of tokens that are scored in one engine step."""
     allow_template_mismatch: bool = False
-    """Whether to continue with a warning if the teacher's chat template is not the student's."""
+    """Permission to continue, with a warning, if the teacher's chat template is not the
+    student's."""
     generation: EngineConfig = EngineConfig()
     """vLLM engine with which the teacher writes completions. Keys that are unset are as for
     scoring."""
@@ -191,9 +192,8 @@ class EndpointTeacherConfig(SingleTeacherConfig):
     max_retries: int = Field(10, ge=0)
     """Number of times that a request is repeated, with growing pauses, before the run fails."""
     scores: Literal["none", "logprobs", "top_k"] = "none"
-    """What the endpoint scores. logprobs: the sampled tokens only; top_k: the most probable
-    tokens, with the rest as one event. Both use the completions interface with echo, on token
-    ids."""
+    """Kind of the scores. logprobs: the sampled tokens only; top_k: the most probable tokens, with
+    the rest as one event. Both use the completions interface with echo, on token ids."""
     top_k: int = Field(20, ge=1)
     """Number of tokens per state under scores=top_k. Servers limit it."""
     tokenizer: str | None = None
@@ -290,12 +290,12 @@ class MultiTeacherConfig(BaseConfig):
 
     @property
     def scores(self) -> str:
-        """What every teacher returns."""
+        """Kind of the scores of every teacher."""
         return next(iter(self.teachers.values())).teacher.scores
 
     @property
     def distribution(self) -> bool:
-        """Whether the scores hold the teachers' distributions."""
+        """True if the scores hold the teachers' distributions."""
         return all(share.teacher.distribution for share in self.teachers.values())
 
     @property
