@@ -13,6 +13,7 @@ from train import quiet
 from seqkd.config import run as configuration
 from seqkd.config.phases import PhaseConfig
 from seqkd.config.run import Config
+from seqkd.config.samplers import RECORDED, SAMPLERS
 from seqkd.console import print_message, run_command
 from seqkd.errors import ConfigError
 
@@ -39,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def precompute(config: Config, verbose: bool) -> int:
     """The checks, the teacher's actors, and every draw of the run."""
-    if "teacher_cache" not in config.samplers:
+    if RECORDED not in config.samplers:
         raise ConfigError(
             "sampler: no term has sampler 'teacher_cache'. Add sampler=teacher_cache."
         )
@@ -61,7 +62,7 @@ def precompute(config: Config, verbose: bool) -> int:
     roles = placement.recording(config)
     print(size(config, "teacher" in roles), flush=True)
     start = time.perf_counter()
-    steps = sum(p.steps for _, p in config.phases if "teacher_cache" in p.by_sampler)
+    steps = sum(p.steps for _, p in config.phases if RECORDED in p.by_sampler)
 
     control = Control(config.recovery, lambda text: print(text, flush=True))
 
@@ -99,7 +100,7 @@ def size(config: Config, scored: bool) -> str:
     tokens = config.rollout.max_tokens * sum(
         phase.steps * phase.prompts_per_step * samples(config, phase)
         for _, phase in config.phases
-        if "teacher_cache" in phase.by_sampler
+        if RECORDED in phase.by_sampler
     )
     each = 4  # the token itself
     if scored:
@@ -112,7 +113,7 @@ def size(config: Config, scored: bool) -> str:
 
 def samples(config: Config, phase: PhaseConfig) -> int:
     """Completions of one prompt."""
-    return config.samples_per_prompt(phase) if config.source("teacher_cache") == "teacher" else 1
+    return 1 if SAMPLERS[config.source(RECORDED)].from_data else config.samples_per_prompt(phase)
 
 
 if __name__ == "__main__":

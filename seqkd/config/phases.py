@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from seqkd.config.base import BaseConfig
 from seqkd.config.objectives import ObjectiveConfig
-from seqkd.config.samplers import SAMPLERS, SamplerName, traits_of
+from seqkd.config.samplers import SAMPLERS, SamplerName
 
 
 class TermConfig(BaseConfig):
@@ -30,7 +30,7 @@ class TermConfig(BaseConfig):
     def _natural_objective(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        traits = traits_of(str(data.get("sampler", "student")))
+        traits = SAMPLERS.get(str(data.get("sampler", "student")))
         options = data.get("objective") or {}
         if traits and isinstance(options, dict):
             data = {**data, "objective": {"kind": traits.objective, **options}}

@@ -34,7 +34,7 @@ class SamplerTraits:
     """Completions and scores are read from the teacher cache, by ``teacher_cache.records``."""
 
 
-SAMPLERS: dict[SamplerName, SamplerTraits] = {
+SAMPLERS: dict[str, SamplerTraits] = {
     "student": SamplerTraits(
         "the student's samples", objective="sequence_reverse_kl", on_student=True
     ),
@@ -55,18 +55,12 @@ SAMPLERS: dict[SamplerName, SamplerTraits] = {
     ),
 }
 
-RECORDED: SamplerName = next(name for name, traits in SAMPLERS.items() if traits.recorded)
-"""The sampler that reads the teacher cache."""
-
 
 def samplers_where(condition: Callable[[SamplerTraits], bool]) -> tuple[SamplerName, ...]:
     """Return the names of the samplers that meet ``condition``, in the table's order."""
-    return tuple(name for name, traits in SAMPLERS.items() if condition(traits))
-
-
-def traits_of(name: str) -> SamplerTraits | None:
-    """Return the traits of a sampler, or None if no sampler has this name."""
-    return SAMPLERS.get(cast(SamplerName, name))
+    return cast(
+        tuple[SamplerName, ...], tuple(name for name in SAMPLERS if condition(SAMPLERS[name]))
+    )
 
 
 ON_STUDENT = samplers_where(lambda sampler: sampler.on_student)
@@ -74,3 +68,6 @@ ON_STUDENT = samplers_where(lambda sampler: sampler.on_student)
 
 STUDENT_ALONE = samplers_where(lambda sampler: sampler.on_student and not sampler.on_teacher)
 """Samplers for which no one but the student writes completions."""
+
+(RECORDED,) = samplers_where(lambda sampler: sampler.recorded)
+"""Sampler that reads the teacher cache."""

@@ -7,30 +7,9 @@ from pathlib import PurePath
 from seqkd.config.objectives import SequenceReverseKLConfig
 from seqkd.config.phases import TermConfig
 from seqkd.config.run import Config
+from seqkd.config.samplers import SAMPLERS
 from seqkd.config.student import PruneInitConfig
-from seqkd.config.teacher import MultiTeacherConfig
 from seqkd.evaluation.intervals import Interval
-
-OBJECTIVE = {
-    "sequence_reverse_kl": "sequence-level reverse KL",
-    "sequence_forward_kl": "sequence-level forward KL",
-    "sampled_token": "token-level reverse KL by sampled tokens",
-    "sft": "supervised fine-tuning",
-    "token_forward_kl": "token-level forward KL",
-    "token_reverse_kl": "token-level reverse KL",
-    "gjsd": "generalised Jensen-Shannon divergence",
-    "skew_kl": "skew KL",
-    "skew_reverse_kl": "skew reverse KL",
-    "total_variation": "total variation",
-}
-SAMPLES = {
-    "student": "the student's own samples",
-    "teacher": "the teacher's samples",
-    "mixture": "a mixture of the student's and the teacher's samples",
-    "dataset": "the data set's answers",
-    "corpus": "plain text",
-    "teacher_cache": "recorded completions",
-}
 
 
 def objective(term: TermConfig) -> str:
@@ -45,7 +24,7 @@ def objective(term: TermConfig) -> str:
     listed = ", ".join(f"{name} {value}" for name, value in options.items())
     weight = "" if term.weight == 1 else f"{term.weight:g} × "
     in_brackets = f" ({listed})" if listed else ""
-    return f"{weight}{OBJECTIVE[of.kind]}{in_brackets} on {SAMPLES[term.sampler]}"
+    return f"{weight}{of.label}{in_brackets} on {SAMPLERS[term.sampler].label}"
 
 
 def phases(config: Config) -> list[str]:
@@ -62,9 +41,7 @@ def models(config: Config) -> tuple[str, str]:
     student = _short(config.student.model)
     if isinstance(init, PruneInitConfig):
         student += f" without layers {init.drop_layers[0]} to {init.drop_layers[1] - 1}"
-    if isinstance(config.teacher, MultiTeacherConfig):
-        return " + ".join(_short(t.model) for t in config.teachers.values()), student
-    return _short(config.teacher.model), student
+    return " + ".join(_short(teacher.model) for teacher in config.teachers.values()), student
 
 
 def count(number: float) -> str:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 import yaml
 
 from seqkd.comparison import plan
-from seqkd.config.objectives import SequenceReverseKLConfig
+from seqkd.config.objectives import ObjectiveConfig, SequenceReverseKLConfig
 from seqkd.config.resources import EngineConfig
 from seqkd.config.run import Config, dump, load
+from seqkd.config.samplers import SAMPLERS, SamplerName
 from seqkd.errors import ConfigError
+from seqkd.objectives import OBJECTIVES
 from tests.conftest import ROOT
 
 MINIMAL = {
@@ -22,6 +25,16 @@ MINIMAL = {
     "data": {"path": "train.jsonl", "heldout_path": "heldout.jsonl"},
     "steps": 3,
 }
+
+
+def test_every_objective_and_sampler_has_all_that_it_needs():
+    classes = get_args(get_args(ObjectiveConfig)[0])
+    assert {c.model_fields["kind"].default for c in classes} == set(OBJECTIVES)
+    assert all(c.label and c.samplers for c in classes)
+    assert set(SAMPLERS) == set(get_args(SamplerName))
+    for name, traits in SAMPLERS.items():
+        (natural,) = [c for c in classes if c.model_fields["kind"].default == traits.objective]
+        assert traits.label and name in natural.samplers
 
 
 ENDPOINT = "teacher={kind: openai, model: m, base_url: 'http://x/v1'}"

@@ -274,15 +274,7 @@ def test_objectives_in_words():
     (gjsd,) = wording.phases(
         configuration("x", warmup=None, extra_terms=[], objective={"kind": "gjsd", "beta": 0.25})
     )
-    assert "generalised Jensen-Shannon divergence (beta 0.25)" in gjsd
-
-
-def test_every_objective_and_sampler_has_words():
-    from seqkd.config.samplers import SamplerName
-    from seqkd.objectives import OBJECTIVES
-
-    assert set(wording.OBJECTIVE) == set(OBJECTIVES)
-    assert set(wording.SAMPLES) == set(SamplerName.__args__)
+    assert "generalized Jensen-Shannon divergence (beta 0.25)" in gjsd
 
 
 @pytest.mark.parametrize(
