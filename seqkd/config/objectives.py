@@ -160,19 +160,6 @@ class SFTConfig(_ObjectiveConfig):
         return ("student_logprob",)
 
 
-class FocalSFTConfig(_ObjectiveConfig):
-    """Mean over tokens of -(1 - q(y_t))^gamma log q(y_t) on given text."""
-
-    kind: Literal["focal_sft"] = "focal_sft"
-    label: ClassVar = "focal fine-tuning"
-    samplers: ClassVar = samplers_where(lambda sampler: not sampler.on_student)
-    gamma: float = Field(2.0, ge=0)
-    """Exponent of the weight; 0: plain fine-tuning."""
-
-    def stats(self) -> tuple[str, ...]:
-        return ("student_logprob",)
-
-
 class _TokenLevelConfig(_ObjectiveConfig):
     """Mean over tokens of a divergence at each state; the states come from any source."""
 
@@ -255,7 +242,6 @@ ObjectiveConfig = Annotated[
     | SequenceForwardKLConfig
     | SampledTokenConfig
     | SFTConfig
-    | FocalSFTConfig
     | TokenForwardKLConfig
     | TokenReverseKLConfig
     | GJSDConfig

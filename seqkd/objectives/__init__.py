@@ -24,7 +24,6 @@ from seqkd.objectives.divergences import (
     token_reverse_kl,
     total_variation,
 )
-from seqkd.objectives.focal_sft import focal_sft
 from seqkd.objectives.importance import mixture_weight
 from seqkd.objectives.sampled_token import sampled_token
 from seqkd.objectives.sequence_forward_kl import sequence_forward_kl
@@ -37,14 +36,12 @@ OBJECTIVES: dict[str, Callable[..., Tensor]] = {
     "sequence_forward_kl": sequence_forward_kl,
     "sampled_token": sampled_token,
     "sft": sft,
-    "focal_sft": focal_sft,
     **dict.fromkeys(DIVERGENCES, token_mean),
 }
 
 __all__ = [
     "DIVERGENCES",
     "OBJECTIVES",
-    "focal_sft",
     "gjsd",
     "mixture_weight",
     "sampled_token",
