@@ -17,12 +17,7 @@ from seqkd.checks.preflight import Checked
 from seqkd.config.rollout import RolloutConfig
 from seqkd.config.run import Config
 from seqkd.config.student import StudentConfig
-from seqkd.config.teacher import (
-    EndpointTeacherConfig,
-    LocalTeacherConfig,
-    TeacherConfig,
-    UniformTeacherConfig,
-)
+from seqkd.config.teacher import EndpointTeacherConfig, LocalTeacherConfig, TeacherConfig
 from seqkd.errors import LearnerLost, ResourceError
 from seqkd.models.loading import expand
 from seqkd.teachers.endpoint import key_of
@@ -238,23 +233,10 @@ def _endpoint_teacher(
     )
 
 
-def _uniform_teacher(
-    teacher: UniformTeacherConfig, student: StudentConfig, checked: Checked
-) -> tuple[_Actors, _Actors]:
-    from actors.uniform_teacher import UniformSampler, UniformScorer
-
-    vocabulary = (checked.vocabulary,)
-    return (
-        _Actors(UniformScorer, (), vocabulary),
-        _Actors(UniformSampler, (checked.stop_ids,), vocabulary),
-    )
-
-
 TEACHER_ACTORS: dict[str, Callable[[Any, StudentConfig, Checked], tuple[_Actors, _Actors]]] = {
     "vllm": _local_teacher,
     "hf": _local_teacher,
     "openai": _endpoint_teacher,
-    "uniform": _uniform_teacher,
 }
 """By teacher kind, the actors that score and the actors that write."""
 

@@ -250,19 +250,7 @@ class EndpointTeacherConfig(SingleTeacherConfig):
         return {"model": self.model, "base_url": self.base_url, "api": self.api}
 
 
-class UniformTeacherConfig(SingleTeacherConfig):
-    """A teacher for which every token is equally probable."""
-
-    kind: Literal["uniform"] = "uniform"
-    model: str = "uniform"
-    """Name of the teacher in reports."""
-    scores: Literal["logprobs"] = "logprobs"
-    """Kind of the scores."""
-    precision: Precision = "float32"
-    """Precision of the scores."""
-
-
-TeacherKind = VllmTeacherConfig | HfTeacherConfig | EndpointTeacherConfig | UniformTeacherConfig
+TeacherKind = VllmTeacherConfig | HfTeacherConfig | EndpointTeacherConfig
 
 
 class WeightedTeacherConfig(BaseConfig):
