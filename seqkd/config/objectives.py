@@ -57,7 +57,7 @@ class _PolicyGradientConfig(_ObjectiveConfig):
     """Range of PPO's clipping of the token ratio, for samples of an older student."""
     importance_ratio_cap: float | None = Field(None, ge=1)
     """Cap of the token ratio as a weight, for samples of an older student."""
-    samplers: ClassVar = samplers_where(lambda sampler: sampler.on_student)
+    samplers: ClassVar = samplers_where(lambda s: s.on_student and (s.weighted or not s.on_teacher))
 
     @property
     def on_policy(self) -> bool:
