@@ -9,9 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, cast
 
-SamplerName = Literal[
-    "student", "teacher", "mixture", "dataset", "corpus", "teacher_cache", "alternating"
-]
+SamplerName = Literal["student", "teacher", "mixture", "dataset", "corpus", "teacher_cache"]
 
 
 @dataclass(frozen=True)
@@ -32,8 +30,6 @@ class SamplerTraits:
     """Completions are read from the data, one per prompt."""
     plain_text: bool = False
     """The data is the corpus, whose texts have no prompts."""
-    alternating: bool = False
-    """The teacher completes the first prompt, the student the second, and so on."""
     recorded: bool = False
     """Completions and scores are read from the teacher cache, by ``teacher_cache.records``."""
 
@@ -54,13 +50,6 @@ SAMPLERS: dict[str, SamplerTraits] = {
     ),
     "dataset": SamplerTraits("the data set's answers", objective="sft", from_data=True),
     "corpus": SamplerTraits("plain text", objective="sft", from_data=True, plain_text=True),
-    "alternating": SamplerTraits(
-        "samples of the teacher and the student for alternate prompts",
-        objective="token_forward_kl",
-        on_student=True,
-        on_teacher=True,
-        alternating=True,
-    ),
     "teacher_cache": SamplerTraits(
         "recorded completions", objective="sequence_forward_kl", recorded=True
     ),

@@ -122,8 +122,6 @@ class RolloutSource:
         if self.fraction is not None:
             generator = np.random.default_rng([self.config.seed, step])
             from_teacher = generator.binomial(samples, self.fraction, len(prompts))
-        elif SAMPLERS[self.source].alternating:
-            from_teacher[::2] = samples
         elif SAMPLERS[self.source].on_teacher:
             from_teacher[:] = samples
         student, teacher = self.workers.student, self.workers.teacher_sampler
