@@ -48,7 +48,7 @@ def connect(config: Config, verbose: bool) -> Iterator[None]:
 
 
 def _reach(address: str) -> None:
-    """OSError unless something listens at host:port; Ray itself would go on trying for minutes."""
+    """OSError unless something listens at host:port; Ray itself would retry for minutes."""
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if colon and port.isdigit():
         socket.create_connection((host, int(port)), timeout=10).close()
@@ -113,15 +113,15 @@ def _started(
     control: Control,
 ) -> Iterator[Workers]:
     def pool(role: placement.Role, teacher: str, actors: _Actors) -> Pool:
-        """The processes of a role, and how to make them anew."""
+        """Return the processes of a role, with the means to replace them."""
         cls, places = remote(actors.cls), plan.role(role, teacher)
 
         def create(index: int) -> Any:
             return cls.options(**places[index].options(group)).remote(*actors.init_args)
 
-        every = [create(index) for index in range(len(places))]
+        processes = [create(index) for index in range(len(places))]
         name = f"{role} {teacher}".strip()
-        return Pool(name, every, control, create, actors.start_args, actors.paid)
+        return Pool(name, processes, control, create, actors.start_args, actors.paid)
 
     student = pool("rollout", "", _student_engine(config.rollout, student_path, checked))
     scorers, writers = {}, {}
@@ -173,7 +173,7 @@ def _assemble_workers(
 def _learner(
     config: Config, plan: placement.Plan, group: Any, student_path: str, control: Control
 ) -> LearnerGroup | None:
-    """The group of ranks, not begun; None where the plan has none."""
+    """Return the group of ranks, not started, or None if the plan has none."""
     from actors.learner import LearnerRank
 
     cls, places = remote(LearnerRank), plan.role("learner")

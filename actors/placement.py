@@ -21,7 +21,7 @@ MiB. Else temporaries of some MiB go back to the kernel, which clears pages for 
 
 NO_AOT = {"VLLM_USE_AOT_COMPILE": "0"}
 """For vLLM on CPU cores: what it compiles ahead of time and saves it cannot load again (0.32), so
-each start compiles anew. Without that it finds torch's own cache."""
+each start compiles again. Without that it finds torch's own cache."""
 
 KEYS: dict[Role, tuple[str, str]] = {
     "learner": ("learner", "ranks"),
@@ -33,7 +33,7 @@ KEYS: dict[Role, tuple[str, str]] = {
 
 @dataclass(frozen=True)
 class ActorPlan:
-    """What one process of a role gets."""
+    """Resources of one process of a role."""
 
     role: Role
     index: int
@@ -44,7 +44,7 @@ class ActorPlan:
     bundle: int
     """Index of the placement-group bundle it is scheduled in."""
     teacher: str = ""
-    """Which of several teachers it is of."""
+    """Name of its teacher, if there are several."""
 
     def options(self, group: Any) -> dict[str, Any]:
         """Ray actor options, with thread counts from the request that placed the actor."""
@@ -124,7 +124,7 @@ class Plan:
 
 
 def needed(config: Config) -> set[Role]:
-    """Roles that some phase or the held-out evaluation calls."""
+    """Return the roles that some phase or the held-out evaluation calls."""
     terms = [term for _, phase in config.phases for term in phase.terms]
     samplers = [SAMPLERS[name] for name in config.samplers]
     measured = config.evaluation.prompts > 0
@@ -146,7 +146,7 @@ def needed(config: Config) -> set[Role]:
 
 
 def recording(config: Config) -> set[Role]:
-    """Roles that writing what sampler=teacher_cache reads takes."""
+    """Return the roles that fill the cache which sampler=teacher_cache reads."""
     terms = [t for _, phase in config.phases for t in phase.terms if SAMPLERS[t.sampler].recorded]
     measured = config.evaluation.prompts > 0 and config.two_step
     roles: set[Role] = set()
@@ -160,11 +160,11 @@ def recording(config: Config) -> set[Role]:
 
 
 Spec = tuple[Role, str, ActorsConfig]
-"""Of one role, of one teacher where there are several: its processes."""
+"""Role, name of the teacher, and its processes."""
 
 
 def plan(config: Config, roles: set[Role] | None = None) -> Plan:
-    """Processes and bundles of ``config``: of what it needs, or of ``roles``."""
+    """Return the processes and bundles of ``roles``, or of the roles that ``config`` needs."""
     chosen = needed(config) if roles is None else roles
     learner = ActorsConfig(
         actors=config.learner.ranks, cpus=config.learner.cpus, gpus=config.learner.gpus

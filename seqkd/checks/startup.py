@@ -1,6 +1,6 @@
-"""Checks with the actors up, before the first step: known texts are scored and compared.
+"""Checks with running actors before the first step: known texts are scored and compared.
 
-Few and short sequences; no step is taken and no state changed.
+The texts are few and short. No step is taken and no state is changed.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ from seqkd.types import Prompt, Rollout
 from seqkd.workers import Workers
 
 REFERENCE_GIB = 4.0
-"""Largest checkpoint that the driver loads for a forward pass of its own."""
+"""Size of the largest checkpoint that the driver loads for its own forward pass."""
 
 
 def check_workers(
     config: Config, checked: Checked, workers: Workers, roles: Collection[str]
 ) -> list[str]:
-    """Warnings; ModelError with every error found, each on a line. ``roles`` are those that have
+    """Return warnings. Raises ModelError with all errors, one per line. ``roles`` are those that have
     actors.
 
-    A teacher must score every token, the same twice, as an independent forward pass does, better
-    than by guessing, and with the whole prompt in view; what samples must give its tokens the
-    log-probs of what scores them.
+    A teacher must score every token, twice the same, equal to an independent forward pass, better
+    than by guessing, and with the whole prompt in view. An engine that samples must give its tokens
+    the log-probs of the model that scores them.
     """
     errors: list[str] = []
     warnings: list[str] = []
@@ -81,7 +81,7 @@ def _student_agrees(
 
 
 class _Echo:
-    """One teacher's answers to known texts."""
+    """Checks of one teacher's answers to known texts."""
 
     def __init__(
         self,
@@ -98,7 +98,7 @@ class _Echo:
         self.warnings: list[str] = []
 
     def errors(self, sampling: bool) -> list[str]:
-        """Every fault of the scores; only the first kind where tokens lack them."""
+        """Return all faults of the scores, or only that scores are missing."""
         copies = answers(self.checked, "echo", max(2, self.teacher.actors))
         others = _full_length(self.data.max_prompt_tokens, self.checked)
         once = self.logprobs(copies)
@@ -106,32 +106,35 @@ class _Echo:
         if once is None or again is None:
             return [self.missing]
         echo = again[0]
-        found = [self.differs_from_itself([*once, echo])]
-        if found == [None]:  # what follows compares one answer with another
-            found += [self.differs_from_the_checkpoint(copies[0], echo), self.truncates(*again[1:])]
-            found += [self.differs_from_its_sampler()] if sampling else []
-        found.append(self.guesses(echo))
-        return [error for error in found if error]
+        faults = [self.differs_from_itself([*once, echo])]
+        if faults == [None]:  # what follows compares one answer with another
+            faults += [
+                self.differs_from_the_checkpoint(copies[0], echo),
+                self.truncates(*again[1:]),
+            ]
+            faults += [self.differs_from_its_sampler()] if sampling else []
+        faults.append(self.guesses(echo))
+        return [error for error in faults if error]
 
     @property
     def missing(self) -> str:
         return (
             f"{self._name} tokens of a known text came back without a log-prob, or with one that "
-            "is no number. Nothing can be learnt from such scores. Run with --verbose for the "
+            "is no number. Such scores cannot be trained on. Run with --verbose for the "
             f"teacher's own log{self._without_engine}."
         )
 
     def logprobs(self, rollouts: Sequence[Rollout]) -> list[Tensor] | None:
-        """[T] a rollout; None where a token has none."""
+        """Return [T] log-probs per rollout, or None if a token has none."""
         scores = self.workers.teachers[self.name].score(rollouts)
         if any(scored_tokens(scores[r.sample_id]) != len(r.completion_ids) for r in rollouts):
             return None
         measured = self.workers.learner.measure(rollouts, scores)
-        found = [torch.tensor(measured[r.sample_id]["teacher_logprob"]) for r in rollouts]
-        return found if all(map(finite, found)) else None
+        values = [torch.tensor(measured[r.sample_id]["teacher_logprob"]) for r in rollouts]
+        return values if all(map(finite, values)) else None
 
     def differs_from_itself(self, answers: list[Tensor]) -> str | None:
-        """The same text, on every actor and in two batches."""
+        """Compare scores of the same text from all actors and in two batches."""
         gap = max(distance(answers[0], answer) for answer in answers)
         if gap <= self.most:
             return None
@@ -143,7 +146,7 @@ class _Echo:
         )
 
     def differs_from_the_checkpoint(self, rollout: Rollout, echo: Tensor) -> str | None:
-        """Against a transformers forward pass on the driver, where the model is small enough."""
+        """Compare with a transformers forward pass on the driver, if the model is small enough."""
         model = self.checked.teachers[self.name]
         expected = _forward(self.teacher, model, self.checked.vocabulary, rollout)
         if expected is None or (gap := distance(expected, echo)) <= self.most:
@@ -156,7 +159,7 @@ class _Echo:
         )
 
     def differs_from_its_sampler(self) -> str | None:
-        """The engine with which the teacher writes, against the one with which it scores."""
+        """Compare the engine with which the teacher writes with the one with which it scores."""
         generation = self.teacher.generation
         sampler = self.workers.teacher_samplers[self.name]
         drawn = _draw(sampler, self.checked, generation.actors)
@@ -189,7 +192,7 @@ class _Echo:
         )
 
     def guesses(self, echo: Tensor) -> str | None:
-        """No better than an untrained head: an error; worse: a warning."""
+        """Return an error if scores are as of an untrained head. Worse scores are a warning."""
         uniform = math.log(self.checked.vocabulary)
         surprise = -echo.mean().item()
         if surprise < UNIFORM[0] * uniform:
@@ -198,7 +201,7 @@ class _Echo:
         if surprise > UNIFORM[1] * uniform:
             self.warnings.append(
                 f"{text}, less than a uniform guess has ({-uniform:.2f}). A model of random "
-                "weights does that, one that has learnt a language does not."
+                "weights does that, a trained language model does not."
             )
             return None
         return (
@@ -226,7 +229,7 @@ def _full_length(prompt: int, checked: Checked) -> list[Rollout]:
 
 
 def _draw(sampler: Sampler, checked: Checked, engines: int) -> list[Rollout]:
-    """One completion for every engine."""
+    """Return one completion for every engine."""
     prompts: list[Prompt] = [checked.train[i % len(checked.train)] for i in range(engines)]
     return sampler.sample(prompts, [1] * engines, seed=0)
 
@@ -234,7 +237,7 @@ def _draw(sampler: Sampler, checked: Checked, engines: int) -> list[Rollout]:
 def _forward(
     teacher: LocalTeacherConfig, config: Any, vocabulary: int, rollout: Rollout
 ) -> Tensor | None:
-    """[T] log-probs by transformers, from the checkpoint; None where that would be too large."""
+    """Return [T] log-probs by transformers from the checkpoint, or None if it is too large."""
     from seqkd.checks.memory import BYTES, GIB, size_of
 
     size = size_of(config).parameters * BYTES[teacher.precision]
@@ -244,10 +247,10 @@ def _forward(
     ids = torch.tensor([[*rollout.prompt_ids, *rollout.completion_ids]])
     with torch.inference_mode():
         logits = model(ids).logits[0, len(rollout.prompt_ids) - 1 : -1, :vocabulary]
-    every = torch.log_softmax(logits.float(), -1)
-    return every.gather(-1, torch.tensor(rollout.completion_ids)[:, None]).squeeze(-1)
+    logprobs = torch.log_softmax(logits.float(), -1)
+    return logprobs.gather(-1, torch.tensor(rollout.completion_ids)[:, None]).squeeze(-1)
 
 
 def _gap(pairs: Sequence[tuple[Rollout, Tensor]]) -> float:
-    """The largest mean difference between sampled and measured log-probs of one rollout."""
+    """Return the largest mean difference of one rollout's sampled and measured log-probs."""
     return max(distance(torch.tensor(r.rollout_logprobs), scored) for r, scored in pairs)

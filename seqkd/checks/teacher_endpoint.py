@@ -154,8 +154,8 @@ def _is_the_checkpoint(teacher: EndpointTeacherConfig, ids: list[int], served: l
     tokens = torch.tensor([ids])
     with torch.inference_mode():
         states = last_hidden(model, tokens, torch.ones_like(tokens))[0, :-1]
-        ours, _, _ = head_of(model).logprobs(states, tokens[0, 1:])
-    gap = (ours - torch.tensor(served[: len(ours)])).abs().max().item()
+        expected, _, _ = head_of(model).logprobs(states, tokens[0, 1:])
+    gap = (expected - torch.tensor(served[: len(expected)])).abs().max().item()
     tolerance = TOLERANCE[teacher.precision][1]
     if not gap <= tolerance:
         raise ModelError(

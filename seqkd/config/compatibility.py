@@ -80,8 +80,8 @@ def _check_budget(config: Config) -> None:
             "kind, such as learner_tokens."
         )
     if config.warmup and kind == "prompts":
-        of = config.warmup
-        drawn = of.steps * of.prompts_per_step * len(of.by_sampler)
+        warmup = config.warmup
+        drawn = warmup.steps * warmup.prompts_per_step * len(warmup.by_sampler)
         if drawn >= config.budget.amount:
             raise ValueError(
                 f"budget.amount {config.budget.amount:g} prompts is spent by the warm-up, which "

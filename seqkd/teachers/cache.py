@@ -134,10 +134,10 @@ def _open(root: Path, teacher: SingleTeacherConfig, here: bool) -> TeacherCache:
     directory = root / identity if identity else None
     if not here and not (directory and (directory / "teacher.json").exists()):
         # The checkpoint is elsewhere, and its name is all there is to go by.
-        known = {file.parent: _description(file) for file in sorted(root.glob("*/teacher.json"))}
-        named = [path for path, other in known.items() if other == spec]
+        recorded = {file.parent: _description(file) for file in sorted(root.glob("*/teacher.json"))}
+        named = [path for path, other in recorded.items() if other == spec]
         if identity or len(named) != 1:
-            held = "; ".join(str(other) for other in known.values()) or "nothing at all"
+            held = "; ".join(str(other) for other in recorded.values()) or "nothing at all"
             raise TeacherCacheError(
                 f"teacher_cache.path: {root} holds nothing of the teacher {spec}; it holds "
                 f"{held:.500}. Name that teacher, or run scripts/precompute.py with this "
@@ -150,9 +150,9 @@ def _open(root: Path, teacher: SingleTeacherConfig, here: bool) -> TeacherCache:
 
 def _description(file: Path) -> dict[str, str]:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        if isinstance(found, dict):
-            return found
+        description = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(description, dict):
+            return description
         error: object = "it holds no keys"
     except (OSError, ValueError, RecursionError) as caught:
         error = caught
@@ -235,7 +235,7 @@ class CachedSampler:
     ) -> list[Rollout]:
         """See :class:`seqkd.protocols.Sampler`; ``finished`` is told of none, for what is drawn
         gets its place among the recorded ones at the end. A prompt that comes again takes the
-        completions after those that it took before; without a teacher it begins anew at the
+        completions after those that it took before; without a teacher it starts again after the
         last."""
         stored = self.cache.completions
         places = []
@@ -310,8 +310,8 @@ class CachedTeacher:
         if missing:
             if self.inner is None:
                 raise _missing_error(self.cache, f"scores of {len(missing)} completions")
-            given = self.inner.score(list(missing.values()))
-            new = {address: given[r.sample_id] for address, r in missing.items()}
+            answers = self.inner.score(list(missing.values()))
+            new = {address: answers[r.sample_id] for address, r in missing.items()}
             kept = [(a, new[a]) for a, r in missing.items() if r.source != "student"]
             self.cache.add_scores(kept)
         return {
