@@ -42,7 +42,7 @@ REFERENCE_GIB = 4.0
 def check_workers(
     config: Config, checked: Checked, workers: Workers, roles: Collection[str]
 ) -> list[str]:
-    """Return warnings. Raises ModelError with all errors, one per line. ``roles`` are those that have
+    """Return warnings. Raises ModelError with all errors, one per line. ``roles`` are those with
     actors.
 
     A teacher must score every token, twice the same, equal to an independent forward pass, better
