@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
@@ -14,8 +14,10 @@ from actors import placement
 from actors.groups import LearnerGroup, RolloutGroup, TeacherGroup
 from actors.pool import Pool, remote
 from seqkd.checks.preflight import Checked
+from seqkd.config.rollout import RolloutConfig
 from seqkd.config.run import Config
-from seqkd.config.teacher import EndpointTeacherConfig, SingleTeacherConfig
+from seqkd.config.student import StudentConfig
+from seqkd.config.teacher import EndpointTeacherConfig, LocalTeacherConfig, TeacherConfig
 from seqkd.errors import LearnerLost, ResourceError
 from seqkd.models.loading import expand
 from seqkd.teachers.endpoint import key_of
@@ -46,7 +48,7 @@ def connect(config: Config, verbose: bool) -> Iterator[None]:
 
 
 def _reach(address: str) -> None:
-    """OSError unless something listens at host:port; Ray itself would go on trying for minutes."""
+    """OSError unless something listens at host:port; Ray itself would retry for minutes."""
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if colon and port.isdigit():
         socket.create_connection((host, int(port)), timeout=10).close()
@@ -111,21 +113,21 @@ def _started(
     control: Control,
 ) -> Iterator[Workers]:
     def pool(role: placement.Role, teacher: str, actors: _Actors) -> Pool:
-        """The processes of a role, and how to make them anew."""
+        """Return the processes of a role, with the means to replace them."""
         cls, places = remote(actors.cls), plan.role(role, teacher)
 
         def create(index: int) -> Any:
             return cls.options(**places[index].options(group)).remote(*actors.init_args)
 
-        every = [create(index) for index in range(len(places))]
+        processes = [create(index) for index in range(len(places))]
         name = f"{role} {teacher}".strip()
-        return Pool(name, every, control, create, actors.start_args, actors.paid)
+        return Pool(name, processes, control, create, actors.start_args, actors.paid)
 
-    student = pool("rollout", "", _student_engine(config, student_path, checked))
+    student = pool("rollout", "", _student_engine(config.rollout, student_path, checked))
     scorers, writers = {}, {}
     for name, teacher in config.teachers.items():
         if any(plan.role(role, name) for role in ("teacher", "teacher_sampler")):
-            scoring, writing = _teacher_actors(config, teacher, checked)
+            scoring, writing = TEACHER_ACTORS[teacher.kind](teacher, config.student, checked)
             scorers[name] = pool("teacher", name, scoring)
             writers[name] = pool("teacher_sampler", name, writing)
     pools = [student, *scorers.values(), *writers.values()]
@@ -139,7 +141,7 @@ def _started(
             started()
         if learner:
             learner.ready()
-        yield _assemble_workers(config, learner, student, scorers, writers)
+        yield _assemble_workers(config.rollout, config.teacher, learner, student, scorers, writers)
     finally:
         for p in pools:
             p.kill()
@@ -148,29 +150,30 @@ def _started(
 
 
 def _assemble_workers(
-    config: Config,
+    rollout: RolloutConfig,
+    teacher: TeacherConfig,
     learner: Any,
     student: Pool,
     scorers: Mapping[str, Pool],
     writers: Mapping[str, Pool],
 ) -> Workers:
-    length = config.rollout.max_tokens
+    length = rollout.max_tokens
     return Workers(
         student=RolloutGroup(student, length, learner),
         learner=learner,
-        teachers={name: TeacherGroup(of, name) for name, of in scorers.items() if of.actors},
+        teachers={n: TeacherGroup(pool, n) for n, pool in scorers.items() if pool.actors},
         teacher_samplers={
-            name: RolloutGroup(of, length) for name, of in writers.items() if of.actors
+            name: RolloutGroup(pool, length) for name, pool in writers.items() if pool.actors
         },
-        teacher_of=config.teacher_of,
-        distribution=config.teacher.distribution,
+        teacher_of=teacher.choose,
+        distribution=teacher.distribution,
     )
 
 
 def _learner(
     config: Config, plan: placement.Plan, group: Any, student_path: str, control: Control
 ) -> LearnerGroup | None:
-    """The group of ranks, not begun; None where the plan has none."""
+    """Return the group of ranks, not started, or None if the plan has none."""
     from actors.learner import LearnerRank
 
     cls, places = remote(LearnerRank), plan.role("learner")
@@ -197,33 +200,45 @@ class _Actors(NamedTuple):
     paid: bool = False
 
 
-def _student_engine(config: Config, student_path: str, checked: Checked) -> _Actors:
+def _student_engine(rollout: RolloutConfig, student_path: str, checked: Checked) -> _Actors:
     from actors.rollout import RolloutActor
 
-    start_args = (student_path, config.rollout, checked.max_model_len)
+    start_args = (student_path, rollout, checked.max_model_len)
     return _Actors(RolloutActor, (checked.stop_ids, "student"), start_args)
 
 
-def _teacher_actors(
-    config: Config, teacher: SingleTeacherConfig, checked: Checked
+def _local_teacher(
+    teacher: LocalTeacherConfig, student: StudentConfig, checked: Checked
 ) -> tuple[_Actors, _Actors]:
-    """Those that score and those that write."""
-    from actors.endpoint_teacher import ApiSampler, ApiScorer
     from actors.rollout import RolloutActor
     from actors.teacher import TeacherActor
 
-    if isinstance(teacher, EndpointTeacherConfig):
-        key = key_of(teacher)
-        writing = (teacher, key, expand(config.student.model))
-        return (
-            _Actors(ApiScorer, (), (teacher, key, checked.vocabulary), paid=True),
-            _Actors(ApiSampler, (checked.stop_ids,), writing, paid=True),
-        )
     engine = (expand(teacher.model), teacher.generation, checked.max_model_len)
     return (
         _Actors(TeacherActor, (), (teacher, checked.max_model_len, checked.vocabulary)),
         _Actors(RolloutActor, (checked.stop_ids, "teacher"), engine),
     )
+
+
+def _endpoint_teacher(
+    teacher: EndpointTeacherConfig, student: StudentConfig, checked: Checked
+) -> tuple[_Actors, _Actors]:
+    from actors.endpoint_teacher import ApiSampler, ApiScorer
+
+    key = key_of(teacher)
+    writing = (teacher, key, expand(student.model))
+    return (
+        _Actors(ApiScorer, (), (teacher, key, checked.vocabulary), paid=True),
+        _Actors(ApiSampler, (checked.stop_ids,), writing, paid=True),
+    )
+
+
+TEACHER_ACTORS: dict[str, Callable[[Any, StudentConfig, Checked], tuple[_Actors, _Actors]]] = {
+    "vllm": _local_teacher,
+    "hf": _local_teacher,
+    "openai": _endpoint_teacher,
+}
+"""By teacher kind, the actors that score and the actors that write."""
 
 
 def _largest(bundles: tuple[dict[str, float], ...]) -> str:

@@ -144,8 +144,8 @@ class TeacherGroup:
         copies = len(self.pool.actors)
         assigned = [(ordered[i::copies],) if i < len(ordered) else None for i in range(copies)]
         parts = self.pool.call("score", assigned, "scoring")
-        every = (score for part in parts for score in part or [])
-        scores = {score.sample_id: replace(score, teacher=self.name) for score in every}
+        all_scores = (score for part in parts for score in part or [])
+        scores = {score.sample_id: replace(score, teacher=self.name) for score in all_scores}
         missing = [r.sample_id for r in rollouts if r.sample_id not in scores]
         if missing:
             raise ActorError(

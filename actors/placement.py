@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from seqkd.config.resources import ActorsConfig
 from seqkd.config.run import Config
-from seqkd.config.teacher import EndpointTeacherConfig
+from seqkd.config.samplers import SAMPLERS
 from seqkd.errors import ResourceError
 
 Role = Literal["learner", "rollout", "teacher", "teacher_sampler"]
@@ -21,7 +21,7 @@ MiB. Else temporaries of some MiB go back to the kernel, which clears pages for 
 
 NO_AOT = {"VLLM_USE_AOT_COMPILE": "0"}
 """For vLLM on CPU cores: what it compiles ahead of time and saves it cannot load again (0.32), so
-each start compiles anew. Without that it finds torch's own cache."""
+each start compiles again. Without that it finds torch's own cache."""
 
 KEYS: dict[Role, tuple[str, str]] = {
     "learner": ("learner", "ranks"),
@@ -33,7 +33,7 @@ KEYS: dict[Role, tuple[str, str]] = {
 
 @dataclass(frozen=True)
 class ActorPlan:
-    """What one process of a role gets."""
+    """Resources of one process of a role."""
 
     role: Role
     index: int
@@ -44,7 +44,7 @@ class ActorPlan:
     bundle: int
     """Index of the placement-group bundle it is scheduled in."""
     teacher: str = ""
-    """Which of several teachers it is of."""
+    """Name of its teacher, if there are several."""
 
     def options(self, group: Any) -> dict[str, Any]:
         """Ray actor options, with thread counts from the request that placed the actor."""
@@ -124,31 +124,33 @@ class Plan:
 
 
 def needed(config: Config) -> set[Role]:
-    """Roles that some phase or the held-out evaluation calls."""
+    """Return the roles that some phase or the held-out evaluation calls."""
     terms = [term for _, phase in config.phases for term in phase.terms]
-    samplers = config.samplers
+    samplers = [SAMPLERS[name] for name in config.samplers]
     measured = config.evaluation.prompts > 0
-    asked = measured and not config.two_step  # else the journal has what the teacher said
+    asked = measured and not config.two_step  # else the teacher cache has what the teacher said
     roles: set[Role] = {"learner"}
-    if measured or samplers & {"student", "mixture"}:
+    if measured or any(sampler.on_student for sampler in samplers):
         roles.add("rollout")
-    if asked or samplers & {"teacher", "mixture"}:
+    if asked or any(sampler.on_teacher for sampler in samplers):
         roles.add("teacher_sampler")
     if (
         (asked and config.teacher.distribution)
-        or "mixture" in samplers
-        or any(t.objective.teacher_need != "nothing" for t in terms if t.sampler != "journal")
+        or any(sampler.weighted for sampler in samplers)
+        or any(
+            t.objective.teacher_need != "nothing" for t in terms if not SAMPLERS[t.sampler].recorded
+        )
     ):
         roles.add("teacher")
     return roles
 
 
 def recording(config: Config) -> set[Role]:
-    """Roles that writing what sampler=journal reads takes."""
-    terms = [t for _, phase in config.phases for t in phase.terms if t.sampler == "journal"]
+    """Return the roles that fill the cache which sampler=teacher_cache reads."""
+    terms = [t for _, phase in config.phases for t in phase.terms if SAMPLERS[t.sampler].recorded]
     measured = config.evaluation.prompts > 0 and config.two_step
     roles: set[Role] = set()
-    if measured or any(config.source(term.sampler) == "teacher" for term in terms):
+    if measured or any(SAMPLERS[config.source(t.sampler)].on_teacher for t in terms):
         roles.add("teacher_sampler")
     if (measured and config.teacher.distribution) or any(
         term.objective.teacher_need != "nothing" for term in terms
@@ -158,19 +160,18 @@ def recording(config: Config) -> set[Role]:
 
 
 Spec = tuple[Role, str, ActorsConfig]
-"""Of one role, of one teacher where there are several: its processes."""
+"""Role, name of the teacher, and its processes."""
 
 
 def plan(config: Config, roles: set[Role] | None = None) -> Plan:
-    """Processes and bundles of ``config``: of what it needs, or of ``roles``."""
+    """Return the processes and bundles of ``roles``, or of the roles that ``config`` needs."""
     chosen = needed(config) if roles is None else roles
     learner = ActorsConfig(
         actors=config.learner.ranks, cpus=config.learner.cpus, gpus=config.learner.gpus
     )
     specs: list[Spec] = [("learner", "", learner), ("rollout", "", config.rollout)]
     for name, teacher in config.teachers.items():
-        scoring = ActorsConfig() if isinstance(teacher, EndpointTeacherConfig) else teacher
-        specs += [("teacher_sampler", name, teacher.generation), ("teacher", name, scoring)]
+        specs += [("teacher_sampler", name, teacher.writing), ("teacher", name, teacher.scoring)]
     specs = [spec for spec in specs if spec[0] in chosen]
     return _split(specs) if config.placement == "split" else _colocated(specs)
 

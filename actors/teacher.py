@@ -10,7 +10,7 @@ from torch import Tensor
 from actors.cpu_matmul import use_onednn
 from actors.host_memory import to_host, wait_for_copies
 from actors.rollout import build_engine
-from seqkd.config.teacher import HfTeacherConfig, VllmTeacherConfig
+from seqkd.config.teacher import HfTeacherConfig, LocalTeacherConfig, VllmTeacherConfig
 from seqkd.learner import batching
 from seqkd.learner.student import check_head, last_hidden
 from seqkd.models.loading import expand, load_causal_lm
@@ -21,9 +21,7 @@ from seqkd.types import Rollout, TeacherScore
 class TeacherActor:
     """Scores rollouts with one frozen model."""
 
-    def start(
-        self, config: VllmTeacherConfig | HfTeacherConfig, max_model_len: int, vocabulary: int
-    ) -> None:
+    def start(self, config: LocalTeacherConfig, max_model_len: int, vocabulary: int) -> None:
         """Load the model. Apart from the constructor, so that a failure keeps its cause. Scores are
         over the first ``vocabulary`` tokens: what is beyond is padding of one of the two models."""
         self.top_k = config.top_k if config.scores == "top_k" else 0

@@ -121,9 +121,9 @@ class Reference:
         for name, field in fields:
             key = f"{path}.{name}" if path else name
             options = models(field.annotation)
-            default, about = shown_default(name, field), field.description or ""
+            default, about = shown_default(name, field), " ".join((field.description or "").split())
             if name == "kind" and selects_keys(model):
-                about, default = "Says which keys there are.", ""
+                about, default = "Kind, which determines the other keys.", ""
             if not options:
                 value = shown_type(field.annotation, field.metadata)
             elif len(options) == 1 and isinstance(field.default, BaseModel) and small(options[0]):

@@ -119,9 +119,9 @@ def request(args: argparse.Namespace) -> Request:
 def only_evaluated(config: Config, out: Path) -> Config:
     """The same models and data without what they are trained with, and a journal in ``out`` for
     what the teacher says."""
-    data = config.model_dump(mode="json", exclude={"warmup", "plus", "weight", "objective"})
+    data = config.model_dump(mode="json", exclude={"warmup", "extra_terms", "weight", "objective"})
     return Config.model_validate(
-        data | {"sampler": "teacher", "journal": {"path": str(out / "journal" / "teacher")}}
+        data | {"sampler": "teacher", "teacher_cache": {"path": str(out / "journal" / "teacher")}}
     )
 
 

@@ -18,6 +18,7 @@ from train import quiet
 
 from seqkd.config import run as configuration
 from seqkd.config.run import Config
+from seqkd.config.samplers import SAMPLERS
 from seqkd.console import run_command
 from seqkd.data.dataset import DataSets, read_data
 from seqkd.data.prompt_table import PromptTable
@@ -56,7 +57,7 @@ def show(config: Config, first: int, number: int) -> int:
         print(line)
     samplers = (term.sampler for _, phase in config.phases for term in phase.terms)
     for sampler in dict.fromkeys(map(config.source, samplers)):
-        rows = found.corpus if sampler == "corpus" else found.train
+        rows = found.corpus if SAMPLERS[sampler].plain_text else found.train
         if first >= len(rows):
             raise DataError(f"--row: {first + 1}: there are {len(rows)} prompts.")
         for index in range(first, min(first + number, len(rows))):
@@ -100,11 +101,11 @@ def lengths(name: str, values: np.ndarray) -> Iterator[str]:
 def example(prompt: Prompt, sampler: str, config: Config, tokenizer: Any, colour: bool) -> str:
     """The prompt's tokens, then what carries loss: the answer, or the place of a completion."""
     text = shown(prompt.token_ids, (), tokenizer, DIM, colour)
-    if sampler in ("dataset", "corpus"):
+    if SAMPLERS[sampler].from_data:
         assert prompt.reference_ids is not None
         text += shown(prompt.reference_ids, prompt.token_ids, tokenizer, GREEN, colour)
         return text + (" (cut: no end of sequence)" if prompt.reference_cut else "")
-    writer = "student or teacher" if sampler == "mixture" else sampler
+    writer = "student or teacher" if SAMPLERS[sampler].weighted else sampler
     place = f"<- the {writer} writes here, at most {config.rollout.max_tokens} tokens"
     return text + (f"{GREEN}{BOLD}{place}{RESET}" if colour else f"[{place}]")
 

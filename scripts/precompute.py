@@ -13,6 +13,7 @@ from train import quiet
 from seqkd.config import run as configuration
 from seqkd.config.phases import PhaseConfig
 from seqkd.config.run import Config
+from seqkd.config.samplers import RECORDED, SAMPLERS
 from seqkd.console import print_message, run_command
 from seqkd.errors import ConfigError
 
@@ -20,12 +21,14 @@ from seqkd.errors import ConfigError
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 done, 2 a message says what to mend or which actor failed, 1 a traceback."""
     parser = argparse.ArgumentParser(
-        description="Let the teacher write and score what sampler=journal reads, for "
+        description="Let the teacher write and score what sampler=teacher_cache reads, for "
         "scripts/train.py to learn from without it. Once more: what is there is kept.",
         epilog="Example: python scripts/precompute.py two_step.yaml && "
         "python scripts/train.py two_step.yaml",
     )
-    parser.add_argument("config", help="YAML file with journal.path and sampler: journal")
+    parser.add_argument(
+        "config", help="YAML file with teacher_cache.path and sampler: teacher_cache"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. steps=100")
     parser.add_argument("--verbose", action="store_true", help="show the libraries' own logs")
     args = parser.parse_intermixed_args(argv)
@@ -37,8 +40,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def precompute(config: Config, verbose: bool) -> int:
     """The checks, the teacher's actors, and every draw of the run."""
-    if "journal" not in config.samplers:
-        raise ConfigError("sampler: no term has sampler 'journal'. Add sampler=journal.")
+    if RECORDED not in config.samplers:
+        raise ConfigError(
+            "sampler: no term has sampler 'teacher_cache'. Add sampler=teacher_cache."
+        )
     if not verbose:
         quiet()
     from actors import build, placement
@@ -51,13 +56,13 @@ def precompute(config: Config, verbose: bool) -> int:
     checked = preflight.check(config)
     for warning in checked.warnings:
         print_message("warning", warning)
-    _, journals = open_caches(config, teacher_here=True)
-    for journal in journals.values():
-        print(f"journal: {journal.directory}", flush=True)
+    _, caches = open_caches(config, teacher_here=True)
+    for cache in caches.values():
+        print(f"teacher_cache: {cache.directory}", flush=True)
     roles = placement.recording(config)
     print(size(config, "teacher" in roles), flush=True)
     start = time.perf_counter()
-    steps = sum(p.steps for _, p in config.phases if "journal" in p.by_sampler)
+    steps = sum(p.steps for _, p in config.phases if RECORDED in p.by_sampler)
 
     control = Control(config.recovery, lambda text: print(text, flush=True))
 
@@ -78,8 +83,8 @@ def precompute(config: Config, verbose: bool) -> int:
             workers = replace(workers, learner=alone)
             for warning in check_workers(config, checked, workers, roles):
                 print_message("warning", warning)
-            keep_teachers(config, journals)
-            workers = with_caches(workers, config, checked.stop_ids, checked.vocabulary, journals)
+            keep_teachers(config, caches)
+            workers = with_caches(workers, config, checked.stop_ids, checked.vocabulary, caches)
             print(f"actors ready after {time.perf_counter() - start:.0f} s", flush=True)
             start = time.perf_counter()
             record(config, workers, checked, report)
@@ -89,13 +94,13 @@ def precompute(config: Config, verbose: bool) -> int:
 
 
 def size(config: Config, scored: bool) -> str:
-    """What the journal will take at most, before it is written."""
+    """What the teacher cache will take at most, before it is written."""
     from seqkd.teachers.cache import bytes_per_token
 
     tokens = config.rollout.max_tokens * sum(
         phase.steps * phase.prompts_per_step * samples(config, phase)
         for _, phase in config.phases
-        if "journal" in phase.by_sampler
+        if RECORDED in phase.by_sampler
     )
     each = 4  # the token itself
     if scored:
@@ -108,7 +113,7 @@ def size(config: Config, scored: bool) -> str:
 
 def samples(config: Config, phase: PhaseConfig) -> int:
     """Completions of one prompt."""
-    return config.samples_per_prompt(phase) if config.source("journal") == "teacher" else 1
+    return 1 if SAMPLERS[config.source(RECORDED)].from_data else config.samples_per_prompt(phase)
 
 
 if __name__ == "__main__":

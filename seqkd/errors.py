@@ -29,8 +29,8 @@ class DataError(SeqkdError):
     """A data set that cannot be read as prompts."""
 
 
-class JournalError(SeqkdError):
-    """A journal that lacks what a run needs of it, or cannot be read."""
+class TeacherCacheError(SeqkdError):
+    """A teacher cache or a replay log that lacks what a run needs of it, or cannot be read."""
 
 
 class CheckpointError(SeqkdError):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import xxhash
 
-from seqkd.errors import JournalError, StorageError
+from seqkd.errors import StorageError, TeacherCacheError
 
 
 def file_digest(file: Path) -> str:
@@ -29,11 +29,11 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def unwritable(file: Path, error: OSError) -> JournalError:
+def unwritable(file: Path, error: OSError) -> TeacherCacheError:
     """The error to raise where the disk refuses ``file``."""
-    return JournalError(
+    return TeacherCacheError(
         f"{file} cannot be written: {error.strerror or error}. What was written "
-        "before is kept. Make room, or name another journal.path or runs_dir."
+        "before is kept. Make room, or name another teacher_cache.path or runs_dir."
     )
 
 

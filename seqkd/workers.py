@@ -12,7 +12,7 @@ from seqkd.protocols import Finished, Learner, Sampler, StudentSampler, Teacher
 from seqkd.types import Prompt, Rollout, TeacherScore, WeightVersion
 
 Choose = Callable[[str, str], str]
-"""(tag, prompt_id) -> the teacher's name; see :meth:`seqkd.config.run.Config.teacher_of`."""
+"""(tag, prompt_id) -> the teacher's name; see ``choose`` of the teacher's configuration."""
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ SHARED = np.random.default_rng(7).normal(0, 0.25, PROMPTS)
 def write_comparison(parent, methods=METHODS, seeds=(0, 1, 2), missing=(), **changes):
     """A comparison and its entries; every run is finished but those of ``missing``, (method, seed)
     each."""
-    base = configuration("base", plus=[], **changes).model_dump(mode="json")
+    base = configuration("base", extra_terms=[], **changes).model_dump(mode="json")
     (parent / "base.yaml").write_text(yaml.safe_dump(base))
     given = {
         "name": "study",

@@ -33,7 +33,7 @@ def configuration(name, **changes):
                 "steps": WARMUP,
             },
             "sampler": "mixture",
-            "plus": [{"sampler": "dataset", "weight": 0.1}],
+            "extra_terms": [{"sampler": "dataset", "weight": 0.1}],
             "steps": MAIN,
             **changes,
         }

@@ -219,7 +219,7 @@ def record(file, overrides) -> None:
     checked = preflight.check(read)
     _, journals = open_caches(read, teacher_here=True)
     teacher = {"": Terse()}
-    workers = Workers(None, None, teacher, teacher, read.teacher_of, distribution=True)
+    workers = Workers(None, None, teacher, teacher, read.teacher.choose, distribution=True)
     keep_teachers(read, journals)
     workers = with_caches(workers, read, checked.stop_ids, checked.vocabulary, journals)
     precompute.record(read, workers, checked, lambda steps, tokens: None)

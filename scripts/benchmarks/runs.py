@@ -242,12 +242,14 @@ def growth(file: str, repetitions: int) -> list[Row]:
 def ahead(file: str, repetitions: int) -> list[Row]:
     """Compare a step that prefetches the next rollouts, one core per role, with the slower of
     sampling plus scoring and learning where the two alternate. At most two roles run at once."""
-    row = Row("overlap", "a step with rollout.max_staleness 1", "s", "the slower side alone", 1.15)
+    row = Row(
+        "overlap", "a step with rollout.max_off_policy_steps 1", "s", "the slower side alone", 1.15
+    )
     for _ in range(repetitions):
         with three_slots() as cluster:
             split = [*SPLIT, f"cluster={cluster}"]
             alternating = Run(file, split, ENVIRONMENT)
-            prefetched = Run(file, [*split, "rollout.max_staleness=1"], ENVIRONMENT)
+            prefetched = Run(file, [*split, "rollout.max_off_policy_steps=1"], ENVIRONMENT)
         slower = map(max, alternating.seconds("sample", "score"), alternating.seconds("learn"))
         row.extend(prefetched.seconds("step"), slower)
     return [row]

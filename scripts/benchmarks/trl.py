@@ -20,7 +20,6 @@ from benchmarks.runs import COMPILED, SCRIPTS, SPLIT, Training, three_slots, tra
 from seqkd.config import run as configuration
 from seqkd.config.base import Precision
 from seqkd.config.run import Config
-from seqkd.config.teacher import HfTeacherConfig, VllmTeacherConfig
 
 
 def compare(file: str, repetitions: int, precision: Precision = "float32") -> Iterator[Row]:
@@ -36,7 +35,7 @@ def compare(file: str, repetitions: int, precision: Precision = "float32") -> It
     total = Row("end to end", f"memory of all processes, {precision}", "GiB", "TRL's process")
     config = configuration.load(file)
     plain = [f"{role}.precision={precision}" for role in ("learner", "rollout", "teacher")]
-    prefetched = [*plain, *COMPILED, *SPLIT, "rollout.max_staleness=1"]
+    prefetched = [*plain, *COMPILED, *SPLIT, "rollout.max_off_policy_steps=1"]
     cases: list[tuple[Row, list[str], bool]] = [
         (step, plain, False), (compiled, [*plain, *COMPILED], False), (ahead, prefetched, False),
     ]  # fmt: skip
@@ -98,12 +97,13 @@ def _spec(config: Config, folder: str, precision: Precision) -> dict[str, Any]:
     from seqkd.models.export import materialize_student
     from seqkd.models.loading import expand
 
-    assert isinstance(config.teacher, VllmTeacherConfig | HfTeacherConfig)
+    teacher = config.teachers[""].local
+    assert teacher is not None
     checked = preflight.check(config)
     prompts = PromptStream(checked.train, config.seed).take(config.prompts_per_step * config.steps)
     return {
         "student": materialize_student(config.student, "float32", Path(folder) / "student"),
-        "teacher": expand(config.teacher.model),
+        "teacher": expand(teacher.model),
         "prompts": [[{"role": r, "content": c} for r, c in p.messages] for p in prompts],
         "batch": config.prompts_per_step,
         "steps": config.steps,

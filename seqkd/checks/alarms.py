@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from seqkd.checks.probe import tolerance
 from seqkd.config.alarms import AlarmConfig
 from seqkd.config.run import Config
-from seqkd.config.teacher import EndpointTeacherConfig
+from seqkd.config.samplers import ON_STUDENT, STUDENT_ALONE
 from seqkd.errors import LearningFault
 
 Row = Mapping[str, Any]
@@ -211,7 +211,7 @@ class StepAlarms:
 
 def _students(row: Row) -> list[str]:
     """Before the names of what the student wrote: other texts are no sign of its health."""
-    return [p for p in _prefixes(row) if (p[:-1] or row["sampler"]) in ("student", "mixture")]
+    return [p for p in _prefixes(row) if (p[:-1] or row["sampler"]) in ON_STUDENT]
 
 
 def _prefixes(row: Row) -> list[str]:
@@ -222,11 +222,11 @@ def _prefixes(row: Row) -> list[str]:
 def _gap_tolerance(config: Config, sampler: str) -> float:
     """Nats a token by which what draws may differ from what trains or scores."""
     precisions: list[str] = []
-    if sampler in ("student", "mixture"):
+    if sampler in ON_STUDENT:
         precisions += [config.rollout.precision, config.learner.precision]
-    if sampler != "student":
+    if sampler not in STUDENT_ALONE:
         for teacher in config.teachers.values():
             precisions.append(teacher.precision)
-            if not isinstance(teacher, EndpointTeacherConfig):
-                precisions.append(teacher.generation.precision)
+            if teacher.writing_precision:
+                precisions.append(teacher.writing_precision)
     return tolerance(*precisions)

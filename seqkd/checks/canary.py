@@ -13,7 +13,6 @@ from torch import Tensor
 from seqkd.checks.preflight import Checked
 from seqkd.checks.probe import UNIFORM, answers, distance, finite, scored_tokens, tolerance
 from seqkd.config.run import Config
-from seqkd.config.teacher import EndpointTeacherConfig
 from seqkd.errors import LearningFault
 from seqkd.protocols import Scores
 from seqkd.types import Rollout
@@ -282,8 +281,7 @@ class Canary:
         return UNIFORM[0] <= surprise <= UNIFORM[1]
 
     def _actors(self, name: str) -> int:
-        teacher = self.config.teachers[name]
-        return 1 if isinstance(teacher, EndpointTeacherConfig) else teacher.actors
+        return self.config.teachers[name].scoring.actors
 
     def _called(self, name: str) -> str:
         return f"teacher {name}" if name else "the teacher"

@@ -1,10 +1,10 @@
 """How much memory a plan needs, by estimate.
 
 Counted: weights, gradients and AdamW states by precision and ZeRO stage, activations that the
-longest micro-batch saves, key-value caches, output heads, published weights, teacher scores under
-way, and what a process on a CPU takes by importing its libraries. Left out: Ray's own processes,
-what allocators and DeepSpeed's communication buffers take, an engine's activations, the models that
-the driver loads and frees before the first step, and GPU processes' memory on the host. Nothing is
+longest micro-batch saves, key-value caches, output heads, published weights, teacher scores in
+transit, and the libraries that a process on a CPU imports. Not counted: Ray's own processes,
+allocators and DeepSpeed's communication buffers, an engine's activations, the models that the
+driver loads and frees before the first step, and GPU processes' memory on the host. No weights are
 read: a model's size is that of its architecture.
 
 Against a run of configs/benchmark.yaml on a CPU (resident memory, largest of a process; pages of
@@ -26,7 +26,7 @@ import torch
 from seqkd.config.resources import EngineConfig
 from seqkd.config.run import Config
 from seqkd.config.student import PruneInitConfig, StudentConfig
-from seqkd.config.teacher import EndpointTeacherConfig, HfTeacherConfig, VllmTeacherConfig
+from seqkd.config.teacher import LocalTeacherConfig
 from seqkd.errors import ResourceError
 from seqkd.models.loading import skeleton
 from seqkd.models.lora import adapted_layers
@@ -36,12 +36,13 @@ from seqkd.models.pruning import prune
 GIB = 2**30
 BYTES = {"float32": 4, "bfloat16": 2}
 LOSS_BYTES = {"cpu": (8, 80), "cuda": (14, 0)}
-"""What a loss holds of a chunk of states and of a block of it, by logit, beside the float32 sum of
-the head's gradient and its copy: measured with vocabularies of 49,152 and 151,936."""
+"""Bytes per logit that a loss holds of a chunk of states and of a block of it, in addition to the
+float32 sum of the head's gradient and its copy: measured with vocabularies of 49,152 and
+151,936."""
 LIBRARIES = {"torch": 0.45, "vllm": 0.7}
-"""GiB of a process on a CPU beside what it holds, measured with models of a few weights; pages that
-processes share are counted once."""
-MENDS = {
+"""GiB of a process on a CPU in addition to its data, measured with models of a few weights. Pages
+that processes share are counted once."""
+FIXES = {
     "learner": "Set learner.precision to bfloat16, learner.gradient_checkpointing to true, or "
     "learner.micro_batch_tokens, learner.ranks or rollout.max_tokens lower.",
     "rollout": "Set rollout.precision to bfloat16, or rollout.kv_cache_gib or rollout.actors "
@@ -55,18 +56,18 @@ MENDS = {
 
 @dataclass(frozen=True)
 class Need:
-    """What each process of a role needs."""
+    """Memory of each process of a role."""
 
     role: str
     processes: int
     parts: dict[str, float]
-    """GiB by what for, where its model is."""
+    """GiB by purpose, on the device of the role's model."""
     gpus: float = 0.0
-    """Of each process; above 0 the parts are GPU memory."""
+    """GPUs of each process. Above 0, ``parts`` is GPU memory."""
     utilization: float = 0.0
-    """The share of its GPUs that an engine takes, whatever it needs; 0 for others."""
-    of: str = ""
-    """Which of several teachers."""
+    """Share of its GPUs that an engine takes whatever it needs; 0 for other roles."""
+    teacher: str = ""
+    """Name of its teacher, if there are several."""
 
     @property
     def each(self) -> float:
@@ -80,12 +81,12 @@ class Need:
 
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {gib:.2f}" for name, gib in self.parts.items() if gib >= 0.005)
-        return f"{f'{self.role} {self.of}':<17}{self.processes} x {self.each:7.2f}  {parts}"
+        return f"{f'{self.role} {self.teacher}':<17}{self.processes} x {self.each:7.2f}  {parts}"
 
 
 @dataclass(frozen=True)
 class Size:
-    """Of one model."""
+    """Size of one model."""
 
     parameters: int
     head: int
@@ -95,14 +96,14 @@ class Size:
     """Elements that the backward pass of one token needs, without checkpointing."""
     layers: int
     adapters: int = 0
-    """Parameters of adapters, which learn in place of all others; 0 where the model itself does."""
+    """Parameters of the adapters, which are trained in place of all others; 0 without adapters."""
     adapted: int = 0
-    """Parameters of the weights that have one."""
+    """Parameters of the weights that have an adapter."""
 
 
 def size_of(model: Any, student: StudentConfig | None = None) -> Size:
-    """From a transformers config, of a teacher or of the student that is made from it; the weights
-    are not read."""
+    """Return the size of the model of a transformers config, or of the student that is initialized
+    from it. The weights are not read."""
     built: Any = skeleton(model)
     if student is not None and isinstance(student.init, PruneInitConfig):
         prune(built, student.init)
@@ -117,7 +118,7 @@ def size_of(model: Any, student: StudentConfig | None = None) -> Size:
         parameters=sum(p.numel() for p in built.parameters()),
         head=model.vocab_size * hidden,
         hidden=hidden,
-        # An adapter keeps A x beside its input.
+        # An adapter keeps A x in addition to its input.
         saved=layers * (7 * hidden + 4 * inner) + rank * len(adapted),
         layers=layers,
         adapters=sum(rank * (layer.in_features + layer.out_features) for layer in adapted),
@@ -128,18 +129,18 @@ def size_of(model: Any, student: StudentConfig | None = None) -> Size:
 def estimate(
     config: Config, student: Any, teachers: Mapping[str, Any], roles: Collection[str]
 ) -> list[Need]:
-    """Needs of every role in ``roles`` and of the driver; ``student`` and ``teachers`` (by name,
-    without those behind an endpoint) are transformers configs."""
-    ours = size_of(student, config.student)
-    theirs = {name: size_of(teacher) for name, teacher in teachers.items()}
-    needs = [_learner(config, ours, theirs)]
+    """Return the needs of all ``roles`` and of the driver. ``student`` and ``teachers`` (the local
+    ones, by name) are transformers configs."""
+    student_size = size_of(student, config.student)
+    teacher_sizes = {name: size_of(teacher) for name, teacher in teachers.items()}
+    needs = [_learner(config, student_size, teacher_sizes)]
     if "rollout" in roles:
-        needs.append(_engine("rollout", config.rollout, ours))
-    for name, size in theirs.items():
-        teacher = config.teachers[name]
-        assert not isinstance(teacher, EndpointTeacherConfig)
-        needs += [replace(need, of=name) for need in _teacher(teacher, size, roles)]
-    return [*needs, _driver(config, ours, theirs)]
+        needs.append(_engine("rollout", config.rollout, student_size))
+    for name, size in teacher_sizes.items():
+        teacher = config.teachers[name].local
+        assert teacher is not None
+        needs += [replace(need, teacher=name) for need in _teacher(teacher, size, roles)]
+    return [*needs, _driver(config, student_size, teacher_sizes)]
 
 
 def _learner(config: Config, student: Size, teachers: Mapping[str, Size]) -> Need:
@@ -192,16 +193,14 @@ def _engine(role: str, engine: EngineConfig, size: Size, head: int = 0) -> Need:
         return _need(
             role, engine.actors, parts, engine.gpus, utilization=engine.gpu_memory_utilization
         )
-    # A CPU engine computes with a packed copy of the head beside the embedding.
+    # A CPU engine computes with a packed copy of the head in addition to the embedding.
     parts |= {"packed head": size.head * width, "KV cache": engine.kv_cache_gib * GIB}
     return _need(role, engine.actors, parts, libraries="vllm")
 
 
-def _teacher(
-    teacher: VllmTeacherConfig | HfTeacherConfig, size: Size, roles: Collection[str]
-) -> Iterator[Need]:
+def _teacher(teacher: LocalTeacherConfig, size: Size, roles: Collection[str]) -> Iterator[Need]:
     width = BYTES[teacher.precision]
-    if "teacher" in roles and isinstance(teacher, HfTeacherConfig):
+    if "teacher" in roles and teacher.engine is None:
         # No pass back: what one layer works on at a time.
         working = teacher.batch_tokens * size.saved // size.layers
         parts: dict[str, float] = {
@@ -209,16 +208,16 @@ def _teacher(
             "activations": working * width,
         }
         yield _need("teacher", teacher.actors, parts, teacher.gpus)
-    elif "teacher" in roles:
-        assert isinstance(teacher, VllmTeacherConfig)
+    elif "teacher" in roles and teacher.engine is not None:
         head = 0 if teacher.scores == "hidden" else size.head * width
-        yield _engine("teacher", teacher, size, head)
+        yield _engine("teacher", teacher.engine, size, head)
     if "teacher_sampler" in roles:
         yield _engine("teacher_sampler", teacher.generation, size)
 
 
 def _driver(config: Config, student: Size, teachers: Mapping[str, Size]) -> Need:
-    """And the node's shared memory, where weights are published and scores pass through."""
+    """Return the needs of the driver and of the node's shared memory, which holds published weights
+    and scores in transit."""
     under_way = 0
     if config.teacher.scores == "hidden":
         completions = max(
@@ -249,24 +248,24 @@ def _need(
 
 
 Pool = tuple[float, float]
-"""GiB in all, and available now."""
+"""GiB in total, and available now."""
 
 
 def host_memory() -> Pool:
-    """Of this machine."""
+    """Return the memory of this machine."""
     memory = psutil.virtual_memory()
     return memory.total / GIB, memory.available / GIB
 
 
 def gpu_memory() -> list[Pool]:
-    """Of each GPU of this machine."""
+    """Return the memory of each GPU of this machine."""
     pairs = [torch.cuda.mem_get_info(i) for i in range(torch.cuda.device_count())]
     return [(total / GIB, free / GIB) for free, total in pairs]
 
 
 def check_memory(needs: Sequence[Need], host: Pool, gpus: Sequence[Pool]) -> str | None:
-    """ResourceError where the plan is beyond what the machine has, a warning where it is beyond
-    what is free now."""
+    """Return a warning if the plan needs more than is free now. Raises ResourceError if it needs
+    more than the machine has."""
     on_host = [need for need in needs if not need.gpus]
     on_gpus = [need for need in needs if need.gpus]
     warnings = [_compare("memory", sum(n.total for n in on_host), on_host, host)]
@@ -277,7 +276,7 @@ def check_memory(needs: Sequence[Need], host: Pool, gpus: Sequence[Pool]) -> str
             if need.each > room:
                 raise ResourceError(
                     f"{need.role}: {need.each:.1f} GiB by estimate do not fit into the "
-                    f"{room:.1f} GiB of GPU memory that each process has. {MENDS[need.role]}"
+                    f"{room:.1f} GiB of GPU memory that each process has. {FIXES[need.role]}"
                 )
         taken = sum(
             n.processes * (one * max(1.0, n.gpus) * n.utilization if n.utilization else n.each)
@@ -288,13 +287,13 @@ def check_memory(needs: Sequence[Need], host: Pool, gpus: Sequence[Pool]) -> str
     return "\n".join(w for w in warnings if w) or None
 
 
-def _compare(what: str, need: float, of: Sequence[Need], pool: Pool) -> str | None:
+def _compare(what: str, need: float, needs: Sequence[Need], pool: Pool) -> str | None:
     total, available = pool
     text = f"the plan needs {need:.1f} GiB of {what} by estimate, but this machine has {total:.1f}"
-    largest = max(of, key=lambda n: n.total, default=None)
+    largest = max(needs, key=lambda n: n.total, default=None)
     if largest is None or need <= available:
         return None
-    mend = f"most is for {largest.role} ({largest.total:.1f}). {MENDS[largest.role]}"
+    fix = f"most is for {largest.role} ({largest.total:.1f}). {FIXES[largest.role]}"
     if need > total:
-        raise ResourceError(f"{text}; {mend}")
-    return f"{text}, of which {available:.1f} are free now; {mend}"
+        raise ResourceError(f"{text}; {fix}")
+    return f"{text}, of which {available:.1f} are free now; {fix}"

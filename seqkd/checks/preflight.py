@@ -1,7 +1,7 @@
-"""Every check that needs no actor: models, tokenizers, lengths, data.
+"""Checks that need no actor: models, tokenizers, lengths, data.
 
-:func:`check` finds everything that makes the run impossible before it says so, and returns what
-the run needs, with warnings beside it.
+:func:`check` collects everything that makes the run impossible before it raises, and returns what
+the run needs, with warnings.
 """
 
 from __future__ import annotations
@@ -18,14 +18,11 @@ from seqkd.checks.tokenizers import (
     check_stop_ids,
     check_turn_end,
 )
+from seqkd.config.data import DataConfig
+from seqkd.config.rollout import RolloutConfig
 from seqkd.config.run import Config
 from seqkd.config.student import PruneInitConfig
-from seqkd.config.teacher import (
-    EndpointTeacherConfig,
-    HfTeacherConfig,
-    MultiTeacherConfig,
-    VllmTeacherConfig,
-)
+from seqkd.config.teacher import EndpointTeacherConfig, LocalTeacherConfig, TeacherConfig
 from seqkd.data.dataset import DataSets, read_data
 from seqkd.data.prompt_table import PromptTable
 from seqkd.errors import ConfigError, DataError, ModelError, SeqkdError
@@ -39,7 +36,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Checked:
-    """What the checks had to load anyway."""
+    """Results of the checks that the run needs."""
 
     tokenizer: Any
     stop_ids: tuple[int, ...]
@@ -49,14 +46,14 @@ class Checked:
     references: Mapping[str, Sequence[str]]
     """The data set's own answers to held-out prompts, by prompt id."""
     sources: tuple[str, ...]
-    """What was read from where, a line each."""
+    """One line for each source of data."""
     max_model_len: int
     vocabulary: int
     """Tokens that all models have."""
     student: Any
     """transformers config, before any pruning."""
     teachers: dict[str, Any]
-    """Likewise, by name, but for those behind an endpoint."""
+    """transformers configs of the local teachers, by name."""
     warnings: tuple[str, ...]
 
 
@@ -67,11 +64,11 @@ class Findings:
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     where: str = ""
-    """Put before each: which of several teachers it is about."""
+    """Prefix of each message: which of several teachers it is about."""
 
     def attempt(self, check: Callable[..., T], *args: Any) -> T | None:
-        """The check's result; None, with its error kept, where it fails or where an argument is
-        already missing because of an earlier failure."""
+        """Return the check's result, or None if the check fails, with its error kept, or if an
+        argument is None because of an earlier failure."""
         if any(arg is None for arg in args):
             return None
         try:
@@ -81,42 +78,44 @@ class Findings:
             return None
 
     def warn(self, check: Callable[..., str | None], *args: Any) -> None:
-        """The same for a check that may return a warning."""
+        """Run a check that may return a warning."""
         if warning := self.attempt(check, *args):
             self.warnings.append(self.where + warning)
 
 
 def check(config: Config, teacher_here: bool = True) -> Checked:
-    """Raises ConfigError with every error found, each beginning a line. Without its teacher a run
-    asks nothing of an endpoint."""
-    found = Findings()
+    """Return what the run needs. Raises ConfigError with all errors, one per line. Unless
+    ``teacher_here``, endpoints are not called."""
+    findings = Findings()
     students = config.student.model
-    student = found.attempt(load_config, students, "student.model")
-    tokenizer = found.attempt(load_tokenizer, students, "student.model") if student else None
+    student = findings.attempt(load_config, students, "student.model")
+    tokenizer = findings.attempt(load_tokenizer, students, "student.model") if student else None
     max_model_len = config.data.max_prompt_tokens + config.rollout.max_tokens
-    found.attempt(fits_context, student, "student.model", config)
+    findings.attempt(fits_context, student, "student.model", config.data, config.rollout)
     if isinstance(config.student.init, PruneInitConfig):
-        found.attempt(check_prune, student, config.student.init)
-    found.attempt(check_targets, student, config.student.lora)
-    stop_ids = _stop_ids(students, tokenizer, student, "student.model", found)
+        findings.attempt(check_prune, student, config.student.init)
+    findings.attempt(check_targets, student, config.student.lora)
+    stop_ids = _stop_ids(students, tokenizer, student, "student.model", findings)
     if config.data.chat:
-        found.attempt(check_turn_end, tokenizer, stop_ids)
+        findings.attempt(check_turn_end, tokenizer, stop_ids)
     teachers: dict[str, Any] = {}
-    for name, of in config.teachers.items():
-        found.where = f"teacher.members.{name}: " if name else ""
-        if not isinstance(of, EndpointTeacherConfig):
-            teachers[name] = _local_teacher(config, of, student, tokenizer, stop_ids, found)
-        elif teacher_here:
-            _endpoint(config, of, student, tokenizer, stop_ids, found)
-    found.where = ""
-    data = found.attempt(read_data, config, tokenizer, stop_ids)
-    found.attempt(every_tag_has_a_teacher, config, data)
-    if found.errors:
-        raise ConfigError("\n".join(found.errors))
+    for name, teacher in config.teachers.items():
+        findings.where = f"teacher.teachers.{name}: " if name else ""
+        if local := teacher.local:
+            teachers[name] = _local_teacher(
+                config.data, config.rollout, local, student, tokenizer, stop_ids, findings
+            )
+        if teacher_here and (endpoint := teacher.endpoint):
+            _endpoint(config.data, config.rollout, endpoint, student, tokenizer, stop_ids, findings)
+    findings.where = ""
+    data = findings.attempt(read_data, config, tokenizer, stop_ids)
+    findings.attempt(every_tag_has_a_teacher, config.teacher, config.data, data)
+    if findings.errors:
+        raise ConfigError("\n".join(findings.errors))
     assert tokenizer is not None and stop_ids is not None and data is not None
     vocabulary = min(model.vocab_size for model in (student, *teachers.values()))
     sources = tuple(map(str, data.summaries))
-    warnings = (*found.warnings, *data.warnings)
+    warnings = (*findings.warnings, *data.warnings)
     return Checked(
         tokenizer, stop_ids, data.train, data.heldout, data.corpus, data.references, sources,
         max_model_len, vocabulary, student, teachers, warnings,
@@ -124,98 +123,100 @@ def check(config: Config, teacher_here: bool = True) -> Checked:
 
 
 def _endpoint(
-    config: Config,
+    data: DataConfig,
+    rollout: RolloutConfig,
     teacher: EndpointTeacherConfig,
     student: Any,
     tokenizer: Any,
     stop_ids: tuple[int, ...] | None,
-    found: Findings,
+    findings: Findings,
 ) -> None:
-    client = found.attempt(check_endpoint, teacher)
+    client = findings.attempt(check_endpoint, teacher)
     if teacher.tokenizer is not None:
-        other = found.attempt(load_tokenizer, teacher.tokenizer, "teacher.tokenizer")
-        found.attempt(check_same_tokenizer, tokenizer, other, "teacher.tokenizer", _plain(config))
-        ends = found.attempt(end_of_sequence_ids, teacher.tokenizer, other, "teacher.tokenizer")
-        found.warn(check_same_stop_ids, stop_ids, ends, other)
+        other = findings.attempt(load_tokenizer, teacher.tokenizer, "teacher.tokenizer")
+        findings.attempt(check_same_tokenizer, tokenizer, other, "teacher.tokenizer", _plain(data))
+        ends = findings.attempt(end_of_sequence_ids, teacher.tokenizer, other, "teacher.tokenizer")
+        findings.warn(check_same_stop_ids, stop_ids, ends, other)
     if student is not None:
-        found.attempt(check_answers, client, tokenizer, student.vocab_size, config)
+        findings.attempt(check_answers, client, tokenizer, student.vocab_size, data, rollout)
 
 
 def _local_teacher(
-    config: Config,
-    of: VllmTeacherConfig | HfTeacherConfig,
+    data: DataConfig,
+    rollout: RolloutConfig,
+    local: LocalTeacherConfig,
     student: Any,
     tokenizer: Any,
     stop_ids: tuple[int, ...] | None,
-    found: Findings,
+    findings: Findings,
 ) -> Any:
-    name = of.model
-    teacher = found.attempt(load_config, name, "teacher.model")
-    found.attempt(fits_context, teacher, "teacher.model", config)
+    name = local.model
+    teacher = findings.attempt(load_config, name, "teacher.model")
+    findings.attempt(fits_context, teacher, "teacher.model", data, rollout)
     if student and teacher and student.vocab_size != teacher.vocab_size:
-        found.warnings.append(
-            f"{found.where}student.model has {student.vocab_size} output rows, teacher.model "
+        findings.warnings.append(
+            f"{findings.where}student.model has {student.vocab_size} output rows, teacher.model "
             f"{teacher.vocab_size}: divergences use the first "
             f"{min(student.vocab_size, teacher.vocab_size)}, the rest is padding."
         )
-    found.attempt(top_k_fits, teacher, of)
-    other = found.attempt(load_tokenizer, name, "teacher.model") if teacher else None
-    found.attempt(check_same_tokenizer, tokenizer, other, "teacher.model", _plain(config))
-    stops = _stop_ids(name, other, teacher, "teacher.model", found)
-    found.warn(check_same_stop_ids, stop_ids, stops, other)
-    if config.data.chat:
-        found.warn(check_same_template, tokenizer, other, of.other_template, config.data)
+    findings.attempt(top_k_fits, teacher, local)
+    other = findings.attempt(load_tokenizer, name, "teacher.model") if teacher else None
+    findings.attempt(check_same_tokenizer, tokenizer, other, "teacher.model", _plain(data))
+    stops = _stop_ids(name, other, teacher, "teacher.model", findings)
+    findings.warn(check_same_stop_ids, stop_ids, stops, other)
+    if data.chat:
+        findings.warn(check_same_template, tokenizer, other, local.allow_template_mismatch, data)
     return teacher
 
 
-def _plain(config: Config) -> bool:
-    """Whether the tokenizer, and not a template, puts the special tokens around a text."""
-    return not config.data.chat or config.data.corpus_path is not None
+def _plain(data: DataConfig) -> bool:
+    """Return whether the tokenizer, not a template, adds the special tokens around a text."""
+    return not data.chat or data.corpus_path is not None
 
 
 def _stop_ids(
-    name: str, tokenizer: Any, model: Any, field: str, found: Findings
+    name: str, tokenizer: Any, model: Any, field: str, findings: Findings
 ) -> tuple[int, ...] | None:
-    """What ends a model's completions."""
-    ids = found.attempt(end_of_sequence_ids, name, tokenizer, field)
-    found.attempt(check_stop_ids, ids, tokenizer, model and model.vocab_size, field)
+    """Return the ids that end a model's completions."""
+    ids = findings.attempt(end_of_sequence_ids, name, tokenizer, field)
+    findings.attempt(check_stop_ids, ids, tokenizer, model and model.vocab_size, field)
     return ids
 
 
-def fits_context(model: Any, name: str, config: Config) -> None:
-    """ModelError where the longest prompt and completion exceed a model's context. The last token
-    of a completion is read by no scorer, but vLLM wants room for it: a request to sample is refused
-    unless its prompt is shorter than ``max_model_len``, one to score unless it fits."""
-    prompt, completion = config.data.max_prompt_tokens, config.rollout.max_tokens
+def fits_context(model: Any, name: str, data: DataConfig, rollout: RolloutConfig) -> None:
+    """Raise ModelError if the longest prompt and completion exceed a model's context.
+
+    No scorer reads the last token of a completion, but vLLM requires room for it: it refuses to
+    sample unless the prompt is shorter than ``max_model_len``, and to score unless the text fits.
+    """
+    prompt, completion = data.max_prompt_tokens, rollout.max_tokens
     context = getattr(model, "max_position_embeddings", None)
     if context and prompt + completion > context:
         raise ModelError(
             f"{name}: data.max_prompt_tokens {prompt} + rollout.max_tokens {completion} = "
             f"{prompt + completion} is beyond its context of {context}. Lower one of the two."
         )
-    pieces = config.data.corpus_tokens if config.data.corpus_path else 0
+    pieces = data.corpus_tokens if data.corpus_path else 0
     if context and pieces > context:
         raise ModelError(
             f"{name}: data.corpus_tokens {pieces} is beyond its context of {context}. Lower it."
         )
 
 
-def every_tag_has_a_teacher(config: Config, data: DataSets) -> None:
-    """DataError for a row that none of several teachers may have."""
-    if not isinstance(config.teacher, MultiTeacherConfig):
-        return
-    tables = (table for table in (data.train, data.heldout) if isinstance(table, PromptTable))
+def every_tag_has_a_teacher(teacher: TeacherConfig, data: DataConfig, read: DataSets) -> None:
+    """Raise DataError for a row that none of several teachers may have."""
+    tables = (table for table in (read.train, read.heldout) if isinstance(table, PromptTable))
     tags: set[str] = set().union(*(table.tags() for table in tables))
     for tag in sorted(tags):
-        if not config.teacher.candidates(tag):
+        if not teacher.candidates(tag):
             raise DataError(
-                f"data.tag_key: no teacher may have rows with {config.data.tag_key} {tag!r}. Add "
-                "it to the tags of one of teacher.members, or one without tags, which may have all."
+                f"data.tag_key: no teacher may have rows with {data.tag_key} {tag!r}. Add "
+                "it to the tags of one of teacher.teachers, or add a teacher without tags."
             )
 
 
-def top_k_fits(model: Any, teacher: VllmTeacherConfig | HfTeacherConfig) -> None:
-    """ModelError unless the teacher's vocabulary has more than ``top_k`` tokens."""
+def top_k_fits(model: Any, teacher: LocalTeacherConfig) -> None:
+    """Raise ModelError unless the teacher's vocabulary has more than ``top_k`` tokens."""
     if teacher.scores == "top_k" and teacher.top_k >= model.vocab_size:
         raise ModelError(
             f"teacher.top_k: {teacher.top_k} is not below the teacher's vocabulary of "

@@ -1,6 +1,6 @@
-"""Checks with the actors up, before the first step: known texts are scored and compared.
+"""Checks with running actors before the first step: known texts are scored and compared.
 
-Few and short sequences; no step is taken and no state changed.
+The texts are few and short. No step is taken and no state is changed.
 """
 
 from __future__ import annotations
@@ -24,8 +24,11 @@ from seqkd.checks.probe import (
     scored_tokens,
     tolerance,
 )
+from seqkd.config.data import DataConfig
+from seqkd.config.learner import LearnerConfig
+from seqkd.config.rollout import RolloutConfig
 from seqkd.config.run import Config
-from seqkd.config.teacher import EndpointTeacherConfig, HfTeacherConfig, VllmTeacherConfig
+from seqkd.config.teacher import LocalTeacherConfig
 from seqkd.errors import ModelError
 from seqkd.models.loading import load_causal_lm
 from seqkd.protocols import Sampler
@@ -33,26 +36,26 @@ from seqkd.types import Prompt, Rollout
 from seqkd.workers import Workers
 
 REFERENCE_GIB = 4.0
-"""Largest checkpoint that the driver loads for a forward pass of its own."""
+"""Size of the largest checkpoint that the driver loads for its own forward pass."""
 
 
 def check_workers(
     config: Config, checked: Checked, workers: Workers, roles: Collection[str]
 ) -> list[str]:
-    """Warnings; ModelError with every error found, each on a line. ``roles`` are those that have
+    """Return warnings. Raises ModelError with all errors, one per line. ``roles`` are those with
     actors.
 
-    A teacher must score every token, the same twice, as an independent forward pass does, better
-    than by guessing, and with the whole prompt in view; what samples must give its tokens the
-    log-probs of what scores them.
+    A teacher must score every token, twice the same, equal to an independent forward pass, better
+    than by guessing, and with the whole prompt in view. An engine that samples must give its tokens
+    the log-probs of the model that scores them.
     """
     errors: list[str] = []
     warnings: list[str] = []
     if "rollout" in roles:
-        errors += _student_agrees(config, checked, workers)
+        errors += _student_agrees(config.rollout, config.learner, checked, workers)
     for name, teacher in config.teachers.items():
-        if "teacher" in roles and not isinstance(teacher, EndpointTeacherConfig):
-            echo = _Echo(name, teacher, config, checked, workers)
+        if "teacher" in roles and (local := teacher.local):
+            echo = _Echo(name, local, config.data, config.rollout, checked, workers)
             errors += echo.errors(sampling="teacher_sampler" in roles)
             warnings += echo.warnings
     if errors:
@@ -60,11 +63,13 @@ def check_workers(
     return warnings
 
 
-def _student_agrees(config: Config, checked: Checked, workers: Workers) -> list[str]:
-    drawn = _draw(workers.student, checked, config.rollout.actors)
+def _student_agrees(
+    rollout: RolloutConfig, learner: LearnerConfig, checked: Checked, workers: Workers
+) -> list[str]:
+    drawn = _draw(workers.student, checked, rollout.actors)
     measured = workers.learner.measure(drawn, {})
     gap = _gap([(r, torch.tensor(measured[r.sample_id]["student_logprob"])) for r in drawn])
-    most = tolerance(config.rollout.precision, config.learner.precision)
+    most = tolerance(rollout.precision, learner.precision)
     if gap <= most:
         return []
     return [
@@ -76,56 +81,60 @@ def _student_agrees(config: Config, checked: Checked, workers: Workers) -> list[
 
 
 class _Echo:
-    """One teacher's answers to known texts."""
+    """Checks of one teacher's answers to known texts."""
 
     def __init__(
         self,
         name: str,
-        teacher: VllmTeacherConfig | HfTeacherConfig,
-        config: Config,
+        teacher: LocalTeacherConfig,
+        data: DataConfig,
+        rollout: RolloutConfig,
         checked: Checked,
         workers: Workers,
     ) -> None:
         self.name, self.teacher, self.workers = name, teacher, workers
-        self.config, self.checked = config, checked
+        self.data, self.rollout, self.checked = data, rollout, checked
         self.most = tolerance(teacher.precision)
         self.warnings: list[str] = []
 
     def errors(self, sampling: bool) -> list[str]:
-        """Every fault of the scores; only the first kind where tokens lack them."""
+        """Return all faults of the scores, or only that scores are missing."""
         copies = answers(self.checked, "echo", max(2, self.teacher.actors))
-        others = _full_length(self.config, self.checked)
+        others = _full_length(self.data.max_prompt_tokens, self.checked)
         once = self.logprobs(copies)
         again = self.logprobs([copies[0], *others])  # in other company than before
         if once is None or again is None:
             return [self.missing]
         echo = again[0]
-        found = [self.differs_from_itself([*once, echo])]
-        if found == [None]:  # what follows compares one answer with another
-            found += [self.differs_from_the_checkpoint(copies[0], echo), self.truncates(*again[1:])]
-            found += [self.differs_from_its_sampler()] if sampling else []
-        found.append(self.guesses(echo))
-        return [error for error in found if error]
+        faults = [self.differs_from_itself([*once, echo])]
+        if faults == [None]:  # what follows compares one answer with another
+            faults += [
+                self.differs_from_the_checkpoint(copies[0], echo),
+                self.truncates(*again[1:]),
+            ]
+            faults += [self.differs_from_its_sampler()] if sampling else []
+        faults.append(self.guesses(echo))
+        return [error for error in faults if error]
 
     @property
     def missing(self) -> str:
         return (
             f"{self._name} tokens of a known text came back without a log-prob, or with one that "
-            "is no number. Nothing can be learnt from such scores. Run with --verbose for the "
+            "is no number. Such scores cannot be trained on. Run with --verbose for the "
             f"teacher's own log{self._without_engine}."
         )
 
     def logprobs(self, rollouts: Sequence[Rollout]) -> list[Tensor] | None:
-        """[T] a rollout; None where a token has none."""
+        """Return [T] log-probs per rollout, or None if a token has none."""
         scores = self.workers.teachers[self.name].score(rollouts)
         if any(scored_tokens(scores[r.sample_id]) != len(r.completion_ids) for r in rollouts):
             return None
         measured = self.workers.learner.measure(rollouts, scores)
-        found = [torch.tensor(measured[r.sample_id]["teacher_logprob"]) for r in rollouts]
-        return found if all(map(finite, found)) else None
+        values = [torch.tensor(measured[r.sample_id]["teacher_logprob"]) for r in rollouts]
+        return values if all(map(finite, values)) else None
 
     def differs_from_itself(self, answers: list[Tensor]) -> str | None:
-        """The same text, on every actor and in two batches."""
+        """Compare scores of the same text from all actors and in two batches."""
         gap = max(distance(answers[0], answer) for answer in answers)
         if gap <= self.most:
             return None
@@ -137,7 +146,7 @@ class _Echo:
         )
 
     def differs_from_the_checkpoint(self, rollout: Rollout, echo: Tensor) -> str | None:
-        """Against a transformers forward pass on the driver, where the model is small enough."""
+        """Compare with a transformers forward pass on the driver, if the model is small enough."""
         model = self.checked.teachers[self.name]
         expected = _forward(self.teacher, model, self.checked.vocabulary, rollout)
         if expected is None or (gap := distance(expected, echo)) <= self.most:
@@ -150,7 +159,7 @@ class _Echo:
         )
 
     def differs_from_its_sampler(self) -> str | None:
-        """The engine with which the teacher writes, against the one with which it scores."""
+        """Compare the engine with which the teacher writes with the one with which it scores."""
         generation = self.teacher.generation
         sampler = self.workers.teacher_samplers[self.name]
         drawn = _draw(sampler, self.checked, generation.actors)
@@ -174,7 +183,7 @@ class _Echo:
         noise = (full - again).abs().max().item()
         if (full - changed).abs().max().item() > max(3 * noise, 1e-6):
             return None
-        prompt, completion = self.config.data.max_prompt_tokens, self.config.rollout.max_tokens
+        prompt, completion = self.data.max_prompt_tokens, self.rollout.max_tokens
         return (
             f"{self._name} scores after a prompt of data.max_prompt_tokens = {prompt} and up to "
             f"rollout.max_tokens = {completion} do not depend on the prompt's first token: the "
@@ -183,7 +192,7 @@ class _Echo:
         )
 
     def guesses(self, echo: Tensor) -> str | None:
-        """No better than an untrained head: an error; worse: a warning."""
+        """Return an error if scores are as of an untrained head. Worse scores are a warning."""
         uniform = math.log(self.checked.vocabulary)
         surprise = -echo.mean().item()
         if surprise < UNIFORM[0] * uniform:
@@ -192,7 +201,7 @@ class _Echo:
         if surprise > UNIFORM[1] * uniform:
             self.warnings.append(
                 f"{text}, less than a uniform guess has ({-uniform:.2f}). A model of random "
-                "weights does that, one that has learnt a language does not."
+                "weights does that, a trained language model does not."
             )
             return None
         return (
@@ -202,34 +211,33 @@ class _Echo:
 
     @property
     def _without_engine(self) -> str:
-        engine = isinstance(self.teacher, VllmTeacherConfig)
-        return ", or set teacher.kind to hf to leave the engine out" if engine else ""
+        return ", or set teacher.kind to hf to leave the engine out" if self.teacher.engine else ""
 
     @property
     def _name(self) -> str:
         return f"teacher.model: {self.teacher.model!r}:"
 
 
-def _full_length(config: Config, checked: Checked) -> list[Rollout]:
-    """The longest text that the run allows, the same once more, and with another first token."""
+def _full_length(prompt: int, checked: Checked) -> list[Rollout]:
+    """Return the longest text that the run allows, with ``prompt`` tokens of prompt, the same text
+    again, and the text with another first token."""
     words = english(checked)
     text = (words * -(-checked.max_model_len // len(words)))[: checked.max_model_len]
     other = next(i for i in words if i != text[0])
     texts = {"full": text, "again": text, "changed": (other, *text[1:])}
-    prompt = config.data.max_prompt_tokens
     return [as_rollout(name, ids[:prompt], ids[prompt:]) for name, ids in texts.items()]
 
 
 def _draw(sampler: Sampler, checked: Checked, engines: int) -> list[Rollout]:
-    """One completion for every engine."""
+    """Return one completion for every engine."""
     prompts: list[Prompt] = [checked.train[i % len(checked.train)] for i in range(engines)]
     return sampler.sample(prompts, [1] * engines, seed=0)
 
 
 def _forward(
-    teacher: VllmTeacherConfig | HfTeacherConfig, config: Any, vocabulary: int, rollout: Rollout
+    teacher: LocalTeacherConfig, config: Any, vocabulary: int, rollout: Rollout
 ) -> Tensor | None:
-    """[T] log-probs by transformers, from the checkpoint; None where that would be too large."""
+    """Return [T] log-probs by transformers from the checkpoint, or None if it is too large."""
     from seqkd.checks.memory import BYTES, GIB, size_of
 
     size = size_of(config).parameters * BYTES[teacher.precision]
@@ -239,10 +247,10 @@ def _forward(
     ids = torch.tensor([[*rollout.prompt_ids, *rollout.completion_ids]])
     with torch.inference_mode():
         logits = model(ids).logits[0, len(rollout.prompt_ids) - 1 : -1, :vocabulary]
-    every = torch.log_softmax(logits.float(), -1)
-    return every.gather(-1, torch.tensor(rollout.completion_ids)[:, None]).squeeze(-1)
+    logprobs = torch.log_softmax(logits.float(), -1)
+    return logprobs.gather(-1, torch.tensor(rollout.completion_ids)[:, None]).squeeze(-1)
 
 
 def _gap(pairs: Sequence[tuple[Rollout, Tensor]]) -> float:
-    """The largest mean difference between sampled and measured log-probs of one rollout."""
+    """Return the largest mean difference of one rollout's sampled and measured log-probs."""
     return max(distance(torch.tensor(r.rollout_logprobs), scored) for r, scored in pairs)

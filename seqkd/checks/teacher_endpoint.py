@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from seqkd.config.run import Config
+from seqkd.config.data import DataConfig
+from seqkd.config.rollout import RolloutConfig
 from seqkd.config.teacher import EndpointTeacherConfig
 from seqkd.errors import ModelError
 from seqkd.teachers.endpoint import UNREADABLE, EndpointClient, Request, cause, key_of, same_model
@@ -42,7 +43,7 @@ def check_endpoint(config: EndpointTeacherConfig) -> EndpointClient:
     except (*UNREADABLE, openai.OpenAIError) as error:
         raise ModelError(
             f"teacher.base_url: {config.base_url} does not list its models: {cause(error, key)}. "
-            f"Check the address (it mostly ends in /v1) and the key in {config.key_env}."
+            f"Check the address (it mostly ends in /v1) and the key in {config.api_key_env}."
         ) from None
     if not any(same_model(name, config.model) for name in served):
         raise ModelError(
@@ -60,18 +61,24 @@ def _served(client: Any) -> list[str]:
     return [model.id for model in client.models.list()]
 
 
-def check_answers(client: EndpointClient, tokenizer: Any, vocabulary: int, config: Config) -> None:
+def check_answers(
+    client: EndpointClient,
+    tokenizer: Any,
+    vocabulary: int,
+    data: DataConfig,
+    rollout: RolloutConfig,
+) -> None:
     """At most six requests of at most one prompt and completion each. ModelError (or ActorError,
     from the client) where prompts are truncated or another model answers; where scores are wanted,
     also where they are missing, do not repeat, are near-uniform over ``vocabulary`` tokens or are
     not those of ``teacher.checkpoint``."""
-    teacher, longest = client.config, config.data.max_prompt_tokens
-    if teacher.scores == "none" or teacher.api == "chat":
+    teacher, longest = client.config, data.max_prompt_tokens
+    if teacher.by_text:
         _reads_all_text(client, tokenizer, longest)
     if teacher.scores == "none":
         return
     # As long as the longest that will be scored; its start differs from all that follows it.
-    ids = _tokens(tokenizer, longest + config.rollout.max_tokens)
+    ids = _tokens(tokenizer, longest + rollout.max_tokens)
     changed = [ids[1], *ids[1:]]
     top_k = teacher.top_k if teacher.scores == "top_k" else 0
     first, second, third = (s.logprobs for s in client.score([ids, ids, changed], top_k))
@@ -147,8 +154,8 @@ def _is_the_checkpoint(teacher: EndpointTeacherConfig, ids: list[int], served: l
     tokens = torch.tensor([ids])
     with torch.inference_mode():
         states = last_hidden(model, tokens, torch.ones_like(tokens))[0, :-1]
-        ours, _, _ = head_of(model).logprobs(states, tokens[0, 1:])
-    gap = (ours - torch.tensor(served[: len(ours)])).abs().max().item()
+        expected, _, _ = head_of(model).logprobs(states, tokens[0, 1:])
+    gap = (expected - torch.tensor(served[: len(expected)])).abs().max().item()
     tolerance = TOLERANCE[teacher.precision][1]
     if not gap <= tolerance:
         raise ModelError(

@@ -39,38 +39,46 @@ def check_same_tokenizer(student: Any, teacher: Any, field: str, plain_text: boo
     around a text; a chat template puts its own."""
     difference = next(_differences(student, teacher), None)
     if difference is None and plain_text:
-        ours, theirs = (t("a").input_ids for t in (student, teacher))
-        if ours != theirs:
-            difference = f"the text 'a' is {ours} to the student, {theirs} to the teacher"
+        student_ids, teacher_ids = (t("a").input_ids for t in (student, teacher))
+        if student_ids != teacher_ids:
+            difference = (
+                f"the text 'a' is {student_ids} to the student, {teacher_ids} to the teacher"
+            )
     if difference:
-        mend = (
+        fix = (
             "Choose models with the same tokenizer."
             if field == "teacher.model"
             else "Scores are of the same tokens: set teacher.scores to none and sampler to teacher."
         )
         raise ModelError(
-            f"{field}: its tokenizer differs from that of student.model: {difference}. {mend}"
+            f"{field}: its tokenizer differs from that of student.model: {difference}. {fix}"
         )
 
 
 def _differences(student: Any, teacher: Any) -> Iterator[str]:
     """What differs, the gravest first, each with an example."""
-    ours, theirs = student.get_vocab(), teacher.get_vocab()
-    if ours != theirs:
-        differing = [t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t)]
+    student_vocabulary, teacher_vocabulary = student.get_vocab(), teacher.get_vocab()
+    if student_vocabulary != teacher_vocabulary:
+        differing = [
+            t
+            for t in student_vocabulary.keys() | teacher_vocabulary.keys()
+            if student_vocabulary.get(t) != teacher_vocabulary.get(t)
+        ]
         example = min(differing)
         yield (
             f"{len(differing)} tokens of the vocabulary, such as {example!r} (student "
-            f"{ours.get(example)}, teacher {theirs.get(example)})"
+            f"{student_vocabulary.get(example)}, teacher {teacher_vocabulary.get(example)})"
         )
     if student.is_fast and teacher.is_fast:
-        a, b = _rules(student), _rules(teacher)
-        for part in dict.fromkeys((*a, *b)):
-            if a.get(part) != b.get(part):
-                yield f"{part} ({_example(a.get(part), b.get(part))})"
+        student_rules, teacher_rules = _rules(student), _rules(teacher)
+        for part in dict.fromkeys((*student_rules, *teacher_rules)):
+            if student_rules.get(part) != teacher_rules.get(part):
+                yield f"{part} ({_example(student_rules.get(part), teacher_rules.get(part))})"
     for text in PROBES:
-        a, b = (t(text, add_special_tokens=False).input_ids for t in (student, teacher))
-        if a != b:
+        student_ids, teacher_ids = (
+            t(text, add_special_tokens=False).input_ids for t in (student, teacher)
+        )
+        if student_ids != teacher_ids:
             yield f"they split {text!r} differently"
 
 
@@ -90,12 +98,12 @@ def _rules(tokenizer: Any) -> dict[str, Any]:
     }
 
 
-def _example(ours: Any, theirs: Any) -> str:
+def _example(student: Any, teacher: Any) -> str:
     where = ""
-    if isinstance(ours, list) and isinstance(theirs, list):
-        pairs = enumerate(zip_longest(ours, theirs))
-        where, (ours, theirs) = next((f"number {i}: ", p) for i, p in pairs if p[0] != p[1])
-    return f"{where}student {_short(ours)}, teacher {_short(theirs)}"
+    if isinstance(student, list) and isinstance(teacher, list):
+        pairs = enumerate(zip_longest(student, teacher))
+        where, (student, teacher) = next((f"number {i}: ", p) for i, p in pairs if p[0] != p[1])
+    return f"{where}student {_short(student)}, teacher {_short(teacher)}"
 
 
 def _short(value: Any) -> str:
@@ -108,11 +116,11 @@ def _short(value: Any) -> str:
 
 def check_stop_ids(ids: tuple[int, ...], tokenizer: Any, vocabulary: int, field: str) -> None:
     """ModelError unless each is a token of the tokenizer and of the model's ``vocabulary`` rows."""
-    known = set(tokenizer.get_vocab().values())
+    token_ids = set(tokenizer.get_vocab().values())
     for i in ids:
-        if i not in known or i >= vocabulary:
+        if i not in token_ids or i >= vocabulary:
             raise ModelError(
-                f"{field}: end-of-sequence id {i} is no token of its tokenizer ({len(known)} "
+                f"{field}: end-of-sequence id {i} is no token of its tokenizer ({len(token_ids)} "
                 f"tokens) and model ({vocabulary} output rows). Correct eos_token_id in its "
                 "generation_config.json."
             )
@@ -127,7 +135,7 @@ def check_same_stop_ids(
         raise ModelError(
             f"teacher.model: ends with {_named(missing, tokenizer)}, but completions stop only at "
             f"the student's {_named(student, tokenizer)}; they would run on to "
-            f"rollout.max_tokens. {_mend(student, missing)}"
+            f"rollout.max_tokens. {_fix(student, missing)}"
         )
     if extra := [i for i in student if i not in teacher]:
         return (
@@ -152,11 +160,11 @@ def check_turn_end(tokenizer: Any, stop_ids: tuple[int, ...]) -> None:
         raise ModelError(
             f"student.model: its chat template ends an answer with {_named(end[:1], tokenizer)}, "
             f"but completions stop only at {_named(stop_ids, tokenizer)}; they would run on to "
-            f"rollout.max_tokens. {_mend(stop_ids, end[:1])}"
+            f"rollout.max_tokens. {_fix(stop_ids, end[:1])}"
         )
 
 
-def _mend(stop_ids: tuple[int, ...], missing: list[int]) -> str:
+def _fix(stop_ids: tuple[int, ...], missing: list[int]) -> str:
     ids = list(dict.fromkeys((*stop_ids, *missing)))
     return f"Set eos_token_id in the student's generation_config.json to {ids}."
 
@@ -169,11 +177,11 @@ def _named(ids: Any, tokenizer: Any) -> str:
 
 
 def check_same_template(
-    student: Any, teacher: Any, other_template: bool, data: DataConfig
+    student: Any, teacher: Any, allow_template_mismatch: bool, data: DataConfig
 ) -> str | None:
     """ModelError with a diff where the two chat templates render a prompt differently; only a
-    warning with ``teacher.other_template``. Both models get the student's rendering, so a teacher
-    with another one would judge and write in a form that it was not trained on.
+    warning with ``teacher.allow_template_mismatch``. Both models get the student's rendering, so a
+    teacher with another one would judge and write in a form that it was not trained on.
 
     What a template says by itself where there is no system message does not matter to a run that
     has one.
@@ -181,18 +189,23 @@ def check_same_template(
     bare = [CONVERSATION] if data.system is None else []
     prompts = [(SYSTEM, *CONVERSATION), *bare]
     for messages in prompts:
-        ours, theirs = _render(student, messages), _render(teacher, messages)
-        if ours is None or ours == theirs:  # a prompt that the student's refuses is never rendered
+        student_text, teacher_text = _render(student, messages), _render(teacher, messages)
+        if (
+            student_text is None or student_text == teacher_text
+        ):  # a prompt that the student's refuses is never rendered
             continue
-        mend = (
+        fix = (
             "Copy the teacher's chat template into the student's directory, or set "
-            "teacher.other_template to true to go on all the same."
+            "teacher.allow_template_mismatch to true to continue anyway."
         )
         text = "teacher.model: has another chat template than the student, whose prompts it gets."
-        diff = _diff(ours, "(no chat template, or it refuses)" if theirs is None else theirs)
-        if other_template:
+        diff = _diff(
+            student_text,
+            "(no chat template, or it refuses)" if teacher_text is None else teacher_text,
+        )
+        if allow_template_mismatch:
             return f"{text}\n{diff}"
-        raise ModelError(f"{text} {mend}\n{diff}")
+        raise ModelError(f"{text} {fix}\n{diff}")
     return None
 
 
@@ -209,9 +222,9 @@ def _render(tokenizer: Any, messages: Any, add_generation_prompt: bool = True) -
     return rendered
 
 
-def _diff(ours: str, theirs: str) -> str:
+def _diff(student: str, teacher: str) -> str:
     """A unified diff of two renderings, its lines indented, with line ends shown."""
-    before, after = ([repr(line)[1:-1] for line in t.splitlines(True)] for t in (ours, theirs))
+    before, after = ([repr(line)[1:-1] for line in t.splitlines(True)] for t in (student, teacher))
     lines = list(difflib.unified_diff(before, after, "student", "teacher", n=1, lineterm=""))
     lines = [*lines[:DIFF_LINES], *(["…"] if len(lines) > DIFF_LINES else [])]
     return "\n".join(f"    {line}" for line in lines)

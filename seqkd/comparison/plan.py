@@ -25,29 +25,26 @@ UNLIMITED = 1_000_000
 class Comparison(BaseConfig):
     """Methods and the budget of each run."""
 
-    name: str = Field(
-        pattern=NAME, description="Name of the comparison, and of its directory in runs_dir."
-    )
-    config: str = Field(
-        description="Configuration of the methods that name no other, relative to this file."
-    )
+    name: str = Field(pattern=NAME)
+    """Name of the comparison, and of its directory within runs_dir."""
+    config: str
+    """Configuration of every method that names no other, relative to this file's directory."""
     budget: BudgetConfig
-    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(
-        (0, 1, 2), min_length=1, description="Seeds of every method."
-    )
-    overrides: tuple[str, ...] = Field((), description="key=value for all methods.")
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0, 1, 2), min_length=1)
+    """Seeds with which every method is run."""
+    overrides: tuple[str, ...] = ()
+    """Overrides (key=value) of all methods."""
     methods: dict[Annotated[str, StringConstraints(pattern=NAME)], tuple[str, ...]] = Field(
-        min_length=1,
-        description="By name, key=value overrides that follow those for all methods; a first "
-        "element without = is the method's configuration.",
+        min_length=1
     )
-    baseline: str | None = Field(
-        None, description="The method that the others are compared with; the first if unset."
-    )
-    evaluate: tuple[str, ...] | None = Field(
-        None, description="Arguments of scripts/evaluate.py for the student of every run."
-    )
-    runs_dir: str = Field("runs", description="As in a configuration.")
+    """Overrides (key=value) of each method, applied after those of all methods. A first element
+    without = is the method's configuration."""
+    baseline: str | None = None
+    """Method that the others are compared with. If unset: the first one."""
+    evaluate: tuple[str, ...] | None = None
+    """Arguments of scripts/evaluate.py, which evaluates the student of every run."""
+    runs_dir: str = "runs"
+    """Directory of the run directories, as in a configuration."""
 
     @property
     def against(self) -> str:

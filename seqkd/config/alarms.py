@@ -1,4 +1,4 @@
-"""The configuration of what a run watches itself for."""
+"""Configuration of the alarms."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from pydantic import Field, model_validator
 
 from seqkd.config.base import BaseConfig
 
-Warned = Annotated[float | None, Field(description="From here on the run is warned of it.")]
-Stopped = Annotated[float | None, Field(description="From here on the run ends.")]
+Warned = Annotated[float | None, Field(description="Level at which the run warns.")]
+Stopped = Annotated[float | None, Field(description="Level at which the run stops.")]
 
 
 class AlarmConfig(BaseConfig):
-    """Where a figure is said to be bad, and where the run ends for it; null for neither. The figure
-    is the mean over the last five steps."""
+    """Levels at which a figure warns and stops the run, null for never. The figure is the mean over
+    the last five steps."""
 
     low_is_bad: ClassVar[bool] = False
     warn: Warned
     stop: Stopped = Field(None, ge=0)
 
     def reached(self, level: float | None, value: float) -> bool:
-        """Whether ``value`` is as bad as ``level`` or worse."""
+        """Return whether ``value`` is as bad as ``level`` or worse."""
         if level is None:
             return False
         return value <= level if self.low_is_bad else value >= level
@@ -46,7 +46,7 @@ class TruncationRateConfig(AlarmConfig):
 
 
 class LengthGrowthConfig(AlarmConfig):
-    """Mean length of the student's completions, over that in the first five steps of the phase."""
+    """Mean length of the student's completions, relative to the first five steps of the phase."""
 
     warn: Warned = Field(4.0, ge=0)
 
@@ -59,28 +59,24 @@ class RepetitionConfig(AlarmConfig):
 
 
 class EntropyFractionConfig(AlarmConfig):
-    """The student's entropy a token, over that in the first five steps of the phase: low is bad."""
+    """Student's entropy per token, relative to the first five steps of the phase. Low is bad."""
 
     low_is_bad: ClassVar[bool] = True
     warn: Warned = Field(0.1, ge=0)
 
 
 class AlarmsConfig(BaseConfig):
-    """What a run is warned of or stopped for. Faults that cannot be healthy always stop it."""
+    """Alarms that warn or stop the run. Faults that no healthy run has always stop it."""
 
     truncation_rate: TruncationRateConfig = TruncationRateConfig()
     length_growth: LengthGrowthConfig = LengthGrowthConfig()
     repetition: RepetitionConfig = RepetitionConfig()
     entropy_fraction: EntropyFractionConfig = EntropyFractionConfig()
-    logprob_gap: float | None = Field(
-        None,
-        gt=0,
-        description="Nats a token by which what drew a completion may differ in the mean from the "
-        "same model where it is trained or scores; left out: as the precisions allow.",
-    )
-    canary_every: int = Field(
-        1, ge=0, description="Steps from one scoring of a known text to the next; 0: none."
-    )
-    non_finite_steps: int = Field(
-        3, ge=1, description="Skipped steps in a row after which the run ends."
-    )
+    logprob_gap: float | None = Field(None, gt=0)
+    """Largest mean difference in nats per token between a completion's log-probs by the engine that
+    sampled it and by the same model where it is trained or scores. If unset: set by the
+    precisions."""
+    canary_every: int = Field(1, ge=0)
+    """Number of steps between two scorings of the probe text; 0: none."""
+    non_finite_steps: int = Field(3, ge=1)
+    """Number of skipped steps in a row after which the run stops."""

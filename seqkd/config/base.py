@@ -1,4 +1,4 @@
-"""What every part of the configuration is made of."""
+"""Base class and shared types of the configuration."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-SamplerName = Literal["student", "teacher", "mixture", "dataset", "corpus", "journal"]
 TeacherNeed = Literal["nothing", "logprobs", "distribution"]
 BudgetKind = Literal["prompts", "sampled_tokens", "learner_tokens", "teacher_tokens", "seconds"]
 TrackerName = Literal[
@@ -16,8 +15,12 @@ Precision = Literal["float32", "bfloat16"]
 
 
 class BaseConfig(BaseModel):
-    """Frozen; unknown keys and infinite numbers are refused."""
+    """A frozen section of the configuration. Unknown keys and infinite numbers are refused."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=()
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        use_attribute_docstrings=True,
     )

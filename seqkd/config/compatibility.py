@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from seqkd.config.objectives import NATURAL_OBJECTIVE, ObjectiveConfig, SequenceReverseKLConfig
+from seqkd.config.objectives import ObjectiveConfig, SequenceReverseKLConfig
 from seqkd.config.phases import TermConfig
-from seqkd.config.teacher import MultiTeacherConfig
+from seqkd.config.samplers import SAMPLERS
+from seqkd.config.teacher import TeacherConfig
 
 if TYPE_CHECKING:
     from seqkd.config.run import Config
@@ -23,8 +24,8 @@ def check(config: Config) -> None:
                 f"{config.learner.ranks} or more."
             )
         for index, term in enumerate(phase.terms):
-            field = f"{where}plus.{index - 1}." if index else where
-            _check_teacher(config, term.objective, field)
+            field = f"{where}extra_terms.{index - 1}." if index else where
+            _check_teacher(config.teacher, term.objective, field)
             _check_samples(config, term, config.samples_per_prompt(phase), field)
     _check_staleness(config)
     _check_budget(config)
@@ -33,12 +34,9 @@ def check(config: Config) -> None:
             "learner.compile is true, but student.lora puts adapters into the layers, which do "
             "not compile in reasonable time. Set learner.compile to false."
         )
-    tagged = isinstance(config.teacher, MultiTeacherConfig) and any(
-        member.tags for member in config.teacher.members.values()
-    )
-    if tagged and config.data.tag_key is None:
+    if config.teacher.tagged and config.data.tag_key is None:
         raise ValueError(
-            "teacher.members have tags, but data.tag_key is not set. Name the column of the "
+            "teacher.teachers have tags, but data.tag_key is not set. Name the column of the "
             "data set that holds them."
         )
     if config.evaluation.prompts and not config.data.holds_out:
@@ -50,18 +48,19 @@ def check(config: Config) -> None:
 
 
 def _check_staleness(config: Config) -> None:
-    if not config.rollout.max_staleness:
+    if not config.rollout.max_off_policy_steps:
         return
     if config.placement != "split":
         raise ValueError(
-            "rollout.max_staleness 1 samples while the learner is at work, but with placement "
-            "colocated they take turns on the same cores. Set placement to split, or "
-            "rollout.max_staleness to 0."
+            "rollout.max_off_policy_steps 1 samples while the learner is running, but with "
+            "placement colocated they take turns on the same cores. Set placement to split, or "
+            "rollout.max_off_policy_steps to 0."
         )
     if any(phase.weighs_a_mixture for _, phase in config.phases):
         raise ValueError(
-            "rollout.max_staleness 1 learns from samples of an older student, but the weights "
-            "of sampler 'mixture' are those of today's. Set rollout.max_staleness to 0."
+            "rollout.max_off_policy_steps 1 learns from samples of an older student, but the "
+            "weights of sampler 'mixture' are those of the current one. Set "
+            "rollout.max_off_policy_steps to 0."
         )
 
 
@@ -69,8 +68,9 @@ def _check_budget(config: Config) -> None:
     if config.budget is None:
         return
     kind, samplers = config.budget.kind, config.by_sampler
-    sampled = {config.source(s) for s in samplers} - {"dataset", "corpus"}
-    asked = {"teacher", "mixture"} & sampled or any(
+    sources = [SAMPLERS[config.source(sampler)] for sampler in samplers]
+    sampled = any(not source.from_data for source in sources)
+    asked = any(source.on_teacher for source in sources) or any(
         term.objective.teacher_need != "nothing" for term in config.terms
     )
     if (kind == "sampled_tokens" and not sampled) or (kind == "teacher_tokens" and not asked):
@@ -80,8 +80,8 @@ def _check_budget(config: Config) -> None:
             "kind, such as learner_tokens."
         )
     if config.warmup and kind == "prompts":
-        of = config.warmup
-        drawn = of.steps * of.prompts_per_step * len(of.by_sampler)
+        warmup = config.warmup
+        drawn = warmup.steps * warmup.prompts_per_step * len(warmup.by_sampler)
         if drawn >= config.budget.amount:
             raise ValueError(
                 f"budget.amount {config.budget.amount:g} prompts is spent by the warm-up, which "
@@ -89,19 +89,13 @@ def _check_budget(config: Config) -> None:
             )
 
 
-def _check_teacher(config: Config, objective: ObjectiveConfig, where: str) -> None:
-    scores, need = config.teacher.scores, objective.teacher_need
-    if need == "distribution" and not config.teacher.distribution:
+def _check_teacher(teacher: TeacherConfig, objective: ObjectiveConfig, where: str) -> None:
+    scores, need = teacher.scores, objective.teacher_need
+    if need == "distribution" and not teacher.distribution:
+        hint = next(iter(teacher.named.values())).distribution_hint
         raise ValueError(
             f"{where}objective {objective.kind!r} needs the teacher's distribution, but "
-            f"teacher.scores is {scores!r}. "
-            + (
-                "Set it to top_k, where the endpoint gives log-probs and has the student's "
-                "tokenizer. Else set sampler to teacher, or use a local teacher (kind vllm or "
-                "hf)."
-                if any(t.kind == "openai" for t in config.teachers.values())
-                else "Set teacher.scores to hidden or top_k."
-            )
+            f"teacher.scores is {scores!r}. {hint}"
         )
     if need == "logprobs" and scores == "none":
         raise ValueError(
@@ -127,27 +121,27 @@ def _check_teacher(config: Config, objective: ObjectiveConfig, where: str) -> No
 
 
 def _check_samples(config: Config, term: TermConfig, samples: int, where: str) -> None:
-    objective, rollout = term.objective, config.rollout
-    chat = any(getattr(t, "api", "") == "chat" for t in config.teachers.values())
-    by_text = config.teacher.scores == "none" or chat
-    if term.sampler == "mixture" and by_text:
+    objective, rollout, traits = term.objective, config.rollout, SAMPLERS[term.sampler]
+    by_text = any(teacher.by_text for teacher in config.teachers.values())
+    if traits.weighted and by_text:
         raise ValueError(
-            f"{where}sampler 'mixture' weighs each completion by the teacher's probability of "
-            "it, which is not known of text. Set teacher.api to completions and "
+            f"{where}sampler {term.sampler!r} weights each completion by the teacher's probability "
+            "of it, which is unknown for text. Set teacher.api to completions and "
             "teacher.scores to logprobs or top_k, or sampler to teacher or student."
         )
     tempered = rollout.temperature != 1 or rollout.top_p != 1
-    if tempered and (objective.on_policy or term.sampler == "mixture"):
+    if tempered and (objective.on_policy or traits.weighted):
         raise ValueError(
             f"{where}objective {objective.kind!r} is an expectation under the student "
             f"itself, but rollout draws with temperature {rollout.temperature:g} and "
             f"top_p {rollout.top_p:g}. Set both to 1."
         )
-    corrected = [n for n in ("clip_ratio", "truncated_is") if getattr(objective, n, None)]
-    if corrected and term.sampler == "mixture":
+    corrected = [n for n in ("clip_ratio", "importance_ratio_cap") if getattr(objective, n, None)]
+    if corrected and traits.weighted:
         raise ValueError(
             f"{where}objective.{corrected[0]} compares a token with the student that drew it, "
-            "but sampler 'mixture' has tokens that the teacher drew. Set sampler to student."
+            f"but sampler {term.sampler!r} has tokens that the teacher drew. Set sampler to "
+            "student."
         )
     if (
         isinstance(objective, SequenceReverseKLConfig)
@@ -158,20 +152,21 @@ def _check_samples(config: Config, term: TermConfig, samples: int, where: str) -
             f"{where}objective.baseline 'leave_one_out' compares the samples of a prompt, "
             f"but samples_per_prompt is {samples}. Set it to at least 2, or baseline to none."
         )
-    if term.sampler == "journal" and config.journal is None:
+    if traits.recorded and config.teacher_cache is None:
         raise ValueError(
-            f"{where}sampler 'journal' reads what scripts/precompute.py wrote, but journal is "
-            "not set. Set journal.path to its directory."
+            f"{where}sampler {term.sampler!r} reads what scripts/precompute.py wrote, but "
+            "teacher_cache is not set. Set teacher_cache.path to its directory."
         )
-    if config.source(term.sampler) not in objective.samplers:
+    source = config.source(term.sampler)
+    if source not in objective.samplers:
         raise ValueError(
             f"{where}objective {objective.kind!r} is defined on samples of the "
-            f"{' or '.join(objective.samplers)}, but journal.records is "
-            f"{config.source(term.sampler)!r}. Set objective.kind to "
-            f"{NATURAL_OBJECTIVE[config.source(term.sampler)]}, or to a token-level one."
+            f"{' or '.join(objective.samplers)}, but teacher_cache.records is "
+            f"{source!r}. Set objective.kind to {SAMPLERS[source].objective}, or to a "
+            "token-level one."
         )
-    if term.sampler == "corpus" and config.data.corpus_path is None:
+    if traits.plain_text and config.data.corpus_path is None:
         raise ValueError(
-            f"{where}sampler 'corpus' reads plain text, but data.corpus_path is not set. Name "
-            "a file of texts."
+            f"{where}sampler {term.sampler!r} reads plain text, but data.corpus_path is not set. "
+            "Name a file of texts."
         )

@@ -1,4 +1,4 @@
-"""The configuration of the data."""
+"""Configuration of the data."""
 
 from __future__ import annotations
 
@@ -10,65 +10,65 @@ from seqkd.config.base import BaseConfig
 
 
 class DataConfig(BaseConfig):
-    """Prompts, with answers or without; held-out prompts; plain text."""
+    """Prompts with or without answers, held-out prompts, and plain text."""
 
-    path: str = Field(
-        description="A .jsonl, .json, .parquet or .arrow file or a glob of them; a directory that "
-        "`datasets` reads; else the name of a data set on the hub."
-    )
-    subset: str | None = Field(None, description="Of a data set that has several.")
-    split: str = Field("train", description="Of a directory or a data set on the hub.")
-    heldout_path: str | None = Field(None, description="As path; left out: the same data set.")
-    heldout_split: str | None = Field(None, description="Split with the held-out prompts.")
-    heldout_fraction: float | None = Field(
-        None,
-        gt=0,
-        lt=1,
-        description="Share of the conversations that is held out, by a hash of the first user "
-        "message; in place of the two above.",
-    )
-    rows: int | None = Field(None, ge=1, description="Read at most so many rows of each source.")
-    streaming: bool = Field(False, description="Fetch only those rows from the hub.")
-    format: Literal["auto", "messages", "instruction", "prompt"] = Field(
-        "auto",
-        description="messages: a list of {role, content}; instruction: with input or context, as "
-        "Alpaca and Dolly; prompt: one column. auto: by the columns.",
-    )
-    messages_key: str = Field("messages", description="The column of format messages.")
-    prompt_key: str = Field("prompt", description="The column of format prompt.")
-    reference_key: str | None = Field(
-        None,
-        description="Answers, for sampler=dataset; left out: reference, completion, response, "
-        "output or answer.",
-    )
-    tag_key: str | None = Field(None, description="A column of text that prompts carry along.")
-    turns: Literal["all", "first", "last"] = Field(
-        "all", description="The turns of a conversation that become prompts."
-    )
-    chat: bool = Field(True, description="Render with the student's chat template.")
-    thinking: bool | None = Field(
-        None, description="enable_thinking of the chat template; left out: the template's default."
-    )
-    system: str | None = Field(
-        None, description="System message of every conversation that has none of its own."
-    )
-    max_prompt_tokens: int = Field(512, ge=1, description="Longest prompt.")
-    too_long: Literal["drop", "truncate"] = Field(
-        "drop",
-        description="drop: leave long prompts and answers out; truncate: prompts lose their oldest "
-        "exchanges (plain text its first tokens), answers their end.",
-    )
-    corpus_path: str | None = Field(None, description="Plain text for sampler=corpus; as path.")
-    corpus_subset: str | None = Field(None, description="Of a data set that has several.")
-    corpus_split: str = Field("train", description="Of a directory or a data set on the hub.")
-    text_key: str = Field("text", description="The column of the corpus.")
-    corpus_tokens: int = Field(
-        512, ge=2, description="Longer texts are cut into pieces of this many tokens."
-    )
+    path: str
+    """Path of the data: a .jsonl, .json, .parquet or .arrow file, a glob of such files, a directory
+    that `datasets` reads, or the name of a data set on the hub."""
+    subset: str | None = None
+    """Subset of a data set that has more than one."""
+    split: str = "train"
+    """Split of a directory or of a data set on the hub."""
+    heldout_path: str | None = None
+    """Path of the held-out prompts, like path. If unset: the same data set."""
+    heldout_split: str | None = None
+    """Split with the held-out prompts."""
+    heldout_fraction: float | None = Field(None, gt=0, lt=1)
+    """Share of the conversations that is held out, chosen by a hash of the first user message. It
+    replaces heldout_path and heldout_split."""
+    rows: int | None = Field(None, ge=1)
+    """Largest number of rows to read from each source."""
+    streaming: bool = False
+    """Streaming: only those rows are downloaded from the hub."""
+    format: Literal["auto", "messages", "instruction", "prompt"] = "auto"
+    """Format of the rows. messages: a list of {role, content}; instruction: with input or context,
+    as Alpaca and Dolly; prompt: one column; auto: detected from the columns."""
+    messages_key: str = "messages"
+    """Column with the messages of format messages."""
+    prompt_key: str = "prompt"
+    """Column with the prompt of format prompt."""
+    reference_key: str | None = None
+    """Column with the answers for sampler dataset. If unset: reference, completion, response,
+    output or answer."""
+    tag_key: str | None = None
+    """Column with a text that prompts carry as their tag."""
+    turns: Literal["all", "first", "last"] = "all"
+    """Turns of a conversation that become prompts."""
+    chat: bool = True
+    """Rendering of prompts with the student's chat template."""
+    thinking: bool | None = None
+    """Value of the chat template's enable_thinking. If unset: the template's default."""
+    system: str | None = None
+    """System message of every conversation that has none of its own."""
+    max_prompt_tokens: int = Field(512, ge=1)
+    """Largest number of tokens of a prompt."""
+    too_long: Literal["drop", "truncate"] = "drop"
+    """Treatment of texts that are too long. drop: prompts and answers are dropped; truncate:
+    prompts lose their oldest exchanges (plain text its first tokens), answers lose their end."""
+    corpus_path: str | None = None
+    """Path of the plain text for sampler corpus, like path."""
+    corpus_subset: str | None = None
+    """Subset of a corpus that has more than one."""
+    corpus_split: str = "train"
+    """Split of a directory or of a data set on the hub."""
+    text_key: str = "text"
+    """Column with the text of the corpus."""
+    corpus_tokens: int = Field(512, ge=2)
+    """Number of tokens of the pieces that longer texts are cut into."""
 
     @property
     def holds_out(self) -> bool:
-        """Whether it says which prompts are held out."""
+        """True if prompts are held out."""
         return bool(self.heldout_path or self.heldout_split or self.heldout_fraction)
 
     @model_validator(mode="after")
@@ -77,7 +77,7 @@ class DataConfig(BaseConfig):
             if self.heldout_fraction and getattr(self, key) is not None:
                 raise ValueError(
                     f"{key} {getattr(self, key)!r} and heldout_fraction {self.heldout_fraction:g} "
-                    "both say which prompts are held out. Set one of them."
+                    "both determine which prompts are held out. Set one of them."
                 )
         if self.heldout_split == self.split and self.heldout_path in (None, self.path):
             raise ValueError(
@@ -95,7 +95,7 @@ class DataConfig(BaseConfig):
             )
         if self.thinking is not None and not self.chat:
             raise ValueError(
-                f"thinking {self.thinking} is a word to the chat template, but chat is false. "
-                "Leave one of the two out."
+                f"thinking {self.thinking} is an option of the chat template, but chat is false. "
+                "Unset one of the two."
             )
         return self

@@ -1,5 +1,6 @@
-"""The configuration of objectives, one class a kind: on whose samples it is defined, what it reads
-of each token and its options. The function of the same name lives in seqkd/objectives.
+"""Configuration of the objectives, one class for each kind: its options, the samplers on which it
+is defined, and the statistics that it reads of each token. The function of the same name is in
+:mod:`seqkd.objectives`.
 """
 
 from __future__ import annotations
@@ -8,34 +9,36 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from seqkd.config.base import BaseConfig, SamplerName, TeacherNeed
-
-ANY: tuple[SamplerName, ...] = ("student", "teacher", "mixture", "dataset", "journal")
+from seqkd.config.base import BaseConfig, TeacherNeed
+from seqkd.config.samplers import SamplerName, samplers_where
 
 
 class _ObjectiveConfig(BaseConfig):
+    label: ClassVar[str]
+    """The objective in words."""
     samplers: ClassVar[tuple[SamplerName, ...]]
+    """The samplers on whose completions the objective is defined."""
 
     def options(self) -> dict[str, Any]:
-        """Keyword arguments of the objective's function."""
+        """Return keyword arguments of the objective's function."""
         return self.model_dump(exclude={"kind"})
 
     def stats(self) -> tuple[str, ...]:
-        """Names of the :class:`~seqkd.types.TokenStats` fields that the function reads."""
+        """Return names of the :class:`~seqkd.types.TokenStats` fields that the function reads."""
         raise NotImplementedError
 
     def divergence(self) -> tuple[str, float | None, float] | None:
-        """The :class:`~seqkd.types.Divergence` that the function reads, if any."""
+        """Return the :class:`~seqkd.types.Divergence` that the function reads, if any."""
         return None
 
     @property
     def running(self) -> bool:
-        """Whether the function reads the running estimates of :class:`~seqkd.types.Counts`."""
+        """True if the function reads the running estimates of :class:`~seqkd.types.Counts`."""
         return False
 
     @property
     def on_policy(self) -> bool:
-        """Whether it is an expectation under the student's own distribution."""
+        """True if the objective is an expectation under the student's own distribution."""
         return False
 
     @property
@@ -48,15 +51,13 @@ class _ObjectiveConfig(BaseConfig):
 
 
 class _PolicyGradientConfig(_ObjectiveConfig):
-    """On the student's own samples, or on a mixture that is weighted back to them."""
+    """An objective on the student's samples, or on a mixture that is weighted back to them."""
 
-    clip_ratio: float | None = Field(
-        None, gt=0, lt=1, description="PPO's clipping of the token ratio, for older samples."
-    )
-    truncated_is: float | None = Field(
-        None, ge=1, description="Token ratio as a weight, cut here, for older samples."
-    )
-    samplers: ClassVar = ("student", "mixture")
+    clip_ratio: float | None = Field(None, gt=0, lt=1)
+    """Range of PPO's clipping of the token ratio, for samples of an older student."""
+    importance_ratio_cap: float | None = Field(None, ge=1)
+    """Cap of the token ratio as a weight, for samples of an older student."""
+    samplers: ClassVar = samplers_where(lambda s: s.on_student and (s.weighted or not s.on_teacher))
 
     @property
     def on_policy(self) -> bool:
@@ -64,8 +65,10 @@ class _PolicyGradientConfig(_ObjectiveConfig):
 
     @model_validator(mode="after")
     def _one_correction(self) -> _PolicyGradientConfig:
-        if self.clip_ratio is not None and self.truncated_is is not None:
-            raise ValueError("clip_ratio and truncated_is both correct for older samples. Set one.")
+        if self.clip_ratio is not None and self.importance_ratio_cap is not None:
+            raise ValueError(
+                "clip_ratio and importance_ratio_cap both correct for older samples. Set one."
+            )
         return self
 
 
@@ -73,26 +76,23 @@ class SequenceReverseKLConfig(_PolicyGradientConfig):
     """KL(q || p) of whole sequences, by policy gradient."""
 
     kind: Literal["sequence_reverse_kl"] = "sequence_reverse_kl"
-    estimator: Literal["reinforce", "reward_to_go", "single_step", "rao_blackwell"] = Field(
-        "rao_blackwell",
-        description="What stands for a cost. reinforce: log-ratios of the whole sequence; "
-        "reward_to_go: of the tokens from here on; single_step: here the exact divergence, then "
-        "log-ratios; rao_blackwell: exact divergences throughout. All have the same mean.",
+    label: ClassVar = "sequence-level reverse KL"
+    estimator: Literal["reinforce", "reward_to_go", "single_step", "rao_blackwell"] = (
+        "rao_blackwell"
     )
-    baseline: Literal["none", "leave_one_out", "position_mean"] = Field(
-        "leave_one_out",
-        description="Subtracted from the cost to come. leave_one_out: that of the prompt's other "
-        "samples at this position; position_mean: that of past batches.",
-    )
-    normalization: Literal["rate", "total", "minillm"] = Field(
-        "minillm",
-        description="total: nats a sequence, which silence lowers; rate: nats a token, exactly; "
-        "minillm: the cost to come over the tokens that remain, biased.",
-    )
-    future_weight: float = Field(
-        1.0, ge=0, le=1, description="0: token level; 1: the whole sequence."
-    )
-    discount: float = Field(1.0, ge=0, le=1, description="Of a cost, per token ahead.")
+    """Estimator of the cost. reinforce: log-ratios of the whole sequence; reward_to_go: log-ratios
+    of this token and the ones after it; single_step: the exact divergence at this token, then
+    log-ratios; rao_blackwell: exact divergences throughout. All have the same expectation."""
+    baseline: Literal["none", "leave_one_out", "position_mean"] = "leave_one_out"
+    """Baseline that is subtracted from the future cost. leave_one_out: mean over the other samples
+    of the prompt at this position; position_mean: mean over past batches at this position."""
+    normalization: Literal["rate", "total", "minillm"] = "minillm"
+    """Unit of the loss. total: nats per sequence, which shorter outputs lower; rate: nats per
+    token, exactly; minillm: the future cost divided by the number of tokens left, biased."""
+    future_weight: float = Field(1.0, ge=0, le=1)
+    """Weight of the future cost. 0: token level; 1: the whole sequence."""
+    discount: float = Field(1.0, ge=0, le=1)
+    """Discount of a cost per token of distance."""
 
     @model_validator(mode="after")
     def _options_fit_the_estimator(self) -> SequenceReverseKLConfig:
@@ -132,6 +132,7 @@ class SampledTokenConfig(_PolicyGradientConfig):
     """Token-level reverse KL by policy gradient on the sampled token alone."""
 
     kind: Literal["sampled_token"] = "sampled_token"
+    label: ClassVar = "token-level reverse KL by sampled tokens"
 
     def stats(self) -> tuple[str, ...]:
         return ("student_logprob", "teacher_logprob")
@@ -141,7 +142,8 @@ class SequenceForwardKLConfig(_ObjectiveConfig):
     """KL(p || q) of whole sequences on teacher samples: -log q(y), y ~ p."""
 
     kind: Literal["sequence_forward_kl"] = "sequence_forward_kl"
-    samplers: ClassVar = ("teacher", "journal")
+    label: ClassVar = "sequence-level forward KL"
+    samplers: ClassVar = samplers_where(lambda s: not (s.on_student or s.from_data))
 
     def stats(self) -> tuple[str, ...]:
         return ("student_logprob",)
@@ -151,7 +153,8 @@ class SFTConfig(_ObjectiveConfig):
     """Mean over tokens of -log q(y_t) on given text."""
 
     kind: Literal["sft"] = "sft"
-    samplers: ClassVar = ("dataset", "corpus", "teacher", "journal")
+    label: ClassVar = "supervised fine-tuning"
+    samplers: ClassVar = samplers_where(lambda sampler: not sampler.on_student)
 
     def stats(self) -> tuple[str, ...]:
         return ("student_logprob",)
@@ -160,10 +163,9 @@ class SFTConfig(_ObjectiveConfig):
 class _TokenLevelConfig(_ObjectiveConfig):
     """Mean over tokens of a divergence at each state; the states come from any source."""
 
-    temperature: float = Field(
-        1.0, gt=0, description="Of both distributions; the divergence is multiplied by its square."
-    )
-    samplers: ClassVar = ANY
+    temperature: float = Field(1.0, gt=0)
+    """Temperature of both distributions. The divergence is multiplied by its square."""
+    samplers: ClassVar = samplers_where(lambda sampler: not sampler.plain_text)
 
     def options(self) -> dict[str, Any]:
         return {}
@@ -172,7 +174,7 @@ class _TokenLevelConfig(_ObjectiveConfig):
         return ()
 
     def coefficient(self) -> float | None:
-        """The divergence's own option."""
+        """Return the divergence's own option, if it has one."""
         return None
 
     def divergence(self) -> tuple[str, float | None, float]:
@@ -183,26 +185,32 @@ class TokenForwardKLConfig(_TokenLevelConfig):
     """KL(p || q) at each state."""
 
     kind: Literal["token_forward_kl"] = "token_forward_kl"
+    label: ClassVar = "token-level forward KL"
 
 
 class TokenReverseKLConfig(_TokenLevelConfig):
     """KL(q || p) at each state."""
 
     kind: Literal["token_reverse_kl"] = "token_reverse_kl"
+    label: ClassVar = "token-level reverse KL"
 
 
 class GJSDConfig(_TokenLevelConfig):
-    """Generalised Jensen-Shannon divergence at each state."""
+    """Generalized Jensen-Shannon divergence at each state."""
 
     kind: Literal["gjsd"] = "gjsd"
-    beta: float = Field(0.5, gt=0, lt=1, description="Near 0 like forward KL, near 1 like reverse.")
+    label: ClassVar = "generalized Jensen-Shannon divergence"
+    beta: float = Field(0.5, gt=0, lt=1)
+    """Share of the teacher in the mixture. Near 0 the divergence is like forward KL, near 1 like
+    reverse KL."""
 
     def coefficient(self) -> float:
         return self.beta
 
 
 class _SkewConfig(_TokenLevelConfig):
-    skew: float = Field(0.1, gt=0, lt=1, description="Lambda: each one's share in its mixture.")
+    skew: float = Field(0.1, gt=0, lt=1)
+    """Lambda, the share of each distribution in the mixture that it is compared with."""
 
     def coefficient(self) -> float:
         return self.skew
@@ -212,18 +220,21 @@ class SkewKLConfig(_SkewConfig):
     """KL(p || lambda p + (1 - lambda) q) at each state."""
 
     kind: Literal["skew_kl"] = "skew_kl"
+    label: ClassVar = "skew KL"
 
 
 class SkewReverseKLConfig(_SkewConfig):
     """KL(q || lambda q + (1 - lambda) p) at each state."""
 
     kind: Literal["skew_reverse_kl"] = "skew_reverse_kl"
+    label: ClassVar = "skew reverse KL"
 
 
 class TotalVariationConfig(_TokenLevelConfig):
     """Half the L1 distance at each state."""
 
     kind: Literal["total_variation"] = "total_variation"
+    label: ClassVar = "total variation"
 
 
 ObjectiveConfig = Annotated[
@@ -239,12 +250,3 @@ ObjectiveConfig = Annotated[
     | TotalVariationConfig,
     Field(discriminator="kind"),
 ]
-
-NATURAL_OBJECTIVE: dict[str, str] = {
-    "student": "sequence_reverse_kl",
-    "mixture": "sequence_reverse_kl",
-    "teacher": "sequence_forward_kl",
-    "dataset": "sft",
-    "corpus": "sft",
-    "journal": "sequence_forward_kl",
-}

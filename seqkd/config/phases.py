@@ -1,4 +1,4 @@
-"""Configuration of a loss: its terms, and the phases that minimize it."""
+"""Configuration of the loss: its terms, and the phases that minimize it."""
 
 from __future__ import annotations
 
@@ -6,31 +6,34 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from seqkd.config.base import BaseConfig, SamplerName
-from seqkd.config.objectives import NATURAL_OBJECTIVE, ObjectiveConfig
+from seqkd.config.base import BaseConfig
+from seqkd.config.objectives import ObjectiveConfig
+from seqkd.config.samplers import SAMPLERS, SamplerName
 
 
 class TermConfig(BaseConfig):
-    """One summand of a loss: whose completions, which objective."""
+    """One term of the loss: a sampler and an objective."""
 
     sampler: SamplerName = Field(
         "student",
-        description="Whose completions are learnt from. mixture: each from the teacher with "
-        "probability rollout.teacher_fraction; dataset: the rows' answers; corpus: plain text; "
-        "journal: what scripts/precompute.py recorded.",
+        description="Source of the completions that the term trains on. "
+        + "; ".join(f"{name}: {traits.label}" for name, traits in SAMPLERS.items())
+        + ".",
     )
-    objective: ObjectiveConfig = Field(description="Left out: the natural one of the sampler.")
-    weight: float = Field(1.0, gt=0, description="Factor of the term in the loss.")
+    objective: ObjectiveConfig
+    """Objective of the term. If unset: the default objective of the sampler."""
+    weight: float = Field(1.0, gt=0)
+    """Factor of the term in the loss."""
 
     @model_validator(mode="before")
     @classmethod
     def _natural_objective(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        natural = NATURAL_OBJECTIVE.get(str(data.get("sampler", "student")))
-        given = data.get("objective") or {}
-        if natural and isinstance(given, dict):
-            data = {**data, "objective": {"kind": natural, **given}}
+        traits = SAMPLERS.get(str(data.get("sampler", "student")))
+        options = data.get("objective") or {}
+        if traits and isinstance(options, dict):
+            data = {**data, "objective": {"kind": traits.objective, **options}}
         return data
 
     @model_validator(mode="after")
@@ -40,50 +43,47 @@ class TermConfig(BaseConfig):
             raise ValueError(
                 f"objective {self.objective.kind!r} cannot use sampler {self.sampler!r}: it is "
                 f"defined on samples of the {fits}. Set sampler to {fits}, or leave the "
-                f"objective out to get {NATURAL_OBJECTIVE[self.sampler]!r}."
+                f"objective out to get {SAMPLERS[self.sampler].objective!r}."
             )
         return self
 
 
 class PhaseConfig(TermConfig):
-    """One stretch of training: a term, and more terms that are added to it."""
+    """One phase of training: a term, and more terms that are added to it."""
 
-    plus: tuple[TermConfig, ...] = Field(
-        (), description="Terms added to the loss, each with a weight."
-    )
-    steps: int = Field(ge=1, description="Optimizer steps; with a budget at most so many.")
-    prompts_per_step: int = Field(
-        4, ge=1, description="Prompts (answers, texts) a step from each sampler."
-    )
-    updates_per_rollout: int = Field(
-        1,
-        ge=1,
-        description="Optimizer steps on what is sampled at once; above 1 all but the first learn "
-        "from samples of an older student.",
-    )
+    extra_terms: tuple[TermConfig, ...] = ()
+    """Terms that are added to the loss, each with its own weight."""
+    steps: int = Field(ge=1)
+    """Number of optimizer steps, or the largest number if there is a budget."""
+    prompts_per_step: int = Field(4, ge=1)
+    """Number of prompts (answers, texts) per step from each sampler."""
+    updates_per_rollout: int = Field(1, ge=1)
+    """Number of optimizer steps on the completions of one draw. Above 1, all steps but the first
+    train on samples of an older student."""
 
     @model_validator(mode="after")
     def _weights_are_of_the_mixture_that_drew(self) -> PhaseConfig:
         if self.weighs_a_mixture and self.updates_per_rollout > 1:
             raise ValueError(
                 f"updates_per_rollout {self.updates_per_rollout} learns from samples of an older "
-                "student, but the weights of sampler 'mixture' are those of today's. Set it to 1."
+                "student, but the weights of sampler 'mixture' are those of the current one. "
+                "Set it to 1."
             )
         return self
 
     @property
     def weighs_a_mixture(self) -> bool:
-        """Whether completions have the importance weights of a mixture with today's student."""
-        return any(t.sampler == "mixture" and t.objective.on_policy for t in self.terms)
+        """True if completions have the importance weights of a mixture with today's student."""
+        return any(SAMPLERS[t.sampler].weighted and t.objective.on_policy for t in self.terms)
 
     @property
     def terms(self) -> tuple[TermConfig, ...]:
-        """Every summand of the loss."""
-        return (self, *self.plus)
+        """All terms of the loss."""
+        return (self, *self.extra_terms)
 
     @property
     def by_sampler(self) -> dict[SamplerName, tuple[TermConfig, ...]]:
-        """The terms that learn from the same completions, the phase's own sampler first."""
+        """Terms that train on the same completions, by sampler, the phase's own sampler first."""
         names = dict.fromkeys(term.sampler for term in self.terms)
         return {name: tuple(t for t in self.terms if t.sampler == name) for name in names}
 
@@ -91,5 +91,7 @@ class PhaseConfig(TermConfig):
 class WarmupConfig(PhaseConfig):
     """A phase before the main one, with its own samples and learning rate."""
 
-    samples_per_prompt: int = Field(1, ge=1, description="As rollout.samples_per_prompt.")
-    lr: float | None = Field(None, gt=0, description="learner.lr if left out.")
+    samples_per_prompt: int = Field(1, ge=1)
+    """Number of completions per prompt in one step of the warm-up."""
+    lr: float | None = Field(None, gt=0)
+    """Peak learning rate of the warm-up. If unset: learner.lr."""

@@ -8,11 +8,14 @@ from seqkd.config.base import BaseConfig, Precision
 
 
 class ActorsConfig(BaseConfig):
-    """How many processes a role has and what each of them gets."""
+    """Processes of a role and the resources of each."""
 
-    actors: int = Field(1, ge=1, description="Processes of the role.")
-    cpus: int = Field(1, ge=1, description="Threads of each actor.")
-    gpus: float = Field(0.0, ge=0, description="GPUs of each actor; a fraction shares one.")
+    actors: int = Field(1, ge=1)
+    """Number of processes of the role."""
+    cpus: int = Field(1, ge=1)
+    """Number of threads per actor."""
+    gpus: float = Field(0.0, ge=0)
+    """Number of GPUs per actor. A fraction shares a GPU."""
 
     @field_validator("gpus")
     @classmethod
@@ -25,20 +28,23 @@ class ActorsConfig(BaseConfig):
 class EngineConfig(ActorsConfig):
     """Actors that each hold a vLLM engine."""
 
-    precision: Precision = Field("float32", description="Of the engine's weights.")
-    tensor_parallel_size: int = Field(1, ge=1, description="GPUs that share one engine's model.")
-    kv_cache_gib: float = Field(1.0, gt=0, description="KV cache of an engine on a CPU.")
-    gpu_memory_utilization: float = Field(0.45, gt=0, le=1, description="Share of each GPU.")
-    max_num_seqs: int = Field(64, ge=1, description="Sequences an engine runs at once.")
-    enforce_eager: bool | None = Field(
-        None,
-        description="Nothing compiled, no CUDA graphs: starts sooner, samples slower; left out: on "
-        "a CPU alone.",
-    )
+    precision: Precision = "float32"
+    """Precision of the engine's weights."""
+    tensor_parallel_size: int = Field(1, ge=1)
+    """Number of GPUs that share one engine's model."""
+    kv_cache_gib: float = Field(1.0, gt=0)
+    """Size of the KV cache of an engine on a CPU, in GiB."""
+    gpu_memory_utilization: float = Field(0.45, gt=0, le=1)
+    """Share of each GPU's memory that an engine takes."""
+    max_num_seqs: int = Field(64, ge=1)
+    """Largest number of sequences that an engine runs concurrently."""
+    enforce_eager: bool | None = None
+    """Eager execution, without compilation and CUDA graphs, which starts sooner and samples more
+    slowly. If unset: true on a CPU, false on a GPU."""
 
     @property
     def eager(self) -> bool:
-        """Whether nothing is compiled."""
+        """True if nothing is compiled."""
         return not self.gpus if self.enforce_eager is None else self.enforce_eager
 
     @model_validator(mode="after")

@@ -19,9 +19,8 @@ class PruneInitConfig(BaseConfig):
     """Start from the model without layers [first, last): depth pruning."""
 
     kind: Literal["prune"] = "prune"
-    drop_layers: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=1)]] = Field(
-        description="[first, last): the layers that are left out, counted from 0; last stays."
-    )
+    drop_layers: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=1)]]
+    """Range [first, last) of the layers that are dropped, counted from 0; layer last stays."""
 
     @field_validator("drop_layers")
     @classmethod
@@ -32,15 +31,15 @@ class PruneInitConfig(BaseConfig):
 
 
 class LoraConfig(BaseConfig):
-    """Low-rank adapters, which learn in place of the model's own weights (docs/lora.md)."""
+    """Low-rank adapters, which are trained in place of the model's own weights (docs/lora.md)."""
 
-    rank: int = Field(16, ge=1, description="Rows of A and columns of B, which the adapters learn.")
-    alpha: int = Field(32, ge=1, description="What the adapters add is scaled by alpha / rank.")
-    targets: Literal["all-linear"] | tuple[str, ...] = Field(
-        "all-linear",
-        description="Linear layers by the last part of their name, such as q_proj; all-linear: "
-        "every one but the output head.",
-    )
+    rank: int = Field(16, ge=1)
+    """Rank of the adapters."""
+    alpha: int = Field(32, ge=1)
+    """Scale of the adapters: their output is multiplied by alpha / rank."""
+    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """Linear layers that get adapters, by the last part of their name, such as q_proj. all-linear:
+    every linear layer except the output head."""
 
     @field_validator("targets", mode="before")
     @classmethod
@@ -55,10 +54,13 @@ class LoraConfig(BaseConfig):
 
 
 class StudentConfig(BaseConfig):
-    """The model that learns."""
+    """The model that is trained."""
 
-    model: str = Field(description="A local directory or a hub name, in transformers' format.")
-    init: Annotated[CheckpointInitConfig | PruneInitConfig, Field(discriminator="kind")] = Field(
-        CheckpointInitConfig(), description="What it begins as."
+    model: str
+    """Local directory or hub name of the model, in transformers' format."""
+    init: Annotated[CheckpointInitConfig | PruneInitConfig, Field(discriminator="kind")] = (
+        CheckpointInitConfig()
     )
-    lora: LoraConfig | None = Field(None, description="Left out: every weight of the model learns.")
+    """Initialization of the student."""
+    lora: LoraConfig | None = None
+    """Low-rank adapters. If unset, every weight of the model is trained."""

@@ -4,32 +4,11 @@ from __future__ import annotations
 
 from pathlib import PurePath
 
-from seqkd.config.base import SamplerName
 from seqkd.config.objectives import SequenceReverseKLConfig
 from seqkd.config.phases import PhaseConfig, TermConfig
 from seqkd.config.run import Config
+from seqkd.config.samplers import SAMPLERS
 from seqkd.config.student import PruneInitConfig
-
-OBJECTIVES = {
-    "sequence_reverse_kl": "sequence-level reverse KL",
-    "sequence_forward_kl": "sequence-level forward KL",
-    "sampled_token": "token-level reverse KL by sampled tokens",
-    "sft": "supervised fine-tuning",
-    "token_forward_kl": "token-level forward KL",
-    "token_reverse_kl": "token-level reverse KL",
-    "gjsd": "generalized Jensen-Shannon divergence",
-    "skew_kl": "skew KL",
-    "skew_reverse_kl": "skew reverse KL",
-    "total_variation": "total variation",
-}
-SAMPLES: dict[SamplerName, str] = {
-    "student": "the student's samples",
-    "teacher": "the teacher's samples",
-    "mixture": "a mixture of the student's and the teacher's samples",
-    "dataset": "the data set's answers",
-    "corpus": "plain text",
-    "journal": "recorded completions",
-}
 
 
 def describe_term(term: TermConfig) -> str:
@@ -43,7 +22,7 @@ def describe_term(term: TermConfig) -> str:
     listed = ", ".join(f"{name} {value}" for name, value in options.items())
     weight = "" if term.weight == 1 else f"{term.weight:g} × "
     brackets = f" ({listed})" if listed else ""
-    return f"{weight}{OBJECTIVES[objective.kind]}{brackets} on {SAMPLES[term.sampler]}"
+    return f"{weight}{objective.label}{brackets} on {SAMPLERS[term.sampler].label}"
 
 
 def describe_terms(phase: PhaseConfig) -> str:

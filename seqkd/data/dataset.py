@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from seqkd.config.data import DataConfig
 from seqkd.config.run import Config
+from seqkd.config.samplers import SAMPLERS
 from seqkd.data.chat_template import Renderer
 from seqkd.data.corpus import read_corpus
 from seqkd.data.formats import Conversation, Message, conversation, detect, digest, spread
@@ -39,8 +40,9 @@ def read_data(config: Config, tokenizer: Any, stop_ids: tuple[int, ...]) -> Data
     DataError names the file, the row and the mend.
     """
     data = config.data
-    samplers = set(map(config.source, config.samplers))
-    longest = config.rollout.max_tokens if "dataset" in samplers else 0
+    sources = [SAMPLERS[config.source(sampler)] for sampler in config.samplers]
+    answers = any(source.from_data and not source.plain_text for source in sources)
+    longest = config.rollout.max_tokens if answers else 0
     # The first stop id of a chat model may be another one than what ends its turns.
     eos_id = stop_ids[0] if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     wanted = config.evaluation.prompts
@@ -67,7 +69,7 @@ def read_data(config: Config, tokenizer: Any, stop_ids: tuple[int, ...]) -> Data
             )
     summaries = [side.summary for side in sides]
     corpus: Sequence[Prompt] = ()
-    if "corpus" in samplers:
+    if any(source.plain_text for source in sources):
         corpus, summary = read_corpus(data, tokenizer, eos_id)
         summaries.append(summary)
         warnings += summary.losses(data, longest)

@@ -1,6 +1,6 @@
 """Objectives: one pure function a file over [B, T] tensors, needing nothing but torch.
 
-``OBJECTIVES[kind](stats, counts, **options) -> loss``, a scalar to minimise. ``stats`` holds the
+``OBJECTIVES[kind](stats, counts, **options) -> loss``, a scalar to minimize. ``stats`` holds the
 per-token quantities of one micro-batch (:class:`seqkd.types.TokenStats`), ``counts`` what the loss
 divides by (:class:`seqkd.types.Counts`), global over ranks and micro-batches: summing the losses of
 all micro-batches gives the loss of the step, and nothing is mutated.
@@ -15,26 +15,21 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from seqkd.objectives.gjsd import gjsd
-from seqkd.objectives.mixture import mixture_weight
+from seqkd.objectives.divergences import (
+    DIVERGENCES,
+    gjsd,
+    skew_kl,
+    skew_reverse_kl,
+    token_forward_kl,
+    token_reverse_kl,
+    total_variation,
+)
+from seqkd.objectives.importance import mixture_weight
 from seqkd.objectives.sampled_token import sampled_token
 from seqkd.objectives.sequence_forward_kl import sequence_forward_kl
 from seqkd.objectives.sequence_reverse_kl import sequence_reverse_kl
 from seqkd.objectives.sft import sft
-from seqkd.objectives.skew_kl import skew_kl, skew_reverse_kl
-from seqkd.objectives.token_forward_kl import token_forward_kl
 from seqkd.objectives.token_mean import token_mean
-from seqkd.objectives.token_reverse_kl import token_reverse_kl
-from seqkd.objectives.total_variation import total_variation
-
-DIVERGENCES: dict[str, Callable[..., Tensor]] = {
-    "token_forward_kl": token_forward_kl,
-    "token_reverse_kl": token_reverse_kl,
-    "gjsd": gjsd,
-    "skew_kl": skew_kl,
-    "skew_reverse_kl": skew_reverse_kl,
-    "total_variation": total_variation,
-}
 
 OBJECTIVES: dict[str, Callable[..., Tensor]] = {
     "sequence_reverse_kl": sequence_reverse_kl,

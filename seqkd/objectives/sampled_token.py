@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from seqkd.objectives.off_policy import policy_gradient_term
+from seqkd.objectives.importance import policy_gradient_term
 from seqkd.types import Counts, TokenStats
 
 
@@ -19,12 +19,12 @@ def sampled_token(
     counts: Counts,
     *,
     clip_ratio: float | None = None,
-    truncated_is: float | None = None,
+    importance_ratio_cap: float | None = None,
 ) -> Tensor:
     """Mean over completion tokens; needs ``student_logprob`` and ``teacher_logprob``."""
     assert stats.student_logprob is not None and stats.teacher_logprob is not None
     cost = stats.student_logprob.detach() - stats.teacher_logprob
-    surrogate = policy_gradient_term(stats, cost, clip_ratio, truncated_is)
+    surrogate = policy_gradient_term(stats, cost, clip_ratio, importance_ratio_cap)
     if stats.weight is not None:
         surrogate = surrogate * stats.weight[:, None]
     return (surrogate * stats.loss_mask).sum() / counts.tokens

@@ -32,10 +32,10 @@ ended; ``position_mean`` the mean at that position over past batches (``counts.c
 
 Two dials between the sequence and the token level, biased for every value below 1:
 ``future_weight`` multiplies the future in each return, ``discount`` its cost u - t tokens ahead by
-discount^(u - t). At 0 either leaves the token level. ``clip_ratio`` and ``truncated_is`` correct
-for samples of an older student (:mod:`seqkd.objectives.off_policy`).
+discount^(u - t). At 0 either leaves the token level. ``clip_ratio`` and ``importance_ratio_cap``
+correct for samples of an older student (:mod:`seqkd.objectives.importance`).
 
-Where ``stats.weight`` is set (:mod:`seqkd.objectives.mixture`), every sequence is weighted by it.
+Where ``stats.weight`` is set (:mod:`seqkd.objectives.importance`), it weights every sequence.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from seqkd.objectives.off_policy import policy_gradient_term
+from seqkd.objectives.importance import policy_gradient_term
 from seqkd.types import Counts, TokenStats
 
 
@@ -59,7 +59,7 @@ def sequence_reverse_kl(
     future_weight: float = 1.0,
     discount: float = 1.0,
     clip_ratio: float | None = None,
-    truncated_is: float | None = None,
+    importance_ratio_cap: float | None = None,
 ) -> Tensor:
     """Surrogate loss (scalar) on student samples; needs the stats that its table row names."""
     mask = stats.loss_mask
@@ -91,7 +91,7 @@ def sequence_reverse_kl(
             returns_of, counts, estimator, normalization, mask.shape[1], mask.device
         )
 
-    surrogate = policy_gradient_term(stats, returns, clip_ratio, truncated_is)
+    surrogate = policy_gradient_term(stats, returns, clip_ratio, importance_ratio_cap)
     if exact:
         assert stats.reverse_kl is not None
         surrogate = surrogate + stats.reverse_kl

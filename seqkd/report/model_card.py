@@ -14,8 +14,9 @@ from huggingface_hub import ModelCard, ModelCardData
 import seqkd
 from seqkd.config.phases import PhaseConfig, TermConfig
 from seqkd.config.run import Config
+from seqkd.config.samplers import SAMPLERS
 from seqkd.config.student import PruneInitConfig
-from seqkd.config.teacher import EndpointTeacherConfig, SingleTeacherConfig
+from seqkd.config.teacher import SingleTeacherConfig
 from seqkd.data.readers import JSON, TABLES
 from seqkd.evaluation.catalog import labeled
 from seqkd.evaluation.heldout import FIGURES
@@ -25,14 +26,6 @@ from seqkd.models.loading import expand
 from seqkd.storage.metrics_file import read_rows
 from seqkd.storage.run_directory import EXECUTION_KEYS, SECTIONS
 
-SAMPLES = {
-    "student": "its own samples",
-    "mixture": "a mixture of its own and the teacher's samples",
-    "teacher": "the teacher's samples",
-    "dataset": "the data set's answers",
-    "corpus": "plain text",
-    "journal": "recorded completions",
-}
 LICENSE = ("license", "license_name", "license_link")
 
 
@@ -144,7 +137,7 @@ def _model(name: str) -> str:
 
 
 def _teacher(teacher: SingleTeacherConfig) -> str:
-    if isinstance(teacher, EndpointTeacherConfig):
+    if teacher.endpoint:
         return f"`{teacher.model}` (behind an OpenAI-compatible endpoint)"
     return _model(teacher.model)
 
@@ -155,7 +148,7 @@ def _how(config: Config, tokens: Mapping[str, int]) -> str:
     source = f"`{hub}`, split `{data.split}`" if hub else f"`{Path(data.path).name}`"
     rows = f", at most {data.rows:,} rows" if data.rows else ""
     lines = [f"- {name}: {_phase(config, phase)}" for name, phase in config.phases]
-    counts = "; ".join(f"{count:,} of {SAMPLES[sampler]}" for sampler, count in tokens.items())
+    counts = "; ".join(f"{count:,} of {SAMPLERS[name].label}" for name, count in tokens.items())
     lines += [
         f"- tokens learnt from: {counts}",
         f"- data: {source}{rows}; prompts of at most {data.max_prompt_tokens} tokens",
@@ -170,7 +163,8 @@ def _how(config: Config, tokens: Mapping[str, int]) -> str:
 def _phase(config: Config, phase: PhaseConfig) -> str:
     terms = " + ".join(map(_term, phase.terms))
     samples = config.samples_per_prompt(phase)
-    many = f", {samples} samples each" if samples > 1 and phase.sampler != "dataset" else ""
+    sampled = samples > 1 and not SAMPLERS[phase.sampler].from_data
+    many = f", {samples} samples each" if sampled else ""
     return (
         f"{config.extent(phase)} of {terms}; {phase.prompts_per_step} prompts a step{many}, "
         f"learning rate {config.lr(phase):g}"
@@ -182,7 +176,7 @@ def _term(term: TermConfig) -> str:
     options = ", ".join(f"{key} {value}" for key, value in given.items())
     weight = "" if term.weight == 1 else f"{term.weight:g} "
     brackets = f" ({options})" if options else ""
-    return f"{weight}`{term.objective.kind}`{brackets} on {SAMPLES[term.sampler]}"
+    return f"{weight}`{term.objective.kind}`{brackets} on {SAMPLERS[term.sampler].label}"
 
 
 def _evaluation(config: Config, evaluation: Mapping[str, Any] | None) -> str:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import xxhash
 
-from seqkd.errors import JournalError
+from seqkd.errors import TeacherCacheError
 from seqkd.files import file_digest, sync, unwritable
 
 ABANDONED_S = 24 * 3600.0
@@ -29,8 +29,8 @@ class ArrowStore:
     and several processes may add files. Its name ends with the digest of its content, which is
     compared when the directory is opened. A process sees what was there when it began, and its own.
 
-    JournalError names a file that is damaged; where ``damaged`` is "drop", for a directory of one
-    process alone, it is left out in place of that, and named in ``dropped``.
+    TeacherCacheError names a damaged file. With ``damaged="drop"``, for a directory of one process
+    alone, the file is skipped instead and named in ``dropped``.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class ArrowStore:
         for file in sorted(directory.glob("*.arrow")):
             try:
                 addresses = _checked(file, schema)["address"].to_pylist()
-            except JournalError:
+            except TeacherCacheError:
                 if damaged == "refuse":
                     raise
                 addresses = []
@@ -155,8 +155,8 @@ def _table(file: Path) -> pa.Table:
         raise _damaged(file, str(error)) from None
 
 
-def _damaged(file: Path, why: str) -> JournalError:
-    return JournalError(
+def _damaged(file: Path, why: str) -> TeacherCacheError:
+    return TeacherCacheError(
         f"{file} is damaged: {' '.join(why.split()):.200}. Remove it; what it held "
         "is asked for again."
     )

@@ -26,7 +26,7 @@ EXECUTION_KEYS = {
     "cpus", "gpus", "ranks", "zero_stage", "gradient_checkpointing", "compile",
     "micro_batch_tokens", "tensor_parallel_size",
     "kv_cache_gib", "gpu_memory_utilization", "max_num_seqs", "enforce_eager", "batch_tokens",
-    "base_url", "key_env", "concurrency", "timeout_s", "max_retries",
+    "base_url", "api_key_env", "concurrency", "timeout_s", "max_retries",
 }  # fmt: skip
 """Keys that say how a run is carried out, in whatever section; and every key of SECTIONS."""
 SECTIONS = ("checkpoints", "recovery", "alarms")

@@ -229,7 +229,7 @@ class Schedule:
     split: float
     """Scoring in parallel with sampling (placement: split)."""
     prefetched: float
-    """Loading, sampling and scoring also in parallel with learning (rollout.max_staleness: 1)."""
+    """Loading, sampling and scoring also in parallel with learning (max_off_policy_steps: 1)."""
     hidden: float
     """Share of scoring that ``split`` hides behind sampling."""
 

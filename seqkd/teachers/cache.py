@@ -1,11 +1,11 @@
 """What a teacher wrote and scored, on disk, so that nothing is asked of it twice.
 
 Completions and scores are addressed by what they answer: token ids and sampling settings, below a
-directory for the teacher's own identity. A live run takes from the journal what is there and adds
-what is not; under ``sampler: journal`` it is all there is (score first, train later), and the same
-code runs on the same values. The journal keeps the teacher's output head and tokenizer too, so
-that its checkpoint need not be there. The student's own samples are not kept: they do not recur
-(but for a while, by :mod:`seqkd.training.replay_log`).
+directory for the teacher's own identity. A live run takes from the cache what is there and adds
+what is not. Under ``sampler: teacher_cache`` a run reads the cache alone (score first, train
+later), and the same code runs on the same values. The cache keeps the teacher's output head and
+tokenizer too, so that its checkpoint need not be there. The student's own samples are not kept:
+they do not recur (but for a while, by :mod:`seqkd.training.replay_log`).
 """
 
 from __future__ import annotations
@@ -22,10 +22,9 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from seqkd.config.resources import EngineConfig
 from seqkd.config.run import Config
-from seqkd.config.teacher import EndpointTeacherConfig, SingleTeacherConfig
-from seqkd.errors import JournalError
+from seqkd.config.teacher import SingleTeacherConfig
+from seqkd.errors import TeacherCacheError
 from seqkd.files import sync, unwritable
 from seqkd.models.loading import dtype_of, load_config
 from seqkd.models.output_head import export_head
@@ -113,35 +112,36 @@ class TeacherCache:
 
 
 def open_caches(config: Config, teacher_here: bool) -> tuple[Config, dict[str, TeacherCache]]:
-    """The journals of ``config``'s teachers, by name; none where no path is set. Without a teacher
+    """The caches of ``config``'s teachers, by name; none where no path is set. Without a teacher
     the returned configuration has the recorded one in place of the checkpoint."""
-    if config.journal is None:
+    if config.teacher_cache is None:
         return config, {}
-    root = Path(config.journal.path).expanduser().absolute()
-    journals = {name: _open(root, t, teacher_here) for name, t in config.teachers.items()}
+    root = Path(config.teacher_cache.path).expanduser().absolute()
+    caches = {name: _open(root, t, teacher_here) for name, t in config.teachers.items()}
     if not teacher_here:
         recorded = {
-            name: teacher
-            if isinstance(teacher, EndpointTeacherConfig)
-            else teacher.model_copy(update={"model": journals[name].teacher})
+            name: teacher.model_copy(update={"model": caches[name].teacher})
+            if teacher.local
+            else teacher
             for name, teacher in config.teachers.items()
         }
         config = config.with_teachers(recorded)
-    return config, journals
+    return config, caches
 
 
 def _open(root: Path, teacher: SingleTeacherConfig, here: bool) -> TeacherCache:
-    identity, spec = identify_teacher(teacher, here), describe_teacher(teacher)
+    identity, spec = identify_teacher(teacher, here), teacher.describe()
     directory = root / identity if identity else None
     if not here and not (directory and (directory / "teacher.json").exists()):
         # The checkpoint is elsewhere, and its name is all there is to go by.
-        known = {file.parent: _description(file) for file in sorted(root.glob("*/teacher.json"))}
-        named = [path for path, other in known.items() if other == spec]
+        recorded = {file.parent: _description(file) for file in sorted(root.glob("*/teacher.json"))}
+        named = [path for path, other in recorded.items() if other == spec]
         if identity or len(named) != 1:
-            held = "; ".join(str(other) for other in known.values()) or "nothing at all"
-            raise JournalError(
-                f"journal.path: {root} holds nothing of the teacher {spec}; it holds {held:.500}. "
-                "Name that teacher, or run scripts/precompute.py with this configuration first."
+            held = "; ".join(str(other) for other in recorded.values()) or "nothing at all"
+            raise TeacherCacheError(
+                f"teacher_cache.path: {root} holds nothing of the teacher {spec}; it holds "
+                f"{held:.500}. Name that teacher, or run scripts/precompute.py with this "
+                "configuration first."
             )
         directory = named[0]
     assert directory is not None, "a checkpoint that must be here has an identity"
@@ -150,30 +150,23 @@ def _open(root: Path, teacher: SingleTeacherConfig, here: bool) -> TeacherCache:
 
 def _description(file: Path) -> dict[str, str]:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        if isinstance(found, dict):
-            return found
+        description = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(description, dict):
+            return description
         error: object = "it holds no keys"
     except (OSError, ValueError, RecursionError) as caught:
         error = caught
-    raise JournalError(
-        f"journal.path: {file} is damaged: {error!s:.200}. Remove it; scripts/precompute.py with "
-        "the same configuration writes it anew."
+    raise TeacherCacheError(
+        f"teacher_cache.path: {file} is damaged: {error!s:.200}. Remove it; "
+        "scripts/precompute.py with the same configuration writes it again."
     )
-
-
-def describe_teacher(teacher: SingleTeacherConfig) -> dict[str, str]:
-    """What makes a teacher another one, in a user's words."""
-    if isinstance(teacher, EndpointTeacherConfig):
-        return {"model": teacher.model, "base_url": teacher.base_url, "api": teacher.api}
-    return {"model": teacher.model, "precision": teacher.precision}
 
 
 def identify_teacher(teacher: SingleTeacherConfig, here: bool) -> str | None:
     """Name of the teacher's directory: a hash of its weights, or of how it is reached. None where
     its checkpoint is not on this machine and need not be ``here``."""
-    spec = describe_teacher(teacher)
-    if not isinstance(teacher, EndpointTeacherConfig):
+    spec = teacher.describe()
+    if teacher.local:
         digest = checkpoint_digest(teacher.model, download=here)
         if digest is None:
             return None
@@ -181,20 +174,20 @@ def identify_teacher(teacher: SingleTeacherConfig, here: bool) -> str | None:
     return address_of(spec)
 
 
-def keep_teachers(config: Config, journals: Mapping[str, TeacherCache]) -> None:
-    """Write down whose journals they are, with the head and tokenizer that reading them takes."""
-    for name, journal in journals.items():
-        teacher, description = config.teachers[name], journal.directory / "teacher.json"
+def keep_teachers(config: Config, caches: Mapping[str, TeacherCache]) -> None:
+    """Write down whose caches they are, with the head and tokenizer that reading them takes."""
+    for name, cache in caches.items():
+        teacher, description = config.teachers[name], cache.directory / "teacher.json"
         if description.exists():
             continue
-        text = json.dumps(describe_teacher(teacher), indent=2)
+        text = json.dumps(teacher.describe(), indent=2)
         partial = description.with_suffix(".partial")
         try:
-            journal.directory.mkdir(parents=True, exist_ok=True)
+            cache.directory.mkdir(parents=True, exist_ok=True)
             partial.write_text(text + "\n", encoding="utf-8")
             sync(partial)
-            if not isinstance(teacher, EndpointTeacherConfig):
-                export_head(teacher.model, teacher.precision, Path(journal.teacher))
+            if teacher.local:
+                export_head(teacher.model, teacher.precision, Path(cache.teacher))
             partial.rename(description)
         except OSError as error:
             raise unwritable(description, error) from None
@@ -213,7 +206,7 @@ def with_caches(
     live = workers.live_teacher
     for name, cache in caches.items():
         teacher, sampler, scorer = config.teachers[name], samplers.get(name), teachers.get(name)
-        settings = sampling_settings(config, teacher, stop_ids)
+        settings = sampling_settings(teacher, config.rollout.max_tokens, stop_ids)
         samplers[name] = CachedSampler(sampler, cache, settings)
         form = score_form(teacher, vocabulary)
         teachers[name] = CachedTeacher(scorer, cache, form, name)
@@ -225,9 +218,9 @@ class CachedSampler:
     """The teacher's completions: recorded ones first, in order, then new ones, which are kept."""
 
     def __init__(
-        self, inner: Sampler | None, journal: TeacherCache, settings: Sequence[object]
+        self, inner: Sampler | None, cache: TeacherCache, settings: Sequence[object]
     ) -> None:
-        self.inner, self.journal, self.settings = inner, journal, settings
+        self.inner, self.cache, self.settings = inner, cache, settings
         self.taken: Counter[str] = Counter()
         self.reused = 0
 
@@ -242,9 +235,9 @@ class CachedSampler:
     ) -> list[Rollout]:
         """See :class:`seqkd.protocols.Sampler`; ``finished`` is told of none, for what is drawn
         gets its place among the recorded ones at the end. A prompt that comes again takes the
-        completions after those that it took before; without a teacher it begins anew at the
+        completions after those that it took before; without a teacher it starts again after the
         last."""
-        stored = self.journal.completions
+        stored = self.cache.completions
         places = []
         missing: Counter[str] = Counter()
         by_address: dict[str, Prompt] = {}
@@ -254,9 +247,7 @@ class CachedSampler:
             if self.inner is None and number:
                 have = stored.count(address)
                 if have < number:
-                    raise _missing_error(
-                        self.journal, f"{number} completions of {prompt.text!r:.60}"
-                    )
+                    raise _missing_error(self.cache, f"{number} completions of {prompt.text!r:.60}")
                 first = first if first + number <= have else 0
             self.taken[address] = first + number
             places.append((prompt, address, first, first + number))
@@ -301,9 +292,9 @@ class CachedTeacher:
     """Scores: recorded ones, and new ones, which are kept unless the student wrote the text."""
 
     def __init__(
-        self, inner: Teacher | None, journal: TeacherCache, form: str, name: str = ""
+        self, inner: Teacher | None, cache: TeacherCache, form: str, name: str = ""
     ) -> None:
-        self.inner, self.journal, self.form, self.name = inner, journal, form, name
+        self.inner, self.cache, self.form, self.name = inner, cache, form, name
         self.reused = 0
 
     def score(self, rollouts: Sequence[Rollout]) -> dict[str, TeacherScore]:
@@ -312,21 +303,21 @@ class CachedTeacher:
         missing = {
             addresses[r.sample_id]: r
             for r in rollouts
-            if addresses[r.sample_id] not in self.journal.scores
+            if addresses[r.sample_id] not in self.cache.scores
         }
         self.reused += len(rollouts) - len(missing)
         new: dict[str, TeacherScore] = {}
         if missing:
             if self.inner is None:
-                raise _missing_error(self.journal, f"scores of {len(missing)} completions")
-            given = self.inner.score(list(missing.values()))
-            new = {address: given[r.sample_id] for address, r in missing.items()}
+                raise _missing_error(self.cache, f"scores of {len(missing)} completions")
+            answers = self.inner.score(list(missing.values()))
+            new = {address: answers[r.sample_id] for address, r in missing.items()}
             kept = [(a, new[a]) for a, r in missing.items() if r.source != "student"]
-            self.journal.add_scores(kept)
+            self.cache.add_scores(kept)
         return {
             sample_id: replace(new[a], sample_id=sample_id)
             if a in new
-            else replace(self.journal.read_score(a, sample_id), teacher=self.name)
+            else replace(self.cache.read_score(a, sample_id), teacher=self.name)
             for sample_id, a in addresses.items()
         }
 
@@ -335,8 +326,8 @@ class CachedTeacher:
         return {**(self.inner.usage() if self.inner else {}), "reused_scores": self.reused}
 
     def lacks(self, rollouts: Sequence[Rollout]) -> int:
-        """How many of them have no score in the journal."""
-        return sum(self.address(r) not in self.journal.scores for r in rollouts)
+        """How many of them have no score in the cache."""
+        return sum(self.address(r) not in self.cache.scores for r in rollouts)
 
     def address(self, rollout: Rollout) -> str:
         """Of the score of ``rollout``'s tokens, in this form."""
@@ -344,12 +335,10 @@ class CachedTeacher:
 
 
 def sampling_settings(
-    config: Config, teacher: SingleTeacherConfig, stop_ids: tuple[int, ...]
+    teacher: SingleTeacherConfig, max_tokens: int, stop_ids: tuple[int, ...]
 ) -> list[object]:
     """What else a completion of the teacher depends on: other settings, other addresses."""
-    generation = teacher.generation
-    precision = generation.precision if isinstance(generation, EngineConfig) else None
-    return [config.rollout.max_tokens, stop_ids, precision]
+    return [max_tokens, stop_ids, teacher.writing_precision]
 
 
 def score_form(teacher: SingleTeacherConfig, vocabulary: int) -> str:
@@ -364,16 +353,16 @@ def bytes_per_token(teacher: SingleTeacherConfig) -> int:
     """What the score of one completion token takes on disk."""
     if teacher.scores == "top_k":
         return 4 + 4 * teacher.top_k + 4 * (teacher.top_k + 1)
-    if isinstance(teacher, EndpointTeacherConfig) or teacher.scores == "logprobs":
+    if teacher.scores != "hidden":
         return 4
     hidden_size: int = load_config(teacher.model, "teacher.model").hidden_size
     return hidden_size * dtype_of(teacher.precision).itemsize
 
 
-def _missing_error(journal: TeacherCache, what: str) -> JournalError:
-    return JournalError(
-        f"journal.path: {journal.directory} lacks {what}. Run scripts/precompute.py with the same "
-        "configuration; what is there already is kept."
+def _missing_error(cache: TeacherCache, what: str) -> TeacherCacheError:
+    return TeacherCacheError(
+        f"teacher_cache.path: {cache.directory} lacks {what}. Run scripts/precompute.py with "
+        "the same configuration; what is there already is kept."
     )
 
 

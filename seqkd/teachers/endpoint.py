@@ -79,19 +79,19 @@ class _Call(Generic[T]):
 
 def key_of(config: EndpointTeacherConfig) -> str:
     """The key from the environment. A server on this machine needs none; ModelError elsewhere."""
-    key = os.environ.get(config.key_env, "").strip()
+    key = os.environ.get(config.api_key_env, "").strip()
     if not (key.isascii() and key.isprintable()):
         raise ModelError(
-            f"teacher.key_env: what {config.key_env} holds is no key: it has characters that an "
-            "HTTP header cannot carry. Set it to the key alone."
+            f"teacher.api_key_env: what {config.api_key_env} holds is no key: it has characters "
+            "that an HTTP header cannot carry. Set it to the key alone."
         )
     if key:
         return key
     if urlsplit(config.base_url).hostname in ("127.0.0.1", "localhost", "::1"):
         return "not-needed"  # the openai package wants one
     raise ModelError(
-        f"teacher.key_env: the environment variable {config.key_env} is not set. Set it to the key "
-        f"of {config.base_url}, or name another variable."
+        f"teacher.api_key_env: the environment variable {config.api_key_env} is not set. Set it "
+        f"to the key of {config.base_url}, or name another variable."
     )
 
 

@@ -16,8 +16,8 @@ Spent = dict[str, Cost]
 
 
 def cost(phase: PhaseConfig, parts: Sequence[Part], seconds: float) -> Cost:
-    """Of one step of ``phase`` that took ``seconds``. What a journal gave counts as if it had been
-    asked for now, and a completion that was drawn and left out of the loss counts as drawn."""
+    """Of one step of ``phase`` that took ``seconds``. Cached completions and scores are charged as
+    if they had been computed now; a completion that was masked out of the loss counts as drawn."""
     drawn = [(part, r) for part in parts for r in (*part.rollouts, *part.masked)]
     return {
         "prompts": phase.prompts_per_step * len(parts),

@@ -10,8 +10,8 @@ from types import TracebackType
 from typing import Self
 
 from seqkd.checks.canary import ProbeResponses
-from seqkd.config.base import SamplerName
 from seqkd.config.run import Config
+from seqkd.config.samplers import SAMPLERS, SamplerName
 from seqkd.data.stream import PromptStream
 from seqkd.learner.running_costs import RunningCosts
 from seqkd.protocols import Part
@@ -213,10 +213,10 @@ def prompt_batches(
     for other in phase_spans(config):
         steps = done if other.first == span.first else other.config.steps
         for sampler in other.config.by_sampler if other.first <= span.first else ():
-            stream = corpus if sampler == "corpus" else train
+            stream = corpus if SAMPLERS[sampler].plain_text else train
             stream.skip(steps * other.config.prompts_per_step)
     phase = span.config
-    streams = {s: corpus if s == "corpus" else train for s in phase.by_sampler}
+    streams = {s: corpus if SAMPLERS[s].plain_text else train for s in phase.by_sampler}
 
     def draw(first: int) -> PromptBatches:
         steps = range(min(phase.updates_per_rollout, phase.steps - first))

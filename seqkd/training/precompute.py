@@ -10,8 +10,9 @@ import torch
 from seqkd.checks.preflight import Checked
 from seqkd.config.phases import PhaseConfig
 from seqkd.config.run import Config
+from seqkd.config.samplers import RECORDED, SAMPLERS
 from seqkd.data.stream import PromptStream
-from seqkd.errors import JournalError
+from seqkd.errors import TeacherCacheError
 from seqkd.models.output_head import load_head
 from seqkd.protocols import Measured, Scores
 from seqkd.teachers.cache import (
@@ -32,15 +33,15 @@ from seqkd.workers import Workers
 def planned(
     config: Config, checked: Checked
 ) -> Iterator[tuple[int, PhaseConfig, list[list[Prompt]]]]:
-    """Every draw of sampler=journal in the run of ``config``: its first step, its phase, and the
+    """Every draw of sampler=teacher_cache in the run: its first step, its phase, and the
     prompts of each step."""
     for span in phase_spans(config):
         train = PromptStream(checked.train, config.seed)
         corpus = PromptStream(checked.corpus, config.seed)
         step = span.first
         for prompts in prompt_batches(config, span, train, corpus):
-            if "journal" in prompts:
-                yield step, span.config, prompts["journal"]
+            if RECORDED in prompts:
+                yield step, span.config, prompts[RECORDED]
             step += len(prompts[span.config.sampler])
 
 
@@ -50,12 +51,12 @@ def record(
     checked: Checked,
     report: Callable[[int, int], None],
 ) -> None:
-    """Fill the journal behind ``workers`` with what sampler=journal and the held-out figures will
-    read; ``report(steps, tokens)`` says how far it is after each draw. What is there already is
-    not asked for again."""
+    """Fill the cache behind ``workers`` with what sampler=teacher_cache and the held-out figures
+    will read; ``report(steps, tokens)`` is called after each draw. What is there already is not
+    asked for again."""
     steps = tokens = 0
     for step, phase, batches in planned(config, checked):
-        drawn = RolloutSource(config, phase, "journal", workers).draw(batches, step, Clock())
+        drawn = RolloutSource(config, phase, RECORDED, workers).draw(batches, step, Clock())
         steps += len(batches)
         tokens += sum(len(r.completion_ids) for of_step in drawn.steps for r in of_step)
         report(steps, tokens)
@@ -66,24 +67,24 @@ def record(
             workers.teacher.score(rollouts)
 
 
-def check_recorded(config: Config, journals: Mapping[str, TeacherCache], checked: Checked) -> None:
-    """JournalError unless the journals have all that a run without a teacher will read of them."""
+def check_recorded(config: Config, caches: Mapping[str, TeacherCache], checked: Checked) -> None:
+    """TeacherCacheError unless the caches have all that a run without a teacher will read."""
     samplers, teachers = {}, {}
     for name, teacher in config.teachers.items():
-        settings = sampling_settings(config, teacher, checked.stop_ids)
-        samplers[name] = CachedSampler(None, journals[name], settings)
+        settings = sampling_settings(teacher, config.rollout.max_tokens, checked.stop_ids)
+        samplers[name] = CachedSampler(None, caches[name], settings)
         form = score_form(teacher, checked.vocabulary)
-        teachers[name] = CachedTeacher(None, journals[name], form)
+        teachers[name] = CachedTeacher(None, caches[name], form)
     prompts, completions = set(), 0
 
     def look(
         prompt: Prompt, samples: int, scored: bool, own: bool, temperature: float, top_p: float
     ) -> None:
         nonlocal completions
-        name = config.teacher_of(prompt.tag, prompt.prompt_id)
+        name = config.teacher.choose(prompt.tag, prompt.prompt_id)
         rollouts: list[Rollout] = [reference_rollout(prompt, "dataset")] if own else []
         if not own:
-            with suppress(JournalError):
+            with suppress(TeacherCacheError):
                 rollouts = samplers[name].sample([prompt], [samples], 0, temperature, top_p)
         if not rollouts:
             prompts.add(prompt.prompt_id)
@@ -91,20 +92,21 @@ def check_recorded(config: Config, journals: Mapping[str, TeacherCache], checked
 
     rollout = config.rollout
     for _, phase, batches in planned(config, checked):
-        terms = phase.by_sampler["journal"]
+        terms = phase.by_sampler[RECORDED]
         scored = any(term.objective.teacher_need != "nothing" for term in terms)
-        own, samples = config.source("journal") == "dataset", config.samples_per_prompt(phase)
+        own = SAMPLERS[config.source(RECORDED)].from_data
+        samples = config.samples_per_prompt(phase)
         for prompt in (p for batch in batches for p in batch):
             look(prompt, samples, scored, own, rollout.temperature, rollout.top_p)
     for prompt in checked.heldout:
         samples = config.evaluation.samples_per_prompt
         look(prompt, samples, config.teacher.distribution, False, 1.0, 1.0)
     if prompts or completions:
-        where = ", ".join(str(journal.directory) for journal in journals.values())
-        raise JournalError(
-            f"journal.path: {where} lacks completions of {len(prompts)} prompts and scores of "
-            f"{completions} completions that this run will read. Run scripts/precompute.py with "
-            "the same configuration; what is there is kept."
+        where = ", ".join(str(cache.directory) for cache in caches.values())
+        raise TeacherCacheError(
+            f"teacher_cache.path: {where} lacks completions of {len(prompts)} prompts and "
+            f"scores of {completions} completions that this run will read. Run "
+            "scripts/precompute.py with the same configuration; what is there is kept."
         )
 
 

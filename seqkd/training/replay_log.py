@@ -67,7 +67,7 @@ class ReplayLog:
     def wrap(self, workers: Workers, config: Config, vocabulary: int) -> Workers:
         """Return ``workers`` that record what the student samples, and what the teachers write and
         score unless a teacher cache keeps that."""
-        cached = config.journal is not None
+        cached = config.teacher_cache is not None
         samplers = workers.teacher_samplers
         return replace(
             workers,

@@ -7,14 +7,15 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from seqkd.config.base import SamplerName
 from seqkd.config.phases import PhaseConfig
 from seqkd.config.run import Config
+from seqkd.config.samplers import SAMPLERS, SamplerName
 from seqkd.learner.running_costs import by_position
 from seqkd.objectives import mixture_weight
 from seqkd.protocols import Finished, Sampler, Scores
@@ -80,9 +81,9 @@ class RolloutSource:
     ) -> None:
         self.config, self.phase, self.sampler, self.workers = config, phase, sampler, workers
         self.source = config.source(sampler)
-        self.asks_student = sampler in ("student", "mixture")
+        self.asks_student = SAMPLERS[sampler].on_student
         self.terms = phase.by_sampler[sampler]
-        self.fraction = config.rollout.teacher_fraction if sampler == "mixture" else None
+        self.fraction = config.rollout.teacher_fraction if SAMPLERS[sampler].weighted else None
         needs = {term.objective.teacher_need for term in self.terms}
         self.scored = needs != {"nothing"} or self.fraction is not None
         self.needs_costs = any(term.objective.running for term in self.terms)
@@ -102,7 +103,7 @@ class RolloutSource:
 
     def split(self, rollouts: list[Rollout]) -> tuple[list[Rollout], list[Rollout]]:
         """Return the completions to train on, and those that are masked because they are cut."""
-        mask = self.config.rollout.mask_truncated and self.source not in ("dataset", "corpus")
+        mask = self.config.rollout.mask_truncated and not SAMPLERS[self.source].from_data
         cut = [r for r in rollouts if mask and r.finish_reason == "length"]
         if not cut or len(cut) == len(rollouts):
             return rollouts, []
@@ -112,17 +113,17 @@ class RolloutSource:
         self, prompts: list[Prompt], step: int, clock: Clock, finished: Finished
     ) -> list[list[Rollout]]:
         """The completions of each prompt; ``finished`` is told of them as they come."""
-        if self.source in ("dataset", "corpus"):
-            return [[reference_rollout(prompt, self.source)] for prompt in prompts]
+        if SAMPLERS[self.source].from_data:
+            return [[reference_rollout(p, cast(Source, self.source))] for p in prompts]
         # Held-out prompts are drawn with the bare seed; training never repeats it.
         seed = (self.config.seed + 1) * 1_000_003 + step
         samples = self.config.samples_per_prompt(self.phase)
         from_teacher = np.zeros(len(prompts), dtype=int)
-        if self.source == "teacher":
-            from_teacher[:] = samples
-        elif self.fraction is not None:
+        if self.fraction is not None:
             generator = np.random.default_rng([self.config.seed, step])
             from_teacher = generator.binomial(samples, self.fraction, len(prompts))
+        elif SAMPLERS[self.source].on_teacher:
+            from_teacher[:] = samples
         student, teacher = self.workers.student, self.workers.teacher_sampler
         with clock("sample"):
             by_student = self._sample(student, prompts, samples - from_teacher, seed, finished)

@@ -9,6 +9,7 @@ import xxhash
 
 from seqkd.config.phases import PhaseConfig
 from seqkd.config.run import Config
+from seqkd.config.samplers import SAMPLERS
 from seqkd.evaluation.text import repetition
 from seqkd.protocols import Part
 from seqkd.types import PartResult, Rollout, StepResult
@@ -39,7 +40,7 @@ def step_metrics(
         prefix = "" if sampler == phase.sampler else f"{sampler}/"
         described = _describe_part(config, part, learnt)
         drawn = described["rollout_policy_version"]
-        if sampler in ("student", "mixture") and drawn != version:
+        if SAMPLERS[sampler].on_student and drawn != version:
             # Of an older student the gap is how far training has gone, not a fault.
             described = {k: v for k, v in described.items() if not k.startswith("logprob_gap")}
         row |= {prefix + key: value for key, value in described.items()}

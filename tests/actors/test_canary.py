@@ -134,7 +134,7 @@ class Run:
             learner=self.learner,
             teachers={"": TeacherGroup(Pool("teacher", [self.teacher]))},
             teacher_samplers={},
-            teacher_of=config.teacher_of,
+            teacher_of=config.teacher.choose,
             distribution=True,
         )
         for actor in (*self.learner.ranks, self.teacher, *self.engines):

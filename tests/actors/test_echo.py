@@ -103,7 +103,7 @@ def examine(crew, tiny):
             learner=learner,
             teachers={"": TeacherGroup(Pool("teacher", [teacher]))},
             teacher_samplers={"": sampler},
-            teacher_of=config.teacher_of,
+            teacher_of=config.teacher.choose,
             distribution=True,
         )
         return check_workers(config, check(config), workers, set(roles))

@@ -97,7 +97,7 @@ def test_student_sampled(head, environment, tiny_config, home):
 
 def test_teacher_sampled_and_a_used_directory(head, environment, tiny_config, tmp_path):
     overrides = ["sampler=teacher", "steps=2", "evaluation.prompts=0", f"runs_dir={tmp_path}"]
-    overrides.append("plus=[{sampler: dataset, weight: 0.5}, {sampler: mixture}]")
+    overrides.append("extra_terms=[{sampler: dataset, weight: 0.5}, {sampler: mixture}]")
     done = submit(head, environment, tiny_config, *overrides)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = metrics(tmp_path / "tiny")
@@ -141,7 +141,7 @@ def test_scoring_first_and_training_later_is_the_live_run(environment, tiny_conf
     teacher, common, two_step = two_ways(
         tiny_config, tiny, tmp_path, "teacher", "evaluation.prompts=2"
     )
-    succeeds(direct(environment, *common, "sampler=teacher", "journal=null", "name=live"))
+    succeeds(direct(environment, *common, "sampler=teacher", "teacher_cache=null", "name=live"))
     refused(direct(environment, *two_step), "holds nothing of the teacher", "scripts/precompute.py")
     succeeds(direct(environment, *two_step, script="precompute.py"))
     shutil.rmtree(teacher)
@@ -160,7 +160,7 @@ def test_scoring_the_rows_answers_first_in_two_goes(environment, tiny_config, ti
     teacher, common, two_step = two_ways(
         tiny_config, tiny, tmp_path, "dataset", "evaluation.prompts=0", scores="top_k, top_k: 32"
     )
-    succeeds(direct(environment, *common, "sampler=dataset", "journal=null", "name=live"))
+    succeeds(direct(environment, *common, "sampler=dataset", "teacher_cache=null", "name=live"))
     succeeds(direct(environment, *two_step, "steps=4", script="precompute.py"))
     refused(direct(environment, *two_step), "lacks", "scores of 24 completions")
     shards = set((tmp_path / "journal").rglob("*.arrow"))
@@ -180,9 +180,9 @@ def two_ways(tiny_config, tiny, tmp_path, records, evaluation, scores="hidden"):
         f"data.path={answers(tmp_path)}",
         *("steps=10", "rollout.samples_per_prompt=2", "objective={kind: token_forward_kl}"),
         *(evaluation, "evaluation.examples=0", f"runs_dir={tmp_path}"),
-        f"journal={{path: {tmp_path}/journal, records: {records}}}",
+        f"teacher_cache={{path: {tmp_path}/journal, records: {records}}}",
     ]
-    return teacher, common, [*common, "sampler=journal", "name=later"]
+    return teacher, common, [*common, "sampler=teacher_cache", "name=later"]
 
 
 def assert_same_student(tmp_path, tiny):
@@ -212,10 +212,10 @@ def test_each_row_learns_from_the_teacher_of_its_tag(environment, tiny_config, t
     done = direct(
         environment,
         tiny_config,
-        f"teacher={json.dumps({'kind': 'several', 'members': members})}",
+        f"teacher={json.dumps({'kind': 'multi', 'teachers': members})}",
         f"data={json.dumps({'path': str(file), 'tag_key': 'topic', 'max_prompt_tokens': 64})}",
         *("sampler=dataset", "objective={kind: token_forward_kl}", "evaluation.prompts=0"),
-        *("steps=1", f"runs_dir={tmp_path}", f"journal={{path: {tmp_path}/journal}}"),
+        *("steps=1", f"runs_dir={tmp_path}", f"teacher_cache={{path: {tmp_path}/journal}}"),
     )
     succeeds(done)
     assert len(list((tmp_path / "journal").glob("*/teacher.json"))) == 2

@@ -135,7 +135,9 @@ class TestUnbiased:
         mixed = (1 - ALPHA) * small.student(small.theta) + ALPHA * small.teacher()
         assert bias(small, normalization, 2, mixed, weighted=True, estimator=estimator) <= 1e-9
 
-    @pytest.mark.parametrize("correction", [{"clip_ratio": 0.2}, {"truncated_is": 1.0}], ids=str)
+    @pytest.mark.parametrize(
+        "correction", [{"clip_ratio": 0.2}, {"importance_ratio_cap": 1.0}], ids=str
+    )
     def test_corrections_on_fresh_samples(self, language, estimator, normalization, correction):
         fresh = Older(language)
         fresh.theta = language.theta
@@ -310,8 +312,8 @@ def test_the_token_ratio_corrects_the_choice_of_each_token(language):
             older, theta, lambda s: sampled_token(s, counts, **options), older.probabilities
         )
 
-    assert (found(truncated_is=1e9) - exact).abs().max() <= 1e-9
-    for options in ({}, {"truncated_is": 1.0}, {"clip_ratio": 0.2}):
+    assert (found(importance_ratio_cap=1e9) - exact).abs().max() <= 1e-9
+    for options in ({}, {"importance_ratio_cap": 1.0}, {"clip_ratio": 0.2}):
         assert (found(**options) - exact).abs().max() > 1e-3, options
 
 
@@ -328,7 +330,9 @@ def test_truncation_and_clipping_are_their_formulas(language):
             w, r = ratio[row, t].item(), cost[row, t].item()
             truncated += min(w, 1.1) * r * stats.student_logprob[row, t].item()
             clipped += max(w * r, min(max(w, 0.9), 1.1) * r)
-        assert sampled_token(one, counts, truncated_is=1.1).item() == pytest.approx(truncated)
+        assert sampled_token(one, counts, importance_ratio_cap=1.1).item() == pytest.approx(
+            truncated
+        )
         assert sampled_token(one, counts, clip_ratio=0.1).item() == pytest.approx(clipped)
 
 

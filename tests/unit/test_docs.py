@@ -91,7 +91,7 @@ def test_the_reference_of_the_configuration_is_written_from_the_schema():
     )
 
 
-@pytest.mark.parametrize("kind", ["vllm", "hf", "openai", "several"])
+@pytest.mark.parametrize("kind", ["vllm", "hf", "openai", "multi"])
 def test_every_key_of_a_resolved_configuration_is_in_the_reference_once_a_kind(kind):
     """From what a run writes, not from the schema's fields."""
     one = {"kind": "hf", "model": "b"}
@@ -99,21 +99,21 @@ def test_every_key_of_a_resolved_configuration_is_in_the_reference_once_a_kind(k
         "vllm": {"kind": "vllm", "model": "b"},
         "hf": one,
         "openai": {"kind": "openai", "model": "b", "base_url": "http://x"},
-        "several": {"kind": "several", "members": {"NAME": {"teacher": one}}},
+        "multi": {"kind": "multi", "teachers": {"NAME": {"teacher": one}}},
     }
     changes = {
         "teacher": teachers[kind],
         "sampler": "teacher",
         "warmup": {"sampler": "dataset", "steps": 1},
-        "journal": {"path": "j"},
+        "teacher_cache": {"path": "j"},
         "student": {"model": "a", "init": {"kind": "prune", "drop_layers": [0, 1]}},
     }
     known = set(first_cells((ROOT / "docs" / "configuration.md").read_text()))
     keys = flat(Config.model_validate({**MINIMAL, **changes}))
     assert len(keys) > 80
     for key in keys:
-        if key.startswith("teacher.members.NAME.teacher."):
-            key = key.replace("members.NAME.teacher.", "")
+        if key.startswith("teacher.teachers.NAME.teacher."):
+            key = key.replace("teachers.NAME.teacher.", "")
         key = re.sub(r"^warmup\.objective\.", "objective.", key)
         assert key in known or f"{key}[]" in known, key
 
@@ -132,10 +132,10 @@ def usage_counters():
     return set(re.findall(r'self\.used\["(\w+)"\]', text))
 
 
-def recorded(directory, sampler, objective, plus=(), **options):
+def recorded(directory, sampler, objective, extra_terms=(), **options):
     """The keys of a row of metrics.jsonl, all statistics of completions being known."""
     directory.mkdir()
-    changes = {"sampler": sampler, "objective": objective, "plus": plus}
+    changes = {"sampler": sampler, "objective": objective, "extra_terms": extra_terms}
     config = Config.model_validate({**MINIMAL, **changes})
     rollout = Rollout("p", "p/0", (1,), (2, 3), (-1.0, -1.0), "student", 0, "stop")
     part = Part([rollout], {}, Counts(1, 2), config.terms[:1], **options)

@@ -21,10 +21,10 @@ from hypothesis import strategies as st
 from seqkd.config.run import Config, dump, load
 from seqkd.data.dataset import read_data
 from seqkd.data.readers import Source
-from seqkd.errors import ConfigError, DataError, JournalError
+from seqkd.errors import ConfigError, DataError, TeacherCacheError
 from seqkd.storage.arrow_store import ArrowStore
 from seqkd.storage.checkpoint_dir import newest, save
-from seqkd.teachers.cache import describe_teacher, identify_teacher, keep_teachers, open_caches
+from seqkd.teachers.cache import identify_teacher, keep_teachers, open_caches
 from tests.conftest import ROOT
 from tests.unit.config.test_config import MINIMAL
 
@@ -205,7 +205,7 @@ def tiny_with(line):
 @example(content=tiny_with('"\\ud800": 1'))
 @example(content=tiny_with('runs_dir: "\\0"'))
 @example(content=tiny_with(BOMB + "cluster: *a8"))
-@example(content=tiny_with("plus: &a [*a]"))
+@example(content=tiny_with("extra_terms: &a [*a]"))
 @example(content=tiny_with("1: 2"))
 @example(content=tiny_with("? [1]\n: 2"))
 def test_a_mutated_configuration(folder, content):
@@ -220,14 +220,14 @@ def some(**fields):
 
 
 SHARE, POSITIVE, COUNT = st.floats(0, 1), st.floats(0, 1e9), st.sampled_from([1, 2, 4, 10**12])
-SAMPLERS = st.sampled_from(["student", "teacher", "mixture", "dataset", "corpus", "journal"])
+SAMPLERS = st.sampled_from(["student", "teacher", "mixture", "dataset", "corpus", "teacher_cache"])
 KINDS = ["sequence_reverse_kl", "sequence_forward_kl", "sampled_token", "sft", "token_forward_kl",
          "token_reverse_kl", "gjsd", "skew_kl", "skew_reverse_kl", "total_variation"]  # fmt: skip
 OBJECTIVES = st.sampled_from(KINDS).map(lambda kind: {"kind": kind}) | some(
     estimator=st.sampled_from(["reinforce", "reward_to_go", "single_step", "rao_blackwell"]),
     baseline=st.sampled_from(["none", "leave_one_out", "position_mean"]),
     normalization=st.sampled_from(["rate", "total", "minillm"]), discount=SHARE,
-    clip_ratio=SHARE, truncated_is=POSITIVE,
+    clip_ratio=SHARE, importance_ratio_cap=POSITIVE,
 )  # fmt: skip
 LOCAL = st.builds(
     lambda kind, rest: {"kind": kind, "model": "b", **rest},
@@ -235,15 +235,17 @@ LOCAL = st.builds(
     some(scores=st.sampled_from(["hidden", "logprobs", "top_k"]), top_k=COUNT),
 )
 TEACHERS = LOCAL | st.dictionaries(TEXTS, st.builds(dict, teacher=LOCAL, weight=POSITIVE)).map(
-    lambda members: {"kind": "several", "members": members}
+    lambda members: {"kind": "multi", "teachers": members}
 )
 CHOICES = some(
     name=TEXTS, runs_dir=TEXTS, cluster=TEXTS, seed=st.integers(0), steps=COUNT, weight=POSITIVE,
     sampler=SAMPLERS, objective=OBJECTIVES, updates_per_rollout=COUNT, teacher=TEACHERS,
     prompts_per_step=st.sampled_from([4, 8, 12]), placement=st.sampled_from(["colocated", "split"]),
-    plus=st.lists(some(sampler=SAMPLERS, objective=OBJECTIVES, weight=POSITIVE), max_size=2),
+    extra_terms=st.lists(some(sampler=SAMPLERS, objective=OBJECTIVES, weight=POSITIVE), max_size=2),
     warmup=some(sampler=SAMPLERS, lr=POSITIVE).map(lambda w: {"steps": 2, **w}),
-    journal=some(records=st.sampled_from(["teacher", "dataset"])).map(lambda j: {"path": "j", **j}),
+    teacher_cache=some(records=st.sampled_from(["teacher", "dataset"])).map(
+        lambda cache: {"path": "j", **cache}
+    ),
     rollout=some(samples_per_prompt=COUNT, temperature=POSITIVE, top_p=SHARE, max_tokens=COUNT),
     learner=some(lr=POSITIVE, betas=st.tuples(SHARE, SHARE).map(list), ranks=COUNT, gpus=SHARE,
                  zero_stage=st.integers(0, 3), micro_batch_tokens=COUNT, min_lr_ratio=SHARE),
@@ -266,10 +268,12 @@ def test_what_fits_is_dumped_and_read_back(folder, choices):
 
 
 KEYS = sorted({".".join(path) for path in [("name",), ("data", "path"), ("teacher", "kind"),
-               ("teacher", "members", "a", "teacher"), ("objective", "kind"), ("plus",), ("steps",),
-               ("learner", "lr"), ("learner", "betas"), ("warmup", "steps"), ("sampler",),
-               ("data", "heldout_fraction"), ("student", "init"), ("journal", "path"), ("seed",),
-               ("steps", "steps"), ("", ""), ("plus", "0", "weight"), ("cluster",)]})  # fmt: skip
+               ("teacher", "teachers", "a", "teacher"), ("objective", "kind"), ("extra_terms",),
+               ("steps",), ("learner", "lr"), ("learner", "betas"), ("warmup", "steps"),
+               ("sampler",),
+               ("data", "heldout_fraction"), ("student", "init"), ("teacher_cache", "path"),
+               ("seed",), ("steps", "steps"), ("", ""), ("extra_terms", "0", "weight"),
+               ("cluster",)]})  # fmt: skip
 VALUES = (
     YAML_VALUES.map(lambda v: yaml.safe_dump(v, default_flow_style=True))
     | st.sampled_from(SNIPPETS)
@@ -295,7 +299,7 @@ FITTING = st.sampled_from(
 @example(overrides=["seed=0000-00-00"])
 @example(overrides=["\ud800=1"])
 @example(overrides=["cluster=" + "[" * 1500])
-@example(overrides=["plus=[1, 2]", "plus.0=3"])
+@example(overrides=["extra_terms=[1, 2]", "extra_terms.0=3"])
 def test_any_override(folder, overrides):
     path = folder / "tiny.yaml"
     shutil.copy(TINY, path)
@@ -488,7 +492,7 @@ def test_a_damaged_table(folder, tables, data):
     assert all(isinstance(row, dict) for _, row in rows)
 
 
-# --- the journal
+# --- the teacher cache
 
 SCHEMA = pa.schema([("address", pa.string()), ("value", pa.large_binary())])
 ROWS = [{"address": f"a{i % 3}", "value": bytes([i]) * 50} for i in range(5)]
@@ -520,7 +524,7 @@ def test_a_damaged_file_of_the_journal(folder, shard, data):
     if content == whole:
         assert len(rows_of(ArrowStore(directory, SCHEMA))) == len(ROWS)
         return
-    with pytest.raises(JournalError) as caught:
+    with pytest.raises(TeacherCacheError) as caught:
         ArrowStore(directory, SCHEMA)
     (line,) = lines_of(caught.value)
     assert f"{file} is damaged" in line
@@ -542,7 +546,8 @@ ENDPOINT = {"kind": "openai", "model": "m", "base_url": "http://x/v1"}
 @example(content=b'{"%s": 1}' % (b"x" * 5000))
 def test_a_damaged_description_of_a_teacher(folder, content):
     config = Config.model_validate({
-        **MINIMAL, "teacher": ENDPOINT, "sampler": "teacher", "journal": {"path": str(folder / "j")}
+        **MINIMAL, "teacher": ENDPOINT, "sampler": "teacher",
+        "teacher_cache": {"path": str(folder / "j")},
     })  # fmt: skip
     directory = folder / "j" / "another"
     directory.mkdir(parents=True, exist_ok=True)
@@ -551,11 +556,11 @@ def test_a_damaged_description_of_a_teacher(folder, content):
     assert open_caches(config, True)[1][""].directory == mine, "another's damage is another's"
     try:
         _, journals = open_caches(config, False)
-    except JournalError as error:
+    except TeacherCacheError as error:
         (line,) = lines_of(error)
-        assert line.startswith(f"journal.path: {folder / 'j'}")
+        assert line.startswith(f"teacher_cache.path: {folder / 'j'}")
     else:
-        assert json.loads(content) == describe_teacher(config.teacher)
+        assert json.loads(content) == config.teacher.describe()
         assert journals[""].directory == directory
 
 
@@ -563,10 +568,12 @@ def test_a_place_for_a_journal_that_cannot_be_written_is_said(folder):
     (folder / "file").touch()
     config = Config.model_validate({
         **MINIMAL, "teacher": ENDPOINT, "sampler": "teacher",
-        "journal": {"path": str(folder / "file" / "j")},
+        "teacher_cache": {"path": str(folder / "file" / "j")},
     })  # fmt: skip
     _, journals = open_caches(config, True)
-    with pytest.raises(JournalError, match=r"teacher\.json cannot be written: Not a directory\."):
+    with pytest.raises(
+        TeacherCacheError, match=r"teacher\.json cannot be written: Not a directory\."
+    ):
         keep_teachers(config, journals)
 
 

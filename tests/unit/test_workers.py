@@ -21,30 +21,31 @@ MEMBERS = {
     "large": {"teacher": {"kind": "hf", "model": "l"}, "weight": 3.0},
     "small": {"teacher": {"kind": "vllm", "model": "s"}, "tags": ["chat", ""]},
 }
-SEVERAL = {"kind": "several", "members": MEMBERS}
+SEVERAL = {"kind": "multi", "teachers": MEMBERS}
 DATA = MINIMAL["data"] | {"tag_key": "topic"}
 
 
-def several(**members):
-    chosen = SEVERAL | {"members": MEMBERS | members}
+def several(**changes):
+    chosen = SEVERAL | {"teachers": MEMBERS | changes}
     return Config.model_validate(MINIMAL | {"teacher": chosen, "data": DATA})
 
 
 def test_prompts_are_shared_out_by_the_weights_of_those_that_may_have_them():
     c = several()
     found = {
-        tag: Counter(c.teacher_of(tag, str(i)) for i in range(10_000)) for tag in ("math", "law")
+        tag: Counter(c.teacher.choose(tag, str(i)) for i in range(10_000))
+        for tag in ("math", "law")
     }
     assert found["law"] == {"large": 10_000}
     assert found["math"].keys() == {"math", "large"}
     # 3 : 1, with a standard deviation of sqrt(10,000 x 0.75 x 0.25) = 43.
     assert abs(found["math"]["large"] - 7_500) < 4 * 43
-    assert c.teacher_of("math", "7") == several().teacher_of("math", "7")
+    assert c.teacher.choose("math", "7") == several().teacher.choose("math", "7")
 
 
 def test_a_single_teacher_has_every_prompt():
     c = Config.model_validate(MINIMAL)
-    assert (c.teacher_of("math", "7"), list(c.teachers)) == ("", [""])
+    assert (c.teacher.choose("math", "7"), list(c.teachers)) == ("", [""])
 
 
 @pytest.mark.parametrize(
@@ -59,7 +60,7 @@ def test_a_single_teacher_has_every_prompt():
 )  # fmt: skip
 def test_refused(tmp_path, changes, data, message):
     file = tmp_path / "c.yaml"
-    teacher = SEVERAL | {"members": MEMBERS | changes}
+    teacher = SEVERAL | {"teachers": MEMBERS | changes}
     file.write_text(json.dumps(MINIMAL | {"teacher": teacher, "data": data}))
     with pytest.raises(ConfigError, match=message):
         load(file)
@@ -117,14 +118,14 @@ def test_a_tag_that_no_teacher_may_have(config, tiny, tmp_path):  # noqa: F811
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     members = {"m": {"teacher": {"kind": "hf", "model": tiny["teacher"]}, "tags": ["math"]}}
     overrides = [
-        f"teacher={json.dumps({'kind': 'several', 'members': members})}",
+        f"teacher={json.dumps({'kind': 'multi', 'teachers': members})}",
         *(f"data.path={file}", "data.tag_key=topic", "evaluation.prompts=0"),
     ]
     with pytest.raises(ConfigError, match=r"no teacher may have rows with topic 'law'\. Add it"):
         check(config(*overrides))
     members["all"] = {"teacher": {"kind": "hf", "model": "/nowhere"}}
-    overrides[0] = f"teacher={json.dumps({'kind': 'several', 'members': members})}"
+    overrides[0] = f"teacher={json.dumps({'kind': 'multi', 'teachers': members})}"
     with pytest.raises(
-        ConfigError, match=r"teacher\.members\.all: teacher\.model: '/nowhere' does"
+        ConfigError, match=r"teacher\.teachers\.all: teacher\.model: '/nowhere' does"
     ):
         check(config(*overrides))

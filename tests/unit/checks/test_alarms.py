@@ -45,7 +45,7 @@ class World:
 
     def __init__(self, changes=None, roles=("rollout", "teacher", "learner")):
         members = {n: {"teacher": {"kind": "hf", "model": n, "actors": 2}} for n in ("a", "b")}
-        several = {"kind": "several", "members": members}
+        several = {"kind": "multi", "teachers": members}
         self.config = config(**{"teacher": several, **(changes or {})})
         self.learner, self.engines = logprobs(), [logprobs(), logprobs()]
         self.teachers = {"a": [logprobs(-1, 1)] * 2, "b": [logprobs(-1, 2)] * 2}

@@ -99,7 +99,7 @@ def test_engines_and_what_passes_through_the_driver(smollm):
     # 4 prompts x 4 samples x 100 tokens x 576 numbers, three times; and those drawn ahead.
     once, under_way = 4 * 4 * 100 * 576 * 4 / GIB, found["driver"].parts["scores under way"]
     assert under_way == pytest.approx(3 * once)
-    ahead = {"placement": "split", "rollout": {"max_tokens": 100, "max_staleness": 1}}
+    ahead = {"placement": "split", "rollout": {"max_tokens": 100, "max_off_policy_steps": 1}}
     assert needs(smollm, **ahead)["driver"].parts["scores under way"] == pytest.approx(4 * once)
     scores = {"kind": "vllm", "model": "t", "scores": "top_k"}
     found = needs(smollm, teacher=scores)

@@ -304,7 +304,9 @@ def test_another_template(config, tiny, tmp_path, change, diff):
     assert first.startswith("teacher.model: has another chat template than the student")
     assert rest[:2] == ["    --- student", "    +++ teacher"]
     assert any(diff in line and line.startswith("    +") for line in rest)
-    (warning,) = check(config(f"teacher.model={other}", "teacher.other_template=true")).warnings
+    (warning,) = check(
+        config(f"teacher.model={other}", "teacher.allow_template_mismatch=true")
+    ).warnings
     assert warning.splitlines()[1:] == rest
     assert check(config(f"teacher.model={other}", "data.chat=false")).warnings == ()
 

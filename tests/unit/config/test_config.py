@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 import yaml
 
 from seqkd.comparison import plan
-from seqkd.config.objectives import SequenceReverseKLConfig
+from seqkd.config.objectives import ObjectiveConfig, SequenceReverseKLConfig
 from seqkd.config.resources import EngineConfig
 from seqkd.config.run import Config, dump, load
+from seqkd.config.samplers import SAMPLERS, SamplerName
 from seqkd.errors import ConfigError
+from seqkd.objectives import OBJECTIVES
 from tests.conftest import ROOT
 
 MINIMAL = {
@@ -22,6 +25,16 @@ MINIMAL = {
     "data": {"path": "train.jsonl", "heldout_path": "heldout.jsonl"},
     "steps": 3,
 }
+
+
+def test_every_objective_and_sampler_has_all_that_it_needs():
+    classes = get_args(get_args(ObjectiveConfig)[0])
+    assert {c.model_fields["kind"].default for c in classes} == set(OBJECTIVES)
+    assert all(c.label and c.samplers for c in classes)
+    assert set(SAMPLERS) == set(get_args(SamplerName))
+    for name, traits in SAMPLERS.items():
+        (natural,) = [c for c in classes if c.model_fields["kind"].default == traits.objective]
+        assert traits.label and name in natural.samplers
 
 
 ENDPOINT = "teacher={kind: openai, model: m, base_url: 'http://x/v1'}"
@@ -82,7 +95,7 @@ def test_terms_that_share_a_sampler_share_its_completions(path):
         [
             "sampler=dataset",
             "weight=0.5",
-            "plus=[{sampler: dataset, weight: 0.5, objective: {kind: token_forward_kl}}, "
+            "extra_terms=[{sampler: dataset, weight: 0.5, objective: {kind: token_forward_kl}}, "
             "{sampler: student}]",
         ],
     )
@@ -159,10 +172,14 @@ def test_scientific_notation_is_a_number(path):
         ),
         (["objective={kind: skew_kl, skew: 0}"], "objective.skew: 0", "greater than 0"),
         (["objective.discount=1.5"], "objective.discount: 1.5", "less than or equal to 1"),
-        (["objective.truncated_is=0.5"], "objective.truncated_is: 0.5", "greater than or equal"),
         (
-            ["objective={clip_ratio: 0.2, truncated_is: 2}"],
-            "clip_ratio and truncated_is",
+            ["objective.importance_ratio_cap=0.5"],
+            "objective.importance_ratio_cap: 0.5",
+            "greater than or equal",
+        ),
+        (
+            ["objective={clip_ratio: 0.2, importance_ratio_cap: 2}"],
+            "clip_ratio and importance_ratio_cap",
             "Set one",
         ),
         (
@@ -180,19 +197,27 @@ def test_scientific_notation_is_a_number(path):
             "objective.clip_ratio",
             "Set sampler to student",
         ),
-        (["sampler=journal"], "sampler 'journal' reads", "Set journal.path"),
+        (["sampler=teacher_cache"], "sampler 'teacher_cache' reads", "Set teacher_cache.path"),
         (
-            ["sampler=journal", "journal={path: j, records: dataset}"],
-            "journal.records is 'dataset'",
+            ["sampler=teacher_cache", "teacher_cache={path: j, records: dataset}"],
+            "teacher_cache.records is 'dataset'",
             "Set objective.kind to sft",
         ),
         (["sampler=mixture", "updates_per_rollout=2"], "updates_per_rollout 2", "Set it to 1"),
-        (["rollout.max_staleness=1"], "rollout.max_staleness 1", "Set placement to split"),
-        (["rollout.max_staleness=2", "placement=split"], "rollout.max_staleness", "equal to 1"),
         (
-            ["rollout.max_staleness=1", "placement=split", "sampler=mixture"],
-            "rollout.max_staleness 1",
-            "Set rollout.max_staleness to 0",
+            ["rollout.max_off_policy_steps=1"],
+            "rollout.max_off_policy_steps 1",
+            "Set placement to split",
+        ),
+        (
+            ["rollout.max_off_policy_steps=2", "placement=split"],
+            "rollout.max_off_policy_steps",
+            "equal to 1",
+        ),
+        (
+            ["rollout.max_off_policy_steps=1", "placement=split", "sampler=mixture"],
+            "rollout.max_off_policy_steps 1",
+            "Set rollout.max_off_policy_steps to 0",
         ),
         (
             [
@@ -203,8 +228,8 @@ def test_scientific_notation_is_a_number(path):
             "rao_blackwell",
         ),
         (
-            ["teacher={kind: openai, model: m, base_url: 'http://x/v1', key_env: sk-123}"],
-            "teacher.key_env: is not the name",
+            ["teacher={kind: openai, model: m, base_url: 'http://x/v1', api_key_env: sk-123}"],
+            "teacher.api_key_env: is not the name",
             "Name the one",
         ),
         ([ENDPOINT], "teacher.scores is 'none'", "Set it to top_k"),
@@ -226,7 +251,7 @@ def test_scientific_notation_is_a_number(path):
         ),
         (
             [ENDPOINT, "sampler=mixture", "teacher.tokenizer=a", "teacher.scores=top_k"],
-            "sampler 'mixture' weighs each completion",
+            "sampler 'mixture' weights each completion",
             "Set teacher.api to completions",
         ),
         (["rollout.teacher_fraction=1"], "rollout.teacher_fraction: 1", "less than 1"),
@@ -236,16 +261,20 @@ def test_scientific_notation_is_a_number(path):
             "teacher.scores to hidden",
         ),
         (
-            ["plus=[{sampler: corpus, objective: {kind: sft}}]"],
-            "plus.0.sampler 'corpus'",
+            ["extra_terms=[{sampler: corpus, objective: {kind: sft}}]"],
+            "extra_terms.0.sampler 'corpus'",
             "data.corpus_path",
         ),
         (
-            ["plus=[{sampler: teacher, objective: {kind: sequence_reverse_kl}}]"],
-            "plus.0: objective 'sequence_reverse_kl'",
+            ["extra_terms=[{sampler: teacher, objective: {kind: sequence_reverse_kl}}]"],
+            "extra_terms.0: objective 'sequence_reverse_kl'",
             "Set sampler to student",
         ),
-        (["plus=[{sampler: teacher, weight: 0}]"], "plus.0.weight: 0", "greater than 0"),
+        (
+            ["extra_terms=[{sampler: teacher, weight: 0}]"],
+            "extra_terms.0.weight: 0",
+            "greater than 0",
+        ),
         (["learner.ranks=5"], "prompts_per_step 4", "Set it to 5 or more"),
         (["data.heldout_path=null"], "no prompts are held out", "evaluation.prompts to 0"),
         (["rollout.tensor_parallel_size=2"], "gpus 0", "Set gpus"),

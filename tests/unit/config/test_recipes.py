@@ -55,8 +55,8 @@ def dry_runs(tmp_path_factory):
     with serving(repos) as hub, stand_ins.endpoint() as base_url:
         common = [f"runs_dir={folder}/runs"]
         own = {
-            "black_box": [f"journal.path={folder}/black", f"teacher.base_url={base_url}"],
-            "two_step": [f"journal.path={folder}/two"],
+            "black_box": [f"teacher_cache.path={folder}/black", f"teacher.base_url={base_url}"],
+            "two_step": [f"teacher_cache.path={folder}/two"],
         }
         runs = [
             (name, str(ROOT / f"configs/recipes/{name}.yaml"), *common, *own.get(name, ()))

@@ -29,7 +29,7 @@ CASES = [
     (SEQUENCE, {"discount": 0.9}),
     (SEQUENCE, {"future_weight": 0.5}),
     (SEQUENCE, {"clip_ratio": 0.2}),
-    (SEQUENCE, {"truncated_is": 2.0}),
+    (SEQUENCE, {"importance_ratio_cap": 2.0}),
     ("sampled_token", {"clip_ratio": 0.2}),
 ]
 COUNTS = Counts(6, 40, 0.7, 6.5, torch.tensor([3.0, 2, 1]), torch.tensor([4.0, 3, 1]))

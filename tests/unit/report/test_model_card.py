@@ -102,7 +102,7 @@ def config(**changes):
         "warmup": {"sampler": "teacher", "steps": 3, "prompts_per_step": 8},
         "sampler": "student",
         "objective": {"kind": "sequence_reverse_kl", "normalization": "rate"},
-        "plus": [{"sampler": "dataset", "weight": 0.5}],
+        "extra_terms": [{"sampler": "dataset", "weight": 0.5}],
         "steps": 2,
         "learner": {"lr": 2e-6},
     }  # fmt: skip
@@ -211,9 +211,10 @@ def test_it_says_how_the_student_was_made(run):
         "[Qwen/Qwen2.5-7B-Instruct](https://huggingface.co/Qwen/Qwen2.5-7B-Instruct)",
         "warmup: 3 steps of `sequence_forward_kl` on the teacher's samples; 8 prompts a step",
         "main: 2 steps of `sequence_reverse_kl` (estimator rao_blackwell, baseline leave_one_out, "
-        "normalization rate, future_weight 1.0, discount 1.0) on its own samples + 0.5 `sft` on "
-        "the data set's answers; 4 prompts a step, 4 samples each, learning rate 2e-06",
-        "100 of the teacher's samples; 1,500 of its own samples; 30 of the data set's answers",
+        "normalization rate, future_weight 1.0, discount 1.0) on the student's samples + 0.5 `sft` "
+        "on the data set's answers; 4 prompts a step, 4 samples each, learning rate 2e-06",
+        "100 of the teacher's samples; 1,500 of the student's samples; "
+        "30 of the data set's answers",
         "split `train_sft`, at most 500 rows",
         "None was made.",
     ):
@@ -222,7 +223,7 @@ def test_it_says_how_the_student_was_made(run):
 
 def test_its_configuration_shapes_the_student_and_tells_no_address(run):
     teacher = {"kind": "openai", "model": "big", "base_url": "https://inner.example/v1"}
-    card = written(run, config(teacher=teacher, sampler="teacher", objective=None, plus=[]))
+    card = written(run, config(teacher=teacher, sampler="teacher", objective=None, extra_terms=[]))
     block = re.search(r"```yaml\n(.*?)```", card.text, re.DOTALL)
     given = yaml.safe_load(block[1])
     assert given["learner"]["lr"] == 2e-6 and given["warmup"]["steps"] == 3

@@ -11,7 +11,7 @@ import time
 import pyarrow as pa
 import pytest
 
-from seqkd.errors import JournalError
+from seqkd.errors import TeacherCacheError
 from seqkd.storage.arrow_store import ABANDONED_S, ArrowStore
 from tests.conftest import ROOT
 
@@ -77,7 +77,9 @@ def test_damage_is_named_wherever_it_is(tmp_path, damage):
     schema = pa.schema([("address", pa.string())]) if damage == "columns" else SCHEMA
     for version in versions:
         file.write_bytes(version)
-        with pytest.raises(JournalError, match=rf"{file.name} is damaged: .*\. Remove it; what"):
+        with pytest.raises(
+            TeacherCacheError, match=rf"{file.name} is damaged: .*\. Remove it; what"
+        ):
             ArrowStore(tmp_path, schema)
 
 
@@ -171,5 +173,5 @@ def test_a_disk_that_is_full_is_said_and_keeps_what_was_written(tmp_path):
 
 def test_a_place_that_cannot_be_written_is_said(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(JournalError, match=r"file/.*cannot be written: Not a directory"):
+    with pytest.raises(TeacherCacheError, match=r"file/.*cannot be written: Not a directory"):
         ArrowStore(tmp_path / "file" / "below", SCHEMA).append([row("a")])

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from seqkd.config.run import Config
-from seqkd.errors import JournalError
+from seqkd.errors import TeacherCacheError
 from seqkd.models.output_head import load_head
 from seqkd.teachers.cache import (
     CachedSampler,
@@ -69,43 +69,45 @@ class Teacher:
         return TeacherScore(rollout.sample_id, None, logprobs, top, -torch.rand(tokens, 4))
 
 
-def journal(tmp_path, precision="float32"):
+def cache(tmp_path, precision="float32"):
     return TeacherCache(tmp_path / "j", precision)
 
 
-def sampler(inner, journal):
-    return CachedSampler(inner, journal, [32, (0,), "float32"])
+def sampler(inner, cache):
+    return CachedSampler(inner, cache, [32, (0,), "float32"])
 
 
 def test_recorded_completions_come_first_and_only_the_rest_is_asked_for(tmp_path):
     inner = Sampler()
-    first = sampler(inner, journal(tmp_path)).sample(PROMPTS[:2], [2, 1], 0)
-    again = sampler(inner, journal(tmp_path))
+    first = sampler(inner, cache(tmp_path)).sample(PROMPTS[:2], [2, 1], 0)
+    again = sampler(inner, cache(tmp_path))
     assert again.sample(PROMPTS[:2], [2, 1], 0) == first
     more = again.sample([PROMPTS[0], PROMPTS[2]], [1, 2], 1)
     assert inner.calls == [{"p0": 2, "p1": 1}, {"p0": 1, "p2": 2}]
     assert [r.completion_ids[0] for r in more] == [4, 5, 6]
     assert again.usage() == {"requests": 2, "reused": 3}
-    other = sampler(inner, journal(tmp_path))
+    other = sampler(inner, cache(tmp_path))
     assert len(other.sample(PROMPTS[:1], [3], 7)) == 3, "in the order in which they were drawn"
     assert len(inner.calls) == 2
-    sampler(inner, journal(tmp_path)).sample(PROMPTS[:1], [1], 7, temperature=0.5)
+    sampler(inner, cache(tmp_path)).sample(PROMPTS[:1], [1], 7, temperature=0.5)
     assert inner.calls[2:] == [{"p0": 1}], "other settings are other completions"
 
 
 def test_the_same_prompt_twice_in_a_step_gets_different_completions(tmp_path):
     inner = Sampler()
-    drawn = sampler(inner, journal(tmp_path)).sample([PROMPTS[0], PROMPTS[0]], [2, 2], 0)
+    drawn = sampler(inner, cache(tmp_path)).sample([PROMPTS[0], PROMPTS[0]], [2, 2], 0)
     assert inner.calls == [{"p0": 4}]
     assert [r.completion_ids[0] for r in drawn] == [1, 2, 3, 4]
 
 
 def test_without_a_teacher_completions_begin_anew_and_a_lack_is_said(tmp_path):
-    recorded = sampler(Sampler(), journal(tmp_path)).sample(PROMPTS[:1], [4], 0)
-    alone = sampler(None, journal(tmp_path))
+    recorded = sampler(Sampler(), cache(tmp_path)).sample(PROMPTS[:1], [4], 0)
+    alone = sampler(None, cache(tmp_path))
     drawn = [alone.sample(PROMPTS[:1], [2], seed) for seed in range(3)]
     assert drawn == [recorded[:2], recorded[2:], recorded[:2]]
-    with pytest.raises(JournalError, match=r"lacks 5 completions of 'prompt 0'\. Run scripts/pre"):
+    with pytest.raises(
+        TeacherCacheError, match=r"lacks 5 completions of 'prompt 0'\. Run scripts/pre"
+    ):
         alone.sample(PROMPTS[:1], [5], 0)
 
 
@@ -113,8 +115,8 @@ def test_without_a_teacher_completions_begin_anew_and_a_lack_is_said(tmp_path):
 def test_a_score_is_read_back_as_it_was_given_and_never_asked_for_twice(tmp_path, form):
     rollouts = Sampler().sample(PROMPTS, [1] * 4, 0)
     inner = Teacher(form)
-    given = CachedTeacher(inner, journal(tmp_path), form).score(rollouts)
-    again = CachedTeacher(inner, journal(tmp_path), form)
+    given = CachedTeacher(inner, cache(tmp_path), form).score(rollouts)
+    again = CachedTeacher(inner, cache(tmp_path), form)
     assert again.lacks(rollouts) == 0
     read = again.score([*reversed(rollouts), rollouts[0]])
     assert inner.scored == [r.sample_id for r in rollouts]
@@ -122,7 +124,7 @@ def test_a_score_is_read_back_as_it_was_given_and_never_asked_for_twice(tmp_path
         for name in ("hidden", "logprobs", "top_ids", "top_logprobs"):
             a, b = (getattr(s[rollout.sample_id], name) for s in (given, read))
             assert (a is None and b is None) or (a.dtype == b.dtype and torch.equal(a, b)), name
-    CachedTeacher(inner, journal(tmp_path), "another form").score(rollouts)
+    CachedTeacher(inner, cache(tmp_path), "another form").score(rollouts)
     assert len(inner.scored) == 8
 
 
@@ -130,7 +132,7 @@ def test_the_same_answer_to_another_prompt_is_another_text(tmp_path):
     first = Sampler().sample(PROMPTS[:1], [1], 0)[0]
     other = replace(first, sample_id="other", prompt_ids=(5, 6))
     inner = Teacher()
-    CachedTeacher(inner, journal(tmp_path), "f").score([first, other])
+    CachedTeacher(inner, cache(tmp_path), "f").score([first, other])
     assert inner.scored == [first.sample_id, "other"]
 
 
@@ -138,7 +140,7 @@ def test_one_text_under_two_names_is_scored_once(tmp_path):
     first = Sampler().sample(PROMPTS[:1], [1], 0)[0]
     twin = replace(first, sample_id="twin")
     inner = Teacher()
-    scores = CachedTeacher(inner, journal(tmp_path), "f").score([first, twin])
+    scores = CachedTeacher(inner, cache(tmp_path), "f").score([first, twin])
     assert len(inner.scored) == 1
     assert {s.sample_id for s in scores.values()} == {first.sample_id, "twin"}
 
@@ -147,52 +149,52 @@ def test_what_the_student_wrote_is_scored_and_not_kept(tmp_path):
     rollout = Rollout("p", "s", (1,), (2, 3), None, "student", 3, "stop")
     inner = Teacher()
     for _ in range(2):
-        assert CachedTeacher(inner, journal(tmp_path), "f").score([rollout])["s"] is not None
+        assert CachedTeacher(inner, cache(tmp_path), "f").score([rollout])["s"] is not None
     assert len(inner.scored) == 2
     assert not list((tmp_path / "j").rglob("*.arrow"))
 
 
 def test_states_of_a_half_precision_teacher_take_two_bytes(tmp_path):
     rollouts = Sampler().sample(PROMPTS[:1], [1], 0)
-    CachedTeacher(Teacher("hidden"), journal(tmp_path, "bfloat16"), "hidden").score(rollouts)
-    (row,) = journal(tmp_path, "bfloat16").scores.rows(
-        *(next(iter(journal(tmp_path, "bfloat16").scores.places)), 0, 1)
+    CachedTeacher(Teacher("hidden"), cache(tmp_path, "bfloat16"), "hidden").score(rollouts)
+    (row,) = cache(tmp_path, "bfloat16").scores.rows(
+        *(next(iter(cache(tmp_path, "bfloat16").scores.places)), 0, 1)
     )
     assert len(row["hidden"].as_buffer()) == 2 * 8 * 2
 
 
 def test_a_file_that_is_not_whole_is_not_read_and_a_damaged_one_is_named(tmp_path):
-    j = journal(tmp_path)
+    j = cache(tmp_path)
     sampler(Sampler(), j).sample(PROMPTS[:1], [1], 0)
     (file,) = (tmp_path / "j").rglob("*.arrow")
     shutil.copy(file, file.with_suffix(".partial"))
-    assert len(journal(tmp_path).completions.places) == 1
+    assert len(cache(tmp_path).completions.places) == 1
     damaged = file.with_name("00000001-damaged.arrow")
     damaged.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(JournalError, match=r"00000001-damaged\.arrow is damaged.*Remove it"):
-        journal(tmp_path)
+    with pytest.raises(TeacherCacheError, match=r"00000001-damaged\.arrow is damaged.*Remove it"):
+        cache(tmp_path)
 
 
 def test_a_full_disk_is_said_and_leaves_no_half_file(tmp_path, monkeypatch):
     def full(_):
         raise OSError(28, "No space left on device")
 
-    j = journal(tmp_path)
+    j = cache(tmp_path)
     monkeypatch.setattr("seqkd.storage.arrow_store.os.fsync", full)
-    with pytest.raises(JournalError, match="No space left on device"):
+    with pytest.raises(TeacherCacheError, match="No space left on device"):
         sampler(Sampler(), j).sample(PROMPTS[:1], [1], 0)
     assert not [p for p in (tmp_path / "j").rglob("*") if p.is_file()]
 
 
-# --- whose journal it is
+# --- whose cache it is
 
 
 def config(tiny, tmp_path, **changes):
     base = {
         "teacher": {"kind": "vllm", "model": tiny["teacher"]},
         "student": {"model": tiny["student"]},
-        "journal": {"path": str(tmp_path / "journal")},
-        "sampler": "journal",
+        "teacher_cache": {"path": str(tmp_path / "cache")},
+        "sampler": "teacher_cache",
         "objective": {"kind": "token_forward_kl"},
     }
     return Config.model_validate(MINIMAL | base | changes)
@@ -217,18 +219,18 @@ def test_the_recorded_teacher_stands_in_for_a_checkpoint_that_is_elsewhere(tiny,
     moved = str(shutil.copytree(tiny["teacher"], tmp_path / "moved"))
     there = config(tiny, tmp_path, teacher={"kind": "vllm", "model": moved})
     with pytest.raises(
-        JournalError, match=r"holds nothing of the teacher .*moved.* nothing at all"
+        TeacherCacheError, match=r"holds nothing of the teacher .*moved.* nothing at all"
     ):
         open_caches(there, teacher_here=False)
     keep_teachers(there, open_caches(there, teacher_here=True)[1])
     head = load_head(moved, "float32")
     shutil.rmtree(moved)
-    resolved, journals = open_caches(there, teacher_here=False)
-    j = journals[""]
+    resolved, caches = open_caches(there, teacher_here=False)
+    j = caches[""]
     assert resolved.teacher.model == j.teacher != moved
     assert torch.equal(load_head(j.teacher, "float32").weight, head.weight)
     other = config(tiny, tmp_path, teacher={"kind": "vllm", "model": tiny["student"]})
-    with pytest.raises(JournalError, match=r"it holds .*moved"):
+    with pytest.raises(TeacherCacheError, match=r"it holds .*moved"):
         open_caches(other, teacher_here=False)
 
 
@@ -237,12 +239,16 @@ def test_what_a_run_will_read_is_counted_before_it_starts(tiny, tmp_path):
     checked = SimpleNamespace(
         train=PROMPTS[:2], heldout=PROMPTS[2:3], corpus=[], stop_ids=(0,), vocabulary=320
     )
-    j = journal(tmp_path)
-    with pytest.raises(JournalError, match="completions of 3 prompts and scores of 0 completions"):
+    j = cache(tmp_path)
+    with pytest.raises(
+        TeacherCacheError, match="completions of 3 prompts and scores of 0 completions"
+    ):
         check_recorded(c, {"": j}, checked)
     settings = [c.rollout.max_tokens, (0,), "float32"]
     rollouts = CachedSampler(Sampler(), j, settings).sample(PROMPTS[:3], [1] * 3, 0)
-    with pytest.raises(JournalError, match="completions of 0 prompts and scores of 3 completions"):
+    with pytest.raises(
+        TeacherCacheError, match="completions of 0 prompts and scores of 3 completions"
+    ):
         check_recorded(c, {"": j}, checked)
     CachedTeacher(Teacher("hidden"), j, score_form(c.teacher, 320)).score(rollouts)
     check_recorded(c, {"": j}, checked)

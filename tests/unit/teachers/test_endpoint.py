@@ -259,10 +259,10 @@ def test_nothing_listens(monkeypatch):
 
 def test_the_key_comes_from_the_environment(monkeypatch):
     remote = EndpointTeacherConfig(
-        model="t", base_url="https://api.example.com/v1", key_env="SOME_KEY"
+        model="t", base_url="https://api.example.com/v1", api_key_env="SOME_KEY"
     )
     monkeypatch.delenv("SOME_KEY", raising=False)
-    with pytest.raises(ModelError, match=r"teacher\.key_env: .*SOME_KEY is not set"):
+    with pytest.raises(ModelError, match=r"teacher\.api_key_env: .*SOME_KEY is not set"):
         key_of(remote)
     monkeypatch.setenv("SOME_KEY", "secret")
     assert key_of(remote) == "secret"
@@ -271,7 +271,7 @@ def test_the_key_comes_from_the_environment(monkeypatch):
 @pytest.mark.parametrize("value", ["sk-secret\u2026", "sk-\x07secret"])
 def test_what_is_no_key_is_refused_without_being_shown(monkeypatch, value):
     remote = EndpointTeacherConfig(
-        model="t", base_url="https://api.example.com/v1", key_env="SOME_KEY"
+        model="t", base_url="https://api.example.com/v1", api_key_env="SOME_KEY"
     )
     monkeypatch.setenv("SOME_KEY", value)
     with pytest.raises(ModelError, match="SOME_KEY holds is no key") as caught:
@@ -430,7 +430,7 @@ def check(server, words, longest=40, **options):
     run = {**MINIMAL, "data": data, "teacher": teacher, "sampler": "teacher"}
     run["rollout"] = {"max_tokens": 8}
     whole = Config.model_validate(run)
-    check_answers(check_endpoint(whole.teacher), words, VOCABULARY, whole)
+    check_answers(check_endpoint(whole.teacher), words, VOCABULARY, whole.data, whole.rollout)
 
 
 TEXT_ONLY = {"scores": "none", "tokenizer": None}

@@ -25,10 +25,10 @@ STALE = Config.model_validate(
         "placement": "split",
         # Four of a draw's six are scored while others are drawn.
         "teacher": {"kind": "hf", "model": "b", "scores": "logprobs", "batch_tokens": 2000},
-        "rollout": {"samples_per_prompt": 2, "max_staleness": 1},
+        "rollout": {"samples_per_prompt": 2, "max_off_policy_steps": 1},
         "steps": 4,
         "updates_per_rollout": 1,
-        "plus": [],
+        "extra_terms": [],
         "warmup": {"sampler": "teacher", "steps": 2, "prompts_per_step": 2},
         "checkpoints": {"every_steps": 2, "keep_last": 2},
     }

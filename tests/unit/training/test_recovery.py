@@ -176,7 +176,7 @@ CONFIG = Config.model_validate(
                       "normalization": "rate"},
         "rollout": {"samples_per_prompt": 2},
         "warmup": {"sampler": "teacher", "steps": 3, "prompts_per_step": 2},
-        "plus": [{"sampler": "teacher"}],
+        "extra_terms": [{"sampler": "teacher"}],
         "prompts_per_step": 3,
         "updates_per_rollout": 2,
         "steps": 7,
@@ -213,7 +213,7 @@ class World:
             learner=learner,
             teachers={"": Teacher(self.lives, self.asked)},
             teacher_samplers={"": Sampler(self.lives, self.asked, "teacher")},
-            teacher_of=config.teacher_of,
+            teacher_of=config.teacher.choose,
             distribution=False,
         )
         self.out, directory = io.StringIO(), Path(directory)

@@ -1,0 +1,70 @@
+"""Divergences between the student's and the teacher's distribution at one state.
+
+Each function takes log-probs of student and teacher, [..., V], and returns [...].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def token_forward_kl(log_q: Tensor, log_p: Tensor) -> Tensor:
+    """Return KL(p || q) = sum_v p(v|s_t) log p(v|s_t)/q(v|s_t), in nats."""
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def token_reverse_kl(log_q: Tensor, log_p: Tensor) -> Tensor:
+    """Return KL(q || p) = sum_v q(v|s_t) log q(v|s_t)/p(v|s_t), in nats.
+
+    On the student's own samples this is what on-policy distillation mostly minimizes (GKD,
+    2306.13649): the future term is dropped.
+    """
+    return (log_q.exp() * (log_q - log_p)).sum(-1)
+
+
+def gjsd(log_q: Tensor, log_p: Tensor, beta: float) -> Tensor:
+    """Return the generalized Jensen-Shannon divergence (GKD, 2306.13649), in nats:
+    beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q and 0 < beta < 1.
+
+    Bounded by log 2 at beta = 1/2. Divided by beta it tends to the forward KL as beta -> 0, divided
+    by 1 - beta to the reverse KL as beta -> 1; at either end it is 0 itself.
+    """
+    log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+    forward = (log_p.exp() * (log_p - log_m)).sum(-1)
+    reverse = (log_q.exp() * (log_q - log_m)).sum(-1)
+    return beta * forward + (1 - beta) * reverse
+
+
+def skew_kl(log_q: Tensor, log_p: Tensor, skew: float) -> Tensor:
+    """Return KL(p || skew p + (1 - skew) q) with 0 < skew < 1, in nats (DistiLLM, 2402.03898).
+
+    The mixture holds a share ``skew`` of p, so the log-ratio is at most -log(skew).
+    """
+    log_m = torch.logaddexp(log_p + math.log(skew), log_q + math.log1p(-skew))
+    return (log_p.exp() * (log_p - log_m)).sum(-1)
+
+
+def skew_reverse_kl(log_q: Tensor, log_p: Tensor, skew: float) -> Tensor:
+    """Return KL(q || skew q + (1 - skew) p) with 0 < skew < 1, in nats."""
+    return skew_kl(log_p, log_q, skew)
+
+
+def total_variation(log_q: Tensor, log_p: Tensor) -> Tensor:
+    """Return the total variation sum_v |p(v|s_t) - q(v|s_t)| / 2, between 0 and 1 (f-distill,
+    2307.15190)."""
+    return 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
+
+
+DIVERGENCES: dict[str, Callable[..., Tensor]] = {
+    "token_forward_kl": token_forward_kl,
+    "token_reverse_kl": token_reverse_kl,
+    "gjsd": gjsd,
+    "skew_kl": skew_kl,
+    "skew_reverse_kl": skew_reverse_kl,
+    "total_variation": total_variation,
+}
+"""By kind of a token-level objective, the divergence that it averages."""
