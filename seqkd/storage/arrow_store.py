@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import time
 import uuid
@@ -16,7 +15,7 @@ import pyarrow as pa
 import xxhash
 
 from seqkd.errors import JournalError
-from seqkd.files import file_digest, sync, unwritable
+from seqkd.files import atomic_write, disk_errors, file_digest
 
 ABANDONED_S = 24 * 3600.0
 """A file takes a writer seconds: one unfinished for so long belongs to none that lives."""
@@ -72,19 +71,10 @@ class ArrowStore:
         content = _content(rows, self.schema)
         # Numbered for the order, named apart for writers that count alike.
         name = f"{self.position:08d}-{uuid.uuid4().hex[:8]}-{xxhash.xxh3_64_hexdigest(content)}"
-        file, partial = self.directory / f"{name}.arrow", self.directory / f"{name}.partial"
-        try:
+        file = self.directory / f"{name}.arrow"
+        with disk_errors(file):
             self.directory.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as out:
-                out.write(content)
-                out.flush()
-                os.fsync(out.fileno())
-            partial.rename(file)
-            sync(self.directory)
-        except OSError as error:
-            with suppress(OSError):
-                partial.unlink()
-            raise unwritable(file, error) from None
+        atomic_write(file, content)
         self._index(file, [row["address"] for row in rows])
         self._own.append(file)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from seqkd.errors import CheckpointError
-from seqkd.files import disk_errors, file_digest, sync
+from seqkd.files import atomic_directory, file_digest
 
 STATE, MANIFEST = "state.json", "manifest.json"
 UNFINISHED = "was not finished."
@@ -34,25 +34,11 @@ def save(
     StorageError where the disk refuses: what was saved before is kept.
     """
     final = root / f"step-{step:08d}"
-    partial, old = final.with_suffix(".partial"), final.with_suffix(".old")
-    try:
-        with disk_errors(final):
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            write(partial)
-            (partial / STATE).write_text(json.dumps(state, allow_nan=True), encoding="utf-8")
-            manifest = json.dumps(_manifest(partial), indent=1)
-            (partial / MANIFEST).write_text(manifest, encoding="utf-8")
-            for path in [*partial.rglob("*"), partial]:
-                sync(path)
-            if final.exists():  # what it is replaced by is whole, and newest() knows its other name
-                shutil.rmtree(old, ignore_errors=True)
-                final.rename(old)
-            partial.rename(final)
-            sync(root)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    with atomic_directory(final) as partial:
+        write(partial)
+        (partial / STATE).write_text(json.dumps(state, allow_nan=True), encoding="utf-8")
+        manifest = json.dumps(_manifest(partial), indent=1)
+        (partial / MANIFEST).write_text(manifest, encoding="utf-8")
     _remove_older(root, step, keep_last)
     return final
 

@@ -18,7 +18,8 @@ PACKAGED = "working_dir_files"
 """A folder in the path of every working directory that Ray unpacks for a job."""
 STARTUP_FILES = (
     "config.yaml", "data.json", "environment.json", "evaluation.json", "lock", "report.html",
-    "student_initial", "student_initial.partial", "tensorboard", "trackers", "journal",
+    "student_initial", "student_initial.partial", "student_initial.old", "tensorboard", "trackers",
+    "journal",
 )  # fmt: skip
 """What a run writes before its first step: a start that failed there may be tried again."""
 EXECUTION_KEYS = {

@@ -26,7 +26,7 @@ from seqkd.config.resources import EngineConfig
 from seqkd.config.run import Config
 from seqkd.config.teacher import EndpointTeacherConfig, SingleTeacherConfig
 from seqkd.errors import JournalError
-from seqkd.files import sync, unwritable
+from seqkd.files import atomic_write, disk_errors
 from seqkd.models.loading import dtype_of, load_config
 from seqkd.models.output_head import export_head
 from seqkd.models.weight_files import checkpoint_digest
@@ -188,16 +188,11 @@ def keep_teachers(config: Config, journals: Mapping[str, TeacherCache]) -> None:
         if description.exists():
             continue
         text = json.dumps(describe_teacher(teacher), indent=2)
-        partial = description.with_suffix(".partial")
-        try:
+        with disk_errors(description):
             journal.directory.mkdir(parents=True, exist_ok=True)
-            partial.write_text(text + "\n", encoding="utf-8")
-            sync(partial)
             if not isinstance(teacher, EndpointTeacherConfig):
                 export_head(teacher.model, teacher.precision, Path(journal.teacher))
-            partial.rename(description)
-        except OSError as error:
-            raise unwritable(description, error) from None
+        atomic_write(description, text + "\n")
 
 
 def with_caches(

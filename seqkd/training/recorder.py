@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from seqkd.config.phases import PhaseConfig
 from seqkd.config.run import Config
-from seqkd.files import disk_errors
+from seqkd.files import atomic_write, disk_errors
 from seqkd.training.budget import Cost
 from seqkd.training.clock import STAGES, Clock
 from seqkd.training.trackers import Trackers
@@ -40,9 +40,7 @@ class Recorder:
         self._close_file()
         with disk_errors(self.path):
             rows = _whole_rows(self.path, step)
-            partial = self.path.with_suffix(".partial")
-            partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-            partial.rename(self.path)
+            atomic_write(self.path, "".join(json.dumps(row) + "\n" for row in rows))
             self.file = self.path.open("a", encoding="utf-8")
         self.trackers.begin(step)
         return rows

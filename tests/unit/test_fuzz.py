@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from seqkd.config.run import Config, dump, load
 from seqkd.data.dataset import read_data
 from seqkd.data.readers import Source
-from seqkd.errors import ConfigError, DataError, JournalError
+from seqkd.errors import ConfigError, DataError, JournalError, StorageError
 from seqkd.storage.arrow_store import ArrowStore
 from seqkd.storage.checkpoint_dir import newest, save
 from seqkd.teachers.cache import describe_teacher, identify_teacher, keep_teachers, open_caches
@@ -566,7 +566,7 @@ def test_a_place_for_a_journal_that_cannot_be_written_is_said(folder):
         "journal": {"path": str(folder / "file" / "j")},
     })  # fmt: skip
     _, journals = open_caches(config, True)
-    with pytest.raises(JournalError, match=r"teacher\.json cannot be written: Not a directory\."):
+    with pytest.raises(StorageError, match=r"teacher\.json: cannot be written: Not a directory\."):
         keep_teachers(config, journals)
 
 
