@@ -9,9 +9,7 @@ from pydantic import BaseModel, ConfigDict
 SamplerName = Literal["student", "teacher", "mixture", "dataset", "corpus", "journal"]
 TeacherNeed = Literal["nothing", "logprobs", "distribution"]
 BudgetKind = Literal["prompts", "sampled_tokens", "learner_tokens", "teacher_tokens", "seconds"]
-TrackerName = Literal[
-    "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "trackio", "wandb"
-]
+TrackerName = Literal["mlflow", "trackio", "wandb"]
 Precision = Literal["float32", "bfloat16"]
 
 
