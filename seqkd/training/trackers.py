@@ -1,4 +1,4 @@
-"""Where metrics are shown: TensorBoard, and the trackers of accelerate that the configuration names.
+"""Trackers that show a run's metrics: TensorBoard, and those of accelerate named in its config.
 
 metrics.jsonl is complete without them, so a tracker that fails does not end a run.
 """
