@@ -112,10 +112,9 @@ def initialize(directory: Path, config: Config, data: Mapping[str, Sequence[Any]
     directory."""
     from seqkd.storage import environment  # here, as it imports torch
 
-    with _written(directory):
-        atomic_write(directory / "data.json", json.dumps(_fingerprint(data), indent=2))
-        atomic_write(directory / "environment.json", json.dumps(environment.describe(), indent=2))
-        atomic_write(directory / "config.yaml", dump(config))
+    atomic_write(directory / "data.json", json.dumps(_fingerprint(data), indent=2))
+    atomic_write(directory / "environment.json", json.dumps(environment.describe(), indent=2))
+    atomic_write(directory / "config.yaml", dump(config))
 
 
 def resumption(directory: Path, config: Config, resume: bool) -> Resumption:
