@@ -206,6 +206,7 @@ def test_a_resumed_run_goes_on_in_the_tracker(registered, tmp_path):
     assert {made.options["resume"] for made in wandb} == {"allow"}
     assert [made.options["run_id"] for made in mlflow] == [None, "given 1", None]
     assert [made.options["resume"] for made in trackio] == ["never", "allow", "never"]
+    assert [made.options["config"]["student.model"] for made in trackio] == ["a"] * 3
     assert [hasattr(made, "configuration") for made in wandb] == [True, False, True]
 
 
