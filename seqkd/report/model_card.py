@@ -62,7 +62,7 @@ def write(run: Path, config: Config, evaluation: Mapping[str, Any] | None) -> No
     atomic_write(file, card.content + "\n")
 
 
-def metadata(config: Config, license_: Mapping[str, str]) -> ModelCardData:
+def metadata(config: Config, license_: Mapping[str, Any]) -> ModelCardData:
     """Front matter of the card. The hub has no relation for pruning: a pruned student is a finetune
     of its source with a tag."""
     base = hub_name(config.student.model)
