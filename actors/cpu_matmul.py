@@ -1,7 +1,10 @@
-"""Products of float32 matrices on CPU cores, by oneDNN where MKL is the slower one.
+"""float32 matrix products on AMD processors by oneDNN instead of MKL.
 
-torch multiplies float32 matrices by MKL, which uses AVX-512 on Intel's processors alone: on AMD's,
-oneDNN is twice as fast (docs/benchmarks.md). It is part of torch, and what vLLM multiplies with."""
+torch computes float32 products with MKL, which uses AVX-512 only on Intel processors. On AMD
+processors oneDNN, which is part of torch, is twice as fast (docs/benchmarks.md). torch has no
+setting for this: ``torch.backends.mkldnn`` and ``torch.set_float32_matmul_precision`` choose oneDNN
+only together with a lower precision (TF32 or bfloat16).
+"""
 
 from __future__ import annotations
 
@@ -15,16 +18,16 @@ import torch
 from torch import Tensor
 
 CPUS = Path("/proc/cpuinfo")
-"""Where Linux says whose processor this is."""
 SMALLEST = 2**20
-"""Multiplications below which it does not matter who makes them."""
+"""Number of multiplications below which the choice does not matter."""
 SLICE_ELEMENTS = 2**22
-"""Of a product that goes to where a tensor is already, what is formed at a time: in its cache."""
+"""Elements computed at a time of a product that is written to an existing tensor: they fit into the
+processor's cache."""
 
 
 @cache
 def use_onednn() -> Any:
-    """From here on in this process, where that is faster. What is returned keeps it so."""
+    """Use oneDNN in this process from now on if it is faster. The result must be kept."""
     if (
         CPUS.exists()
         and "AuthenticAMD" in CPUS.read_text()
@@ -37,95 +40,76 @@ def use_onednn() -> Any:
 
 
 def install() -> Any:
-    """Put oneDNN's kernels before torch's for as long as what is returned lives."""
+    """Replace torch's kernels for as long as the returned library lives."""
     library = torch.library.Library("aten", "IMPL")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that there were kernels before
-        for name, ours in KERNELS.items():
-            torchs = torch.library.get_kernel(f"aten::{name}", "CPU")
-            kernel = partial(ours, torchs.call_boxed)
+        warnings.simplefilter("ignore")  # torch warns about the replacement
+        for name, kernel in KERNELS.items():
+            original = torch.library.get_kernel(f"aten::{name}", "CPU").call_boxed
+            kernel = partial(kernel, original)
             library.impl(name, kernel, "CPU", with_keyset=True, allow_override=True)
     return library
 
 
-def _mm(torchs: Callable[..., Tensor], keys: Any, a: Tensor, b: Tensor) -> Tensor:
-    return _product(a, b) if _fits(a, b) else torchs(keys, a, b)
+def _mm(original: Callable[..., Tensor], keys: Any, a: Tensor, b: Tensor) -> Tensor:
+    return _product(a, b) if _fits(a, b) else original(keys, a, b)
 
 
-def _mm_out(torchs: Callable[..., Tensor], keys: Any, a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    if not _fits(a, b) or not _takes(out, a, b):
-        return torchs(keys, a, b, out=out)
+def _mm_out(
+    original: Callable[..., Tensor], keys: Any, a: Tensor, b: Tensor, out: Tensor
+) -> Tensor:
+    if not _fits(a, b, out):
+        return original(keys, a, b, out=out)
     for rows, product in _slices(a, b):
         out[rows].copy_(product)
     return out
 
 
 def _addmm(
-    torchs: Callable[..., Tensor], keys: Any, to: Tensor, a: Tensor, b: Tensor,
+    original: Callable[..., Tensor], keys: Any, bias: Tensor, a: Tensor, b: Tensor,
     beta: float = 1, alpha: float = 1,
 ) -> Tensor:  # fmt: skip
-    if not _fits(a, b) or not _is_bias(to, b) or (beta, alpha) != (1, 1):
-        return torchs(keys, to, a, b, beta=beta, alpha=alpha)
-    return _product(a, b, to)
+    is_bias = bias.dtype == b.dtype and bias.shape == b.shape[1:] and bias.is_contiguous()
+    if not _fits(a, b) or not is_bias or (beta, alpha) != (1, 1):
+        return original(keys, bias, a, b, beta=beta, alpha=alpha)
+    return _product(a, b, bias)
 
 
 def _addmm_in_place(
-    torchs: Callable[..., Tensor], keys: Any, to: Tensor, a: Tensor, b: Tensor,
+    original: Callable[..., Tensor], keys: Any, total: Tensor, a: Tensor, b: Tensor,
     beta: float = 1, alpha: float = 1,
 ) -> Tensor:  # fmt: skip
-    if not _fits(a, b) or not _takes(to, a, b) or (beta, alpha) != (1, 1):
-        return torchs(keys, to, a, b, beta=beta, alpha=alpha)
+    if not _fits(a, b, total) or (beta, alpha) != (1, 1):
+        return original(keys, total, a, b, beta=beta, alpha=alpha)
     for rows, product in _slices(a, b):
-        to[rows].add_(product)
-    return to
-
-
-def _addmm_out(
-    torchs: Callable[..., Tensor], keys: Any, to: Tensor, a: Tensor, b: Tensor,
-    beta: float = 1, alpha: float = 1, *, out: Tensor,
-) -> Tensor:  # fmt: skip
-    if not _fits(a, b) or not _is_bias(to, b) or not _takes(out, a, b) or (beta, alpha) != (1, 1):
-        return torchs(keys, to, a, b, beta=beta, alpha=alpha, out=out)
-    for rows, product in _slices(a, b, to):
-        out[rows].copy_(product)
-    return out
+        total[rows].add_(product)
+    return total
 
 
 KERNELS: dict[str, Callable[..., Tensor]] = {
-    "mm": _mm,
-    "mm.out": _mm_out,
-    "addmm": _addmm,
-    "addmm_": _addmm_in_place,
-    "addmm.out": _addmm_out,
-}
+    "mm": _mm, "mm.out": _mm_out, "addmm": _addmm, "addmm_": _addmm_in_place
+}  # fmt: skip
 
 
 def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     weight = b.t()
     if not (b.is_contiguous() or weight.is_contiguous()):
-        weight = weight.contiguous()  # oneDNN is slow where neither lies together
-    made: Tensor = torch.ops.mkldnn._linear_pointwise(a, weight, bias, "none", [], "")
-    return made
+        weight = weight.contiguous()  # oneDNN is slow for other strides
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(a, weight, bias, "none", [], "")
+    return product
 
 
-def _slices(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
+def _slices(a: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor]]:
     step = max(1, SLICE_ELEMENTS // b.shape[1])
     for first in range(0, len(a), step):
         rows = slice(first, first + step)
-        yield rows, _product(a[rows], b, bias)
+        yield rows, _product(a[rows], b)
 
 
-def _fits(a: Tensor, b: Tensor) -> bool:
+def _fits(a: Tensor, b: Tensor, out: Tensor | None = None) -> bool:
     return (
         a.dtype == b.dtype == torch.float32
         and a.shape[-1] == b.shape[0]
         and a.shape[0] * a.shape[1] * b.shape[1] >= SMALLEST
+        and (out is None or (out.dtype == a.dtype and out.shape == (len(a), b.shape[1])))
     )
-
-
-def _takes(out: Tensor, a: Tensor, b: Tensor) -> bool:
-    return out.dtype == torch.float32 and out.shape == (a.shape[0], b.shape[1])
-
-
-def _is_bias(to: Tensor, b: Tensor) -> bool:
-    return to.dtype == torch.float32 and to.shape == (b.shape[1],) and to.is_contiguous()

@@ -6,8 +6,9 @@ import argparse
 import importlib.util
 import json
 import random
-import shutil
 from pathlib import Path
+
+from seqkd.files import atomic_directory
 
 CACHE = Path("~/.cache/seqkd").expanduser()
 HELDOUT = 64
@@ -30,7 +31,7 @@ def main() -> None:
 
 
 def convert_teacher(directory: Path) -> None:
-    """Convert a 4-bit GGUF file to a float32 model directory, renamed into place when complete."""
+    """Convert a 4-bit GGUF file to a float32 model directory, which is complete or absent."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -44,11 +45,10 @@ def convert_teacher(directory: Path) -> None:
     )
     model = type(loaded)(config)
     model.load_state_dict(loaded.state_dict())
-    partial = directory.with_name(directory.name + ".partial")
-    model.save_pretrained(partial)
-    AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(partial)
-    shutil.rmtree(directory, ignore_errors=True)
-    partial.rename(directory)
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file)
+    with atomic_directory(directory) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
 
 
 def write_prompts(train: Path, heldout: Path) -> None:

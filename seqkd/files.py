@@ -1,67 +1,95 @@
-"""Files and directories that are whole or absent, and errors of the disk in words."""
+"""Files and directories that are complete or absent, and disk errors as messages."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import re
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import xxhash
 
-from seqkd.errors import StorageError, TeacherCacheError
+from seqkd.errors import StorageError
+
+DISK = re.compile(r"\[Errno [0-9]+\]|\(os error [0-9]+\)|inline_container\.cc")
+"""Messages of other processes, safetensors and torch about a file that cannot be written."""
 
 
 def file_digest(file: Path) -> str:
-    """xxh3-64 of a file's bytes. Raises OSError."""
+    """Compute xxh3-64 of the bytes of a file. Raises OSError."""
     with file.open("rb") as content:
         return hashlib.file_digest(content, xxhash.xxh3_64).hexdigest()
 
 
-def sync(path: Path) -> None:
-    """Have a file's content, or a directory's names, on disk. Raises OSError."""
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Replace a disk error while the block writes ``path`` by a StorageError that names it."""
+    try:
+        yield
+    except Exception as error:
+        is_disk_error = isinstance(error, OSError) or DISK.search(str(error))
+        if isinstance(error, StorageError) or not is_disk_error:
+            raise
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise StorageError(
+            f"{path}: cannot be written: {reason:.300}. What was saved before is kept. Free disk "
+            "space or correct the permissions, then run the command again (a run: with --resume)."
+        ) from None
+
+
+def atomic_write(path: Path, data: str | bytes) -> None:
+    """Write a file so that readers, and a run resumed after a crash, find either all of ``data`` or
+    the previous file. The new file is on disk when this returns. Raises StorageError.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with disk_errors(path):
+            with partial.open("wb") as out:
+                out.write(data.encode() if isinstance(data, str) else data)
+                out.flush()
+                os.fsync(out.fileno())
+            partial.rename(path)
+            _sync(path.parent)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink()
+        raise
+
+
+@contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Give the block an empty directory that becomes ``path`` when the block ends without error.
+
+    After a crash, ``path`` is complete or absent. A crash while an existing ``path`` is replaced
+    may leave the old directory under the name ``path.old``. Creates missing parent directories.
+    Raises StorageError.
+    """
+    partial, old = (path.with_name(path.name + suffix) for suffix in (".partial", ".old"))
+    try:
+        with disk_errors(path):
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            yield partial
+            for written in [*partial.rglob("*"), partial]:
+                _sync(written)
+            if path.exists():  # a directory that is not empty cannot be renamed over
+                shutil.rmtree(old, ignore_errors=True)
+                path.rename(old)
+            partial.rename(path)
+            _sync(path.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Flush the content of a file, or the names in a directory, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def unwritable(file: Path, error: OSError) -> TeacherCacheError:
-    """The error to raise where the disk refuses ``file``."""
-    return TeacherCacheError(
-        f"{file} cannot be written: {error.strerror or error}. What was written "
-        "before is kept. Make room, or name another teacher_cache.path or runs_dir."
-    )
-
-
-def atomic_write(file: Path, text: str) -> None:
-    """Write a file of which readers, and a run that goes on after a crash, find all or what was
-    there before."""
-    partial = file.with_name(file.name + ".partial")
-    with partial.open("w", encoding="utf-8") as out:
-        out.write(text)
-        out.flush()
-        os.fsync(out.fileno())
-    partial.rename(file)
-
-
-DISK = re.compile(r"\[Errno [0-9]+\]|\(os error [0-9]+\)|inline_container\.cc")
-"""What another process, safetensors and torch say of a file that cannot be written."""
-
-
-@contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """StorageError in place of an error of the disk while the block writes ``path``."""
-    try:
-        yield
-    except Exception as error:
-        if not isinstance(error, OSError) and not DISK.search(str(error)):
-            raise
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise StorageError(
-            f"{path}: cannot be written: {reason:.300}. What was saved before is kept. Make room, "
-            "or give permission, then go on with --resume."
-        ) from None

@@ -14,7 +14,7 @@ from torch import Tensor
 from seqkd.checks.alarms import StepAlarms
 from seqkd.checks.canary import Canary, ProbeResponses, must_move
 from seqkd.checks.invariants import check_counts, check_trained
-from seqkd.files import disk_errors
+from seqkd.files import atomic_directory
 from seqkd.protocols import Part
 from seqkd.teachers.cache import TeacherCache
 from seqkd.types import StepResult
@@ -110,11 +110,10 @@ class Monitor:
             for f in fields(score)
             if isinstance(value := getattr(score, f.name), Tensor)
         }
-        with disk_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+        with atomic_directory(folder) as partial:
             lines = "".join(json.dumps(row) + "\n" for row in rollouts)
-            (folder / "rollouts.jsonl").write_text(lines, encoding="utf-8")
-            (folder / "scores.safetensors").write_bytes(save(tensors))
+            (partial / "rollouts.jsonl").write_text(lines, encoding="utf-8")
+            (partial / "scores.safetensors").write_bytes(save(tensors))
         self.say(
             f"warning: step {step} was skipped: its loss or gradient is no finite number. Its "
             f"batch is in {folder}."

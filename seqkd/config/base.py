@@ -8,9 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 TeacherNeed = Literal["nothing", "logprobs", "distribution"]
 BudgetKind = Literal["prompts", "sampled_tokens", "learner_tokens", "teacher_tokens", "seconds"]
-TrackerName = Literal[
-    "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "trackio", "wandb"
-]
+TrackerName = Literal["mlflow", "trackio", "wandb"]
 Precision = Literal["float32", "bfloat16"]
 
 

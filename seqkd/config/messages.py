@@ -1,4 +1,4 @@
-"""pydantic's validation errors in a user's words: the field, the value, the mend."""
+"""pydantic's validation errors as messages for users: field, value, fix."""
 
 from __future__ import annotations
 
@@ -14,20 +14,15 @@ _SHORT.maxlevel = 3
 
 
 def shown(value: Any) -> str:
-    """A value from a user's file on one printable line, short whatever it is."""
+    """Format a value from a user's file as one printable line of at most 200 characters."""
     return f"{_SHORT.repr(value):.200}"
 
 
-def _name(key: Any) -> str:
-    plain = isinstance(key, str) and key.isprintable() and 0 < len(key) < 80
-    return str(key) if plain else shown(key)
-
-
 def explain(item: Any, data: dict[str, Any], schema: type[BaseModel]) -> str:
-    """One line for one of ``ValidationError.errors()`` of ``data`` against ``schema``."""
-    # A value error is raised by a whole object, whose last part may itself be a tag.
+    """Write one item of ``ValidationError.errors()`` of ``data`` against ``schema`` as one line."""
+    # A value error is raised for a whole object, so the last part of its location may be a tag.
     location = _without_tags(item["loc"], data, keep_last=item["type"] != "value_error")
-    field = ".".join(map(_name, location))
+    field = ".".join(map(str, location))
     message = f"{item['msg'].removeprefix('Value error, '):.500}"
     if item["type"] == "extra_forbidden":
         close = difflib.get_close_matches(
@@ -39,19 +34,17 @@ def explain(item: Any, data: dict[str, Any], schema: type[BaseModel]) -> str:
         return f"{field}: is missing. Set it."
     if item["type"] in ("union_tag_invalid", "union_tag_not_found"):
         tags = item["ctx"].get("expected_tags", "")
-        found = item["ctx"].get("tag")
-        return (
-            f"{field}.kind: {shown(found)} is not known. Use one of {tags}."
-            if found is not None
-            else (f"{field}.kind: is missing. Set it.")
-        )
+        tag = item["ctx"].get("tag")
+        if tag is None:
+            return f"{field}.kind: is missing. Set it."
+        return f"{field}.kind: {shown(tag)} is not known. Use one of {tags}."
     if item["type"] == "value_error":
         return f"{field}: {message}" if field else message
     return f"{field}: {shown(item['input'])}: {message[0].lower()}{message[1:]}."
 
 
 def _without_tags(location: tuple[Any, ...], data: Any, keep_last: bool) -> list[Any]:
-    """Discriminated unions put the chosen kind into the location; a user never wrote that."""
+    """Remove the kinds that discriminated unions add to a location; users do not write them."""
     kept: list[Any] = []
     node = data
     for index, part in enumerate(location):
@@ -64,7 +57,7 @@ def _without_tags(location: tuple[Any, ...], data: Any, keep_last: bool) -> list
 
 
 def _keys(location: list[Any], data: Any, schema: type[BaseModel]) -> list[str]:
-    """Keys that the schema knows at ``location``."""
+    """List the keys of the schema at ``location``."""
     model: Any = schema
     for part in location:
         model = model.model_fields[part].annotation if part in model.model_fields else None

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from seqkd.config.student import PruneInitConfig, StudentConfig
+from seqkd.files import atomic_directory
 from seqkd.models.loading import (
     end_of_sequence_ids,
     expand,
@@ -38,19 +38,16 @@ def export(
     completion here."""
     from transformers import GenerationConfig
 
-    partial = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
     tokenizer = load_tokenizer(tokenizer_from, "student.model")
-    # The source's, if any, is written below.
-    model.generation_config = GenerationConfig()  # type: ignore[assignment]
-    model.save_pretrained(partial, **({"state_dict": state} if state is not None else {}))  # type: ignore[operator]
-    tokenizer.save_pretrained(partial)
     generation = generation_config(tokenizer_from) or GenerationConfig()
     stop_ids = end_of_sequence_ids(tokenizer_from, tokenizer, "student.model")
     generation.eos_token_id = list(stop_ids)
     if generation.pad_token_id is None:
         pad = tokenizer.pad_token_id
         generation.pad_token_id = stop_ids[0] if pad is None else pad
-    save_generation_config(generation, partial)
-    shutil.rmtree(directory, ignore_errors=True)
-    partial.rename(directory)
+    # The generation config of the source is written last: save_pretrained refuses some of them.
+    model.generation_config = GenerationConfig()  # type: ignore[assignment]
+    with atomic_directory(directory) as partial:
+        model.save_pretrained(partial, **({"state_dict": state} if state is not None else {}))  # type: ignore[operator]
+        tokenizer.save_pretrained(partial)
+        save_generation_config(generation, partial)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from seqkd.config.student import LoraConfig
 from seqkd.errors import ModelError
+from seqkd.files import atomic_directory
 from seqkd.models.loading import skeleton
 
 ADAPTER = "default"
@@ -114,17 +114,13 @@ class Adapters:
         from peft import get_peft_model_state_dict
         from safetensors.torch import save_file
 
-        partial = directory.with_name(directory.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
         names = {f"base_model.model.{name}": tensor for name, tensor in state.items()}
         tensors = get_peft_model_state_dict(self.peft, names, save_embedding_layers=False)
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(tensors, partial / "adapter_model.safetensors", {"format": "pt"})
         config: Any = self.peft.peft_config[ADAPTER]
-        config.save_pretrained(partial)
-        shutil.rmtree(directory, ignore_errors=True)
-        partial.rename(directory)
+        with atomic_directory(directory) as partial:
+            save_file(tensors, partial / "adapter_model.safetensors", {"format": "pt"})
+            config.save_pretrained(partial)
 
 
 def _initialise(parameter: nn.Parameter, seed: str) -> None:

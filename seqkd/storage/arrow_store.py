@@ -1,8 +1,7 @@
-"""Rows on disk under an address, in Arrow files that are written once and never changed."""
+"""Rows on disk by address, in Arrow files that are written once and never changed."""
 
 from __future__ import annotations
 
-import os
 import re
 import time
 import uuid
@@ -16,21 +15,21 @@ import pyarrow as pa
 import xxhash
 
 from seqkd.errors import TeacherCacheError
-from seqkd.files import file_digest, sync, unwritable
+from seqkd.files import atomic_write, disk_errors, file_digest
 
 ABANDONED_S = 24 * 3600.0
-"""A file takes a writer seconds: one unfinished for so long belongs to none that lives."""
+"""Age at which an unfinished file is removed: writing takes seconds, so its writer is dead."""
 
 
 class ArrowStore:
     """A directory of Arrow files with one schema, whose first column is ``address``.
 
-    A file is written aside, synced to disk and renamed, so that it is there whole or not at all,
-    and several processes may add files. Its name ends with the digest of its content, which is
-    compared when the directory is opened. A process sees what was there when it began, and its own.
+    Several processes may add files. A file is complete or absent. Its name ends with the digest of
+    its content, which is checked when the directory is opened. A process sees the files that were
+    there when it opened the directory, and its own.
 
-    TeacherCacheError names a damaged file. With ``damaged="drop"``, for a directory of one process
-    alone, the file is skipped instead and named in ``dropped``.
+    TeacherCacheError names a damaged file. With ``damaged="drop"``, for a directory used by one
+    process only, a damaged file is skipped instead and named in ``dropped``.
     """
 
     def __init__(
@@ -39,7 +38,7 @@ class ArrowStore:
         self.directory, self.schema = directory, schema
         self.places: dict[str, list[tuple[Path, int]]] = {}
         self.position = 0
-        """Number of the next file: above all that are there."""
+        """Number of the next file, above that of every existing file."""
         self.dropped: list[str] = []
         self._files: list[Path] = []
         self._own: list[Path] = []
@@ -58,57 +57,48 @@ class ArrowStore:
         return address in self.places
 
     def count(self, address: str) -> int:
-        """Rows under ``address``."""
+        """Count the rows under ``address``."""
         return len(self.places.get(address, ()))
 
     def rows(self, address: str, first: int, last: int) -> list[dict[str, Any]]:
-        """Rows [first, last) under ``address``, in the order in which they were added."""
+        """Read rows [first, last) under ``address``, in the order in which they were added."""
         return [_row(*place) for place in self.places[address][first:last]]
 
     def append(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Add rows; they are on disk when this returns."""
+        """Add rows, which are on disk when this returns. Raises StorageError."""
         if not rows:
             return
         content = _content(rows, self.schema)
-        # Numbered for the order, named apart for writers that count alike.
+        # The number keeps the order; the random part separates processes that use the same number.
         name = f"{self.position:08d}-{uuid.uuid4().hex[:8]}-{xxhash.xxh3_64_hexdigest(content)}"
-        file, partial = self.directory / f"{name}.arrow", self.directory / f"{name}.partial"
-        try:
+        file = self.directory / f"{name}.arrow"
+        with disk_errors(file):
             self.directory.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as out:
-                out.write(content)
-                out.flush()
-                os.fsync(out.fileno())
-            partial.rename(file)
-            sync(self.directory)
-        except OSError as error:
-            with suppress(OSError):
-                partial.unlink()
-            raise unwritable(file, error) from None
+        atomic_write(file, content)
         self._index(file, [row["address"] for row in rows])
         self._own.append(file)
 
     def commit(self) -> None:
-        """What was added so far is right."""
+        """Keep everything added so far."""
         self._own.clear()
 
     def rollback(self) -> None:
-        """Remove what was added since it was last right."""
+        """Remove everything added since the last commit."""
         self._remove(set(self._own))
         self._own.clear()
 
     def prune(self, before: int) -> None:
-        """Remove the files with numbers below ``before``, and what is known of their rows."""
+        """Remove the files with numbers below ``before`` and their rows."""
         self._remove({file for file in self._files if _number(file) < before})
 
     def _remove(self, gone: set[Path]) -> None:
         for file in gone:
-            with suppress(OSError):  # nothing is lost where it stays
+            with suppress(OSError):  # a file that stays does no harm
                 file.unlink()
         self._files = [file for file in self._files if file not in gone]
         kept = {a: [p for p in places if p[0] not in gone] for a, places in self.places.items()}
         self.places = {address: places for address, places in kept.items() if places}
-        _table.cache_clear()  # which keeps files open, and so their space taken
+        _table.cache_clear()  # an open file would keep its disk space
 
     def _index(self, file: Path, addresses: Sequence[str]) -> None:
         for index, address in enumerate(addresses):
@@ -125,8 +115,8 @@ def _content(rows: Sequence[dict[str, Any]], schema: pa.Schema) -> pa.Buffer:
 
 
 def _number(file: Path) -> int:
-    found = re.match("[0-9]+", file.name)
-    return int(found[0]) if found else -1
+    match = re.match("[0-9]+", file.name)
+    return int(match[0]) if match else -1
 
 
 def _row(file: Path, index: int) -> dict[str, Any]:
@@ -140,14 +130,14 @@ def _checked(file: Path, schema: pa.Schema) -> pa.Table:
     except OSError as error:
         raise _damaged(file, str(error)) from None
     if not file.stem.endswith(f"-{digest}"):
-        raise _damaged(file, f"its content has the digest {digest}, not that of its name")
+        raise _damaged(file, f"its content has digest {digest}, unlike its name")
     table = _table(file)
     if table.schema != schema:
         raise _damaged(file, f"its columns are {', '.join(table.column_names)}")
     return table
 
 
-@lru_cache(maxsize=64)  # each keeps a file open
+@lru_cache(maxsize=64)  # each entry keeps a file open
 def _table(file: Path) -> pa.Table:
     try:
         return pa.ipc.open_file(pa.memory_map(str(file))).read_all()
@@ -157,8 +147,8 @@ def _table(file: Path) -> pa.Table:
 
 def _damaged(file: Path, why: str) -> TeacherCacheError:
     return TeacherCacheError(
-        f"{file} is damaged: {' '.join(why.split()):.200}. Remove it; what it held "
-        "is asked for again."
+        f"{file} is damaged: {' '.join(why.split()):.200}. Remove it; what it held will be "
+        "requested again."
     )
 
 

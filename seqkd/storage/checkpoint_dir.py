@@ -1,7 +1,7 @@
-"""Checkpoints on disk: directories ``step-00000010`` that are there whole or not at all.
+"""Checkpoints on disk: directories ``step-00000010`` that are complete or absent.
 
-A manifest holds the size and the digest of every file, so that of several checkpoints the newest
-that is whole can be told from what a killed process or a damaged disk left behind.
+A manifest holds the size and the digest of every file. It distinguishes a complete checkpoint from
+what a killed process or a damaged disk left behind.
 """
 
 from __future__ import annotations
@@ -16,54 +16,39 @@ from pathlib import Path
 from typing import Any
 
 from seqkd.errors import CheckpointError
-from seqkd.files import disk_errors, file_digest, sync
+from seqkd.files import atomic_directory, file_digest
 
 STATE, MANIFEST = "state.json", "manifest.json"
-UNFINISHED = "was not finished."
+UNFINISHED = "is unfinished."
 NAME = re.compile(r"step-([0-9]{8,})(|\.old|\.partial)")
-"""Of a checkpoint; of one that another is about to replace; of one that is not finished."""
+"""Name of a checkpoint, of a checkpoint that is being replaced, or of an unfinished one."""
 
 
 def save(
     root: Path, step: int, write: Callable[[Path], None], state: dict[str, Any], keep_last: int
 ) -> Path:
-    """A new checkpoint at ``root/step-XXXXXXXX``, whose files ``write`` puts into the directory
-    that it is given; one of that step which is there already is replaced. Of this and the earlier
-    ones the last ``keep_last`` are kept. One process at a time may save below ``root``.
+    """Save a checkpoint at ``root/step-XXXXXXXX``. ``write`` puts the files into the directory that
+    it receives. An existing checkpoint of this step is replaced. Of this and the earlier
+    checkpoints, the last ``keep_last`` are kept. One process at a time may save below ``root``.
 
-    StorageError where the disk refuses: what was saved before is kept.
+    Raises StorageError; earlier checkpoints are kept.
     """
     final = root / f"step-{step:08d}"
-    partial, old = final.with_suffix(".partial"), final.with_suffix(".old")
-    try:
-        with disk_errors(final):
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            write(partial)
-            (partial / STATE).write_text(json.dumps(state, allow_nan=True), encoding="utf-8")
-            manifest = json.dumps(_manifest(partial), indent=1)
-            (partial / MANIFEST).write_text(manifest, encoding="utf-8")
-            for path in [*partial.rglob("*"), partial]:
-                sync(path)
-            if final.exists():  # what it is replaced by is whole, and newest() knows its other name
-                shutil.rmtree(old, ignore_errors=True)
-                final.rename(old)
-            partial.rename(final)
-            sync(root)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    with atomic_directory(final) as partial:
+        write(partial)
+        (partial / STATE).write_text(json.dumps(state, allow_nan=True), encoding="utf-8")
+        manifest = json.dumps(_manifest(partial), indent=1)
+        (partial / MANIFEST).write_text(manifest, encoding="utf-8")
     _remove_older(root, step, keep_last)
     return final
 
 
 def newest(root: Path) -> tuple[Path | None, dict[str, Any], list[str]]:
-    """The newest checkpoint that is whole, its state, and a line for each later one that is not.
-
-    None and an empty state where there is none.
+    """Find the newest complete checkpoint. Returns its path, its state, and a line for each later
+    checkpoint that is not complete; None and an empty state if there is no complete checkpoint.
     """
     skipped: list[str] = []
-    for path in _found(root):
+    for path in _checkpoints(root):
         try:
             _verify(path)
             return path, load_state(path), skipped
@@ -73,8 +58,8 @@ def newest(root: Path) -> tuple[Path | None, dict[str, Any], list[str]]:
 
 
 def oldest_state(root: Path) -> dict[str, Any]:
-    """The state of the earliest checkpoint that :func:`newest` may go back to; empty without."""
-    for path in reversed(_found(root)):
+    """Read the state of the earliest checkpoint that :func:`newest` may return; empty if none."""
+    for path in reversed(_checkpoints(root)):
         if not path.suffix:
             with suppress(CheckpointError):
                 return load_state(path)
@@ -82,7 +67,7 @@ def oldest_state(root: Path) -> dict[str, Any]:
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """What :func:`save` was given as the state. Raises CheckpointError."""
+    """Read the state that was passed to :func:`save`. Raises CheckpointError."""
     state = _read_json(path, STATE)
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: {STATE} is damaged: it holds no keys.")
@@ -97,13 +82,13 @@ def _manifest(directory: Path) -> dict[str, dict[str, Any]]:
 
 
 def _files(directory: Path) -> dict[str, Path]:
-    """Every file by its path below ``directory``, but for the manifest. Raises OSError."""
+    """All files except the manifest, by their paths below ``directory``. Raises OSError."""
     files = {str(p.relative_to(directory)): p for p in directory.rglob("*") if p.is_file()}
     return {name: files[name] for name in sorted(files) if name != MANIFEST}
 
 
 def _verify(path: Path) -> None:
-    """CheckpointError where ``path`` is not a whole checkpoint."""
+    """Raise CheckpointError unless ``path`` is a complete checkpoint."""
     if path.suffix == ".partial":
         raise CheckpointError(f"{path}: {UNFINISHED}")
     manifest = _read_json(path, MANIFEST)
@@ -111,12 +96,12 @@ def _verify(path: Path) -> None:
         raise CheckpointError(f"{path}: {MANIFEST} is damaged: it does not name {STATE}.")
     try:
         files = _files(path)
-        for name, known in manifest.items():
+        for name, expected in manifest.items():
             if name not in files:
                 raise CheckpointError(f"{path}: {name!r:.80} is missing.")
             file = files[name]
-            if known != {"bytes": file.stat().st_size, "xxh3": file_digest(file)}:
-                raise CheckpointError(f"{path}: {name!r:.80} is damaged: its digest is another.")
+            if expected != {"bytes": file.stat().st_size, "xxh3": file_digest(file)}:
+                raise CheckpointError(f"{path}: {name!r:.80} is damaged: another size or digest.")
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error}.") from None
 
@@ -130,23 +115,23 @@ def _read_json(path: Path, name: str) -> Any:
         raise CheckpointError(f"{path}: {name} is damaged: {error!s:.200}.") from None
 
 
-def _found(root: Path) -> list[Path]:
-    """Whatever has the name of a checkpoint, the latest step first, whole ones before others."""
+def _checkpoints(root: Path) -> list[Path]:
+    """All paths with the name of a checkpoint: latest step first, finished before unfinished."""
     try:
-        names = [found for name in os.listdir(root) if (found := NAME.fullmatch(name))]
+        names = [match for name in os.listdir(root) if (match := NAME.fullmatch(name))]
     except FileNotFoundError:
         return []
     except OSError as error:
         raise CheckpointError(f"{root}: cannot be read: {error.strerror}.") from None
     order = ("", ".old", ".partial")
-    names.sort(key=lambda found: (-int(found[1]), order.index(found[2])))
-    return [root / found[0] for found in names]
+    names.sort(key=lambda match: (-int(match[1]), order.index(match[2])))
+    return [root / match[0] for match in names]
 
 
 def _remove_older(root: Path, step: int, keep_last: int) -> None:
-    """What is no longer needed once ``step`` is saved. A later step stays: this run went back to
-    before it because it is damaged, and will replace it."""
-    earlier = [path for path in _found(root) if _step(path) <= step]
+    """Remove what is no longer needed once ``step`` is saved. Later steps stay: the run returned to
+    an earlier step because they are damaged, and will replace them."""
+    earlier = [path for path in _checkpoints(root) if _step(path) <= step]
     whole: dict[int, Path] = {}
     for path in earlier:
         if path.suffix != ".partial":
@@ -158,6 +143,6 @@ def _remove_older(root: Path, step: int, keep_last: int) -> None:
 
 
 def _step(path: Path) -> int:
-    found = NAME.fullmatch(path.name)
-    assert found is not None
-    return int(found[1])
+    match = NAME.fullmatch(path.name)
+    assert match is not None
+    return int(match[1])

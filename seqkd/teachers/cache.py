@@ -25,7 +25,7 @@ from torch import Tensor
 from seqkd.config.run import Config
 from seqkd.config.teacher import SingleTeacherConfig
 from seqkd.errors import TeacherCacheError
-from seqkd.files import sync, unwritable
+from seqkd.files import atomic_write, disk_errors
 from seqkd.models.loading import dtype_of, load_config
 from seqkd.models.output_head import export_head
 from seqkd.models.weight_files import checkpoint_digest
@@ -181,16 +181,11 @@ def keep_teachers(config: Config, caches: Mapping[str, TeacherCache]) -> None:
         if description.exists():
             continue
         text = json.dumps(teacher.describe(), indent=2)
-        partial = description.with_suffix(".partial")
-        try:
+        with disk_errors(description):
             cache.directory.mkdir(parents=True, exist_ok=True)
-            partial.write_text(text + "\n", encoding="utf-8")
-            sync(partial)
             if teacher.local:
                 export_head(teacher.model, teacher.precision, Path(cache.teacher))
-            partial.rename(description)
-        except OSError as error:
-            raise unwritable(description, error) from None
+        atomic_write(description, text + "\n")
 
 
 def with_caches(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from seqkd.config.phases import PhaseConfig
 from seqkd.config.run import Config
 from seqkd.config.wording import describe_phase
-from seqkd.files import disk_errors
+from seqkd.files import atomic_write, disk_errors
 from seqkd.storage.metrics_file import NAME, Row, read_rows
 from seqkd.training.budget import Cost
 from seqkd.training.clock import STAGES, Clock
@@ -44,9 +44,7 @@ class Recorder:
         with disk_errors(self.path):
             rows = read_rows(self.path)[0] if self.path.exists() else []
             rows = [row for row in rows if row["step"] < step]
-            partial = self.path.with_suffix(".partial")
-            partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-            partial.rename(self.path)
+            atomic_write(self.path, "".join(json.dumps(row) + "\n" for row in rows))
             self.file = self.path.open("a", encoding="utf-8")
         self.trackers.begin(step)
         return rows

@@ -1,6 +1,6 @@
-"""Where a run is watched: TensorBoard, and the trackers of accelerate that the configuration names.
+"""Trackers that show a run's metrics: TensorBoard, and those of accelerate named in its config.
 
-metrics.jsonl is whole without them, so none of them can end a run.
+metrics.jsonl is complete without them, so a tracker that fails does not end a run.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import json
 import math
 import uuid
 from collections.abc import Callable, Mapping
-from operator import attrgetter
 from os import environ
 from pathlib import Path
 from typing import Any
@@ -17,45 +16,43 @@ from typing import Any
 from seqkd.config.base import TrackerName
 from seqkd.config.run import Config
 from seqkd.errors import ConfigError
+from seqkd.files import atomic_write
 from seqkd.storage.run_directory import flat
 
 PROJECT = "seqkd"
-PACKAGES = {"comet_ml": "comet-ml", "aim": "'aim<4'"}
-"""What to install for a tracker; the others have their package's name."""
 
 
 def check(names: tuple[TrackerName, ...]) -> None:
-    """ConfigError where the package of a tracker is not installed."""
+    """Raise ConfigError unless the package of each tracker is installed."""
     if not names:
         return
     from accelerate.tracking import get_available_trackers
 
     for name in names:
         if name not in map(str, get_available_trackers()):
-            package = PACKAGES.get(name, name)
             raise ConfigError(
-                f"trackers: {name!r} needs a package that is not installed here. Install it (pip "
-                f"install {package}), or leave it out of trackers."
+                f"trackers: the package {name!r} is not installed. Run pip install {name}, or "
+                f"remove {name} from trackers."
             )
 
 
 class Tracker:
-    """One tracker of accelerate. Where it fails it is closed, and the run goes on."""
+    """One tracker of accelerate. When it fails, it is closed and the run continues."""
 
     def __init__(self, name: str, start: Callable[[], Any], say: Callable[[str], None]) -> None:
-        """``start`` makes it and starts it."""
+        """``start`` returns the started tracker; ``say`` prints a warning."""
         self.name, self.say = name, say
         self.tracker: Any = None
         self._attempt(lambda: setattr(self, "tracker", start()))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Values of one step; those that are no finite numbers are left out."""
-        known = {key: float(value) for key, value in values.items() if math.isfinite(value)}
+        """Send the values of one step; values that are not finite are omitted."""
+        finite = {key: float(value) for key, value in values.items() if math.isfinite(value)}
         if self.tracker is not None:
-            self._attempt(lambda: self.tracker.log(known, step=step))
+            self._attempt(lambda: self.tracker.log(finite, step=step))
 
     def close(self) -> None:
-        """Send what is left."""
+        """Send the remaining values."""
         if self.tracker is not None:
             self._attempt(self.tracker.finish)
         self.tracker = None
@@ -63,27 +60,28 @@ class Tracker:
     def _attempt(self, action: Callable[[], Any]) -> None:
         try:
             action()
-        except Exception as error:  # whatever its library, network or disk met
+        except Exception as error:  # from the library of the tracker, its network or its disk
             self.tracker = None
             reason = " ".join(str(error).split()) or type(error).__name__
             self.say(
-                f"warning: {self.name} failed: {reason:.300}. The run goes on without {self.name}."
+                f"warning: {self.name} failed: {reason:.300}. The run continues without "
+                f"{self.name}."
             )
 
 
 class Trackers:
-    """Every tracker of one run."""
+    """All trackers of one run."""
 
     def __init__(self, directory: Path, config: Config, say: Callable[[str], None]) -> None:
-        """None is started yet. ``directory`` is the run's."""
+        """``directory`` is that of the run. No tracker is started yet."""
         self.directory, self.config, self.say = directory, config, say
         self.board: Tracker | None = None
         self.named: list[Tracker] | None = None
 
     def begin(self, step: int) -> None:
-        """Go on with ``step``: what TensorBoard has of it and later is hidden. The others are
-        started the first time, and know no way back."""
-        _alone()
+        """Continue with ``step``. TensorBoard hides its values of this and later steps. The other
+        trackers cannot go back; they are started once."""
+        _ignore_launcher()
         if self.board is not None:
             self.board.close()
         self.board = Tracker("TensorBoard", lambda: _tensorboard(self.directory, step), self.say)
@@ -92,12 +90,12 @@ class Trackers:
             self.named = [Tracker(name, self._starter(name), self.say) for name in names]
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Values of one step, to each of them."""
+        """Send the values of one step to all trackers."""
         for tracker in self._all():
             tracker.log(step, values)
 
     def close(self) -> None:
-        """Send what is left."""
+        """Send the remaining values."""
         for tracker in self._all():
             tracker.close()
 
@@ -108,9 +106,9 @@ class Trackers:
         return lambda: _start(name, self.directory / "trackers", self.config)
 
 
-def _alone() -> None:
-    """accelerate's trackers ask which of several processes they are in. The driver is one, whatever
-    a launcher has put into its environment, and it needs no device."""
+def _ignore_launcher() -> None:
+    """Tell accelerate's trackers that the driver is the only process, whatever variables a launcher
+    has set, and that it needs no device."""
     from accelerate.state import PartialState
     from accelerate.utils import clear_environment
 
@@ -127,60 +125,34 @@ def _tensorboard(directory: Path, step: int) -> Any:
 
 
 def _start(name: TrackerName, folder: Path, config: Config) -> Any:
-    """A tracker's run: the one that this run began, where the tracker can go on with one. Its id is
-    kept in ``folder``."""
+    """Start a tracker. A resumed run continues the tracker's run, whose id is in ``folder``."""
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
     folder.mkdir(parents=True, exist_ok=True)
-    kept = folder / f"{name}.id"
-    before = kept.read_text(encoding="utf-8") if kept.exists() else ""
-    again, identity = bool(before), before or uuid.uuid4().hex
-    make = LOGGER_TYPE_TO_CLASS[name]
-    place = (str(folder),) if make.requires_logging_directory else ()
-    if name == "mlflow":  # else in the working directory, which may be a copy that Ray deletes
+    id_file = folder / f"{name}.id"
+    last_id = id_file.read_text(encoding="utf-8") if id_file.exists() else ""
+    run_id = last_id or uuid.uuid4().hex
+    if name == "mlflow":  # its default is the working directory, which may be a copy Ray deletes
         environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
-    tracker = make(PROJECT, *place, **_options(name, config.name, folder, identity, again))
+    options: dict[TrackerName, dict[str, Any]] = {
+        "mlflow": {"run_name": config.name, "run_id": last_id or None},
+        "trackio": {
+            "name": config.name,
+            "resume": "allow" if last_id else "never",
+            "config": _plain(config),  # a resumed run of trackio forgets it otherwise
+        },
+        "wandb": {"name": config.name, "dir": str(folder), "id": run_id, "resume": "allow"},
+    }
+    tracker = LOGGER_TYPE_TO_CLASS[name](PROJECT, **options[name])
     tracker.start()
-    if not again:
-        given = {"mlflow": "info.run_id", "aim": "hash"}.get(name)
-        kept.write_text(attrgetter(given)(tracker.tracker) if given else identity, encoding="utf-8")
-        if name == "comet_ml":
-            tracker.tracker.set_name(config.name)
+    if not last_id:
+        atomic_write(id_file, tracker.tracker.info.run_id if name == "mlflow" else run_id)
         tracker.store_init_configuration(_plain(config))
     return tracker
 
 
-def _options(
-    name: TrackerName, run: str, folder: Path, identity: str, again: bool
-) -> dict[str, Any]:
-    """Keyword arguments of a tracker: the run's name, where its files go, and what makes it go on
-    with the run that has ``identity``. mlflow and aim give that themselves to a new one."""
-    where, known = str(folder), identity if again else None
-    options: dict[TrackerName, dict[str, Any]] = {
-        "aim": {"experiment": run, "run_hash": known, "force_resume": again},
-        "clearml": {
-            "task_name": run,
-            "reuse_last_task_id": False,
-            "auto_connect_frameworks": False,  # else it takes TensorBoard's values a second time
-            "auto_connect_arg_parser": False,
-        },
-        "comet_ml": {"experiment_key": identity, "mode": "get_or_create"},
-        "dvclive": {"dir": str(folder / "dvclive"), "resume": again},
-        "mlflow": {"run_name": run, "run_id": known},
-        "swanlab": {
-            "experiment_name": run,
-            "logdir": where,
-            "id": identity[:21],  # the only length that every version takes
-            "resume": "allow",
-        },
-        "trackio": {"name": run, "resume": "allow" if again else "never"},
-        "wandb": {"name": run, "dir": where, "id": identity, "resume": "allow"},
-    }
-    return options[name]
-
-
 def _plain(config: Config) -> dict[str, Any]:
-    """Every value by its dotted path; lists as JSON, which no tracker takes apart."""
+    """All values by their dotted paths. Lists become JSON, which no tracker takes apart."""
     return {
         key: value if isinstance(value, str | int | float | None) else json.dumps(value)
         for key, value in flat(config).items()

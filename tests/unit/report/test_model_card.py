@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from importlib.metadata import version
 
 import numpy as np
 import pytest
@@ -13,7 +14,6 @@ import yaml
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-import seqkd
 from seqkd.config.run import Config
 from seqkd.evaluation.catalog import labeled
 from seqkd.evaluation.heldout import Measurement
@@ -207,16 +207,16 @@ def test_its_table_has_the_figures_of_the_evaluation(run, tokenizer):
 def test_it_says_how_the_student_was_made(run):
     text = written(run, config()).text
     for words in (
-        f"seqkd {seqkd.__version__}",
+        f"seqkd {version('seqkd')}",
         "[Qwen/Qwen2.5-7B-Instruct](https://huggingface.co/Qwen/Qwen2.5-7B-Instruct)",
-        "warmup: 3 steps of `sequence_forward_kl` on the teacher's samples; 8 prompts a step",
+        "warmup: 3 steps of `sequence_forward_kl` on the teacher's samples; 8 prompts per step",
         "main: 2 steps of `sequence_reverse_kl` (estimator rao_blackwell, baseline leave_one_out, "
         "normalization rate, future_weight 1.0, discount 1.0) on the student's samples + 0.5 `sft` "
-        "on the data set's answers; 4 prompts a step, 4 samples each, learning rate 2e-06",
+        "on the data set's answers; 4 prompts per step, 4 samples per prompt, learning rate 2e-06",
         "100 of the teacher's samples; 1,500 of the student's samples; "
         "30 of the data set's answers",
         "split `train_sft`, at most 500 rows",
-        "None was made.",
+        "Not evaluated.",
     ):
         assert words in text, words
 

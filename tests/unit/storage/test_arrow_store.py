@@ -11,7 +11,7 @@ import time
 import pyarrow as pa
 import pytest
 
-from seqkd.errors import TeacherCacheError
+from seqkd.errors import StorageError, TeacherCacheError
 from seqkd.storage.arrow_store import ABANDONED_S, ArrowStore
 from tests.conftest import ROOT
 
@@ -166,12 +166,12 @@ def test_a_disk_that_is_full_is_said_and_keeps_what_was_written(tmp_path):
         output, errors = process.communicate()
     assert output.split() == ["w-0", "w-1"]
     last = errors.strip().splitlines()[-1]
-    assert "cannot be written: File too large. What was written before is kept. Make room" in last
+    assert "cannot be written: File too large. What was saved before is kept. Free disk" in last
     assert sorted(ArrowStore(tmp_path, SCHEMA).places) == ["w-0/0", "w-0/1", "w-1/0", "w-1/1"]
     assert not list(tmp_path.glob("*.partial"))
 
 
 def test_a_place_that_cannot_be_written_is_said(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(TeacherCacheError, match=r"file/.*cannot be written: Not a directory"):
+    with pytest.raises(StorageError, match=r"file/.*cannot be written: Not a directory"):
         ArrowStore(tmp_path / "file" / "below", SCHEMA).append([row("a")])

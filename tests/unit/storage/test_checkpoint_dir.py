@@ -220,7 +220,7 @@ def test_a_file_that_the_disk_refuses_is_said_and_keeps_what_was_saved(tmp_path)
         _, errors = process.communicate()
     last = errors.strip().splitlines()[-1]
     assert last.startswith("seqkd.errors.StorageError") and "step-00000010: cannot be" in last
-    assert "File too large. What was saved before is kept. Make room" in last
+    assert "File too large. What was saved before is kept. Free disk" in last
     assert names(tmp_path) == ["step-00000005"]
     assert newest(tmp_path) == (path, {"step": 5}, [])
 
@@ -254,7 +254,7 @@ def test_a_full_disk_is_said_where_a_library_raises_an_error_of_its_own(small_di
     tensors = {"a": torch.zeros(1_000_000)}
     write = {"torch": lambda d: torch.save(tensors, d / "a.pt"),
              "safetensors": lambda d: save_file(tensors, d / "a.safetensors")}[writer]  # fmt: skip
-    with pytest.raises(StorageError, match=r"step-00000001: cannot be written: .*Make room"):
+    with pytest.raises(StorageError, match=r"step-00000001: cannot be written: .*Free disk space"):
         save(small_disk, 1, write, {}, 1)
     assert names(small_disk) == []
 

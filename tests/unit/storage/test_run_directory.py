@@ -230,7 +230,7 @@ def test_without_tensorboard_the_run_goes_on(tmp_path):
     recorder.begin("main", config())
     rows(recorder, 0, 2)
     recorder.close()
-    assert out.getvalue().count("The run goes on without TensorBoard") == 1
+    assert out.getvalue().count("The run continues without TensorBoard") == 1
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 

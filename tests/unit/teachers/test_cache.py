@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from seqkd.config.run import Config
-from seqkd.errors import TeacherCacheError
+from seqkd.errors import StorageError, TeacherCacheError
 from seqkd.models.output_head import load_head
 from seqkd.teachers.cache import (
     CachedSampler,
@@ -180,8 +180,8 @@ def test_a_full_disk_is_said_and_leaves_no_half_file(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     j = cache(tmp_path)
-    monkeypatch.setattr("seqkd.storage.arrow_store.os.fsync", full)
-    with pytest.raises(TeacherCacheError, match="No space left on device"):
+    monkeypatch.setattr("seqkd.files.os.fsync", full)
+    with pytest.raises(StorageError, match="No space left on device"):
         sampler(Sampler(), j).sample(PROMPTS[:1], [1], 0)
     assert not [p for p in (tmp_path / "j").rglob("*") if p.is_file()]
 
