@@ -1,4 +1,4 @@
-"""Measure speed and memory on this machine: python scripts/benchmark.py [SECTION ...]
+"""Measure speed and memory on this machine: python -m scripts.benchmark [SECTION ...]
 
 Everything is measured by turns with what it is compared with, so that a slower or busier machine
 moves both; what is to be read are the ratios. Nothing else may run beside it.
@@ -13,13 +13,11 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from quickstart import ENVIRONMENT, local_head
-from train import quiet
-
+from actors.local_cluster import ENVIRONMENT, local_head
 from scripts.benchmarks.rows import Row, table
 from seqkd.config import run as configuration
 from seqkd.config.base import Precision
-from seqkd.console import run_command
+from seqkd.console import quiet, run_command
 from seqkd.errors import ConfigError
 from seqkd.files import disk_errors
 

@@ -61,7 +61,7 @@ def run(
     """Train, and watch every process's memory; ActorError with its last words where it fails."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
-            *(sys.executable, str(ROOT / "scripts" / "train.py"), config),
+            *(sys.executable, "-m", "seqkd", "train", config),
             *(f"runs_dir={folder}", "name=run", *overrides),
         ]
         begun = time.perf_counter()

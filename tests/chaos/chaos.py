@@ -1,5 +1,5 @@
-"""Does a run survive? Real processes of it are killed, stopped and slowed while it trains, and what
-it leaves is compared with an undisturbed run: python scripts/chaos.py --kills 50 --seed 0"""
+"""Kill, stop and slow the processes of a run while it trains, and compare what it leaves with an
+undisturbed run: python -m tests.chaos.chaos --kills 50 --seed 0"""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
-from quickstart import ENVIRONMENT, RAY, ROOT, Head, free_ports, local_head
 
+from actors.local_cluster import ENVIRONMENT, RAY, Head, free_ports, local_head
 from seqkd.console import print_message
 from seqkd.files import file_digest
+
+ROOT = Path(__file__).resolve().parents[2]
 
 ROLES = {
     "rollout": "RolloutActor",
@@ -78,7 +80,7 @@ def main() -> int:
     steps = 10 if args.stages else 2 * args.kills
     overrides = [*OVERRIDES, f"steps={steps}", f"runs_dir={args.directory}"]
     overrides += ["placement=split"] if args.nodes == 2 else []
-    command = [sys.executable, "scripts/train.py", args.config, *overrides, *args.overrides]
+    command = [sys.executable, "-m", "seqkd", "train", args.config, *overrides, *args.overrides]
 
     print("the undisturbed run", flush=True)
     with cluster(args.nodes) as ray:
