@@ -57,4 +57,4 @@ def quiet() -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # of this process; each actor gets its own
     warnings.filterwarnings("ignore")
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()

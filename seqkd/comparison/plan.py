@@ -45,7 +45,7 @@ class Comparison(BaseConfig):
         None, description="The method that the others are compared with; the first if left out."
     )
     evaluate: tuple[str, ...] | None = Field(
-        None, description="Arguments of scripts/evaluate.py, for the student of every run."
+        None, description="Arguments of seqkd evaluate, for the student of every run."
     )
     runs_dir: str = Field("runs", description="As in a configuration.")
 
@@ -73,7 +73,7 @@ class Entry:
     method: str
     seed: int
     arguments: tuple[str, ...]
-    """Of scripts/train.py."""
+    """Of seqkd train."""
     config: Config
     directory: Path
 

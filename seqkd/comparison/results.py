@@ -72,7 +72,7 @@ class Result:
     runs: dict[tuple[str, int], Run]
     """By method and seed, of those that have begun."""
     tables: list[Tables]
-    """On the held-out prompts; then, where asked for, by scripts/evaluate.py."""
+    """On the held-out prompts; then, where asked for, by seqkd evaluate."""
     problems: list[str]
     """Why a comparison is less than it looks, a line each."""
 
@@ -156,7 +156,7 @@ def _per_prompt(run: Run) -> dict[str, dict[str, Ratio]]:
 def _evaluated(
     comparison: Comparison, over: Sequence[Entry], runs: Mapping[tuple[str, int], Run]
 ) -> Iterator[Tables]:
-    """What scripts/evaluate.py has measured, of each set of prompts."""
+    """What seqkd evaluate has measured, of each set of prompts."""
     sets: dict[str, dict[str, dict[int, dict[str, Ratio]]]] = {}
     for entry in over:
         for prompts, evaluation in runs[entry.method, entry.seed].evaluated.items():

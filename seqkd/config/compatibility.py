@@ -160,7 +160,7 @@ def _check_samples(config: Config, term: TermConfig, samples: int, where: str) -
         )
     if term.sampler == "journal" and config.journal is None:
         raise ValueError(
-            f"{where}sampler 'journal' reads what scripts/precompute.py wrote, but journal is "
+            f"{where}sampler 'journal' reads what seqkd precompute wrote, but journal is "
             "not set. Set journal.path to its directory."
         )
     if config.source(term.sampler) not in objective.samplers:

@@ -17,7 +17,7 @@ class TermConfig(BaseConfig):
         "student",
         description="Whose completions are learnt from. mixture: each from the teacher with "
         "probability rollout.teacher_fraction; dataset: the rows' answers; corpus: plain text; "
-        "journal: what scripts/precompute.py recorded.",
+        "journal: what seqkd precompute recorded.",
     )
     objective: ObjectiveConfig = Field(description="Left out: the natural one of the sampler.")
     weight: float = Field(1.0, gt=0, description="Factor of the term in the loss.")

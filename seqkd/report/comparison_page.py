@@ -25,7 +25,7 @@ from seqkd.report.run_page import save, template
 from seqkd.report.svg import SERIES
 
 OF_EVALUATION = (*FIRST[:2], "rougeL", "bartscore_f", "length", "ended")
-"""What is shown first of what scripts/evaluate.py has measured."""
+"""What is shown first of what seqkd evaluate has measured."""
 BESIDE = {figure: teacher for figure, teacher, *_ in tables.HEADLINES}
 """The teacher's figure beside the student's."""
 ARROWS = {"higher": "↑", "lower": "↓"}

@@ -6,13 +6,13 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-import seqkd
 from seqkd.config.phases import PhaseConfig, TermConfig
 from seqkd.config.run import Config
 from seqkd.config.student import PruneInitConfig
@@ -133,7 +133,7 @@ def _head(config: Config, license_: Mapping[str, str]) -> str:
     )
     return (
         f"# {config.name}\n\n{_model(config.student.model)}{pruned}, distilled from {teachers} "
-        f"with seqkd {seqkd.__version__}.\n\n{terms}\n"
+        f"with seqkd {version('seqkd')}.\n\n{terms}\n"
     )
 
 
@@ -248,4 +248,4 @@ def _configuration(config: Config) -> str:
 
     known = {k: v for k, v in config.model_dump(mode="json").items() if k not in SECTIONS}
     text = yaml.safe_dump(shaping(known), sort_keys=False, allow_unicode=True)
-    return f"## Configuration\n\nOf seqkd {seqkd.__version__}:\n\n```yaml\n{text}```\n"
+    return f"## Configuration\n\nOf seqkd {version('seqkd')}:\n\n```yaml\n{text}```\n"

@@ -119,7 +119,7 @@ def heldout(run: Run) -> HeldOut | None:
 
 
 def evaluated(run: Run) -> list[tuple[str, HeldOut]]:
-    """What scripts/evaluate.py has measured, by the name of the prompts."""
+    """What seqkd evaluate has measured, by the name of the prompts."""
     return [
         (name, _held_out(of, table.LABELS, str, lambda pair: pair.replace("->", "→")))
         for name, of in run.evaluated.items()

@@ -46,7 +46,7 @@ class Run:
     evaluation: Evaluation | None
     """Before, between and after the phases."""
     evaluated: dict[str, Evaluation]
-    """By scripts/evaluate.py, on other prompts: by their name; figures by model in place of
+    """By seqkd evaluate, on other prompts: by their name; figures by model in place of
     stage."""
     environment: dict[str, Any] | None
     problems: list[str]
@@ -144,7 +144,7 @@ def read(directory: Path) -> Run:
     if not any((directory / name).is_file() for name in ("config.yaml", "metrics.jsonl")):
         raise DataError(
             f"{directory}: is not a run directory: it holds neither config.yaml nor metrics.jsonl. "
-            "Name one that scripts/train.py has made, such as runs/quickstart."
+            "Name one that seqkd train has made, such as runs/quickstart."
         )
     problems: list[str] = []
 

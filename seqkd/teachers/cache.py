@@ -141,7 +141,7 @@ def _open(root: Path, teacher: SingleTeacherConfig, here: bool) -> TeacherCache:
             held = "; ".join(str(other) for other in known.values()) or "nothing at all"
             raise JournalError(
                 f"journal.path: {root} holds nothing of the teacher {spec}; it holds {held:.500}. "
-                "Name that teacher, or run scripts/precompute.py with this configuration first."
+                "Name that teacher, or run seqkd precompute with this configuration first."
             )
         directory = named[0]
     assert directory is not None, "a checkpoint that must be here has an identity"
@@ -157,7 +157,7 @@ def _description(file: Path) -> dict[str, str]:
     except (OSError, ValueError, RecursionError) as caught:
         error = caught
     raise JournalError(
-        f"journal.path: {file} is damaged: {error!s:.200}. Remove it; scripts/precompute.py with "
+        f"journal.path: {file} is damaged: {error!s:.200}. Remove it; seqkd precompute with "
         "the same configuration writes it anew."
     )
 
@@ -372,7 +372,7 @@ def bytes_per_token(teacher: SingleTeacherConfig) -> int:
 
 def _missing_error(journal: TeacherCache, what: str) -> JournalError:
     return JournalError(
-        f"journal.path: {journal.directory} lacks {what}. Run scripts/precompute.py with the same "
+        f"journal.path: {journal.directory} lacks {what}. Run seqkd precompute with the same "
         "configuration; what is there already is kept."
     )
 

@@ -103,7 +103,7 @@ def check_recorded(config: Config, journals: Mapping[str, TeacherCache], checked
         where = ", ".join(str(journal.directory) for journal in journals.values())
         raise JournalError(
             f"journal.path: {where} lacks completions of {len(prompts)} prompts and scores of "
-            f"{completions} completions that this run will read. Run scripts/precompute.py with "
+            f"{completions} completions that this run will read. Run seqkd precompute with "
             "the same configuration; what is there is kept."
         )
 
