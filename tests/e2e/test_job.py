@@ -141,7 +141,7 @@ def test_scoring_first_and_training_later_is_the_live_run(environment, tiny_conf
     teacher, common, two_step = two_ways(
         tiny_config, tiny, tmp_path, "teacher", "evaluation.prompts=2"
     )
-    succeeds(direct(environment, *common, "sampler=teacher", "journal=null", "name=live"))
+    check_python_api(environment, tmp_path, *common, "sampler=teacher", "journal=null", "name=live")
     refused(direct(environment, *two_step), "holds nothing of the teacher", "seqkd precompute")
     succeeds(direct(environment, *two_step, command="precompute"))
     shutil.rmtree(teacher)
@@ -153,6 +153,38 @@ def test_scoring_first_and_training_later_is_the_live_run(environment, tiny_conf
     )
     assert later["forward_kl_per_token"] == pytest.approx(live["forward_kl_per_token"])
     assert "reverse_kl_per_token" not in later, "no one can score what the student says now"
+
+
+PYTHON_API = """
+import dataclasses, json, sys
+import seqkd
+result = seqkd.train(seqkd.load_config(sys.argv[1], sys.argv[2:]))
+print(json.dumps(dataclasses.asdict(result), default=str))
+try:
+    seqkd.train(seqkd.load_config(sys.argv[1], sys.argv[2:]))
+except seqkd.errors.ConfigError as error:
+    print(error)
+"""
+
+
+def check_python_api(environment, runs, *arguments):
+    """A run by :func:`seqkd.train` returns what it has written; a used directory is refused."""
+    done = run([sys.executable, "-c", PYTHON_API, *map(str, arguments)], environment)
+    succeeds(done)
+    *_, result, error = done.stdout.splitlines()
+    result, directory = json.loads(result), runs / "live"
+    assert result.pop("seconds") > sum(row["time_step_s"] for row in metrics(directory)) > 0
+    assert result == {
+        "directory": str(directory),
+        "student": str(directory / "student"),
+        "metrics": str(directory / "metrics.jsonl"),
+        "report": str(directory / "report.html"),
+        "figures": json.loads((directory / "evaluation.json").read_text())["figures"],
+        "steps": len(metrics(directory)),
+    }
+    assert {"initial", "main"} == result["figures"].keys()
+    assert (directory / "report.html").is_file()
+    assert "already holds another run" in error
 
 
 def test_scoring_the_rows_answers_first_in_two_goes(environment, tiny_config, tiny, tmp_path):

@@ -94,8 +94,8 @@ def test_a_recipe_passes_dry_run(dry_runs, name):
 
 
 def test_two_steps_come_in_order(dry_runs):
-    """Before the recording --dry-run names the command; with a live teacher in its place all else is
-    checked."""
+    """Before the recording --dry-run names the command; with a live teacher in its place all the
+    rest is checked."""
     runs, _ = dry_runs
     code, output = runs["two_step"]
     findings = output[output.index("findings:") :]

@@ -567,12 +567,8 @@ def test_several_runs_go_into_one_page_here(few, tmp_path, monkeypatch):
 
 
 def test_help_says_how():
-    done = subprocess.run(
-        [sys.executable, "-m", "seqkd", "report", "--help"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, "-m", "seqkd", "report", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "--watch SECONDS" in done.stdout
 
 
