@@ -69,7 +69,7 @@ def main() -> int:
         type=int,
         default=1,
         choices=(1, 2),
-        help="with 2, the second node is killed, too",
+        help="with 2, the second is killed, too",
     )
     parser.add_argument(
         "--stages",
