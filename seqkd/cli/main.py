@@ -45,4 +45,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.parse_args(arguments)  # exits, with help, completion or an error
     # A parser with subcommands cannot take options between positional arguments; this one can.
     args = commands.choices[arguments[0]].parse_intermixed_args(arguments[1:])
-    return COMMANDS[arguments[0]].run(args)
+    code: int = COMMANDS[arguments[0]].run(args)
+    return code
