@@ -33,12 +33,14 @@ def job(tmp_path):
     activate = tmp_path / "seqkd" / ".venv" / "bin" / "activate"
     activate.parent.mkdir(parents=True)
     activate.write_text("")
+    stubs = tmp_path / "stubs"
+    stubs.mkdir()
     for name, body in STUBS.items():
-        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
-        (tmp_path / name).chmod(0o755)
+        (stubs / name).write_text(f"#!/bin/bash\n{body}\n")
+        (stubs / name).chmod(0o755)
     (tmp_path / "script").write_text(script.replace("/shared", str(tmp_path)))
     environment = os.environ | {
-        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "PATH": f"{stubs}:{os.environ['PATH']}",
         "FOLDER": str(tmp_path),
         "PYTHON": sys.executable,
         "SLURM_JOB_ID": "7",
