@@ -105,7 +105,7 @@ def test_without_a_teacher_completions_begin_anew_and_a_lack_is_said(tmp_path):
     alone = sampler(None, journal(tmp_path))
     drawn = [alone.sample(PROMPTS[:1], [2], seed) for seed in range(3)]
     assert drawn == [recorded[:2], recorded[2:], recorded[:2]]
-    with pytest.raises(JournalError, match=r"lacks 5 completions of 'prompt 0'\. Run scripts/pre"):
+    with pytest.raises(JournalError, match=r"lacks 5 completions of 'prompt 0'\. Run seqkd pre"):
         alone.sample(PROMPTS[:1], [5], 0)
 
 
