@@ -1,4 +1,4 @@
-"""Measure speed and memory on this machine: python scripts/benchmark.py [SECTION ...]
+"""Measure speed and memory on this machine: python -m scripts.benchmark [SECTION ...]
 
 Each measurement alternates with its reference, so that a slower or busier machine changes both:
 compare the ratios. Run nothing else at the same time.
@@ -13,10 +13,8 @@ from collections.abc import Callable, Iterable
 from importlib import import_module
 from pathlib import Path
 
-from benchmarks.rows import Row, table
-from train import quiet
-
-from seqkd.console import run_command
+from scripts.benchmarks.rows import Row, table
+from seqkd.console import quiet, run_command
 from seqkd.files import disk_errors
 
 CONFIG = "configs/benchmark.yaml"
@@ -70,7 +68,7 @@ def measure(sections: Iterable[str], config: str, repetitions: int, out: Path) -
         print(f"measuring: {section}", flush=True)
         module, _, function = SECTIONS[section].partition(".")
         rows_of: Callable[[str, int], Iterable[Row]] = getattr(
-            import_module(f"benchmarks.{module}"), function
+            import_module(f"scripts.benchmarks.{module}"), function
         )
         for row in rows_of(config, repetitions):
             rows.append(row)

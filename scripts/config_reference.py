@@ -22,7 +22,7 @@ HEAD = """\
 <!-- Written by scripts/config_reference.py from the schema; a test holds the two together. -->
 
 A run is one YAML file; any key can be overridden on the command line by its dotted path:
-`python scripts/train.py mine.yaml learner.lr=2e-6`. Unknown keys, values out of range and pairs
+`seqkd train mine.yaml learner.lr=2e-6`. Unknown keys, values out of range and pairs
 that cannot work are refused, each with the field, the value and the fix. `--dry-run` prints the
 whole configuration with its defaults; `config.yaml` of each run holds it. What a resumed run may
 change is in [recovery.md](recovery.md).

@@ -9,7 +9,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-from figures import canvas, save
+from scripts.figures import canvas, save
 
 SEED = 0
 LANGUAGES, SAMPLES, TOKENS = 8, 4, 48
@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     """Print every table; write the figures."""
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="Example: python scripts/estimators.py --student runs/quickstart/student "
+        epilog="Example: python -m scripts.estimators --student runs/quickstart/student "
         "--teacher ~/.cache/seqkd/models/SmolLM2-135M-Instruct",
     )
     parser.add_argument("--out", type=Path, default=Path("runs/estimators"), help="for figures")

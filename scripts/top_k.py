@@ -8,11 +8,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from train import quiet
-
 from seqkd.config import run as configuration
 from seqkd.config.run import Config
-from seqkd.console import run_command
+from seqkd.console import quiet, run_command
 
 KS = (1, 4, 16, 64, 256, 1024, 4096)
 

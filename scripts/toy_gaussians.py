@@ -7,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from figures import canvas, save
+from scripts.figures import canvas, save
 
 STARTS = 64
 """Random starts of two Gaussians."""

@@ -7,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from figures import canvas, save
+from scripts.figures import canvas, save
 
 RANKS = (1, 4, 16, 64)
 STEPS = 1000

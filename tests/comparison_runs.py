@@ -127,7 +127,7 @@ def shown(above, below):
 
 
 def write_evaluation(directory, name, figures):
-    """What scripts/evaluate.py leaves: by model, by figure one number a prompt."""
+    """What seqkd evaluate leaves: by model, by figure one number a prompt."""
     found = {
         model: {figure: {"above": list(v), "below": [1.0] * len(v)} for figure, v in of.items()}
         for model, of in figures.items()

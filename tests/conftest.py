@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,6 @@ os.environ |= {
 }
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
 
 ANY_TIME = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
 settings.register_profile("quick", max_examples=50, derandomize=True, **ANY_TIME)
@@ -30,7 +28,7 @@ settings.load_profile("quick")  # --hypothesis-profile names the other
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """Directories of a tiny teacher (4 layers) and student (2 layers), by name."""
-    from tiny_models import write_tiny
+    from scripts.tiny_models import write_tiny
 
     folder = tmp_path_factory.mktemp("models")
     return {

@@ -208,7 +208,7 @@ class Terse:
 
 
 def record(file, overrides) -> None:
-    """What scripts/precompute.py leaves of a configuration, from a :class:`Terse` teacher."""
+    """What seqkd precompute leaves of a configuration, from a :class:`Terse` teacher."""
     from seqkd.checks import preflight
     from seqkd.config import run
     from seqkd.teachers.cache import keep_teachers, open_caches, with_caches

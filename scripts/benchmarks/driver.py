@@ -10,8 +10,8 @@ import torch
 
 from actors.groups import TeacherGroup
 from actors.pool import Pool, remote
-from benchmarks import runs
-from benchmarks.rows import Row
+from scripts.benchmarks import runs
+from scripts.benchmarks.rows import Row
 from seqkd.learner.batching import Layout, pack, partition
 from seqkd.types import Rollout, TeacherScore
 

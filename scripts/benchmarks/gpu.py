@@ -20,8 +20,8 @@ from actors import weight_sync
 from actors.host_memory import to_host, wait_for_copies
 from actors.learner import LearnerRank
 from actors.teacher import HfStates
-from benchmarks import floors, objectives
-from benchmarks.rows import Row
+from scripts.benchmarks import floors, objectives
+from scripts.benchmarks.rows import Row
 from seqkd.config.learner import LearnerConfig
 from seqkd.config.objectives import SequenceReverseKLConfig
 from seqkd.config.phases import TermConfig

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from actors.placement import KEEP_FREED
-from benchmarks.rows import Row
+from scripts.benchmarks.rows import Row
 from seqkd.learner.teacher_distribution import FullTeacher
 from seqkd.learner.token_stats import stats_of_logits, token_loss
 from seqkd.models.output_head import OutputHead

@@ -16,16 +16,16 @@ from statistics import median
 from typing import Any, NoReturn, Self
 
 import psutil
-from quickstart import ENVIRONMENT, local_head
 
+from actors.local_cluster import ENVIRONMENT, local_head
 from actors.placement import PROCESS
-from benchmarks.rows import Row
+from scripts.benchmarks.rows import Row
 from seqkd.config import run as configuration
 from seqkd.errors import ActorError
 from seqkd.models.loading import expand
 from seqkd.training.clock import STAGES
 
-SCRIPTS = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 GIB = 2**30
 COMPILED = ("learner.compile=true", "rollout.enforce_eager=false", "teacher.enforce_eager=false")
 """Fastest configuration of a step that is strictly on-policy."""
@@ -142,9 +142,9 @@ def trained(
     """Start a training run of ``file``."""
     with tempfile.TemporaryDirectory() as folder:
         place = (f"runs_dir={folder}", "name=run")
-        command = (str(SCRIPTS / "train.py"), file, *place, *overrides)
+        command = ("-m", "seqkd", "train", file, *place, *overrides)
         steps = Path(folder) / "run" / "metrics.jsonl"
-        with Training(command, steps, environment or {}, SCRIPTS.parent) as training:
+        with Training(command, steps, environment or {}, ROOT) as training:
             yield training
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import ray
 
-from benchmarks import floors
-from benchmarks.rows import Row
+from scripts.benchmarks import floors
+from scripts.benchmarks.rows import Row
 from seqkd.checks import preflight
 from seqkd.config import run as configuration
 from seqkd.config.run import Config

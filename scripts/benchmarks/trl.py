@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from quickstart import ENVIRONMENT
 
-from benchmarks.rows import Row
-from benchmarks.runs import COMPILED, SCRIPTS, SPLIT, Training, three_slots, trained
+from actors.local_cluster import ENVIRONMENT
+from scripts.benchmarks.rows import Row
+from scripts.benchmarks.runs import COMPILED, ROOT, SPLIT, Training, three_slots, trained
 from seqkd.config import run as configuration
 from seqkd.config.base import Precision
 from seqkd.config.run import Config
@@ -85,9 +85,9 @@ def _alternate(
 
 
 def _start_trl(spec: Mapping[str, Any]) -> Training:
-    command = ("-m", "benchmarks.trl", json.dumps(spec))
+    command = ("-m", "scripts.benchmarks.trl", json.dumps(spec))
     environment = {"OMP_NUM_THREADS": str(spec["threads"]), "HF_HUB_OFFLINE": "1"}
-    return Training(command, Path(spec["directory"]) / "steps", environment, SCRIPTS)
+    return Training(command, Path(spec["directory"]) / "steps", environment, ROOT)
 
 
 def _spec(config: Config, folder: str, precision: Precision) -> dict[str, Any]:

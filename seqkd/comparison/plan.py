@@ -42,7 +42,7 @@ class Comparison(BaseConfig):
     baseline: str | None = None
     """Method that the others are compared with. If unset: the first one."""
     evaluate: tuple[str, ...] | None = None
-    """Arguments of scripts/evaluate.py, which evaluates the student of every run."""
+    """Arguments of seqkd evaluate, which evaluates the student of every run."""
     runs_dir: str = "runs"
     """Directory of the run directories, as in a configuration."""
 
@@ -70,7 +70,7 @@ class Entry:
     method: str
     seed: int
     arguments: tuple[str, ...]
-    """Arguments of scripts/train.py."""
+    """Arguments of seqkd train."""
     config: Config
     directory: Path
 

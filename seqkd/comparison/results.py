@@ -66,7 +66,7 @@ class Result:
     runs: dict[tuple[str, int], Run]
     """Started runs by method and seed."""
     tables: list[Tables]
-    """On the held-out prompts, then on each set of prompts of scripts/evaluate.py."""
+    """On the held-out prompts, then on each set of prompts of seqkd evaluate."""
     problems: list[str]
     """Limitations of the comparison, one line each."""
 
@@ -152,7 +152,7 @@ def _per_prompt(run: Run) -> dict[str, dict[str, Ratio]]:
 def _evaluated(
     comparison: Comparison, finished: Sequence[Entry], runs: Mapping[tuple[str, int], Run]
 ) -> Iterator[Tables]:
-    """Yield the tables of each set of prompts that scripts/evaluate.py has measured."""
+    """Yield the tables of each set of prompts that seqkd evaluate has measured."""
     sets: dict[str, dict[str, dict[int, dict[str, Ratio]]]] = {}
     for entry in finished:
         for prompts, evaluation in runs[entry.method, entry.seed].evaluated.items():

@@ -154,7 +154,7 @@ def _check_samples(config: Config, term: TermConfig, samples: int, where: str) -
         )
     if traits.recorded and config.teacher_cache is None:
         raise ValueError(
-            f"{where}sampler {term.sampler!r} reads what scripts/precompute.py wrote, but "
+            f"{where}sampler {term.sampler!r} reads what seqkd precompute wrote, but "
             "teacher_cache is not set. Set teacher_cache.path to its directory."
         )
     source = config.source(term.sampler)

@@ -19,7 +19,7 @@ from seqkd.report.page import Table, save
 from seqkd.report.svg import Key, Panel
 
 EVALUATED = (*FIRST[:2], "rougeL", "bartscore_f", "length", "ended")
-"""Figures of scripts/evaluate.py that are shown first."""
+"""Figures of seqkd evaluate that are shown first."""
 ARROWS = {"higher": "↑", "lower": "↓"}
 """Marks of a significant difference, by the first word of its verdict."""
 OTHERS = {TEACHER: "the teacher", INITIAL: "before training"}

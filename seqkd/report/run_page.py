@@ -109,7 +109,7 @@ def last_figures(runs: Sequence[Run], keys: Sequence[Key]) -> Table:
 
 
 def evaluated(run: Run) -> dict[str, tuple[int, list[Table]]]:
-    """Return the number of prompts and the tables of scripts/evaluate.py, by prompt set."""
+    """Return the number of prompts and the tables of seqkd evaluate, by prompt set."""
     return {
         name: (
             found.prompts,

@@ -44,7 +44,7 @@ class Run:
     evaluation: Evaluation | None
     """Held-out figures before, between and after the phases."""
     evaluated: dict[str, Evaluation]
-    """Results of scripts/evaluate.py by the name of the prompts, with models in place of stages."""
+    """Results of seqkd evaluate by the name of the prompts, with models in place of stages."""
     environment: dict[str, Any] | None
     problems: list[str]
     """One line for every file that could not be read."""
@@ -141,7 +141,7 @@ def read(directory: Path) -> Run:
     if not any((directory / name).is_file() for name in ("config.yaml", metrics_file.NAME)):
         raise DataError(
             f"{directory}: is not a run directory: it holds neither config.yaml nor metrics.jsonl. "
-            "Name one that scripts/train.py has made, such as runs/quickstart."
+            "Name one that seqkd train has made, such as runs/quickstart."
         )
     problems: list[str] = []
 

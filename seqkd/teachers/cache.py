@@ -140,7 +140,7 @@ def _open(root: Path, teacher: SingleTeacherConfig, here: bool) -> TeacherCache:
             held = "; ".join(str(other) for other in recorded.values()) or "nothing at all"
             raise TeacherCacheError(
                 f"teacher_cache.path: {root} holds nothing of the teacher {spec}; it holds "
-                f"{held:.500}. Name that teacher, or run scripts/precompute.py with this "
+                f"{held:.500}. Name that teacher, or run seqkd precompute with this "
                 "configuration first."
             )
         directory = named[0]
@@ -158,7 +158,7 @@ def _description(file: Path) -> dict[str, str]:
         error = caught
     raise TeacherCacheError(
         f"teacher_cache.path: {file} is damaged: {error!s:.200}. Remove it; "
-        "scripts/precompute.py with the same configuration writes it again."
+        "seqkd precompute with the same configuration writes it again."
     )
 
 
@@ -356,7 +356,7 @@ def bytes_per_token(teacher: SingleTeacherConfig) -> int:
 
 def _missing_error(cache: TeacherCache, what: str) -> TeacherCacheError:
     return TeacherCacheError(
-        f"teacher_cache.path: {cache.directory} lacks {what}. Run scripts/precompute.py with "
+        f"teacher_cache.path: {cache.directory} lacks {what}. Run seqkd precompute with "
         "the same configuration; what is there already is kept."
     )
 

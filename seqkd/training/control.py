@@ -70,9 +70,9 @@ class Control:
         if self.restarts >= self.recovery.restarts:
             raise ActorError(
                 f"{self.first} It was the first of {self.restarts + 1} losses since the last "
-                f"checkpoint, and recovery.restarts is {self.recovery.restarts}. Mend the cause "
-                "(raise recovery.restarts if machines come and go), then go on (train.py: with "
-                "--resume).",
+                f"checkpoint, and recovery.restarts is {self.recovery.restarts}. Fix the cause "
+                "(raise recovery.restarts if machines come and go), then continue (seqkd train: "
+                "with --resume).",
                 getattr(self.first, "details", ""),
             )
         pause = min(LONGEST_PAUSE_S, self.recovery.backoff_s * 2.0 ** min(self.restarts, 20))

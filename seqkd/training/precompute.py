@@ -106,7 +106,7 @@ def check_recorded(config: Config, caches: Mapping[str, TeacherCache], checked: 
         raise TeacherCacheError(
             f"teacher_cache.path: {where} lacks completions of {len(prompts)} prompts and "
             f"scores of {completions} completions that this run will read. Run "
-            "scripts/precompute.py with the same configuration; what is there is kept."
+            "seqkd precompute with the same configuration; what is there is kept."
         )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from seqkd.checks import preflight
 from seqkd.checks.alarms import StepAlarms
 from seqkd.checks.canary import Canary
 from seqkd.checks.monitor import Monitor
@@ -14,14 +15,27 @@ from seqkd.config.run import Config
 from seqkd.evaluation import summary
 from seqkd.evaluation.heldout import HeldOut, Measurement
 from seqkd.storage import run_reader
-from seqkd.teachers.cache import TeacherCache, with_caches
+from seqkd.teachers.cache import TeacherCache, open_caches, with_caches
 from seqkd.training.checkpoint import Checkpoints
 from seqkd.training.context import TrainingContext
 from seqkd.training.control import Control
 from seqkd.training.positions import ReplayPositions
+from seqkd.training.precompute import check_recorded
 from seqkd.training.recorder import Recorder
 from seqkd.training.replay_log import ReplayLog
 from seqkd.workers import Workers
+
+
+def check(config: Config) -> tuple[Config, dict[str, TeacherCache], Checked]:
+    """Check everything that needs no actor.
+
+    Returns the configuration, in which recorded teachers replace those that are not loaded; the
+    teacher caches, if any, by the name of the teacher; and what the checks loaded."""
+    config, caches = open_caches(config, teacher_here=not config.two_step)
+    checked = preflight.check(config, teacher_here=not config.two_step)
+    if config.two_step:
+        check_recorded(config, caches, checked)
+    return config, caches, checked
 
 
 def prepare(

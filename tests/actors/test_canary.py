@@ -238,7 +238,7 @@ def test_a_teacher(run, fault, found, scores):
 
 
 def test_a_teacher_that_becomes_another_model(run, tmp_path):
-    from tiny_models import write_tiny
+    from scripts.tiny_models import write_tiny
 
     run = run()
     other = str(write_tiny(tmp_path / "other", layers=4, seed=9))

@@ -150,7 +150,7 @@ def test_a_rollout_without_a_score(examine, config):
 
 def test_another_model_under_the_right_name(examine, config, tmp_path):
     """The scoring actor has weights that are not those of the checkpoint it is named after."""
-    from tiny_models import write_tiny
+    from scripts.tiny_models import write_tiny
 
     other = str(write_tiny(tmp_path / "other", layers=4, seed=9))
     (message,) = refused(examine, config(scores="logprobs"), serves=other)

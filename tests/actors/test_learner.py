@@ -35,7 +35,7 @@ KEPT = 5
 def wide(tmp_path_factory):
     """With a vocabulary of 2048 the tied head has more weights (131,072) than DeepSpeed's ZeRO 3
     leaves whole (100,000), so that it really is partitioned."""
-    from tiny_models import write_tiny
+    from scripts.tiny_models import write_tiny
 
     folder = tmp_path_factory.mktemp("wide")
     return {

@@ -48,7 +48,7 @@ class OpenRank(LearnerRank):
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
     """With weights of more than the 100,000 elements that DeepSpeed's ZeRO 3 leaves whole."""
-    from tiny_models import write_tiny
+    from scripts.tiny_models import write_tiny
 
     folder = tmp_path_factory.mktemp("wide")
     return {

@@ -18,8 +18,8 @@ PATIENCE_S = 300
 
 def test_a_short_schedule_of_kills_and_hangs(tiny_config, tmp_path):
     """Every prompt trained once, versions and metrics without gaps, nothing left behind, and the
-    weights of an undisturbed run, to the last bit: scripts/chaos.py checks them."""
-    command = [sys.executable, "scripts/chaos.py", str(tiny_config), "--kills", "5", "--seed", "5"]
+    weights of an undisturbed run, to the last bit: tests/chaos/chaos.py checks them."""
+    command = [sys.executable, "-m", "tests.chaos.chaos", str(tiny_config), "--kills=5", "--seed=5"]
     done = subprocess.run(
         [*command, "--directory", str(tmp_path / "chaos")],
         cwd=ROOT, capture_output=True, text=True, timeout=3 * PATIENCE_S, check=False,
@@ -31,11 +31,8 @@ def test_a_short_schedule_of_kills_and_hangs(tiny_config, tmp_path):
 def start(tiny_config, directory, *arguments):
     """The driver with a Ray of its own, as the leader of its process group, as in a terminal."""
     command = [
-        sys.executable,
-        "scripts/train.py",
-        str(tiny_config),
-        f"runs_dir={directory}",
-        "steps=500",
+        *(sys.executable, "-m", "seqkd", "train", str(tiny_config)),
+        *(f"runs_dir={directory}", "steps=500"),
     ]
     return subprocess.Popen(
         [*command, "evaluation.prompts=0", *arguments], cwd=ROOT, start_new_session=True,
@@ -75,7 +72,7 @@ def test_a_killed_driver_leaves_nothing_running_and_ctrl_c_saves(tiny_config, tm
     os.killpg(second.pid, signal.SIGINT)
     printed, _ = second.communicate(timeout=180)
     assert second.returncode == 128 + signal.SIGINT, printed
-    assert printed.splitlines()[-1] == "stopped: by SIGINT; go on with --resume"
+    assert printed.splitlines()[-1] == "stopped: by SIGINT; continue with --resume"
     assert "Traceback" not in printed
     saved = max((run / "checkpoints").iterdir())
     steps = json.loads((saved / "state.json").read_text())["step"]

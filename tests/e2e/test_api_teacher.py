@@ -29,7 +29,7 @@ from tests.conftest import ROOT
 @pytest.fixture(scope="module")
 def server(tiny, tmp_path_factory):
     """vLLM's own server of the tiny teacher, under the name "black-box"."""
-    from quickstart import free_ports
+    from actors.local_cluster import free_ports
 
     (port,) = free_ports(1)
     log = tmp_path_factory.mktemp("server") / "log"
@@ -122,7 +122,7 @@ def train(tiny, tmp_path, url, *overrides):
     data["runs_dir"] = str(tmp_path)
     file = tmp_path / "black_box.yaml"
     file.write_text(yaml.safe_dump(data))
-    command = [sys.executable, "scripts/train.py", str(file), *overrides]
+    command = [sys.executable, "-m", "seqkd", "train", str(file), *overrides]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 

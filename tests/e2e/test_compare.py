@@ -17,7 +17,7 @@ AMOUNT = 1100
 
 
 def command(file):
-    return [sys.executable, "scripts/compare.py", str(file), "--jobs", "2"]
+    return [sys.executable, "-m", "seqkd", "compare", str(file), "--jobs", "2"]
 
 
 def rows(directory):
@@ -48,7 +48,7 @@ def test_a_comparison_that_is_stopped_goes_on_to_its_tables(tiny_config, tmp_pat
     first.send_signal(signal.SIGTERM)
     said, _ = first.communicate(timeout=180)
     assert first.returncode == 128 + signal.SIGTERM, said
-    assert "stopped: by SIGTERM; the same command goes on" in said
+    assert "stopped: by SIGTERM; run the same command again to continue" in said
     assert not [child for child in children if child.is_running()], "a run went on alone"
     before = rows(runs / "sequence-3")
     assert (runs / "sequence-3" / "checkpoints").is_dir()

@@ -22,7 +22,7 @@ ROWS = [
 
 
 def evaluate(*arguments):
-    command = [sys.executable, "scripts/evaluate.py", *arguments]
+    command = [sys.executable, "-m", "seqkd", "evaluate", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
 
 

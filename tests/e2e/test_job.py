@@ -37,7 +37,7 @@ def environment(home):
 @pytest.fixture(scope="module")
 def head(environment):
     """`ray start --head`, authentication on, on ports of its own; only it is stopped."""
-    from quickstart import local_head
+    from actors.local_cluster import local_head
 
     with local_head(environment, "--num-cpus=2") as started:
         yield started
@@ -132,8 +132,8 @@ def test_student_equal_to_teacher_has_nothing_to_learn(
     assert abs(figures["forward_kl_per_sequence"]["mean"]) <= 1e-4
 
 
-def direct(environment, *arguments, script="train.py"):
-    return run([sys.executable, f"scripts/{script}", *map(str, arguments)], environment)
+def direct(environment, *arguments, command="train"):
+    return run([sys.executable, "-m", "seqkd", command, *map(str, arguments)], environment)
 
 
 def test_scoring_first_and_training_later_is_the_live_run(environment, tiny_config, tiny, tmp_path):
@@ -141,9 +141,11 @@ def test_scoring_first_and_training_later_is_the_live_run(environment, tiny_conf
     teacher, common, two_step = two_ways(
         tiny_config, tiny, tmp_path, "teacher", "evaluation.prompts=2"
     )
-    succeeds(direct(environment, *common, "sampler=teacher", "teacher_cache=null", "name=live"))
-    refused(direct(environment, *two_step), "holds nothing of the teacher", "scripts/precompute.py")
-    succeeds(direct(environment, *two_step, script="precompute.py"))
+    check_python_api(
+        environment, tmp_path, *common, "sampler=teacher", "teacher_cache=null", "name=live"
+    )
+    refused(direct(environment, *two_step), "holds nothing of the teacher", "seqkd precompute")
+    succeeds(direct(environment, *two_step, command="precompute"))
     shutil.rmtree(teacher)
     succeeds(direct(environment, *two_step))
     assert_same_student(tmp_path, tiny)
@@ -155,16 +157,48 @@ def test_scoring_first_and_training_later_is_the_live_run(environment, tiny_conf
     assert "reverse_kl_per_token" not in later, "no one can score what the student says now"
 
 
+PYTHON_API = """
+import dataclasses, json, sys
+import seqkd
+result = seqkd.train(seqkd.load_config(sys.argv[1], sys.argv[2:]))
+print(json.dumps(dataclasses.asdict(result), default=str))
+try:
+    seqkd.train(seqkd.load_config(sys.argv[1], sys.argv[2:]))
+except seqkd.errors.ConfigError as error:
+    print(error)
+"""
+
+
+def check_python_api(environment, runs, *arguments):
+    """A run by :func:`seqkd.train` returns what it has written; a used directory is refused."""
+    done = run([sys.executable, "-c", PYTHON_API, *map(str, arguments)], environment)
+    succeeds(done)
+    *_, result, error = done.stdout.splitlines()
+    result, directory = json.loads(result), runs / "live"
+    assert result.pop("seconds") > sum(row["time_step_s"] for row in metrics(directory)) > 0
+    assert result == {
+        "directory": str(directory),
+        "student": str(directory / "student"),
+        "metrics": str(directory / "metrics.jsonl"),
+        "report": str(directory / "report.html"),
+        "figures": json.loads((directory / "evaluation.json").read_text())["figures"],
+        "steps": len(metrics(directory)),
+    }
+    assert {"initial", "main"} == result["figures"].keys()
+    assert (directory / "report.html").is_file()
+    assert "already holds another run" in error
+
+
 def test_scoring_the_rows_answers_first_in_two_goes(environment, tiny_config, tiny, tmp_path):
     """As above, by the most probable tokens; a journal that lacks some is completed."""
     teacher, common, two_step = two_ways(
         tiny_config, tiny, tmp_path, "dataset", "evaluation.prompts=0", scores="top_k, top_k: 32"
     )
     succeeds(direct(environment, *common, "sampler=dataset", "teacher_cache=null", "name=live"))
-    succeeds(direct(environment, *two_step, "steps=4", script="precompute.py"))
+    succeeds(direct(environment, *two_step, "steps=4", command="precompute"))
     refused(direct(environment, *two_step), "lacks", "scores of 24 completions")
     shards = set((tmp_path / "journal").rglob("*.arrow"))
-    succeeds(direct(environment, *two_step, script="precompute.py"))
+    succeeds(direct(environment, *two_step, command="precompute"))
     assert len(set((tmp_path / "journal").rglob("*.arrow")) - shards) == 6
     shutil.rmtree(teacher)
     succeeds(direct(environment, *two_step))
@@ -269,7 +303,7 @@ def test_a_stopped_job_goes_on_where_it_was(head, environment, tiny_config, tmp_
         time.sleep(0.1)
     stop = run([RAY, "job", "stop", "--address", head.jobs, "stopped"], environment)
     printed, _ = job.communicate(timeout=180)
-    assert "stopped: by SIGTERM; go on with --resume" in printed, printed + stop.stdout
+    assert "stopped: by SIGTERM; continue with --resume" in printed, printed + stop.stdout
     (saved,) = (run_of / "checkpoints").iterdir()
     steps = len(metrics(run_of))
     assert saved.name == f"step-{steps:08d}"
@@ -338,7 +372,7 @@ def test_dry_run_lists_every_finding_and_starts_nothing(environment, tiny_config
 
 def test_a_job_runs_in_the_ray_that_it_was_submitted_to(head, environment):
     """Ray itself would run it in the one of the machine that was started last."""
-    from quickstart import local_head
+    from actors.local_cluster import local_head
 
     says = [sys.executable, "-c", "import os; print('in', os.environ['RAY_ADDRESS'])"]
     with local_head(environment, "--num-cpus=1"):

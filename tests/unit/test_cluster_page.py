@@ -19,10 +19,10 @@ STUBS = {
     "hostname": "echo 127.0.0.1",
     "scontrol": '[[ $1 == show ]] && echo one || echo "$*" > "$FOLDER/scontrol"',
     "ray": 'case $1 in start) sleep 600;; status) exit 0;; list) echo "[{}]";; esac',
-    "python": 'if [[ $1 == -c ]]; then "$PYTHON" "$@"; else\n'
-    'echo "$RAY_AUTH_MODE $*" > "$FOLDER/run"\n'
+    "python": '"$PYTHON" "$@"',
+    "seqkd": 'echo "$RAY_AUTH_MODE $*" > "$FOLDER/run"\n'
     'cp "$RAY_AUTH_TOKEN_PATH" "$FOLDER/token"\n'
-    'trap "sleep 1; exit 143" TERM; echo started; sleep 600 & wait; exit 1; fi',
+    'trap "sleep 1; exit 143" TERM; echo started; sleep 600 & wait; exit 1',
 }  # fmt: skip
 
 
@@ -33,12 +33,14 @@ def job(tmp_path):
     activate = tmp_path / "seqkd" / ".venv" / "bin" / "activate"
     activate.parent.mkdir(parents=True)
     activate.write_text("")
+    stubs = tmp_path / "stubs"
+    stubs.mkdir()
     for name, body in STUBS.items():
-        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
-        (tmp_path / name).chmod(0o755)
+        (stubs / name).write_text(f"#!/bin/bash\n{body}\n")
+        (stubs / name).chmod(0o755)
     (tmp_path / "script").write_text(script.replace("/shared", str(tmp_path)))
     environment = os.environ | {
-        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "PATH": f"{stubs}:{os.environ['PATH']}",
         "FOLDER": str(tmp_path),
         "PYTHON": sys.executable,
         "SLURM_JOB_ID": "7",
@@ -60,7 +62,7 @@ def job(tmp_path):
 def test_a_slurm_job_whose_time_is_up_saves_and_is_queued_again(job):
     process, folder = job
     assert (folder / "run").read_text().split() == [
-        "token", "scripts/train.py", "mine.yaml", "cluster=127.0.0.1:6379",
+        "token", "train", "mine.yaml", "cluster=127.0.0.1:6379",
         f"runs_dir={folder}/runs", "--resume",
     ]  # fmt: skip
     assert re.fullmatch(r"[0-9a-f]{64}\n", (folder / "token").read_text())

@@ -84,7 +84,7 @@ def first_cells(text):
 
 
 def test_the_reference_of_the_configuration_is_written_from_the_schema():
-    import config_reference
+    from scripts import config_reference
 
     assert config_reference.PAGE.read_text() == config_reference.render(), (
         "run python scripts/config_reference.py"

@@ -7,10 +7,10 @@ import ast
 import pytest
 
 from tests.conftest import ROOT
-from tests.import_graph import graph, levels, upward
+from tests.import_graph import graph, layer, levels, upward
 
 FORBIDDEN = {
-    "seqkd": {"ray", "vllm", "deepspeed", "actors", "scripts"},
+    "seqkd": {"ray", "vllm", "deepspeed", "scripts"},
     "seqkd/objectives": {
         "ray",
         "vllm",
@@ -38,6 +38,22 @@ def test_import_direction(package):
     assert files
     for file in files:
         assert not FORBIDDEN[package] & set(imported(file)), file
+
+
+def test_only_the_commands_import_actors():
+    for file in (ROOT / "seqkd").rglob("*.py"):
+        assert file.parent.name == "cli" or "actors" not in set(imported(file)), file
+
+
+def test_every_module_has_a_layer():
+    modules = set(graph(ROOT)) - {"seqkd", "seqkd.__main__"}
+    assert [name for name in sorted(modules) if layer(name) is None] == []
+    assert layer("seqkd.unknown") is None
+
+
+def test_no_module_imports_the_root_package():
+    """It imports the commands, which import everything."""
+    assert not [name for name, below in graph(ROOT).items() if "seqkd" in below]
 
 
 def test_no_package_imports_a_higher_layer():

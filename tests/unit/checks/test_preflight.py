@@ -350,7 +350,7 @@ def test_fewer_held_out_prompts_than_asked_for_is_a_warning(config):
 
 
 def test_padded_vocabularies_are_a_warning(config, tmp_path):
-    from tiny_models import write_tiny
+    from scripts.tiny_models import write_tiny
 
     padded = write_tiny(tmp_path / "padded", layers=2, seed=3, vocab_size=384)
     (warning,) = check(config(f"teacher.model={padded}")).warnings

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 
-import compare as script
 import numpy as np
 import pytest
 import yaml
 from scipy import stats
 
-from seqkd.comparison import plan, results
+from seqkd.cli import compare
+from seqkd.cli.main import main
+from seqkd.comparison import plan, results, runner
 from seqkd.comparison.statistics import Estimate, difference, estimate, holm
 from seqkd.errors import ConfigError, DataError
 from seqkd.evaluation.intervals import Ratio
@@ -275,19 +276,19 @@ def finished(tmp_path):
 
 
 def test_what_is_over_is_not_run_again(finished, monkeypatch, capsys):
-    monkeypatch.setattr(script, "checked", lambda entries: None)
-    monkeypatch.setattr(script.Children, "ran", lambda *_: pytest.fail("nothing is to be run"))
-    assert script.main([finished()]) == 0
+    monkeypatch.setattr(compare, "check_methods", lambda entries: None)
+    monkeypatch.setattr(runner.Children, "run", lambda *_: pytest.fail("nothing is to be run"))
+    assert main(["compare", finished()]) == 0
     out = capsys.readouterr().out
     assert "[1/4] sft, seed 0:" in out and "steps in" in out and "comparison.json" in out
 
 
 def test_more_may_be_spent_by_runs_that_are_over(finished, monkeypatch):
     asked = []
-    monkeypatch.setattr(script, "checked", lambda entries: None)
-    monkeypatch.setattr(script.Children, "ran", lambda _, entry, *of: asked.append(of) or True)
-    script.main([finished(budget={"kind": "learner_tokens", "amount": 1e6})])
-    assert len(asked) == 4 and all(of[0] == "train.py" and of[-1] == "--resume" for of in asked)
+    monkeypatch.setattr(compare, "check_methods", lambda entries: None)
+    monkeypatch.setattr(runner.Children, "run", lambda _, entry, *of: asked.append(of) or True)
+    main(["compare", finished(budget={"kind": "learner_tokens", "amount": 1e6})])
+    assert len(asked) == 4 and all(of[0] == "train" and of[-1] == "--resume" for of in asked)
 
 
 @pytest.mark.parametrize(
@@ -296,7 +297,7 @@ def test_more_may_be_spent_by_runs_that_are_over(finished, monkeypatch):
      ({"overrides": ["rollout.max_tokens=7"]}, r"rollout.max_tokens: .* -> 7")],
 )  # fmt: skip
 def test_runs_of_another_configuration_are_not_taken_for_these(finished, changes, told, capsys):
-    assert script.main([finished(**changes)]) == 2
+    assert main(["compare", finished(**changes)]) == 2
     said = capsys.readouterr().err
     assert re.search(told, said) and "sft-0" in said and "Traceback" not in said
 
@@ -306,9 +307,9 @@ def test_a_run_that_fails_is_said_with_its_first_error(tmp_path, capsys):
     entry = entries[0]
     log = entry.directory.with_name("sft-0.log")
     log.write_text("error: of an earlier attempt\n")
-    assert not script.Children().ran(entry, "train.py", "missing.yaml")
+    assert not runner.Children().run(entry, "train", "missing.yaml")
     said = capsys.readouterr().out
-    assert "error: train.py ended with exit code 2" in said and str(log) in said
+    assert "error: seqkd train ended with exit code 2" in said and str(log) in said
     assert "missing.yaml: no such file" in said and "earlier attempt" not in said
     assert log.read_text().startswith("error: of an earlier attempt")
-    assert script.Children().ran(entry, "train.py", "--help")
+    assert runner.Children().run(entry, "train", "--help")

@@ -326,8 +326,7 @@ def test_a_missing_file(tmp_path):
 
 def test_reading_a_config_imports_nothing_heavy():
     code = (
-        "import sys; sys.argv = ['train.py']; sys.path.insert(0, 'scripts'); import train; "
-        "from seqkd.config.run import load; load('configs/tiny.yaml'); "
+        "import sys, seqkd; import seqkd.cli.main; seqkd.load_config('configs/tiny.yaml'); "
         "print([m for m in ('torch', 'ray', 'vllm', 'deepspeed', 'transformers', 'numpy') "
         "if m in sys.modules])"
     )

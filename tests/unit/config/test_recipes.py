@@ -30,16 +30,16 @@ PARAMETERS = {
 """As the hub counts them in the safetensors files (Qwen3-1.7B stores its tied head too)."""
 DRIVER = """
 import contextlib, io, json, sys
-sys.path[:0] = [ROOT, ROOT + "/scripts"]
+sys.path.insert(0, ROOT)
+from seqkd.cli.main import main
 from tests.stand_ins import record
-from train import main
 results = {}
 for name, file, *overrides in RUNS:
     out = io.StringIO()
     if name == "two_step, recorded":
         record(file, overrides)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-        code = main([file, "--dry-run", "cluster=auto", *overrides])
+        code = main(["train", file, "--dry-run", "cluster=auto", *overrides])
     results[name] = code, out.getvalue()
 print(json.dumps(results))
 """
@@ -94,12 +94,12 @@ def test_a_recipe_passes_dry_run(dry_runs, name):
 
 
 def test_two_steps_come_in_order(dry_runs):
-    """Before the recording --dry-run names the script; with a live teacher in its place all else is
-    checked."""
+    """Before the recording --dry-run names the command; with a live teacher in its place all the
+    rest is checked."""
     runs, _ = dry_runs
     code, output = runs["two_step"]
     findings = output[output.index("findings:") :]
-    assert code == 2 and findings.count("error:") == 1 and "scripts/precompute.py" in findings
+    assert code == 2 and findings.count("error:") == 1 and "seqkd precompute" in findings
     assert runs["two_step, live"][0] == 0
 
 

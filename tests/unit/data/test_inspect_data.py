@@ -1,4 +1,4 @@
-"""scripts/inspect_data.py shows which tokens carry loss."""
+"""``seqkd inspect`` shows which tokens carry loss."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import json
 import re
 import sys
 
-import inspect_data
 import pytest
 import yaml
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
+
+from seqkd.cli.inspect_data import pieces
+from seqkd.cli.main import main
 
 MESSAGES = [
     {"role": "user", "content": "hé"},
@@ -40,7 +42,7 @@ def inspect(tiny, tmp_path, capsys):
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
 
     def run(*arguments):
-        code = inspect_data.main([str(tmp_path / "c.yaml"), *arguments])
+        code = main(["inspect", str(tmp_path / "c.yaml"), *arguments])
         out, err = capsys.readouterr()
         return code, out, err
 
@@ -97,8 +99,8 @@ def test_the_space_before_a_word_is_shown():
     backend = Tokenizer(models.WordLevel({"▁a": 0, "▁b": 1}, unk_token="▁a"))
     backend.decoder = decoders.Metaspace(prepend_scheme="always")
     words = PreTrainedTokenizerFast(tokenizer_object=backend)
-    assert [text for _, text in inspect_data.pieces([0, 1, 0], [], words)] == ["a", " b", " a"]
-    assert [text for _, text in inspect_data.pieces([1], [0], words)] == [" b"]
+    assert [text for _, text in pieces([0, 1, 0], [], words)] == ["a", " b", " a"]
+    assert [text for _, text in pieces([1], [0], words)] == [" b"]
 
 
 @pytest.mark.parametrize(

@@ -29,9 +29,10 @@ SAMPLES = [
 
 def write_bart(directory):
     """A random BART of hidden size 32 that reads 48 bytes, <|end|> before and after each text."""
-    from tiny_models import tiny_tokenizer
     from tokenizers.processors import TemplateProcessing
     from transformers import BartConfig, BartForConditionalGeneration
+
+    from scripts.tiny_models import tiny_tokenizer
 
     torch.manual_seed(5)
     config = BartConfig(
@@ -223,7 +224,7 @@ def test_a_model_with_code_of_its_own_is_refused_without_a_question(bart, tmp_pa
 
 
 def test_a_tokenizer_that_ends_no_text_is_refused(bart, tmp_path):
-    from tiny_models import tiny_tokenizer
+    from scripts.tiny_models import tiny_tokenizer
 
     bare = copied(bart, tmp_path / "bare")
     tiny_tokenizer().save_pretrained(bare)

@@ -6,11 +6,11 @@ import json
 import re
 from html.parser import HTMLParser
 
-import compare
 import numpy as np
 import pytest
 from markupsafe import escape
 
+from seqkd.cli.compare import update
 from seqkd.comparison import plan, results
 from seqkd.config.lifecycle import BudgetConfig
 from seqkd.errors import StorageError
@@ -415,7 +415,7 @@ def test_samples_are_named_by_method(whole):
 
 def test_the_script_writes_it_beside_the_tables(tmp_path):
     comparison, entries = write_comparison(tmp_path, seeds=(0, 1), missing=[("default", 1)])
-    compare.update(comparison, entries)
+    update(comparison, entries)
     where = plan.directory(entries)
     assert where == tmp_path / "runs" / "study"
     assert "default, seed 1: not started." in (where / "report.html").read_text()

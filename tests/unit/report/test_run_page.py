@@ -15,9 +15,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import report as script
 
 from seqkd import report
+from seqkd.cli import report as command
+from seqkd.cli.main import main
 from seqkd.errors import DataError, StorageError
 from seqkd.evaluation.intervals import Interval
 from seqkd.evaluation.summary import closing
@@ -160,9 +161,9 @@ def test_without_a_readable_configuration_the_rows_tell_the_phases(directory):
 @pytest.mark.parametrize("arguments", [["{}/nothing"], ["{}"], ["{}", "{}/mixed"]])
 def test_what_is_no_run_directory_is_refused(directory, arguments, capsys):
     names = [name.format(directory.parent) for name in arguments]
-    assert script.main([*names, "--out", str(directory / "page.html")]) == 2
+    assert main(["report", *names, "--out", str(directory / "page.html")]) == 2
     message = capsys.readouterr().err
-    assert re.match(r"error: .*is not a run directory: .*Name one that scripts/train\.py", message)
+    assert re.match(r"error: .*is not a run directory: .*Name one that seqkd train", message)
     assert not (directory / "page.html").exists()
 
 
@@ -469,8 +470,8 @@ def test_the_page_follows_a_run_to_its_end(few, monkeypatch, capsys):
         else:
             (few / "evaluation.json").write_text(whole)
 
-    monkeypatch.setattr(script.time, "sleep", meanwhile)
-    assert script.main([str(few), "--watch", "7"]) == 0
+    monkeypatch.setattr(command.time, "sleep", meanwhile)
+    assert main(["report", str(few), "--watch", "7"]) == 0
     assert capsys.readouterr().out == f"report: {out}\n"
     assert len(pages) == 2
     for shown in pages:
@@ -487,15 +488,15 @@ def test_a_watch_that_is_ended_leaves_a_page_that_waits_for_nothing(few, monkeyp
     def interrupted(seconds):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(script.time, "sleep", interrupted)
-    assert script.main([str(few), "--watch", "7"]) == 0
+    monkeypatch.setattr(command.time, "sleep", interrupted)
+    assert main(["report", str(few), "--watch", "7"]) == 0
     assert 'http-equiv="refresh"' not in (few / "report.html").read_text()
 
 
 @pytest.mark.parametrize("value", ["0", "-3", "0.5", "nan", "inf", "soon"])
 def test_an_impossible_interval_is_refused(directory, value, capsys):
     with pytest.raises(SystemExit) as stopped:
-        script.main([str(directory), "--watch", value])
+        main(["report", str(directory), "--watch", value])
     assert stopped.value.code == 2
     assert "--watch" in capsys.readouterr().err
 
@@ -503,15 +504,14 @@ def test_an_impossible_interval_is_refused(directory, value, capsys):
 def test_several_runs_go_into_one_page_here(few, tmp_path, monkeypatch):
     paths = [few, shutil.copytree(few, tmp_path / "b")]
     monkeypatch.chdir(tmp_path)
-    assert script.main([str(path) for path in paths]) == 0
+    assert main(["report", *map(str, paths)]) == 0
     assert "2 runs compared" in Path("report.html").read_text()
     assert not list(tmp_path.rglob(".report.html*"))
 
 
 def test_help_says_how():
-    done = subprocess.run(
-        [sys.executable, "scripts/report.py", "--help"], cwd=ROOT, capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", "seqkd", "report", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "--watch SECONDS" in done.stdout
 
 
@@ -541,11 +541,11 @@ def test_the_last_lines_of_a_run_name_the_page(tmp_path):
 
 @pytest.mark.parametrize("in_its_way", [False, True])
 def test_a_run_ends_with_its_page_and_not_by_it(tmp_path, monkeypatch, capsys, in_its_way):
-    """Everything but the steps themselves is that of scripts/train.py."""
-    import train
-
+    """Everything but the steps themselves is that of ``seqkd train``."""
     from actors import build
+    from seqkd.cli import dry_run, train
     from seqkd.report import model_card
+    from seqkd.training import setup
 
     config = configuration("x", runs_dir=str(tmp_path), evaluation={"prompts": 0})
     checked = SimpleNamespace(warnings=(), train=(), heldout=(), corpus=())
@@ -557,14 +557,16 @@ def test_a_run_ends_with_its_page_and_not_by_it(tmp_path, monkeypatch, capsys, i
             (directory / "report.html").mkdir()
         return {}
 
-    monkeypatch.setattr(train, "check", lambda config: (config, {}, checked))
-    monkeypatch.setattr(train, "memory", lambda config, found: [])
+    monkeypatch.setattr(setup, "check", lambda config: (config, {}, checked))
+    monkeypatch.setattr(dry_run, "memory_warnings", lambda config, checked: [])
     monkeypatch.setattr(train, "learn", learn)
     monkeypatch.setattr(build, "connect", lambda config, verbose: nullcontext())
     monkeypatch.setattr(build, "check_resources", lambda config: None)
     monkeypatch.setattr(model_card, "write", lambda *arguments: None)  # there is no student
-    assert train.train(config, verbose=True, resume=False) == 0
+    result = train.train(config, verbose=True)
     out, page = capsys.readouterr().out, tmp_path / "x" / "report.html"
+    assert result.report == (None if in_its_way else page)
+    assert (result.steps, result.figures) == (WARMUP + MAIN, {})
     assert f"report:      {page}" in out
     assert page.is_dir() if in_its_way else "finished" in page.read_text()
     assert ("report.html: cannot be written" in out) == in_its_way

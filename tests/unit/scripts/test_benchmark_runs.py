@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import psutil
 import pytest
-from benchmarks.rows import Row
-from benchmarks.runs import Training
 
+from scripts.benchmarks.rows import Row
+from scripts.benchmarks.runs import Training
 from seqkd.errors import ActorError
 
 TAKES_STEPS = """

@@ -251,7 +251,7 @@ def test_without_a_tracker_that_fails_the_run_goes_on(registered, tmp_path, of, 
 
 
 def test_a_missing_package_is_said_before_anything_starts(monkeypatch, capsys, tmp_path):
-    import train
+    from seqkd.cli.main import main
 
     monkeypatch.setattr(tracking, "_available_trackers", [])
     with pytest.raises(ConfigError, match=r"trackers: the package 'mlflow' .* pip install mlflow,"):
@@ -259,10 +259,10 @@ def test_a_missing_package_is_said_before_anything_starts(monkeypatch, capsys, t
     trackers.check(())
     of = [str(ROOT / "configs/tiny.yaml"), "student.model=./nowhere", f"runs_dir={tmp_path}/runs"]
     arguments = [*of, "trackers=[wandb]"]
-    assert train.main(arguments) == 2
+    assert main(["train", *arguments]) == 2
     assert "error: trackers: the package 'wandb' is not" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
-    assert train.main([*arguments, "--dry-run"]) == 2
+    assert main(["train", *arguments, "--dry-run"]) == 2
     assert "  error: trackers: the package 'wandb' is not" in capsys.readouterr().out
     monkeypatch.setattr(tracking, "_available_trackers", ["wandb"])
     trackers.check(("wandb",))

@@ -1,5 +1,5 @@
-"""Does a run survive? Real processes of it are killed, stopped and slowed while it trains, and what
-it leaves is compared with an undisturbed run: python scripts/chaos.py --kills 50 --seed 0"""
+"""Kill, stop and slow the processes of a run while it trains, and compare what it leaves with an
+undisturbed run: python -m tests.chaos.chaos --kills 50 --seed 0"""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
-from quickstart import ENVIRONMENT, RAY, ROOT, Head, free_ports, local_head
 
+from actors.local_cluster import ENVIRONMENT, RAY, Head, free_ports, local_head
 from seqkd.console import print_message
 from seqkd.files import file_digest
 from seqkd.storage.metrics_file import read_rows
+
+ROOT = Path(__file__).resolve().parents[2]
 
 ROLES = {
     "rollout": "RolloutActor",
@@ -38,47 +40,51 @@ FAULTS = (
     ("kill", "driver"),
     ("stop", "driver"),
 )
-"""What happens to whom. kill: SIGKILL; hang: SIGSTOP for good; slow: SIGSTOP for a moment; cut: its
-TCP connections are destroyed (by `ss -K`, which needs root); stop: SIGTERM. A driver that is gone
-is started again with --resume."""
+"""Kinds of faults and the role that each hits. kill: SIGKILL; hang: SIGSTOP; slow: SIGSTOP for two
+seconds; cut: the TCP connections of the process are destroyed (by `ss -K`, which needs root); stop:
+SIGTERM. A driver that has ended is started again with --resume."""
 STAGES = (
     "RolloutActor.load", "RolloutActor.sample", "RolloutActor.logprobs", "TeacherActor.score",
     "LearnerRank.measure", "LearnerRank.step", "LearnerRank.publish", "LearnerRank.save",
 )  # fmt: skip
-"""What an actor may be at: Ray names its process so."""
+"""Calls that an actor may be running, as Ray names its process."""
 OVERRIDES = (
     "recovery={restarts: 1000, backoff_s: 0.1, heartbeat_s: 8, stall_s: 90}",
     "checkpoints={every_steps: 5, keep_last: 2}",
     "evaluation.prompts=4",
 )
 PATIENCE_S = 600
-"""Without a step for so long, a run is taken to hang."""
+"""Seconds without a step after which a run counts as hung."""
 
 
 def main() -> int:
-    """Exit code: 0 where every invariant holds."""
+    """Return 0 if every invariant holds, else 1."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("config", nargs="?", default=str(ROOT / "configs" / "tiny.yaml"))
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--nodes", type=int, default=1, choices=(1, 2), help="2: the second one is killed, too"
+        "--nodes",
+        type=int,
+        default=1,
+        choices=(1, 2),
+        help="with 2, the second is killed, too",
     )
     parser.add_argument(
         "--stages",
         action="store_true",
-        help="in place of --kills: the driver is killed after each of 10 steps, and in every stage",
+        help="instead of --kills: kill the driver after each of 10 steps, and in every stage",
     )
     parser.add_argument("--directory", type=Path, default=ROOT / "runs" / "chaos")
     args = parser.parse_intermixed_args()
     shutil.rmtree(args.directory, ignore_errors=True)
     args.directory.mkdir(parents=True)
-    faults = everywhere() if args.stages else schedule(args.kills, args.seed)
+    faults = driver_faults() if args.stages else schedule(args.kills, args.seed)
     steps = 10 if args.stages else 2 * args.kills
     overrides = [*OVERRIDES, f"steps={steps}", f"runs_dir={args.directory}"]
     overrides += ["placement=split"] if args.nodes == 2 else []
-    command = [sys.executable, "scripts/train.py", args.config, *overrides, *args.overrides]
+    command = [sys.executable, "-m", "seqkd", "train", args.config, *overrides, *args.overrides]
 
     print("the undisturbed run", flush=True)
     with cluster(args.nodes) as ray:
@@ -102,24 +108,24 @@ def main() -> int:
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens to whom, and when."""
+    """A fault, the role that it hits, and its time."""
 
     step: int
-    """After so many steps."""
+    """Number of steps before it."""
     what: str
     role: str
     stage: str = ""
-    """As soon as some actor is at it."""
+    """If set, it waits until an actor runs this call."""
     delay: float = 0.0
-    """Seconds after that."""
+    """Seconds to wait after that."""
 
     def __str__(self) -> str:
         return f"{self.what} {self.role}" + (f" in {self.stage}" if self.stage else "")
 
 
 def schedule(faults: int, seed: int) -> list[Fault]:
-    """One after every step: every kind about equally often, in an order of its own, half of them in
-    some stage and half of them at any moment."""
+    """Return one fault per step: all kinds about equally often in random order, half of them in a
+    stage and half of them at a random time."""
     generator = random.Random(seed)
     kinds = [FAULTS[i % len(FAULTS)] for i in range(faults)]
     generator.shuffle(kinds)
@@ -131,8 +137,8 @@ def schedule(faults: int, seed: int) -> list[Fault]:
     ]
 
 
-def everywhere() -> list[Fault]:
-    """The driver, after each step and once in the middle of every stage."""
+def driver_faults() -> list[Fault]:
+    """Kill the driver after each step, and once in every stage."""
     after = [Fault(step, "kill", "driver") for step in range(1, 10)]
     within = [Fault(1 + i, "kill", "driver", stage) for i, stage in enumerate(STAGES)]
     return sorted([*after, *within], key=lambda fault: fault.step)
@@ -140,7 +146,7 @@ def everywhere() -> list[Fault]:
 
 @dataclass
 class Cluster:
-    """A Ray of this machine, with one node or two."""
+    """A Ray cluster on this machine, with one node or two."""
 
     head: Head
     second: subprocess.Popen[bytes] | None
@@ -148,7 +154,8 @@ class Cluster:
 
 @contextmanager
 def cluster(nodes: int) -> Iterator[Cluster]:
-    """The head has room for all actors, so that a lost node's can come to it."""
+    """Run a cluster whose head has room for all actors, so that it can replace those of a lost
+    node."""
     with ExitStack() as stack:
         head = stack.enter_context(local_head(ENVIRONMENT, "--num-cpus=4"))
         second = None
@@ -160,7 +167,7 @@ def cluster(nodes: int) -> Iterator[Cluster]:
 
 
 def second_node(head: Head) -> subprocess.Popen[bytes]:
-    """Two of the cluster's cores, as a node of its own."""
+    """Start a second node with two cores."""
     manager, objects = free_ports(2)
     return subprocess.Popen(
         [
@@ -175,13 +182,13 @@ def second_node(head: Head) -> subprocess.Popen[bytes]:
 
 @dataclass
 class Trial:
-    """One run, begun again until it is done."""
+    """One run, restarted until it is done."""
 
     command: list[str]
     directory: Path
     done: Counter[str] = field(default_factory=Counter)
     seen: set[psutil.Process] = field(default_factory=set)
-    """Every process that was part of it."""
+    """Every process of the run so far."""
 
     def __post_init__(self) -> None:
         self.log = self.directory.with_suffix(".log")
@@ -189,19 +196,19 @@ class Trial:
         self.begin()
 
     def begin(self) -> None:
-        """Start the driver; it goes on from the newest checkpoint."""
+        """Start the driver; it continues from the newest checkpoint."""
         self.driver = subprocess.Popen(
             [*self.command, "--resume"], cwd=ROOT, env=ENVIRONMENT, stdout=self.out, stderr=self.out
         )
         self.seen.add(psutil.Process(self.driver.pid))
 
     def steps(self) -> int:
-        """Rows of metrics so far."""
+        """Return the number of rows of metrics."""
         metrics = self.directory / "metrics.jsonl"
         return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
 
     def reach(self, steps: int) -> bool:
-        """Wait for so many steps; False where the run ended before."""
+        """Wait for a number of steps; return False if the run ended before."""
         last, since = -1, time.monotonic()
         while (running := self.driver.poll() is None) and (now := self.steps()) < steps:
             if now != last:
@@ -212,8 +219,8 @@ class Trial:
         return running
 
     def at(self, stage: str) -> bool:
-        """Wait until some actor is at ``stage``; False where the run ended before, True where it
-        did not come to that within a while."""
+        """Wait until an actor runs ``stage``; return False if the run ended before, True also after
+        a minute without."""
         looked = time.monotonic()
         until = looked + 60
         known = [p for role in ROLES for p in self.processes(role)]
@@ -227,14 +234,14 @@ class Trial:
         return True
 
     def finish(self) -> None:
-        """Wait for the end; a driver that was ended goes on."""
+        """Wait for the end of the run; restart a driver that was ended."""
         while True:
             self.reach(sys.maxsize)
-            if not self.go_on():
+            if not self.restart():
                 return
 
-    def go_on(self) -> bool:
-        """Begin again once the driver was ended; False where the run is done."""
+    def restart(self) -> bool:
+        """Wait for the driver and restart it; return False if the run is done."""
         code = self.driver.wait(PATIENCE_S)
         if code == 0:
             return False
@@ -244,7 +251,7 @@ class Trial:
         return True
 
     def processes(self, role: str) -> list[psutil.Process]:
-        """The living processes of a role."""
+        """Return the living processes of a role."""
         if role == "driver":
             return [psutil.Process(self.driver.pid)]
         found = [p for p in psutil.Process().children(recursive=True) if is_actor(p, ROLES[role])]
@@ -253,7 +260,7 @@ class Trial:
 
 
 def is_actor(process: psutil.Process, name: str) -> bool:
-    """Whether it is a Ray actor of the class ``name``."""
+    """Return whether the process is a Ray actor of the class ``name``."""
     try:
         return process.cmdline()[0].startswith(f"ray::{name}")
     except (psutil.Error, IndexError):  # it ended just now
@@ -261,10 +268,10 @@ def is_actor(process: psutil.Process, name: str) -> bool:
 
 
 def disturb(run: Trial, faults: list[Fault], ray: Cluster, generator: random.Random) -> None:
-    """Every fault in turn."""
+    """Apply the faults in order."""
     for number, fault in enumerate(faults, 1):
         while not (run.reach(fault.step) and run.at(fault.stage)):
-            if not run.go_on():
+            if not run.restart():
                 return
         time.sleep(fault.delay)
         if ray.second and number == len(faults) // 2:
@@ -278,10 +285,10 @@ def disturb(run: Trial, faults: list[Fault], ray: Cluster, generator: random.Ran
 
 
 def strike(run: Trial, fault: Fault, generator: random.Random) -> int:
-    """1 where there was someone to strike."""
+    """Apply one fault; return 1 if a process of the role was there, else 0."""
     until = time.monotonic() + 180
     while not (there := run.processes(fault.role)):  # it may be starting again
-        if time.monotonic() > until or (run.driver.poll() is not None and not run.go_on()):
+        if time.monotonic() > until or (run.driver.poll() is not None and not run.restart()):
             return 0
         time.sleep(0.1)
     victim = generator.choice(sorted(there, key=lambda p: p.pid))
@@ -297,7 +304,7 @@ def strike(run: Trial, fault: Fault, generator: random.Random) -> int:
 
 
 def cut(victim: psutil.Process) -> int:
-    """1 where the victim had connections and this user may destroy them."""
+    """Destroy the TCP connections of a process; return 1 if there were any and it was allowed."""
     destroyed = 0
     for connection in victim.net_connections("tcp"):
         if connection.status == psutil.CONN_ESTABLISHED:
@@ -311,14 +318,14 @@ def cut(victim: psutil.Process) -> int:
 
 
 def kill_node(node: subprocess.Popen[bytes]) -> None:
-    """All processes of a Ray node at once, as when a machine goes down."""
-    every = psutil.Process(node.pid).children(recursive=True)
-    for process in [psutil.Process(node.pid), *every]:
+    """Kill all processes of a Ray node at once, as when a machine goes down."""
+    children = psutil.Process(node.pid).children(recursive=True)
+    for process in [psutil.Process(node.pid), *children]:
         process.kill()
 
 
 def left_behind(run: Trial) -> list[str]:
-    """Processes and files that outlive the run."""
+    """List the processes and partial files that outlive the run."""
     for role in ROLES:
         run.processes(role)
     _, alive = psutil.wait_procs(list(run.seen), timeout=30)
@@ -344,12 +351,12 @@ def differences(quiet: Path, chaos: Path) -> list[str]:
 
 
 def timed(key: str) -> bool:
-    """Whether a metric depends on the clock."""
+    """Return whether a metric depends on the clock."""
     return key.startswith("time_") or key == "tokens_per_s"
 
 
 def report(run: Trial, seconds: float, problems: list[str]) -> None:
-    """Everything that was done and found."""
+    """Print the faults and the problems."""
     print("\nfaults:")
     for name, count in sorted(run.done.items()):
         print(f"  {count:>3} {name}")

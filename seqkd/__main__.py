@@ -1,0 +1,7 @@
+"""The command ``seqkd``, as ``python -m seqkd``."""
+
+import sys
+
+from seqkd.cli.main import main
+
+sys.exit(main())

@@ -1,0 +1,261 @@
+"""Evaluate a run's student, or any model, next to its teacher: divergences, text, curves."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from seqkd.cli.arguments import add_path, add_verbose
+from seqkd.console import print_message, quiet, run_command
+from seqkd.errors import ConfigError, SeqkdError
+
+if TYPE_CHECKING:
+    from seqkd.checks.preflight import Checked
+    from seqkd.config.run import Config
+    from seqkd.evaluation.bartscore import BartScorer
+    from seqkd.evaluation.table import ModelOutputs
+    from seqkd.workers import Workers
+
+CHUNK = 32
+"""Prompts that are answered and scored together; results are kept after each chunk."""
+ALL = 100_000
+"""``evaluation.prompts`` when every prompt of a file is evaluated."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``seqkd evaluate``."""
+    parser.epilog = (
+        "Example: seqkd evaluate runs/quickstart --prompts dolly_eval.jsonl "
+        "--bart facebook/bart-large-cnn rollout.max_tokens=128"
+    )
+    add_path(parser, "what", metavar="RUN|MODEL", help="a run directory, or a model")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. rollout.cpus=2")
+    add_path(parser, "--config", help="for a model: the YAML file with its teacher and its data")
+    add_path(
+        parser, "--prompts", help="other prompts, with or without answers; formats as for data.path"
+    )
+    parser.add_argument("--limit", type=int, help="maximum number of prompts")
+    parser.add_argument("--samples", type=int, default=1, help="completions per prompt (1)")
+    parser.add_argument("--no-initial", action="store_true", help="skip the initial student")
+    parser.add_argument("--bart", help="checkpoint for BARTScore")
+    add_path(
+        parser, "--out", type=Path, help="output directory (RUN/evaluation/<name of the prompts>)"
+    )
+    add_verbose(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run ``seqkd evaluate``."""
+
+    def action() -> int:
+        if not args.verbose:
+            quiet()
+        return evaluate(read_request(args), args.verbose)
+
+    return run_command(action, "run the same command again to continue")
+
+
+@dataclass(frozen=True)
+class Request:
+    """The models to evaluate, and the prompts."""
+
+    config: Config
+    """The student and the teachers; nothing is trained with it."""
+    models: dict[str, str]
+    """Directories or hub names of students, by the name of their column."""
+    out: Path
+    bart: str | None
+    run: Path | None = None
+    """The run whose report shows the result."""
+    problems: list[str] = field(default_factory=list)
+
+
+def read_request(args: argparse.Namespace) -> Request:
+    """Find the models and the configuration. Raises ConfigError."""
+    from seqkd.config.run import load
+
+    run = Path(args.what).expanduser()
+    file = run / "config.yaml"
+    if not file.is_file() and args.config is None:
+        raise ConfigError(
+            f"{args.what}: is no run directory (it has no config.yaml). Name a run directory; or a "
+            "model, with --config and the YAML file that names its teacher."
+        )
+    overrides = [f"evaluation.samples_per_prompt={args.samples}"]
+    if args.prompts:
+        overrides += ["data.heldout_split=null", "data.heldout_fraction=null"]
+        overrides += [f"data.heldout_path={json.dumps(args.prompts)}"]
+    if args.limit or args.prompts:
+        overrides.append(f"evaluation.prompts={args.limit or ALL}")
+    if args.config:
+        overrides.append(f"student={{model: {json.dumps(args.what)}, init: {{kind: checkpoint}}}}")
+    config = load(args.config or file, [*overrides, *args.overrides])
+    if not config.evaluation.prompts:
+        raise ConfigError("evaluation.prompts: is 0. Set it, or name prompts with --prompts.")
+    name = Path(args.prompts).stem if args.prompts else "heldout"
+    home = Path(config.runs_dir) / Path(args.what).name if args.config else run
+    out = args.out or home / "evaluation" / name
+    reported = None if args.config or args.out else run
+    request = Request(for_evaluation(config, out), {}, out, args.bart, reported)
+    if args.config:
+        request.models["student"] = args.what
+        return request
+    initial = run / "student_initial"
+    if not args.no_initial:
+        request.models["initial"] = str(initial) if initial.is_dir() else config.student.model
+    if (run / "student").is_dir():
+        request.models["student"] = str(run / "student")
+    else:
+        request.problems.append(
+            f"{run}: has no student yet, so only the initial student is evaluated. Finish a phase "
+            "with seqkd train --resume."
+        )
+    return request
+
+
+def for_evaluation(config: Config, out: Path) -> Config:
+    """Return ``config`` without its training terms, and with a cache of the teacher in ``out``."""
+    data = config.model_dump(mode="json", exclude={"warmup", "extra_terms", "weight", "objective"})
+    return type(config).model_validate(
+        data | {"sampler": "teacher", "teacher_cache": {"path": str(out / "journal" / "teacher")}}
+    )
+
+
+def evaluate(request: Request, verbose: bool) -> int:
+    """Generate, measure, write and print; return 2 if something had to be skipped."""
+    from actors import build
+    from seqkd import report
+    from seqkd.evaluation import offline
+
+    bart = load_scorer(request)
+    config, checked, with_teacher = check(request)
+    request.out.mkdir(parents=True, exist_ok=True)
+    print(f"{len(checked.heldout)} prompts; results: {request.out}", flush=True)
+    outputs: dict[str, ModelOutputs] = {}
+    with build.connect(config, verbose):
+        for name, path in request.models.items():
+            with start_workers(config, path, checked, with_teacher) as workers:
+                outputs |= generate(config, name, workers, checked, with_teacher, request.out)
+    held_out = offline.PromptSet(
+        list(checked.heldout),
+        [checked.references.get(p.prompt_id, ()) for p in checked.heldout],
+        lambda ids: str(checked.tokenizer.decode(ids, skip_special_tokens=True)),
+    )
+    if not any(held_out.references):
+        request.problems.append(
+            "no prompt has an answer to compare with: ROUGE and BARTScore are skipped. Name "
+            "prompts with answers, or set data.reference_key to their column."
+        )
+    evaluation = {
+        "source": request.config.data.heldout_path or request.config.data.path,
+        "samples_per_prompt": request.config.evaluation.samples_per_prompt,
+        "models": request.models,
+        **offline.figures_json(outputs, held_out, bart),
+        "problems": request.problems,
+    }
+    offline.write(request.out, evaluation, outputs, held_out)
+    shutil.rmtree(request.out / "journal")
+    if request.run is not None:
+        report.write([request.run], request.run / "report.html")
+    print(f"\n{offline.render(evaluation)}\n")
+    print(f"{request.out / 'evaluation.json'}\n{request.out / 'generations.jsonl'}")
+    for problem in request.problems:
+        print_message("error", problem)
+    return 2 if request.problems else 0
+
+
+def load_scorer(request: Request) -> BartScorer | None:
+    """Load the BARTScore model; None if none was requested or it cannot be loaded."""
+    from seqkd.evaluation.bartscore import BartScorer
+
+    if request.bart is None:
+        return None
+    try:
+        return BartScorer(request.bart)
+    except SeqkdError as error:
+        request.problems.append(f"{error} BARTScore is skipped.")
+        return None
+
+
+def check(request: Request) -> tuple[Config, Checked, bool]:
+    """Check as before training. If only the teacher does not fit, the student is evaluated without
+    it. Returns the configuration, what the checks loaded, and whether there is a teacher."""
+    from seqkd.checks import preflight
+
+    try:
+        checked = preflight.check(request.config)
+    except ConfigError as error:
+        stand_in = {"kind": "hf", "model": request.config.student.model}
+        data = request.config.model_dump(mode="json", exclude={"teacher"})
+        config = type(request.config).model_validate(data | {"teacher": stand_in})
+        try:
+            checked = preflight.check(config)
+        except ConfigError:
+            raise error from None
+        request.problems.append(f"{error}\nEverything that needs the teacher is skipped.")
+        return config, checked, False
+    for warning in checked.warnings:
+        if not warning.endswith(f"fewer than evaluation.prompts = {ALL}; all of them are used."):
+            print_message("warning", warning)
+    return request.config, checked, True
+
+
+@contextmanager
+def start_workers(
+    config: Config, path: str, checked: Checked, with_teacher: bool
+) -> Iterator[Workers]:
+    """Start all actors for the student at ``path``."""
+    from actors import build
+    from seqkd.checks.startup import check_workers
+    from seqkd.models.loading import expand
+    from seqkd.training.control import Control
+
+    roles: set[Any] = {"rollout"}
+    if with_teacher:
+        roles |= {"learner", "teacher_sampler"}
+        roles |= {"teacher"} if config.teacher.distribution else set()
+    control = Control(config.recovery, lambda text: print(text, flush=True))
+    build.check_resources(config, roles)
+    with control.signals(), build.workers(config, expand(path), checked, roles, control) as workers:
+        if with_teacher:
+            for warning in check_workers(config, checked, workers, roles):
+                print_message("warning", warning)
+        yield workers
+
+
+def generate(
+    config: Config, name: str, workers: Workers, checked: Checked, with_teacher: bool, out: Path
+) -> dict[str, ModelOutputs]:
+    """Generate and score the texts of one student and its teacher, by model. Completed chunks are
+    kept in ``out`` until the evaluation is done."""
+    from seqkd.evaluation.heldout import Answers, HeldOut
+    from seqkd.evaluation.table import ModelOutputs
+    from seqkd.teachers.cache import open_caches, with_caches
+    from seqkd.training.replay_log import ReplayLog
+
+    if with_teacher:
+        _, caches = open_caches(config, teacher_here=True)
+        workers = with_caches(workers, config, checked.stop_ids, checked.vocabulary, caches)
+    workers = ReplayLog(out / "journal" / name, config).wrap(workers, config, checked.vocabulary)
+    samples, prompts = config.evaluation.samples_per_prompt, checked.heldout
+    student, teacher = Answers([], {}), Answers([], {})
+    for low in range(0, len(prompts), CHUNK):
+        chunk = prompts[low : low + CHUNK]
+        if with_teacher:
+            both = HeldOut(workers, chunk, samples, config.seed).answers(checked.stop_ids)
+        else:
+            drawn = workers.student.sample(chunk, [samples] * len(chunk), config.seed)
+            both = Answers(drawn, {r.sample_id: {} for r in drawn}), Answers([], {})
+        for total, part in zip((student, teacher), both, strict=True):
+            total.rollouts.extend(part.rollouts)
+            total.measured.update(part.measured)
+        print(f"  {name}: {low + len(chunk)} of {len(prompts)} prompts", flush=True)
+    if not with_teacher:
+        return {name: ModelOutputs(student)}
+    return {"teacher": ModelOutputs(teacher), name: ModelOutputs(student, teacher)}

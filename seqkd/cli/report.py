@@ -1,0 +1,60 @@
+"""Write the report of a run, or of several runs side by side, as one HTML page."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from pathlib import Path
+
+from seqkd.cli.arguments import add_path
+from seqkd.console import run_command
+from seqkd.errors import Stopped
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``seqkd report``."""
+    parser.epilog = "Example: seqkd report runs/quickstart --watch 10"
+    add_path(parser, "runs", nargs="+", metavar="RUN", type=Path, help="a run directory")
+    add_path(
+        parser,
+        "--out",
+        type=Path,
+        help="the page (RUN/report.html; of several runs ./report.html)",
+    )
+    parser.add_argument(
+        "--watch",
+        type=interval,
+        metavar="SECONDS",
+        help="rewrite the page at this interval until every run is over; an open page reloads",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run ``seqkd report``."""
+    runs: list[Path] = args.runs
+    out: Path = args.out or (runs[0] if len(runs) == 1 else Path()) / "report.html"
+    return run_command(lambda: follow(runs, out, args.watch))
+
+
+def follow(runs: list[Path], out: Path, seconds: float | None) -> int:
+    """Write the page, once or every ``seconds`` until every run is over."""
+    from seqkd import report
+
+    over = report.write(runs, out, seconds)
+    print(f"report: {out}", flush=True)
+    try:
+        while seconds and not over:
+            time.sleep(seconds)
+            over = report.write(runs, out, seconds)
+    except (KeyboardInterrupt, Stopped):
+        report.write(runs, out)  # once more, as a page that does not reload
+    return 0
+
+
+def interval(text: str) -> float:
+    """Parse a number of seconds, at least one."""
+    seconds = float(text)
+    if not 1 <= seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: must be at least one second, such as 10.")
+    return seconds

@@ -1,0 +1,200 @@
+"""Train a student: check, distill, evaluate, export, report."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from seqkd.cli.arguments import add_config, add_verbose
+from seqkd.console import print_message, quiet, run_command
+from seqkd.errors import LearnerLost, StorageError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from seqkd.checks.preflight import Checked
+    from seqkd.config.run import Config
+    from seqkd.evaluation.heldout import Measurement
+    from seqkd.evaluation.intervals import Interval
+    from seqkd.teachers.cache import TeacherCache
+    from seqkd.training.recorder import Recorder
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Files and held-out figures of a finished run."""
+
+    directory: Path
+    """The run directory."""
+    student: Path
+    """The exported student: a Hugging Face model directory with its tokenizer."""
+    metrics: Path
+    """``metrics.jsonl``: one JSON object per optimizer step."""
+    report: Path | None
+    """The HTML report; None if it could not be written."""
+    figures: Mapping[str, Mapping[str, Interval]]
+    """Held-out figures with their 95 % intervals, by stage ("initial", then the name of each
+    phase), then by the names in docs/metrics.md. Empty if ``evaluation.prompts`` is 0."""
+    steps: int
+    """Optimizer steps of the run, including those before it was resumed."""
+    seconds: float
+    """Wall-clock time of this call."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``seqkd train``."""
+    parser.epilog = "Example: seqkd train configs/tiny.yaml sampler=teacher steps=5"
+    add_config(parser, "YAML file (see configs/)", "learner.lr=1e-5")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the resolved configuration, the plan and every finding; start nothing",
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue from the newest checkpoint of this run; start it if there is none",
+    )
+    add_verbose(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run ``seqkd train``."""
+
+    def action() -> int:
+        from seqkd.config.run import load
+
+        config = load(args.config, args.overrides)
+        if args.dry_run:
+            quiet()
+            from seqkd.cli.dry_run import dry_run
+
+            return dry_run(config, args.resume)
+        train(config, resume=args.resume, verbose=args.verbose)
+        return 0
+
+    return run_command(action, "continue with --resume")
+
+
+def train(config: Config, *, resume: bool = False, verbose: bool = False) -> RunResult:
+    """Train, evaluate and export the student of ``config``, and return the result of the run.
+
+    The call blocks until the run is over and prints what ``seqkd train`` prints. Unless a cluster
+    is configured, it starts a local Ray for the duration of the run. On SIGINT or SIGTERM the run
+    is checkpointed first. Call it from the main thread.
+
+    Args:
+        config: The configuration, from :func:`seqkd.load_config`.
+        resume: Continue from the newest checkpoint of the run; start it if there is none.
+        verbose: Show the logs of the libraries.
+
+    Raises:
+        SeqkdError: Base class of all errors below; its string is the whole message.
+        ConfigError: The configuration, models and data do not fit together, or the run directory
+            holds another run.
+        ResourceError: The machine or the cluster has too few cores, GPUs or memory.
+        ActorError: An actor failed more often than ``recovery.restarts`` allows.
+        LearningFault: An invariant was violated during training.
+        Stopped: A signal stopped the run. Call again with ``resume=True`` to continue.
+    """
+    from seqkd.storage import run_directory
+
+    start = time.perf_counter()
+    directory = run_directory.locate(config)
+    resumption = run_directory.resumption(directory, config, resume)
+    if not verbose:
+        quiet()  # before the libraries below are imported: some print notices then
+    from seqkd.cli.dry_run import memory_warnings
+    from seqkd.training import trackers
+    from seqkd.training.setup import check
+
+    trackers.check(config.trackers)
+    resolved, caches, checked = check(config)
+    for warning in (*checked.warnings, *memory_warnings(resolved, checked)):
+        print_message("warning", warning)
+    data = {"training": checked.train, "held-out": checked.heldout, "corpus": checked.corpus}
+    if resumption.found:
+        run_directory.refuse_other_data(directory, data)
+        for line in resumption.changes:
+            print(f"changed: {line}")
+    elif resume:
+        print(f"--resume: {directory} holds no run yet; starting it")
+
+    from actors import build
+    from seqkd import report
+    from seqkd.evaluation import summary
+    from seqkd.report import model_card
+    from seqkd.storage import run_reader
+    from seqkd.training import replay_log
+    from seqkd.training.recorder import Recorder
+
+    with build.connect(resolved, verbose):
+        build.check_resources(resolved)
+        with run_directory.lock(directory), closing(Recorder(directory, resolved)) as recorder:
+            replay_log.discard(directory / "journal", resumption)
+            run_directory.initialize(directory, config, data)
+            print(f"run directory: {directory}\nstarting the actors", flush=True)
+            measured = learn(directory, resolved, checked, caches, recorder)
+    evaluation = run_reader.read_evaluation(directory) if measured else None
+    if evaluation:
+        print("\n" + summary.render(evaluation))
+    model_card.write(directory, config, evaluation)
+    page: Path | None = directory / "report.html"
+    try:
+        report.write([directory], directory / "report.html")
+    except StorageError as error:  # the run itself is complete
+        print_message("warning", str(error))
+        page = None
+    seconds = time.perf_counter() - start
+    print("\n" + summary.closing(directory, recorder.stage_seconds, seconds))
+    finished = run_reader.read(directory)
+    figures = {stage: intervals for stage, (_, intervals) in finished.figures.items()}
+    return RunResult(
+        directory, directory / "student", directory / "metrics.jsonl", page, figures,
+        finished.done, seconds,
+    )  # fmt: skip
+
+
+def learn(
+    directory: Path,
+    config: Config,
+    checked: Checked,
+    caches: dict[str, TeacherCache],
+    recorder: Recorder,
+) -> dict[str, Measurement]:
+    """Start every actor, check them, train and measure; return what was measured, by stage."""
+    from actors import build, placement
+    from seqkd.checks.startup import check_workers
+    from seqkd.models.export import materialize_student
+    from seqkd.teachers.cache import keep_teachers
+    from seqkd.training import recovery, setup
+    from seqkd.training.control import Control
+
+    start = time.perf_counter()
+    student = materialize_student(
+        config.student, config.learner.precision, directory / "student_initial"
+    )
+    roles, control = placement.needed(config), Control(config.recovery, recorder.note)
+    with (
+        control.signals(),
+        build.workers(config, student, checked, roles, control) as workers,
+    ):
+        recorder.note(f"actors ready after {time.perf_counter() - start:.0f} s")
+        while True:
+            try:
+                warnings = check_workers(config, checked, workers, roles)
+                break
+            except LearnerLost as lost:
+                recovery.replace_learner(workers, control, lost)
+        for warning in warnings:
+            recorder.note(f"warning: {warning}")
+        if not config.two_step:
+            keep_teachers(config, caches)
+        context = setup.prepare(
+            directory, config, checked, workers, roles, caches, recorder, control
+        )
+        return recovery.finish(context)

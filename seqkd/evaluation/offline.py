@@ -1,0 +1,125 @@
+"""Evaluation of models outside a run: evaluation.json, generations.jsonl and the printed tables."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from seqkd.evaluation import table
+from seqkd.evaluation.bartscore import BartScorer
+from seqkd.evaluation.catalog import labeled
+from seqkd.evaluation.intervals import Interval
+from seqkd.evaluation.table import ModelOutputs
+from seqkd.evaluation.text import without_eos
+from seqkd.types import Prompt
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """The prompts of an evaluation, with their references."""
+
+    prompts: list[Prompt]
+    references: list[Sequence[str]]
+    """Answers from the data set, possibly none, of each prompt."""
+    decode: Callable[[Sequence[int]], str]
+    """Token ids to text, without special tokens."""
+
+
+def figures_json(
+    outputs: Mapping[str, ModelOutputs], held_out: PromptSet, bart: BartScorer | None
+) -> dict[str, Any]:
+    """Compute all figures, by model, as plain data."""
+    prompts = held_out.prompts
+    figures = {
+        name: table.figures(output, prompts, held_out.references, held_out.decode, bart)
+        for name, output in outputs.items()
+    }
+    changes = {
+        f"{before} -> student": table.changes(figures[before], figures["student"])
+        for before in ("initial", "teacher")
+        if {before, "student"} <= figures.keys()
+    }
+    return {
+        "prompts": len(prompts),
+        "with_references": sum(map(bool, held_out.references)),
+        "interval": "95 % percentile bootstrap over prompts",
+        "figures": {n: {k: asdict(v) for k, v in f.table().items()} for n, f in figures.items()},
+        "changes": {
+            key: {pair: asdict(change[key]) for pair, change in changes.items() if key in change}
+            for key in table.FIGURES
+            if any(key in change for change in changes.values())
+        },
+        "per_prompt": {n: {k: v.plain() for k, v in f.ratios.items()} for n, f in figures.items()},
+        "curves": {n: table.curves(o, prompts) for n, o in outputs.items() if o.on_teacher},
+    }
+
+
+def write(
+    out: Path,
+    evaluation: Mapping[str, Any],
+    outputs: Mapping[str, ModelOutputs],
+    held_out: PromptSet,
+) -> None:
+    """Write evaluation.json, and the texts as generations.jsonl, into the directory ``out``."""
+    groups = {
+        name: table.by_prompt(output.answers.rollouts, held_out.prompts)
+        for name, output in outputs.items()
+    }
+    with (out / "generations.jsonl").open("w", encoding="utf-8") as file:
+        for i, prompt in enumerate(held_out.prompts):
+            row = {
+                "prompt": prompt.text,
+                "references": list(held_out.references[i]),
+                **{
+                    name: [held_out.decode(without_eos(rollout)) for rollout in group[i]]
+                    for name, group in groups.items()
+                },
+            }
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    text = json.dumps(evaluation, indent=2, ensure_ascii=False)
+    (out / "evaluation.json").write_text(text + "\n", encoding="utf-8")
+
+
+def render(evaluation: Mapping[str, Any]) -> str:
+    """Format the table of figures, the paired changes and the curves for a terminal."""
+    figures = {
+        name: {key: Interval(**value) for key, value in row.items()}
+        for name, row in evaluation["figures"].items()
+    }
+    blocks = [
+        f"{evaluation['prompts']} prompts, {evaluation['with_references']} with references, "
+        f"{evaluation['samples_per_prompt']} completions each; mean [95 % interval over prompts]",
+        table.render(figures),
+    ]
+    changes = evaluation["changes"]
+    for pair in dict.fromkeys(pair for change in changes.values() for pair in change):
+        intervals = {key: Interval(**row[pair]) for key, row in changes.items() if pair in row}
+        rows = [[f"  {labeled(key)}", str(i), i.verdict] for key, i in intervals.items()]
+        blocks.append(f"{pair}, paired over prompts:\n{table.aligned(rows)}")
+    for name, curves in evaluation["curves"].items():
+        blocks.append("\n".join(f"{name}: {line}" for line in _curve_lines(curves)))
+    return "\n\n".join(blocks)
+
+
+def _curve_lines(curves: Mapping[str, Any]) -> Iterator[str]:
+    ends = curves["ends"]
+    yield (
+        f"longer than the teacher's by {Interval(**ends['mean_difference'])} tokens "
+        f"(up to {ends['horizon']}; share still generating {ends['largest_gap']:+.3g} at "
+        f"{ends['largest_gap_at']} tokens)"
+    )
+    if "end_calibration" in curves:
+        calibration = curves["end_calibration"]
+        yield (
+            f"on the teacher's text it expects {calibration['expected_ends']:.3g} ends where there "
+            f"are {calibration['observed_ends']} "
+            f"(calibration error {calibration['calibration_error']:.3g})"
+        )
+    if "exposure_bias" in curves and (last := curves["exposure_bias"]["at"][-1])["percent"]:
+        yield (
+            f"excess accumulated error on its own text {Interval(**last['percent'])} % at "
+            f"{last['length']} tokens"
+        )
