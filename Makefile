@@ -1,17 +1,23 @@
-# make quickstart | test | lint | setup | browser | clean
+# make quickstart | test | check | lint | setup | browser | clean
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: quickstart test lint setup browser clean
+.PHONY: quickstart test check lint setup browser clean
 
 quickstart: setup
 	$(BIN)/python scripts/prepare_quickstart.py
 	$(BIN)/python scripts/quickstart.py
 
-# Two files at a time, each as a whole: half of a test is waiting for processes to start.
+# Two files at a time, each as a whole, in the order of tests/conftest.py: the longest first.
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
 test: lint browser
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations=20
+	$(PYTEST) --durations=20
+
+# For daily work: what starts no actors.
+check: lint
+	$(PYTEST) tests/unit tests/exact
 
 lint: setup
 	$(BIN)/ruff check .

@@ -30,7 +30,7 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def environment(home):
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_") or "worker" in k}
     return kept | {"HOME": str(home), "RAY_AUTH_MODE": "token", "HF_HUB_OFFLINE": "1"}
 
 
@@ -136,10 +136,12 @@ def direct(environment, *arguments, command="train"):
     return run([sys.executable, "-m", "seqkd", command, *map(str, arguments)], environment)
 
 
-def test_scoring_first_and_training_later_is_the_live_run(environment, tiny_config, tiny, tmp_path):
+def test_scoring_first_and_training_later_is_the_live_run(
+    head, environment, tiny_config, tiny, tmp_path
+):
     """The same weights after 10 steps, with the teacher's checkpoint gone the second time."""
     teacher, common, two_step = two_ways(
-        tiny_config, tiny, tmp_path, "teacher", "evaluation.prompts=2"
+        head, tiny_config, tiny, tmp_path, "teacher", "evaluation.prompts=2"
     )
     check_python_api(
         environment, tmp_path, *common, "sampler=teacher", "teacher_cache=null", "name=live"
@@ -189,10 +191,10 @@ def check_python_api(environment, runs, *arguments):
     assert "already holds another run" in error
 
 
-def test_scoring_the_rows_answers_first_in_two_goes(environment, tiny_config, tiny, tmp_path):
+def test_scoring_the_rows_answers_first_in_two_goes(head, environment, tiny_config, tiny, tmp_path):
     """As above, by the most probable tokens; a journal that lacks some is completed."""
     teacher, common, two_step = two_ways(
-        tiny_config, tiny, tmp_path, "dataset", "evaluation.prompts=0", scores="top_k, top_k: 32"
+        head, tiny_config, tiny, tmp_path, "dataset", "evaluation.prompts=0", "top_k, top_k: 32"
     )
     succeeds(direct(environment, *common, "sampler=dataset", "teacher_cache=null", "name=live"))
     succeeds(direct(environment, *two_step, "steps=4", command="precompute"))
@@ -205,11 +207,12 @@ def test_scoring_the_rows_answers_first_in_two_goes(environment, tiny_config, ti
     assert_same_student(tmp_path, tiny)
 
 
-def two_ways(tiny_config, tiny, tmp_path, records, evaluation, scores="hidden"):
+def two_ways(head, tiny_config, tiny, tmp_path, records, evaluation, scores="hidden"):
     """The teacher's own copy; what both runs have in common; the two-step run."""
     teacher = shutil.copytree(tiny["teacher"], tmp_path / "the-teacher")
     common = [
         tiny_config,
+        f"cluster={head.cluster}",
         f"teacher={{kind: hf, model: {teacher}, scores: {scores}}}",
         f"data.path={answers(tmp_path)}",
         *("steps=10", "rollout.samples_per_prompt=2", "objective={kind: token_forward_kl}"),
