@@ -80,9 +80,9 @@ class RolloutGroup:
             "sampling",
         )
         for i in range(engines):
-            given = [drawn[at] for at in sorted(drawn) if at[0] % engines == i]
+            completions = [drawn[at] for at in sorted(drawn) if at[0] % engines == i]
             engine = f"{self.pool.name} {i}"
-            check_sampled(engine, prompts[i::engines], samples[i::engines], given)
+            check_sampled(engine, prompts[i::engines], samples[i::engines], completions)
         return [drawn[at] for at in sorted(drawn)]
 
     def usage(self) -> dict[str, int]:
@@ -124,8 +124,9 @@ class RolloutGroup:
         arguments: Callable[[int], tuple[Any, ...]],
         what: str = "",
     ) -> list[Any]:
-        every = range(len(self.pool.actors))
-        return self.pool.call(method, [arguments(i) if i in engines else None for i in every], what)
+        indices = range(len(self.pool.actors))
+        calls = [arguments(i) if i in engines else None for i in indices]
+        return self.pool.call(method, calls, what)
 
     def logprobs(self, token_ids: Sequence[int]) -> list[list[float]]:
         """See :class:`seqkd.protocols.StudentSampler`."""

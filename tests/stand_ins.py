@@ -217,9 +217,9 @@ def record(file, overrides) -> None:
 
     read = run.load(file, overrides)
     checked = preflight.check(read)
-    _, journals = open_caches(read, teacher_here=True)
+    _, caches = open_caches(read, teacher_here=True)
     teacher = {"": Terse()}
     workers = Workers(None, None, teacher, teacher, read.teacher.choose, distribution=True)
-    keep_teachers(read, journals)
-    workers = with_caches(workers, read, checked.stop_ids, checked.vocabulary, journals)
+    keep_teachers(read, caches)
+    workers = with_caches(workers, read, checked.stop_ids, checked.vocabulary, caches)
     precompute.record(read, workers, checked, lambda steps, tokens: None)

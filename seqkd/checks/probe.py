@@ -41,7 +41,7 @@ def answers(checked: Checked, name: str, copies: int) -> list[Rollout]:
 def as_rollout(
     sample_id: str, prompt: tuple[int, ...], completion: tuple[int, ...], prompt_id: str = ""
 ) -> Rollout:
-    """A given text as a rollout. It counts as the student's: a journal must not keep it."""
+    """Return a given text as a rollout. It counts as the student's: no cache may keep it."""
     prompt_id = prompt_id or sample_id
     return Rollout(prompt_id, sample_id, prompt, completion, None, "student", 0, "length")
 

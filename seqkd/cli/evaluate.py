@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 CHUNK = 32
 """Prompts that are answered and scored together; results are kept after each chunk."""
+CACHE = "cache"
+"""Directory of the completions and scores so far, within the output directory."""
 ALL = 100_000
 """``evaluation.prompts`` when every prompt of a file is evaluated."""
 
@@ -123,7 +125,7 @@ def for_evaluation(config: Config, out: Path) -> Config:
     """Return ``config`` without its training terms, and with a cache of the teacher in ``out``."""
     data = config.model_dump(mode="json", exclude={"warmup", "extra_terms", "weight", "objective"})
     return type(config).model_validate(
-        data | {"sampler": "teacher", "teacher_cache": {"path": str(out / "journal" / "teacher")}}
+        data | {"sampler": "teacher", "teacher_cache": {"path": str(out / CACHE / "teacher")}}
     )
 
 
@@ -160,7 +162,7 @@ def evaluate(request: Request, verbose: bool) -> int:
         "problems": request.problems,
     }
     offline.write(request.out, evaluation, outputs, held_out)
-    shutil.rmtree(request.out / "journal")
+    shutil.rmtree(request.out / CACHE)
     if request.run is not None:
         report.write([request.run], request.run / "report.html")
     print(f"\n{offline.render(evaluation)}\n")
@@ -242,7 +244,7 @@ def generate(
     if with_teacher:
         _, caches = open_caches(config, teacher_here=True)
         workers = with_caches(workers, config, checked.stop_ids, checked.vocabulary, caches)
-    workers = ReplayLog(out / "journal" / name, config).wrap(workers, config, checked.vocabulary)
+    workers = ReplayLog(out / CACHE / name, config).wrap(workers, config, checked.vocabulary)
     samples, prompts = config.evaluation.samples_per_prompt, checked.heldout
     student, teacher = Answers([], {}), Answers([], {})
     for low in range(0, len(prompts), CHUNK):

@@ -117,7 +117,7 @@ def train(config: Config, *, resume: bool = False, verbose: bool = False) -> Run
     for warning in (*checked.warnings, *memory_warnings(resolved, checked)):
         print_message("warning", warning)
     data = {"training": checked.train, "held-out": checked.heldout, "corpus": checked.corpus}
-    if resumption.found:
+    if resumption.exists:
         run_directory.refuse_other_data(directory, data)
         for line in resumption.changes:
             print(f"changed: {line}")
@@ -135,7 +135,7 @@ def train(config: Config, *, resume: bool = False, verbose: bool = False) -> Run
     with build.connect(resolved, verbose):
         build.check_resources(resolved)
         with run_directory.lock(directory), closing(Recorder(directory, resolved)) as recorder:
-            replay_log.discard(directory / "journal", resumption)
+            replay_log.discard(directory / replay_log.FOLDER, resumption)
             run_directory.initialize(directory, config, data)
             print(f"run directory: {directory}\nstarting the actors", flush=True)
             measured = learn(directory, resolved, checked, caches, recorder)

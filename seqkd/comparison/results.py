@@ -47,14 +47,14 @@ class Tables:
 
     def verdict(self, method: str, figure: str) -> str:
         """Return whether the difference from the baseline is significant, in words."""
-        found = self.differences[method][figure]
-        if len(found.of_seeds) < 2:
+        estimate = self.differences[method][figure]
+        if len(estimate.of_seeds) < 2:
             return "one seed: not tested"
         p = self.adjusted[method][figure]
         shown = f"(p {p:.2g})" if p >= 0.001 else "(p < 0.001)"
         if p >= 0.05:
             return f"not significant {shown}"
-        return f"{'higher' if found.mean > 0 else 'lower'} {shown}"
+        return f"{'higher' if estimate.mean > 0 else 'lower'} {shown}"
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,9 @@ class Result:
     def spent(self, method: str) -> dict[str, float]:
         """Return the means over the finished runs: "steps", and every kind of budget."""
         runs = self.finished(method).values()
-        found = {"steps": [float(run.done) for run in runs]}
-        found |= {kind: [run.spent(kind) for run in runs] for kind in KINDS}
-        return {name: sum(values) / len(values) for name, values in found.items() if values}
+        costs = {"steps": [float(run.done) for run in runs]}
+        costs |= {kind: [run.spent(kind) for run in runs] for kind in KINDS}
+        return {name: sum(values) / len(values) for name, values in costs.items() if values}
 
 
 def read(comparison: Comparison, entries: Sequence[Entry]) -> Result:
@@ -129,12 +129,12 @@ def _tables(
         for figure in names:
             own, baseline = runs(method, figure), runs(comparison.against, figure)
             if both := [seed for seed in own if seed in baseline]:
-                found = difference([own[s] for s in both], [baseline[s] for s in both])
-                differences.setdefault(method, {})[figure] = found
+                change = difference([own[s] for s in both], [baseline[s] for s in both])
+                differences.setdefault(method, {})[figure] = change
 
     def tested(figure: str) -> dict[str, float]:
-        found = {m: row[figure] for m, row in differences.items() if figure in row}
-        return {m: e.p for m, e in found.items() if m in comparison.methods and len(e.of_seeds) > 1}
+        rows = {m: row[figure] for m, row in differences.items() if figure in row}
+        return {m: e.p for m, e in rows.items() if m in comparison.methods and len(e.of_seeds) > 1}
 
     by_figure = {figure: holm(tested(figure)) for figure in names}
     adjusted = {
@@ -207,7 +207,7 @@ def _problems(
 def write(result: Result, directory: Path) -> None:
     """Write ``comparison.json``. Raises StorageError where it cannot be written."""
     comparison = result.comparison
-    found: dict[str, Any] = {
+    content: dict[str, Any] = {
         "comparison": comparison.model_dump(mode="json"),
         "baseline": comparison.against,
         "interval": "95 %, over seeds and prompts",
@@ -233,7 +233,7 @@ def write(result: Result, directory: Path) -> None:
     }
     file = directory / "comparison.json"
     with disk_errors(file):
-        atomic_write(file, json.dumps(found, indent=2) + "\n")
+        atomic_write(file, json.dumps(content, indent=2) + "\n")
 
 
 def _plain(estimates: ByMethod) -> dict[str, dict[str, dict[str, Any]]]:
@@ -258,14 +258,14 @@ def render(result: Result) -> str:
 def _figure_table(tables: Tables, figure: str) -> str:
     rows = [[labeled(figure), "", "", "", ""]]
     for method, estimates in tables.figures.items():
-        if (found := estimates.get(figure)) is None:
+        if (estimate := estimates.get(figure)) is None:
             continue
         from_baseline = tables.differences.get(method, {}).get(figure)
         rows.append(
             [
                 f"  {method}",
-                shown(found),
-                " ".join(f"{value:.3g}" for value in found.of_seeds),
+                shown(estimate),
+                " ".join(f"{value:.3g}" for value in estimate.of_seeds),
                 shown(from_baseline, "+") if from_baseline else "",
                 tables.verdict(method, figure) if from_baseline else "",
             ]

@@ -17,14 +17,14 @@ from seqkd.storage import run_directory, run_reader
 def is_finished(entry: Entry) -> bool:
     """Return whether a run is over. ConfigError if it was run with another configuration."""
     resumption = run_directory.resumption(entry.directory, entry.config, resume=True)
-    if set(resumption.course) - {"budget.amount"}:
+    if set(resumption.trajectory) - {"budget.amount"}:
         raise ConfigError(
             f"{entry.directory} was run with another configuration:\n"
             + "".join(f"  {line}\n" for line in resumption.changes)
             + "Set these as they were, choose a new name, or remove the directory."
         )
     started = (entry.directory / "metrics.jsonl").exists()
-    return started and not resumption.course and run_reader.read(entry.directory).over
+    return started and not resumption.trajectory and run_reader.read(entry.directory).over
 
 
 def is_evaluated(entry: Entry) -> bool:

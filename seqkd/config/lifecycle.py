@@ -29,7 +29,7 @@ class CheckpointsConfig(BaseConfig):
     """Longest time between checkpoints in minutes, if it is reached before every_steps."""
     keep_last: int = Field(2, ge=1)
     """Number of checkpoints to keep."""
-    journal_gib: float = Field(8.0, ge=0)
+    replay_log_gib: float = Field(8.0, ge=0)
     """Space in GiB for the teacher's scores since the last checkpoint. Above it, scores are
     requested again after a crash. Completions are always kept."""
 

@@ -61,17 +61,17 @@ class Renderer:
         self, messages: tuple[Message, ...], answer: str, eos_id: int, where: str
     ) -> str | None:
         """A warning where the template writes an answer otherwise than it is learnt."""
-        theirs = self((*messages, ("assistant", answer)), where, prompt=False)
-        ours = self(messages, where) + answer + self.tokenizer.decode([eos_id])
-        if theirs.startswith(ours) and not theirs[len(ours) :].strip():
+        rendered = self((*messages, ("assistant", answer)), where, prompt=False)
+        expected = self(messages, where) + answer + self.tokenizer.decode([eos_id])
+        if rendered.startswith(expected) and not rendered[len(expected) :].strip():
             return None
-        pairs = enumerate(zip(theirs, ours, strict=False))
-        at = next((i for i, (a, b) in pairs if a != b), min(len(theirs), len(ours)))
+        pairs = enumerate(zip(rendered, expected, strict=False))
+        at = next((i for i, (a, b) in pairs if a != b), min(len(rendered), len(expected)))
         at = max(0, at - 12)  # with a little of what stands before
         hint = " Set data.thinking." if self._knows_thinking() and not self.options else ""
         return (
-            f"{where}: the student's chat template writes {theirs[at : at + 60]!r} where the "
-            f"student would learn {ours[at : at + 60]!r}.{hint}"
+            f"{where}: the student's chat template writes {rendered[at : at + 60]!r} where the "
+            f"student would learn {expected[at : at + 60]!r}.{hint}"
         )
 
     def _knows_thinking(self) -> bool:

@@ -51,7 +51,7 @@ def read_data(config: Config, tokenizer: Any, stop_ids: tuple[int, ...]) -> Data
     heldout = Reader(_heldout_source(data), data, tokenizer, eos_id, limit=wanted)
     if data.heldout_fraction:
         below = data.heldout_fraction * 2**64
-        train.read(lambda found: heldout if found.identity < below else train)
+        train.read(lambda conversation: heldout if conversation.identity < below else train)
         heldout.summary.format = train.summary.format
     else:
         train.read()
@@ -73,8 +73,8 @@ def read_data(config: Config, tokenizer: Any, stop_ids: tuple[int, ...]) -> Data
         corpus, summary = read_corpus(data, tokenizer, eos_id)
         summaries.append(summary)
         warnings += summary.losses(data, longest)
-    found = tables[1] if wanted else ()
-    return DataSets(tables[0], found, corpus, heldout.answers, tuple(summaries), tuple(warnings))
+    prompts = tables[1] if wanted else ()
+    return DataSets(tables[0], prompts, corpus, heldout.answers, tuple(summaries), tuple(warnings))
 
 
 def _heldout_source(data: DataConfig) -> Source:
@@ -158,22 +158,22 @@ class Reader:
         for where, whole in self.summary.source.rows(self.data.rows, self.data.streaming):
             for row in spread(whole, self.data):
                 form = form or detect(row, self.data, where)
-                found = conversation(row, form, self.data, where)
-                (side(found) if side else self).add(found, where)
+                parsed = conversation(row, form, self.data, where)
+                (side(parsed) if side else self).add(parsed, where)
         if not where:
             name = f"{self.summary.source.field}: {self.summary.source}"
             raise DataError(f"{name}: has no rows. Name a source that has some.")
         self.summary.format = form
         return self
 
-    def add(self, found: Conversation, where: str) -> None:
+    def add(self, conversation: Conversation, where: str) -> None:
         """Take the turns of a conversation."""
         self.summary.conversations += 1
-        self.identities.add(found.identity)
+        self.identities.add(conversation.identity)
         if self.limit is not None and self.summary.prompts >= self.limit:
             return
-        for stop in found.turns(self.data.turns):
-            draft = _Draft(found, stop, where)
+        for stop in conversation.turns(self.data.turns):
+            draft = _Draft(conversation, stop, where)
             if self.longest and draft.answer is None:
                 self.summary.unanswered += 1
             else:

@@ -40,8 +40,8 @@ class Conversation:
     """Messages, the system message first where there is one."""
 
     messages: tuple[Message, ...]
-    given: int = 0
-    """What comes before this message is no answer to learn."""
+    first_answer: int = 0
+    """Index of the first message that may be an answer to learn."""
     tag: str = ""
 
     @property
@@ -55,11 +55,11 @@ class Conversation:
         """Lengths of the prompts: what comes before an answer to a user, or the whole where
         nobody answered; ``which`` is "all", "first" or "last"."""
         roles = [role for role, _ in self.messages]
-        earliest = max(self.given, roles.index("user") + 1)
-        found = [i for i in range(earliest, len(roles)) if roles[i] == "assistant"]
+        earliest = max(self.first_answer, roles.index("user") + 1)
+        ends = [i for i in range(earliest, len(roles)) if roles[i] == "assistant"]
         if roles[-1] != "assistant":
-            found.append(len(roles))
-        return {"all": found, "first": found[:1], "last": found[-1:]}[which]
+            ends.append(len(roles))
+        return {"all": ends, "first": ends[:1], "last": ends[-1:]}[which]
 
 
 def digest(data: bytes) -> bytes:
@@ -88,15 +88,15 @@ def detect(row: dict[str, Any], data: DataConfig, where: str) -> Format:
     """The format that ``data.format`` names, or the first that fits the row's columns."""
     answer = data.reference_key or next((key for key in ANSWERS if key in row), None)
     context = next((key for key in CONTEXTS if key in row), None)
-    known = (
+    forms = (
         Format("messages", data.messages_key),
         Format("instruction", "instruction", answer, context),
         Format("prompt", data.prompt_key, answer),
     )
-    for form in known:
+    for form in forms:
         if form.prompt in row and data.format in ("auto", form.name):
             return form
-    wanted = " or ".join(repr(f.prompt) for f in known if data.format in ("auto", f.name))
+    wanted = " or ".join(repr(f.prompt) for f in forms if data.format in ("auto", f.name))
     raise DataError(
         f"{where}: has no column {wanted}{_has(row)} Set data.messages_key (a list of messages) or "
         "data.prompt_key, and data.reference_key for answers."
@@ -115,20 +115,23 @@ def conversation(row: dict[str, Any], form: Format, data: DataConfig, where: str
         )
     value, answer = row[form.prompt], row.get(form.answer) if form.answer else None
     if form.name == "messages" or isinstance(value, list):
-        given = _messages(value, form.prompt, where)
+        context = _messages(value, form.prompt, where)
     else:
         words = text_of(value, form.prompt, where)
         if form.context and not _blank(row.get(form.context)):
             words += f"\n\n{text_of(row[form.context], form.context, where)}"
-        given = [("user", words)]
+        context = [("user", words)]
     if isinstance(answer, list):
-        messages = [*given, *_messages(answer, str(form.answer), where)]
+        messages = [*context, *_messages(answer, str(form.answer), where)]
     elif _blank(answer):  # published data sets have a few rows without an answer
-        messages = given
+        messages = context
     else:
-        messages = [*given, ("assistant", text_of(answer, str(form.answer), where))]
+        messages = [*context, ("assistant", text_of(answer, str(form.answer), where))]
     if data.system is not None and messages[0][0] != "system":
-        messages, given = [("system", data.system), *messages], [("system", data.system), *given]
+        messages, context = (
+            [("system", data.system), *messages],
+            [("system", data.system), *context],
+        )
     if all(role != "user" for role, _ in messages):
         raise DataError(f"{where}: {form.prompt!r} has no user message. Mend or remove the row.")
     tag = row.get(data.tag_key) if data.tag_key else ""
@@ -137,7 +140,7 @@ def conversation(row: dict[str, Any], form: Format, data: DataConfig, where: str
             f"{where}: {data.tag_key!r} is {shown(tag)}, not text. Set data.tag_key to a column of "
             f"text{_has(row)}"
         )
-    return Conversation(tuple(messages), 0 if form.name == "messages" else len(given), tag)
+    return Conversation(tuple(messages), 0 if form.name == "messages" else len(context), tag)
 
 
 def text_of(value: Any, key: str, where: str) -> str:
@@ -165,7 +168,7 @@ def _messages(value: Any, key: str, where: str) -> list[Message]:
         raise DataError(
             f"{where}: {key!r} is {shown(value)}, not a list of messages. Mend or remove the row."
         )
-    found: list[Message] = []
+    messages: list[Message] = []
     for number, message in enumerate(value, 1):
         name = f"{where}: message {number} of {key!r}"
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
@@ -177,11 +180,11 @@ def _messages(value: Any, key: str, where: str) -> list[Message]:
         if message.get("tool_calls"):
             raise DataError(f"{name} calls tools, which is not text. Mend or remove the row.")
         unanswered = number == len(value) and role == "assistant"
-        if _blank(content) and found and unanswered:
+        if _blank(content) and messages and unanswered:
             continue
         if _blank(content) and number == 1 and role == "system":
             continue
         if not is_text(role) or not role:
             raise DataError(f"{name}: its role is {shown(role)}. Mend or remove the row.")
-        found.append((role, text_of(content, "content", name)))
-    return found
+        messages.append((role, text_of(content, "content", name)))
+    return messages

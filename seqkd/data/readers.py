@@ -43,7 +43,7 @@ class Source:
                 f"split {self.split!r}. Name the file of the rows that you want."
             )
         if files and files[0].suffix in JSON:
-            return islice((found for file in files for found in self._json(file)), limit)
+            return islice((row for file in files for row in self._json(file)), limit)
         return self._table(files, limit, streaming)
 
     def _files(self) -> list[Path]:
@@ -51,8 +51,8 @@ class Source:
         path = Path(self.path).expanduser()
         if path.is_dir():
             return []
-        found = [path] if path.is_file() else sorted(map(Path, glob.glob(str(path))))
-        if not found and (
+        files = [path] if path.is_file() else sorted(map(Path, glob.glob(str(path))))
+        if not files and (
             path.is_absolute()
             or self.path.startswith(".")
             or self.path.count("/") > 1
@@ -62,13 +62,13 @@ class Source:
                 f"{self.field}: {self.path}: no such file. Name a .jsonl, .json, .parquet or "
                 ".arrow file, a directory, or a data set on the hub."
             )
-        suffixes = {file.suffix for file in found}
-        if found and (len(suffixes) > 1 or not suffixes <= {*JSON, *TABLES}):
+        suffixes = {file.suffix for file in files}
+        if files and (len(suffixes) > 1 or not suffixes <= {*JSON, *TABLES}):
             raise DataError(
                 f"{self.field}: {self.path}: names {' and '.join(sorted(suffixes)) or 'such'} "
                 "files. Name .jsonl, .json, .parquet or .arrow files, all of one kind."
             )
-        return found
+        return files
 
     def _json(self, file: Path) -> Iterator[tuple[str, Row]]:
         name = f"{self.field}: {file}"

@@ -29,21 +29,21 @@ def evaluation_json(
     ratios = {stage: m.ratios() for stage, m in measurements.items()}
     tables = {stage: m.table() for stage, m in measurements.items()}
     phases = [stage for stage in ratios if not stage.startswith("step ")]
-    known = next(iter(tables.values()))
+    measured_figures = next(iter(tables.values()))
     divergences: list[str] = ["reverse_kl_per_token", "forward_kl_per_token"]
     changes = {
         figure: {
             f"{a} -> {b}": asdict(paired_change(ratios[a][figure], ratios[b][figure]))
             for a, b in _pairs(phases)
         }
-        for figure in ([f for f in divergences if f in known] or ["nll_per_token"])
+        for figure in ([f for f in divergences if f in measured_figures] or ["nll_per_token"])
     }
     return {
         "prompts": len(prompts),
         "interval": "95 % percentile bootstrap over prompts",
         "figures": {s: {k: asdict(v) for k, v in t.items()} for s, t in tables.items()},
         "changes": changes,
-        "per_prompt": {s: {k: v.plain() for k, v in of.items()} for s, of in ratios.items()},
+        "per_prompt": {s: {k: v.plain() for k, v in row.items()} for s, row in ratios.items()},
         "examples": [
             _example(i, measurements, prompts, tokenizer)
             for i in range(min(examples, len(prompts)))
@@ -110,14 +110,14 @@ def _example(
 def _tokens(shown: Example, tokenizer: Any) -> list[tuple[str, float | None]]:
     """Return each token's own text with its divergence. A character of several tokens belongs to
     the last of them."""
-    ids, found, told = shown.rollout.completion_ids, [], ""
+    ids, cells, told = shown.rollout.completion_ids, [], ""
     costs = shown.costs or (None,) * len(ids)
     for end, cost in enumerate(costs, 1):
         text = tokenizer.decode(ids[:end])
         whole = text if not text.endswith("\N{REPLACEMENT CHARACTER}") or end == len(ids) else told
-        found.append((whole[len(told) :], cost))
+        cells.append((whole[len(told) :], cost))
         told = whole
-    return found
+    return cells
 
 
 def _shown(text: str) -> str:
@@ -176,49 +176,49 @@ class Evaluation:
 def number(row: Mapping[str, Any], key: str) -> float | None:
     """Return a number of a row; None where it is missing or not finite."""
     value = row.get(key)
-    known = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if known else None  # type: ignore[arg-type]
+    finite = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if finite else None  # type: ignore[arg-type]
 
 
 def read_figures(file: Path) -> Evaluation:
     """Read evaluation.json. Raises OSError, ValueError, KeyError or TypeError."""
-    found = json.loads(file.read_text(encoding="utf-8"))
+    content = json.loads(file.read_text(encoding="utf-8"))
     return Evaluation(
-        prompts=int(found["prompts"]),
-        interval=str(found.get("interval", "")),
-        figures={stage: _intervals(of) for stage, of in found["figures"].items()},
-        changes={figure: _intervals(of) for figure, of in found.get("changes", {}).items()},
-        per_prompt={stage: ratios(of) for stage, of in found.get("per_prompt", {}).items()},
-        examples=[read_completions(example) for example in found.get("examples", [])],
+        prompts=int(content["prompts"]),
+        interval=str(content.get("interval", "")),
+        figures={stage: _intervals(row) for stage, row in content["figures"].items()},
+        changes={figure: _intervals(row) for figure, row in content.get("changes", {}).items()},
+        per_prompt={stage: ratios(row) for stage, row in content.get("per_prompt", {}).items()},
+        examples=[read_completions(example) for example in content.get("examples", [])],
     )
 
 
-def ratios(found: Mapping[str, Any]) -> dict[str, Ratio]:
+def ratios(rows: Mapping[str, Any]) -> dict[str, Ratio]:
     """Read what :meth:`seqkd.evaluation.intervals.Ratio.plain` wrote, by figure."""
     return {
-        name: Ratio(np.array(of["above"], dtype=float), np.array(of["below"], dtype=float))
-        for name, of in found.items()
+        name: Ratio(np.array(sums["above"], dtype=float), np.array(sums["below"], dtype=float))
+        for name, sums in rows.items()
     }
 
 
-def _intervals(found: Mapping[str, Any]) -> dict[str, Interval]:
+def _intervals(row: Mapping[str, Any]) -> dict[str, Interval]:
     """Read the figures that have a mean and an interval."""
     fields = ("mean", "low", "high")
     return {
         name: Interval(*(float(value[field]) for field in fields))
-        for name, value in found.items()
+        for name, value in row.items()
         if isinstance(value, dict) and all(number(value, field) is not None for field in fields)
     }
 
 
-def read_completions(found: Mapping[str, Any]) -> Completions:
+def read_completions(example: Mapping[str, Any]) -> Completions:
     """Read one example of evaluation.json."""
-    tokens = found.get("tokens") or {}
+    tokens = example.get("tokens") or {}
     return Completions(
-        str(found["prompt"]),
-        {who: str(text) for who, text in found["completions"].items()},
+        str(example["prompt"]),
+        {who: str(text) for who, text in example["completions"].items()},
         {
-            who: [(str(text), number({"kl": kl}, "kl")) for text, kl in of]
-            for who, of in tokens.items()
+            who: [(str(text), number({"kl": kl}, "kl")) for text, kl in row]
+            for who, row in tokens.items()
         },
     )

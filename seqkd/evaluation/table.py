@@ -56,10 +56,10 @@ class Figures:
 
     def table(self) -> dict[str, Interval]:
         """Return every known figure."""
-        found = {name: of.interval() for name, of in self.ratios.items()}
-        if (nll := found.pop("nll_per_token", None)) is not None:
-            found["perplexity"] = Interval(*map(math.exp, asdict(nll).values()))
-        return found | {name: Interval(v, v, v) for name, v in self.whole.items()}
+        intervals = {name: ratio.interval() for name, ratio in self.ratios.items()}
+        if (nll := intervals.pop("nll_per_token", None)) is not None:
+            intervals["perplexity"] = Interval(*map(math.exp, asdict(nll).values()))
+        return intervals | {name: Interval(v, v, v) for name, v in self.whole.items()}
 
 
 def figures(
@@ -91,13 +91,13 @@ def figures(
     whole = {name: share for name, share in shares.items() if share is not None}
     ratios = {}
     if written.on_teacher is not None:
-        known = aggregate_by_prompt(prompts, written.answers, written.on_teacher).ratios()
+        divergences = aggregate_by_prompt(prompts, written.answers, written.on_teacher).ratios()
         names = (*MEASURED, "nll_per_token")  # perplexity is the exponential of the NLL
-        ratios = {name: known[name] for name in names if name in known}
+        ratios = {name: divergences[name] for name in names if name in divergences}
     elif costs := totals(written.answers, "teacher_logprob"):
         sums = [
-            [float(sum(of(r) for r in g)) for g in groups]
-            for of in (lambda r: -costs[r.sample_id], lambda r: len(r.completion_ids))
+            [float(sum(value_of(r) for r in g)) for g in groups]
+            for value_of in (lambda r: -costs[r.sample_id], lambda r: len(r.completion_ids))
         ]
         ratios["teacher_nll_per_token"] = Ratio(*map(np.array, sums))
     return Figures(ratios | {n: v.ratio() for n, v in text.items() if v.values}, whole)
@@ -116,19 +116,19 @@ def curves(written: ModelOutputs, prompts: Sequence[Prompt]) -> dict[str, Any]:
     """Of one student, as plain data: exposure bias, and where its completions end beside the
     teacher's; what is not known is left out."""
     assert written.on_teacher is not None
-    ours, theirs = written.answers, written.on_teacher
-    found: dict[str, Any] = {
-        "ends": asdict(compare_ends(_lengths(ours, prompts), _lengths(theirs, prompts)))
+    teacher_text, own_text = written.answers, written.on_teacher
+    curves_json: dict[str, Any] = {
+        "ends": asdict(compare_ends(_lengths(teacher_text, prompts), _lengths(own_text, prompts)))
     }
-    costs = [_values(answers, "forward_kl", prompts) for answers in (ours, theirs)]
+    costs = [_values(answers, "forward_kl", prompts) for answers in (teacher_text, own_text)]
     if all(c is not None for c in costs):
-        found["exposure_bias"] = asdict(exposure_bias(*costs))  # type: ignore[arg-type]
-    log_ends = _values(theirs, "end_logprob", prompts)
+        curves_json["exposure_bias"] = asdict(exposure_bias(*costs))  # type: ignore[arg-type]
+    log_ends = _values(own_text, "end_logprob", prompts)
     if log_ends is not None:
         probabilities = TokenValues([np.exp(row) for row in log_ends.values], log_ends.prompts)
-        ended = [r.finish_reason == "stop" for r in theirs.rollouts]
-        found["end_calibration"] = asdict(end_calibration(probabilities, ended))
-    return found
+        ended = [r.finish_reason == "stop" for r in own_text.rollouts]
+        curves_json["end_calibration"] = asdict(end_calibration(probabilities, ended))
+    return curves_json
 
 
 def render(table: Mapping[str, Mapping[str, Interval]]) -> str:
@@ -181,5 +181,5 @@ def _lengths(answers: Answers, prompts: Sequence[Prompt]) -> Lengths:
 
 def _values(answers: Answers, name: str, prompts: Sequence[Prompt]) -> TokenValues | None:
     rows = [answers.measured[r.sample_id].get(name) for r in answers.rollouts]
-    known = [row for row in rows if row is not None]
-    return TokenValues(known, _places(answers, prompts)) if len(known) == len(rows) else None
+    present = [row for row in rows if row is not None]
+    return TokenValues(present, _places(answers, prompts)) if len(present) == len(rows) else None

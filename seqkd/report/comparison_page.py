@@ -73,34 +73,34 @@ def write(result: Result, out: Path) -> None:
 
 def render(result: Result, place: Path) -> str:
     """Return the page; its links are relative to the directory ``place``."""
-    comparison, known = result.comparison, methods(result)
+    comparison, keys = result.comparison, methods(result)
     first = {
         f"{key.label}, seed {seed}": run
-        for name, key in known.items()
+        for name, key in keys.items()
         for seed, run in list(result.finished(name).items())[:1]
     }
-    entries = result.entries[: len(known)]
+    entries = result.entries[: len(keys)]
     return page.render(
         "comparison.html",
         title=comparison.name,
         refresh=None,
         result=result,
         comparison=comparison,
-        methods=known,
+        methods=keys,
         losses={entry.method: describe_terms(entry.config) for entry in entries},
-        facts=facts(result, known),
+        facts=facts(result, keys),
         models=page.shared([model_names(entry.config) for entry in result.entries]),
         notes=list(_notes(result)),
-        sections=[(tables, list(figures(tables, result, known))) for tables in result.tables],
-        costs=costs(result, known),
-        quality=dict(_quality(result, known)),
+        sections=[(tables, list(figures(tables, result, keys))) for tables in result.tables],
+        costs=costs(result, keys),
+        quality=dict(_quality(result, keys)),
         examples=samples.side_by_side(first),
         links={
             (entry.method, entry.seed): quote(os.path.relpath(report, place))
             for entry in result.entries
             if (report := entry.directory / "report.html").exists()
         },
-        differing=page.differing([entry.config for entry in entries], list(known.values())),
+        differing=page.differing([entry.config for entry in entries], list(keys.values())),
         environment=next((r.environment for r in result.runs.values() if r.environment), None),
     )
 
@@ -111,14 +111,14 @@ def methods(result: Result) -> dict[str, Key]:
     return {name: Key(index, f"{index + 1}. {name}") for index, name in enumerate(names)}
 
 
-def facts(result: Result, known: dict[str, Key]) -> dict[str, str]:
+def facts(result: Result, keys: dict[str, Key]) -> dict[str, str]:
     """Return the budget and the size of the comparison."""
     comparison = result.comparison
     return {
         "Budget of each run": budget(comparison.budget),
-        "Methods": str(len(known)),
+        "Methods": str(len(keys)),
         "Seeds": ", ".join(map(str, comparison.seeds)),
-        "Baseline": known[comparison.against].label,
+        "Baseline": keys[comparison.against].label,
         "Finished runs": f"{sum(r.over for r in result.runs.values())} of {len(result.entries)}",
         "Base configuration": " ".join([comparison.config, *comparison.overrides]),
     }
@@ -131,12 +131,12 @@ def budget(config: BudgetConfig) -> str:
     return f"{wording.count(config.amount)} {metric(config.kind).label}"
 
 
-def figures(tables: Tables, result: Result, known: dict[str, Key]) -> Iterator[Figure]:
+def figures(tables: Tables, result: Result, keys: dict[str, Key]) -> Iterator[Figure]:
     """Yield the figures of one set of prompts, those that are shown first at the beginning."""
     order = FIRST if tables is result.tables[0] else EVALUATED
     baseline = result.comparison.against
     for name in sorted(tables.names, key=lambda name: name not in order):
-        heads: dict[str, Key | str] = {**known}
+        heads: dict[str, Key | str] = {**keys}
         heads |= {row: label for row, label in OTHERS.items() if row in tables.figures}
         estimates = {row: tables.figures.get(row, {}).get(name) for row in (*heads, TEACHER)}
         rows = [_row(tables, row, name, head, row == baseline) for row, head in heads.items()]
@@ -155,7 +155,7 @@ def _row(tables: Tables, row: str, figure: str, head: Key | str, baseline: bool)
     )
 
 
-def costs(result: Result, known: dict[str, Key]) -> Table:
+def costs(result: Result, keys: dict[str, Key]) -> Table:
     """Return the mean cost of each method in every unit."""
     heads = {kind: "Time in steps" if kind == "seconds" else title(kind) for kind in KINDS}
     heads[result.comparison.budget.kind] += " (the budget)"
@@ -165,15 +165,15 @@ def costs(result: Result, known: dict[str, Key]) -> Table:
             wording.duration(value) if kind == "seconds" else wording.count(value)
             for kind, value in result.spent(name).items()
         ]
-        for name, key in known.items()
+        for name, key in keys.items()
     ]
     return Table("Cost", ["Method", "Optimizer steps", *heads.values()], rows)
 
 
-def _quality(result: Result, known: dict[str, Key]) -> Iterator[tuple[str, list[Panel]]]:
+def _quality(result: Result, keys: dict[str, Key]) -> Iterator[tuple[str, list[Panel]]]:
     """Yield the first figures against every cost, the budget first."""
     kind = result.comparison.budget.kind
-    runs = {key: list(result.finished(name).values()) for name, key in known.items()}
+    runs = {key: list(result.finished(name).values()) for name, key in keys.items()}
     axes: list[CostAxis] = [kind, "steps", *(k for k in KINDS if k not in (kind, "prompts"))]
     for on in axes:
         if on != "steps" and not any(run.spent(on) for run in result.runs.values()):

@@ -54,7 +54,7 @@ def curve_panels(runs: Sequence[Run]) -> Iterator[tuple[str, list[Panel]]]:
         (name, on) for on in COSTS for name in ("reverse_kl_per_token", "forward_kl_per_token")
     ]
     for heading, pairs in plotted.items():
-        if panels := [found for name, on in pairs if (found := curve_panel(runs, name, on))]:
+        if panels := [panel for name, on in pairs if (panel := curve_panel(runs, name, on))]:
             yield heading, panels
 
 
@@ -79,7 +79,7 @@ def curve_panel(runs: Sequence[Run], name: str, on: CostAxis = "steps") -> Panel
 def cost_panel(figure: str, methods: Mapping[Key, Sequence[Run]], on: CostAxis) -> Panel | None:
     """Plot a held-out figure of each method against a cost: seeds thin, their mean thick; None
     where no run has the figure."""
-    lines = {key: found for key, runs in methods.items() if (found := paths(runs, figure, on))}
+    lines = {key: curves for key, runs in methods.items() if (curves := paths(runs, figure, on))}
     if not lines:
         return None
     runs = [run for of_method in methods.values() for run in of_method]
@@ -120,15 +120,15 @@ def _lines(runs: Sequence[Run], name: str) -> Iterator[tuple[Run, str, Key]]:
     samplers, of a single run those of every sampler."""
     for index, run in enumerate(runs):
         columns = dict.fromkeys(key for row in run.rows for key in row)
-        known = [
+        keyed = [
             key
             for key in sorted(columns, key=lambda key: "/" in key)
             if key.rpartition("/")[2] == name and np.isfinite(column(run.rows, key)).any()
         ]
         if len(runs) > 1:
-            yield from ((run, key, Key(index, run.name)) for key in known if key == name)
+            yield from ((run, key, Key(index, run.name)) for key in keyed if key == name)
             continue
-        for number, key in enumerate(known):
+        for number, key in enumerate(keyed):
             sampler = key.rpartition("/")[0] or "the phase's own"
             yield run, key, Key(number, f"{sampler} samples")
 

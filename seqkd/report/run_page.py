@@ -53,15 +53,15 @@ def render(runs: Sequence[Run], refresh: float | None) -> str:
 
 def facts(run: Run) -> dict[str, str]:
     """Return the state and the size of a run."""
-    known = {"State": run.state}
+    rows = {"State": run.state}
     if run.environment and isinstance(run.environment.get("started"), str):
-        known["Started (UTC)"] = run.environment["started"][:16].replace("T", " ")
+        rows["Started (UTC)"] = run.environment["started"][:16].replace("T", " ")
     if run.written:
-        known["Last step (UTC)"] = f"{run.written:%Y-%m-%d %H:%M}"
-    known["Steps"] = f"{run.done} of {run.total}" if run.total else str(run.done)
-    known["Time in steps"] = wording.duration(run.seconds)
-    known["Trained tokens"] = wording.count(run.spent("learner_tokens"))
-    return known
+        rows["Last step (UTC)"] = f"{run.written:%Y-%m-%d %H:%M}"
+    rows["Steps"] = f"{run.done} of {run.total}" if run.total else str(run.done)
+    rows["Time in steps"] = wording.duration(run.seconds)
+    rows["Trained tokens"] = wording.count(run.spent("learner_tokens"))
+    return rows
 
 
 def headlines(run: Run) -> dict[str, tuple[Interval, Interval, list[str]]]:
@@ -70,7 +70,7 @@ def headlines(run: Run) -> dict[str, tuple[Interval, Interval, list[str]]]:
         return {}
     stages = [(stage, row) for stage, (_, row) in run.figures.items()]
     (first_stage, first), (last_stage, last) = stages[0], stages[-1]
-    found = {}
+    lines = {}
     for name in HEADLINES:
         if name not in first or name not in last:
             continue
@@ -81,8 +81,8 @@ def headlines(run: Run) -> dict[str, tuple[Interval, Interval, list[str]]]:
             details.append(f"change {wording.change(change)}")
         if (teacher := TEACHER_FIGURES.get(name)) in last:
             details.append(f"teacher {last[teacher]}")
-        found[name] = first[name], last[name], details
-    return found
+        lines[name] = first[name], last[name], details
+    return lines
 
 
 def held_out(run: Run) -> list[Table]:
@@ -112,13 +112,13 @@ def evaluated(run: Run) -> dict[str, tuple[int, list[Table]]]:
     """Return the number of prompts and the tables of seqkd evaluate, by prompt set."""
     return {
         name: (
-            found.prompts,
+            evaluation.prompts,
             [
-                page.figure_table("Figures by model", dict(found.figures), table.FIGURES),
-                page.change_table(found, lambda pair: pair.replace("->", "→")),
+                page.figure_table("Figures by model", dict(evaluation.figures), table.FIGURES),
+                page.change_table(evaluation, lambda pair: pair.replace("->", "→")),
             ],
         )
-        for name, found in run.evaluated.items()
+        for name, evaluation in run.evaluated.items()
     }
 
 
@@ -126,13 +126,13 @@ def stage_seconds(run: Run) -> tuple[Array, dict[str, Array]]:
     """Return [N] the steps whose time is known and the seconds of each stage in them; the remainder
     of a step is "other"."""
     total = column(run.rows, "time_step_s")
-    known = np.isfinite(total)
-    steps = np.array([row["step"] for row in run.rows], dtype=float)[known]
+    recorded = np.isfinite(total)
+    steps = np.array([row["step"] for row in run.rows], dtype=float)[recorded]
     stages = {
-        metric(f"time_{stage}_s").label: np.nan_to_num(column(run.rows, f"time_{stage}_s"))[known]
-        for stage in STAGES
+        metric(name).label: np.nan_to_num(column(run.rows, name))[recorded]
+        for name in (f"time_{stage}_s" for stage in STAGES)
     }
-    other = np.maximum(total[known] - sum(stages.values(), np.zeros(len(steps))), 0)
+    other = np.maximum(total[recorded] - sum(stages.values(), np.zeros(len(steps))), 0)
     return steps, stages | {"other": other}
 
 

@@ -22,8 +22,8 @@ def side_by_side(runs: Mapping[str, Run]) -> list[tuple[str, Shown]]:
     A single run shows all its completions; several runs show the teacher's (of the first run) and
     each final student's, by the name of the run.
     """
-    known = {name: run.evaluation.examples for name, run in runs.items() if run.evaluation}
-    prompts = next(filter(None, known.values()), [])
+    by_run = {name: run.evaluation.examples for name, run in runs.items() if run.evaluation}
+    prompts = next(filter(None, by_run.values()), [])
     if len(runs) == 1:
         return [(e.prompt, {who: _shown(e, who) for who in e.completions}) for e in prompts]
     return [
@@ -32,7 +32,7 @@ def side_by_side(runs: Mapping[str, Run]) -> list[tuple[str, Shown]]:
             {"teacher": _shown(prompt, "teacher")}
             | {
                 name: _shown(example, "student after")
-                for name, examples in known.items()
+                for name, examples in by_run.items()
                 for example in examples
                 if example.prompt == prompt.prompt and "student after" in example.completions
             },

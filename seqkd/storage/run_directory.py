@@ -19,7 +19,7 @@ PACKAGED = "working_dir_files"
 STARTUP_FILES = (
     "config.yaml", "data.json", "environment.json", "evaluation.json", "lock", "report.html",
     "student_initial", "student_initial.partial", "student_initial.old", "tensorboard", "trackers",
-    "journal",
+    "replay_log",
 )  # fmt: skip
 """What a run writes before its first step: a start that failed there may be tried again."""
 EXECUTION_KEYS = {
@@ -42,15 +42,15 @@ TRAJECTORY_KEYS = {
 
 @dataclass(frozen=True)
 class Resumption:
-    """What there is to go on from."""
+    """State of the run directory that a start finds."""
 
-    found: bool
-    """Whether the run has begun; else it begins now."""
+    exists: bool
+    """Whether the run has begun before; else it begins now."""
     changes: tuple[str, ...] = ()
     """A line for each changed field."""
-    course: tuple[str, ...] = ()
-    """Those fields that change what the next steps do: samples drawn since the last checkpoint are
-    of another student than will be."""
+    trajectory: tuple[str, ...] = ()
+    """Changed fields that change what the next steps do, so that samples drawn since the last
+    checkpoint are those of another student."""
 
 
 def locate(config: Config) -> Path:
@@ -64,11 +64,11 @@ def locate(config: Config) -> Path:
 
 def refuse_used(directory: Path) -> None:
     """ConfigError where another run, or anything else, is already there."""
-    found = directory.iterdir() if directory.is_dir() else ()
+    entries = directory.iterdir() if directory.is_dir() else ()
     metrics = directory / "metrics.jsonl"
     if any(
         path.name not in STARTUP_FILES and (path != metrics or path.stat().st_size)
-        for path in found
+        for path in entries
     ):
         raise ConfigError(
             f"name: {directory} already holds another run. Choose a new name=…, or remove it; "
@@ -123,13 +123,13 @@ def resumption(directory: Path, config: Config, resume: bool) -> Resumption:
     file = directory / "config.yaml"
     if not resume or not file.exists():
         refuse_used(directory)
-        return Resumption(found=False)
+        return Resumption(exists=False)
     before, now = flat(load(file)), flat(config)
     changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     lines = {key: f"{key}: {_shown(before, key)} -> {_shown(now, key)}" for key in changed}
-    course = [key for key in changed if key in TRAJECTORY_KEYS]
+    trajectory = [key for key in changed if key in TRAJECTORY_KEYS]
     free = [key for key in changed if _operation(key)]
-    refused = [lines[key] for key in changed if key not in course and key not in free]
+    refused = [lines[key] for key in changed if key not in trajectory and key not in free]
     if before["steps"] > config.steps:
         refused.append(f"{lines['steps']} (only more)")
     if refused:
@@ -138,7 +138,7 @@ def resumption(directory: Path, config: Config, resume: bool) -> Resumption:
             + "".join(f"  {line}\n" for line in refused)
             + "Set these as they were, or choose a new name=…."
         )
-    return Resumption(True, tuple(lines.values()), tuple(course))
+    return Resumption(True, tuple(lines.values()), tuple(trajectory))
 
 
 def refuse_other_data(directory: Path, data: Mapping[str, Sequence[Any]]) -> None:

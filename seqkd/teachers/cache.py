@@ -283,50 +283,60 @@ class CachedSampler:
         return {**(self.inner.usage() if self.inner else {}), "reused": self.reused}
 
 
-class CachedTeacher:
-    """Scores: recorded ones, and new ones, which are kept unless the student wrote the text."""
+class StoredTeacher:
+    """A teacher in front of which stored scores stand: the base of the cache and of the replay log.
 
-    def __init__(
-        self, inner: Teacher | None, cache: TeacherCache, form: str, name: str = ""
-    ) -> None:
+    Scores are addressed by the tokens that they are of and by their form (:func:`score_form`).
+    """
+
+    def __init__(self, inner: Teacher | None, cache: TeacherCache, form: str, name: str) -> None:
         self.inner, self.cache, self.form, self.name = inner, cache, form, name
-        self.reused = 0
+
+    def missing(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
+        """Return the rollouts that have no stored score."""
+        return [r for r in rollouts if self.address(r) not in self.cache.scores]
+
+    def read(self, rollout: Rollout) -> TeacherScore:
+        """Read the stored score of a rollout."""
+        score = self.cache.read_score(self.address(rollout), rollout.sample_id)
+        return replace(score, teacher=self.name)
+
+    def address(self, rollout: Rollout) -> str:
+        """Return the address of a rollout's score."""
+        return address_of([rollout.prompt_ids, rollout.completion_ids, self.form])
+
+    def usage(self) -> dict[str, int]:
+        """See :class:`seqkd.protocols.Teacher`."""
+        return self.inner.usage() if self.inner else {}
+
+
+class CachedTeacher(StoredTeacher):
+    """Scores from the cache, and new ones, which are kept unless the student wrote the text."""
+
+    reused = 0
 
     def score(self, rollouts: Sequence[Rollout]) -> dict[str, TeacherScore]:
         """See :class:`seqkd.protocols.Teacher`."""
-        addresses = {r.sample_id: self.address(r) for r in rollouts}
-        missing = {
-            addresses[r.sample_id]: r
-            for r in rollouts
-            if addresses[r.sample_id] not in self.cache.scores
-        }
+        missing = {self.address(r): r for r in self.missing(rollouts)}
         self.reused += len(rollouts) - len(missing)
         new: dict[str, TeacherScore] = {}
         if missing:
             if self.inner is None:
                 raise _missing_error(self.cache, f"scores of {len(missing)} completions")
-            answers = self.inner.score(list(missing.values()))
-            new = {address: answers[r.sample_id] for address, r in missing.items()}
+            scores = self.inner.score(list(missing.values()))
+            new = {address: scores[r.sample_id] for address, r in missing.items()}
             kept = [(a, new[a]) for a, r in missing.items() if r.source != "student"]
             self.cache.add_scores(kept)
         return {
-            sample_id: replace(new[a], sample_id=sample_id)
-            if a in new
-            else replace(self.cache.read_score(a, sample_id), teacher=self.name)
-            for sample_id, a in addresses.items()
+            r.sample_id: replace(new[a], sample_id=r.sample_id)
+            if (a := self.address(r)) in new
+            else self.read(r)
+            for r in rollouts
         }
 
     def usage(self) -> dict[str, int]:
-        """What was asked of an endpoint so far, and how many scores were there already."""
-        return {**(self.inner.usage() if self.inner else {}), "reused_scores": self.reused}
-
-    def lacks(self, rollouts: Sequence[Rollout]) -> int:
-        """How many of them have no score in the cache."""
-        return sum(self.address(r) not in self.cache.scores for r in rollouts)
-
-    def address(self, rollout: Rollout) -> str:
-        """Of the score of ``rollout``'s tokens, in this form."""
-        return address_of([rollout.prompt_ids, rollout.completion_ids, self.form])
+        """Return what an endpoint was asked for, and how many scores were read from the cache."""
+        return {**super().usage(), "reused_scores": self.reused}
 
 
 def sampling_settings(

@@ -276,19 +276,20 @@ def _read_logprobs(answer: Any, prompt: int) -> tuple[list[int], list[Any], list
             f"it read {read} of {prompt} prompt tokens. Raise the context of the server, or lower "
             "data.max_prompt_tokens."
         )
-    given = choice.logprobs
-    if given is None or not given.token_logprobs or not given.tokens:
+    logprobs = choice.logprobs
+    if logprobs is None or not logprobs.token_logprobs or not logprobs.tokens:
         raise Unreadable(
             "it gives no log-probs. Use a server that does (vLLM: echo with logprobs), or set "
             "teacher.scores to none."
         )
-    if len({len(given.tokens), len(given.token_logprobs), len(given.top_logprobs or ())}) > 1:
+    lists = (logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs or ())
+    if len(set(map(len, lists))) > 1:
         raise Unreadable(
-            f"it gives {len(given.tokens)} tokens, {len(given.token_logprobs)} log-probs and "
-            f"{len(given.top_logprobs or ())} lists of the most probable tokens. Set "
+            f"it gives {len(logprobs.tokens)} tokens, {len(logprobs.token_logprobs)} log-probs and "
+            f"{len(logprobs.top_logprobs or ())} lists of the most probable tokens. Set "
             "teacher.scores to none."
         )
-    return [_token(t) for t in given.tokens], given.token_logprobs, given.top_logprobs
+    return [_token(t) for t in logprobs.tokens], logprobs.token_logprobs, logprobs.top_logprobs
 
 
 def _token(text: str) -> int:

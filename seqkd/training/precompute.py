@@ -74,7 +74,7 @@ def check_recorded(config: Config, caches: Mapping[str, TeacherCache], checked: 
         settings = sampling_settings(teacher, config.rollout.max_tokens, checked.stop_ids)
         samplers[name] = CachedSampler(None, caches[name], settings)
         form = score_form(teacher, checked.vocabulary)
-        teachers[name] = CachedTeacher(None, caches[name], form)
+        teachers[name] = CachedTeacher(None, caches[name], form, name)
     prompts, completions = set(), 0
 
     def look(
@@ -88,7 +88,7 @@ def check_recorded(config: Config, caches: Mapping[str, TeacherCache], checked: 
                 rollouts = samplers[name].sample([prompt], [samples], 0, temperature, top_p)
         if not rollouts:
             prompts.add(prompt.prompt_id)
-        completions += teachers[name].lacks(rollouts) if scored else 0
+        completions += len(teachers[name].missing(rollouts)) if scored else 0
 
     rollout = config.rollout
     for _, phase, batches in planned(config, checked):

@@ -18,7 +18,7 @@ from seqkd.config.run import Config
 from seqkd.protocols import Finished, Sampler, StudentSampler, Teacher
 from seqkd.storage.arrow_store import ArrowStore
 from seqkd.storage.run_directory import Resumption
-from seqkd.teachers.cache import TeacherCache, address_of, score_form
+from seqkd.teachers.cache import StoredTeacher, TeacherCache, address_of, score_form
 from seqkd.types import Prompt, Rollout, TeacherScore, WeightVersion, rollout_from
 from seqkd.workers import Workers
 
@@ -38,15 +38,17 @@ SAMPLES = pa.schema(
 )
 FIELDS = SAMPLES.names[1:]
 """Those of a rollout."""
+FOLDER = "replay_log"
+"""Of the log in the run directory."""
 SAMPLED, SCORED = "samples", "teacher"
 
 
 def discard(directory: Path, resumption: Resumption) -> None:
     """Remove completions and scores that this start of a run must not learn from: all of them
     if the run begins, those drawn in training if a changed key changes the next steps."""
-    if not resumption.found:
+    if not resumption.exists:
         shutil.rmtree(directory, ignore_errors=True)
-    elif resumption.course:
+    elif resumption.trajectory:
         for name in (SAMPLED, SCORED):
             shutil.rmtree(directory / name, ignore_errors=True)
 
@@ -55,7 +57,7 @@ class ReplayLog:
     """One run's samples and scores."""
 
     def __init__(self, directory: Path, config: Config) -> None:
-        self.directory, self.room = directory, int(config.checkpoints.journal_gib * 2**30)
+        self.directory, self.room = directory, int(config.checkpoints.replay_log_gib * 2**30)
         self.samples = ArrowStore(directory / SAMPLED, SAMPLES, damaged="drop")
         self.scores = {
             name: TeacherCache(directory / SCORED / name, teacher.precision, damaged="drop")
@@ -116,7 +118,7 @@ class ReplayLog:
 
     @property
     def _shards(self) -> dict[str, ArrowStore]:
-        scores = {f"teacher {name}": journal.scores for name, journal in self.scores.items()}
+        scores = {f"teacher {name}": cache.scores for name, cache in self.scores.items()}
         return {"samples": self.samples, **scores}
 
 
@@ -178,42 +180,32 @@ class RecordedStudent(RecordedSampler):
         return self.inner.logprobs(token_ids)
 
 
-class RecordedTeacher:
-    """Scores that are asked for once."""
+class RecordedTeacher(StoredTeacher):
+    """Scores that are requested once within a run."""
 
     def __init__(
-        self, inner: Teacher, run: ReplayLog, name: str, form: str, student_only: bool
+        self, inner: Teacher, log: ReplayLog, name: str, form: str, student_only: bool
     ) -> None:
-        self.inner, self.run, self.name, self.form = inner, run, name, form
-        self.student_only, self.journal = student_only, run.scores[name]
+        """With ``student_only`` a teacher cache keeps the scores of all other text."""
+        super().__init__(inner, log.scores[name], form, name)
+        self.teacher, self.log, self.student_only = inner, log, student_only
 
     def score(self, rollouts: Sequence[Rollout]) -> dict[str, TeacherScore]:
         """See :class:`seqkd.protocols.Teacher`."""
-        addresses = {r.sample_id: self._address(r) for r in rollouts}
-        missing = [r for r in rollouts if addresses[r.sample_id] not in self.journal.scores]
-        # All or none: in other company a score may differ in its last bits.
-        new = self.inner.score(rollouts) if missing else {}
+        missing = self.missing(rollouts)
+        # All or none: in another batch a score may differ in its last bits.
+        new = self.teacher.score(rollouts) if missing else {}
         kept = {
-            addresses[r.sample_id]: new[r.sample_id]
+            self.address(r): new[r.sample_id]
             for r in missing
             if r.source == "student" or not self.student_only
         }
-        if self.run.kept < self.run.room:
-            self.run.kept += sum(map(_size, kept.values()))
-            self.journal.add_scores(list(kept.items()))
+        if self.log.kept < self.log.room:
+            self.log.kept += sum(map(_size, kept.values()))
+            self.cache.add_scores(list(kept.items()))
         return {
-            sample_id: new[sample_id]
-            if sample_id in new
-            else replace(self.journal.read_score(address, sample_id), teacher=self.name)
-            for sample_id, address in addresses.items()
+            r.sample_id: new[r.sample_id] if r.sample_id in new else self.read(r) for r in rollouts
         }
-
-    def usage(self) -> dict[str, int]:
-        """See :class:`seqkd.protocols.Teacher`."""
-        return self.inner.usage()
-
-    def _address(self, rollout: Rollout) -> str:
-        return address_of([rollout.prompt_ids, rollout.completion_ids, self.form])
 
 
 def _size(score: TeacherScore) -> int:

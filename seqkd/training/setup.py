@@ -22,7 +22,7 @@ from seqkd.training.control import Control
 from seqkd.training.positions import ReplayPositions
 from seqkd.training.precompute import check_recorded
 from seqkd.training.recorder import Recorder
-from seqkd.training.replay_log import ReplayLog
+from seqkd.training.replay_log import FOLDER, ReplayLog
 from seqkd.workers import Workers
 
 
@@ -56,7 +56,7 @@ def prepare(
     canary = Canary(config, checked, actors, roles)
     stop_ids, vocabulary = checked.stop_ids, checked.vocabulary
     cached = with_caches(actors, config, stop_ids, vocabulary, caches)
-    log = ReplayLog(directory / "journal", config)
+    log = ReplayLog(directory / FOLDER, config)
     workers = log.wrap(cached, config, vocabulary)
     samplers: Any = {name: cached.teacher_samplers[name] for name in caches}
     positions = ReplayPositions(samplers, log)
@@ -64,7 +64,7 @@ def prepare(
     if checked.heldout:
         # Counted apart from training: a restored run reads the same completions again.
         kept = caches or {
-            name: TeacherCache(directory / "journal" / "heldout" / name, teacher.precision)
+            name: TeacherCache(directory / FOLDER / "heldout" / name, teacher.precision)
             for name, teacher in config.teachers.items()
         }
         measuring = with_caches(actors, config, stop_ids, vocabulary, kept)

@@ -49,7 +49,7 @@ def test_a_model_beside_its_teacher_and_without(tiny, tiny_config, tmp_path):
     assert [row["references"] for row in rows] == [["red"], ["owl", "emu"]]
     assert all(len(row["teacher"]) == len(row["student"]) == 2 for row in rows)
     assert 4 <= states <= 2 * 2 * 32
-    assert not (out / "journal").exists()
+    assert not (out / "cache").exists()
 
 
 def test_without_answers_or_with_another_tokenizer_the_rest_is_done(tiny, tiny_config, tmp_path):

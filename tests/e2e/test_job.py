@@ -192,16 +192,16 @@ def check_python_api(environment, runs, *arguments):
 
 
 def test_scoring_the_rows_answers_first_in_two_goes(head, environment, tiny_config, tiny, tmp_path):
-    """As above, by the most probable tokens; a journal that lacks some is completed."""
+    """As above, by the most probable tokens; a cache that lacks some is completed."""
     teacher, common, two_step = two_ways(
         head, tiny_config, tiny, tmp_path, "dataset", "evaluation.prompts=0", "top_k, top_k: 32"
     )
     succeeds(direct(environment, *common, "sampler=dataset", "teacher_cache=null", "name=live"))
     succeeds(direct(environment, *two_step, "steps=4", command="precompute"))
     refused(direct(environment, *two_step), "lacks", "scores of 24 completions")
-    shards = set((tmp_path / "journal").rglob("*.arrow"))
+    shards = set((tmp_path / "cache").rglob("*.arrow"))
     succeeds(direct(environment, *two_step, command="precompute"))
-    assert len(set((tmp_path / "journal").rglob("*.arrow")) - shards) == 6
+    assert len(set((tmp_path / "cache").rglob("*.arrow")) - shards) == 6
     shutil.rmtree(teacher)
     succeeds(direct(environment, *two_step))
     assert_same_student(tmp_path, tiny)
@@ -217,7 +217,7 @@ def two_ways(head, tiny_config, tiny, tmp_path, records, evaluation, scores="hid
         f"data.path={answers(tmp_path)}",
         *("steps=10", "rollout.samples_per_prompt=2", "objective={kind: token_forward_kl}"),
         *(evaluation, "evaluation.examples=0", f"runs_dir={tmp_path}"),
-        f"teacher_cache={{path: {tmp_path}/journal, records: {records}}}",
+        f"teacher_cache={{path: {tmp_path}/cache, records: {records}}}",
     ]
     return teacher, common, [*common, "sampler=teacher_cache", "name=later"]
 
@@ -252,10 +252,10 @@ def test_each_row_learns_from_the_teacher_of_its_tag(environment, tiny_config, t
         f"teacher={json.dumps({'kind': 'multi', 'teachers': members})}",
         f"data={json.dumps({'path': str(file), 'tag_key': 'topic', 'max_prompt_tokens': 64})}",
         *("sampler=dataset", "objective={kind: token_forward_kl}", "evaluation.prompts=0"),
-        *("steps=1", f"runs_dir={tmp_path}", f"teacher_cache={{path: {tmp_path}/journal}}"),
+        *("steps=1", f"runs_dir={tmp_path}", f"teacher_cache={{path: {tmp_path}/cache}}"),
     )
     succeeds(done)
-    assert len(list((tmp_path / "journal").glob("*/teacher.json"))) == 2
+    assert len(list((tmp_path / "cache").glob("*/teacher.json"))) == 2
     (found,) = metrics(tmp_path / "tiny")
     p, q = (load_causal_lm(tiny[name], "float32", "model") for name in ("teacher", "student"))
     tokenizer = load_tokenizer(tiny["student"], "model")

@@ -509,7 +509,7 @@ def rows_of(shards):
 
 
 @given(st.data())
-def test_a_damaged_file_of_the_journal(folder, shard, data):
+def test_a_damaged_file_of_the_cache(folder, shard, data):
     directory = folder / "damaged"
     directory.mkdir(exist_ok=True)
     whole = shard.read_bytes()
@@ -550,24 +550,24 @@ def test_a_damaged_description_of_a_teacher(folder, content):
     mine = folder / "j" / str(identify_teacher(config.teacher, True))
     assert open_caches(config, True)[1][""].directory == mine, "another's damage is another's"
     try:
-        _, journals = open_caches(config, False)
+        _, caches = open_caches(config, False)
     except TeacherCacheError as error:
         (line,) = lines_of(error)
         assert line.startswith(f"teacher_cache.path: {folder / 'j'}")
     else:
         assert json.loads(content) == config.teacher.describe()
-        assert journals[""].directory == directory
+        assert caches[""].directory == directory
 
 
-def test_a_place_for_a_journal_that_cannot_be_written_is_said(folder):
+def test_a_place_for_a_cache_that_cannot_be_written_is_said(folder):
     (folder / "file").touch()
     config = Config.model_validate({
         **MINIMAL, "teacher": ENDPOINT, "sampler": "teacher",
         "teacher_cache": {"path": str(folder / "file" / "j")},
     })  # fmt: skip
-    _, journals = open_caches(config, True)
+    _, caches = open_caches(config, True)
     with pytest.raises(StorageError, match=r"teacher\.json: cannot be written: Not a directory\."):
-        keep_teachers(config, journals)
+        keep_teachers(config, caches)
 
 
 # --- checkpoints

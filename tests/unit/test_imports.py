@@ -73,3 +73,15 @@ def test_only_groups_waits_for_ray():
     for folder in ("actors", "seqkd"):
         for file in (ROOT / folder).rglob("*.py"):
             assert file.name == "pool.py" or "ray.get(" not in file.read_text(), file
+
+
+VAGUE = {"of", "ours", "theirs", "found", "made", "every", "given", "known"}
+
+
+@pytest.mark.parametrize("folder", ["actors", "scripts", "seqkd"])
+def test_values_are_named_by_nouns(folder):
+    for file in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            stored = isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+            name = node.id if stored else node.arg if isinstance(node, ast.arg) else ""
+            assert name not in VAGUE, f"{file}:{node.lineno}: {name}"

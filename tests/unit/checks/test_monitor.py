@@ -38,10 +38,10 @@ class Canary:
         self.calls.append(moved)
 
 
-def watch(tmp_path, every=1, journals=()):
+def watch(tmp_path, every=1, caches=()):
     said = []
     steps = StepAlarms(Config.model_validate(MINIMAL), 1000)
-    made = Monitor(Canary(), steps, every, said.append, tmp_path / "skipped", list(journals))
+    made = Monitor(Canary(), steps, every, said.append, tmp_path / "skipped", list(caches))
     made.rewind([], {})
     made.said = said
     return made
@@ -95,18 +95,18 @@ def test_the_batch_of_a_skipped_step_is_kept(tmp_path):
 
 
 def test_a_fault_takes_back_what_the_teachers_wrote_since_they_were_last_right(tmp_path):
-    journal = TeacherCache(tmp_path / "journal", "float32")
-    made = watch(tmp_path, journals=[journal])
+    cache = TeacherCache(tmp_path / "cache", "float32")
+    made = watch(tmp_path, caches=[cache])
 
     def score(address):
-        journal.add_scores([(address, TeacherScore(address, logprobs=torch.tensor([-1.0])))])
+        cache.add_scores([(address, TeacherScore(address, logprobs=torch.tensor([-1.0])))])
 
     score("right")
     made.after_sampling(0, made.probe(0, 5))
     score("garbage")
     made.rollback()
-    assert "right" in journal.scores and "garbage" not in journal.scores
-    again = TeacherCache(tmp_path / "journal", "float32").scores
+    assert "right" in cache.scores and "garbage" not in cache.scores
+    again = TeacherCache(tmp_path / "cache", "float32").scores
     assert "right" in again and "garbage" not in again
 
 

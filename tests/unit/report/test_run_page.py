@@ -529,7 +529,7 @@ def test_a_run_leaves_what_it_started_on(tmp_path):
     assert found["started"].endswith("+00:00") and found["cpus"] >= 1 and found["gpus"] == []
     # A page of it before its first step does not make the directory another run's.
     report.write([directory], directory / "report.html")
-    assert not run_directory.resumption(directory, config, resume=False).found
+    assert not run_directory.resumption(directory, config, resume=False).exists
 
 
 def test_the_last_lines_of_a_run_name_the_page(tmp_path):
@@ -550,7 +550,7 @@ def test_a_run_ends_with_its_page_and_not_by_it(tmp_path, monkeypatch, capsys, i
     config = configuration("x", runs_dir=str(tmp_path), evaluation={"prompts": 0})
     checked = SimpleNamespace(warnings=(), train=(), heldout=(), corpus=())
 
-    def learn(directory, config, checked, journals, recorder):
+    def learn(directory, config, checked, caches, recorder):
         rows = [{"step": i, "phase": "main", "loss": 1.5} for i in range(WARMUP + MAIN)]
         (directory / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
         if in_its_way:

@@ -43,7 +43,7 @@ def test_a_used_directory_is_refused_unless_the_run_goes_on(tmp_path):
         run_directory.resumption(directory, c, resume=False)
     assert run_directory.resumption(directory, c, resume=True) == run_directory.Resumption(True)
     (directory / "metrics.jsonl").write_text("")  # the first start failed before its first step
-    assert not run_directory.resumption(directory, c, resume=False).found
+    assert not run_directory.resumption(directory, c, resume=False).exists
 
 
 def test_a_directory_with_other_files_is_refused(tmp_path):
@@ -56,7 +56,7 @@ def test_a_directory_with_other_files_is_refused(tmp_path):
 
 def test_resuming_what_has_not_begun_begins(tmp_path):
     found = run_directory.resumption(tmp_path / "x", config(), resume=True)
-    assert not found.found
+    assert not found.exists
 
 
 def test_how_a_run_is_carried_out_may_change(tmp_path):
@@ -72,7 +72,7 @@ def test_how_a_run_is_carried_out_may_change(tmp_path):
         prompts_per_step=4,
     )
     found = run_directory.resumption(directory, c, resume=True)
-    assert not found.course
+    assert not found.trajectory
     assert "learner.ranks: 1 -> 2" in found.changes
     assert "checkpoints.every_steps: 100 -> 7" in found.changes
 
@@ -82,7 +82,7 @@ def test_what_the_next_steps_do_may_change_and_is_another_student(tmp_path):
     changes = {"learner": {"lr": 0.5}, "steps": MINIMAL["steps"] + 5}
     c = config(runs_dir=str(tmp_path), **changes)
     found = run_directory.resumption(directory, c, resume=True)
-    assert sorted(found.course) == ["learner.lr", "steps"]
+    assert sorted(found.trajectory) == ["learner.lr", "steps"]
     assert "learner.lr: 1e-05 -> 0.5" in found.changes
 
 

@@ -1,5 +1,5 @@
 """The loop over fakes at the actors' places: whatever is lost at whatever moment, a run ends where
-an undisturbed one does, and nobody is asked twice for what is in the journal."""
+an undisturbed one does, and nobody is asked twice for what is in the replay log."""
 
 from __future__ import annotations
 
@@ -355,7 +355,7 @@ def test_told_to_stop_it_saves_what_was_learnt_and_goes_on_from_there(quiet, tmp
     assert left(tmp_path) == quiet.left
 
 
-def test_in_the_middle_of_a_draw_there_is_no_checkpoint_but_the_journal(quiet, tmp_path):
+def test_in_the_middle_of_a_draw_there_is_no_checkpoint_but_the_replay_log(quiet, tmp_path):
     calls = quiet.world.lives.calls
     last = [i for i, name in enumerate(calls) if name == "step"][6]  # the second of its draw
     world = World(tmp_path, last, Stopped(signal.SIGTERM))
@@ -387,7 +387,7 @@ def test_after_a_fault_neither_student_nor_samples_are_kept(tmp_path):
     world = World(tmp_path, 40, LearningFault("garbage"))
     with pytest.raises(LearningFault):
         world.finish()
-    assert not list((tmp_path / "journal" / "samples").glob("*.arrow"))
+    assert not list((tmp_path / "replay_log" / "samples").glob("*.arrow"))
     second = World(tmp_path)
     second.finish()
     assert left(tmp_path)[0][-1]["step"] == 9
@@ -400,14 +400,14 @@ def test_another_student_does_not_learn_from_the_old_ones_samples(quiet, tmp_pat
     with pytest.raises(Crash):
         World(tmp_path, last, Crash()).finish()
     changed = CONFIG.model_copy(update={"learner": CONFIG.learner.model_copy(update={"lr": 0.5})})
-    replay_log.discard(tmp_path / "journal", Resumption(found=True, course=("learner.lr",)))
+    replay_log.discard(tmp_path / "replay_log", Resumption(exists=True, trajectory=("learner.lr",)))
     second = World(tmp_path, config=changed)
     second.finish()
     assert any(what[0] == "student" and what[1] != "h" for what in second.asked)
     assert left(tmp_path)[1] != quiet.left[1]
 
 
-def test_the_journal_stays_bounded(quiet, tmp_path):
+def test_the_replay_log_stays_bounded(quiet, tmp_path):
     world = World(tmp_path)
     world.finish()
     shards = world.run.positions.log.samples
@@ -421,11 +421,11 @@ def _rows(shards):
         yield from shards.rows(address, 0, len(places))
 
 
-def test_a_damaged_journal_file_is_drawn_again(quiet, tmp_path):
+def test_a_damaged_file_of_the_log_is_drawn_again(quiet, tmp_path):
     last = [i for i, name in enumerate(quiet.world.lives.calls) if name == "step"][-1]
     with pytest.raises(Crash):
         World(tmp_path, last, Crash()).finish()
-    file = sorted((tmp_path / "journal" / "samples").glob("*.arrow"))[-1]
+    file = sorted((tmp_path / "replay_log" / "samples").glob("*.arrow"))[-1]
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
@@ -454,7 +454,7 @@ def test_a_disk_that_is_full_loses_nothing(quiet, tmp_path, monkeypatch):
 def test_scores_beyond_the_room_are_asked_for_again(quiet, tmp_path):
     last = [i for i, name in enumerate(quiet.world.lives.calls) if name == "step"][-1]
     none = CONFIG.model_copy(
-        update={"checkpoints": CONFIG.checkpoints.model_copy(update={"journal_gib": 0.0})}
+        update={"checkpoints": CONFIG.checkpoints.model_copy(update={"replay_log_gib": 0.0})}
     )
     with pytest.raises(Crash):
         World(tmp_path, last, Crash(), none).finish()

@@ -11,13 +11,13 @@ from seqkd.training import replay_log
 @pytest.mark.parametrize(
     ("resumption", "kept"),
     [
-        (Resumption(found=False), []),
-        (Resumption(found=True), ["heldout", "samples", "teacher"]),
-        (Resumption(found=True, course=("learner.lr",)), ["heldout"]),
+        (Resumption(exists=False), []),
+        (Resumption(exists=True), ["heldout", "samples", "teacher"]),
+        (Resumption(exists=True, trajectory=("learner.lr",)), ["heldout"]),
     ],
 )
 def test_only_samples_of_the_same_student_are_kept(tmp_path, resumption, kept):
     for name in ("samples", "teacher", "heldout"):
-        (tmp_path / "journal" / name).mkdir(parents=True)
-    replay_log.discard(tmp_path / "journal", resumption)
-    assert sorted(path.name for path in tmp_path.glob("journal/*")) == kept
+        (tmp_path / "replay_log" / name).mkdir(parents=True)
+    replay_log.discard(tmp_path / "replay_log", resumption)
+    assert sorted(path.name for path in tmp_path.glob("replay_log/*")) == kept

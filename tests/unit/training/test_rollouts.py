@@ -167,7 +167,7 @@ def test_what_is_finished_is_scored_while_others_are_drawn(sampler, order):
 
 @pytest.mark.parametrize(("sampler", "placement"), [("student", "colocated"), ("teacher", "split")])
 def test_where_nothing_can_be_early_all_is_scored_at_once(sampler, placement):
-    """Roles that take turns on the same cores; a sampler that tells of none, as a journal."""
+    """Roles that take turns on the same cores; a sampler that tells of none, as a cache."""
     changes = {"placement": placement, "objective": {"kind": "token_forward_kl"}}
     s, workers = source(sampler, prompts_per_step=5, **SPLIT | changes)
     workers.student = Early("student", range(10), SimpleNamespace(wait=lambda _: True))
