@@ -20,7 +20,7 @@ from seqkd.config.samplers import ON_STUDENT, STUDENT_ALONE
 from seqkd.errors import LearningFault
 
 Row = Mapping[str, Any]
-"""A step's metrics, of :func:`seqkd.training.step_metrics.describe`."""
+"""A step's metrics, of :func:`seqkd.training.step_metrics.step_metrics`."""
 WINDOW = 5
 """Steps at the start of a phase that later ones are compared with, and that a figure is the mean
 of: single steps are noisy."""

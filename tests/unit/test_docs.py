@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import io
 import json
 import re
@@ -203,3 +204,26 @@ def test_every_message_that_is_quoted_can_be_met():
     assert len(fragments) > 60
     for fragment in fragments:
         assert any(fragment in text for text in said), fragment
+
+
+def test_references_in_docstrings_exist():
+    pattern = re.compile(r":(?:class|func|mod|attr|data|meth):`~?((?:seqkd|actors)\.[\w.]+)`")
+    for folder in ("seqkd", "actors", "scripts"):
+        for file in (ROOT / folder).rglob("*.py"):
+            for name in pattern.findall(file.read_text()):
+                assert resolves(name.split(".")), f"{file}: {name}"
+
+
+def resolves(parts):
+    """Whether a dotted name is a module, or an attribute or annotation within one."""
+    for length in range(len(parts), 0, -1):
+        try:
+            value = importlib.import_module(".".join(parts[:length]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[length:]:
+            if not hasattr(value, part):
+                return part in getattr(value, "__annotations__", ())
+            value = getattr(value, part)
+        return True
+    return False
