@@ -23,6 +23,8 @@ from seqkd.checks.probe import as_rollout
 from seqkd.config.learner import LearnerConfig
 from seqkd.config.resources import EngineConfig
 from seqkd.errors import LearningFault
+from seqkd.learner.running_costs import RunningCosts
+from seqkd.protocols import Part
 from seqkd.training.clock import Clock
 from seqkd.training.rollouts import RolloutSource
 from seqkd.training.step_metrics import step_metrics
@@ -151,9 +153,11 @@ class Run:
         """Warnings of one step."""
         clock, version = Clock(), self.workers.learner.policy_version
         self.workers.sync()
-        self.source.drawn = self.source.draw([self.prompts], self.number, clock)
+        drawn = self.source.draw([self.prompts], self.number, clock)
         self.canary.check(self.canary.ask(version), self.stepped)
-        part = self.source.part(clock)
+        rollouts, masked = self.source.split(drawn.steps[0])
+        counts = RunningCosts().counts(rollouts)
+        part = Part(rollouts, drawn.scores, counts, self.source.terms, masked=masked)
         result = self.workers.learner.step([part], 1e-3)
         self.stepped = must_move(1e-3, result.grad_norm)
         self.number += 1

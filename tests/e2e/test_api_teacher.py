@@ -23,6 +23,7 @@ import yaml
 from actors.endpoint_teacher import ApiSampler, ApiScorer
 from actors.teacher import TeacherActor
 from seqkd.config.teacher import EndpointTeacherConfig, HfTeacherConfig
+from seqkd.evaluation.catalog import labeled
 from tests.conftest import ROOT
 
 
@@ -137,7 +138,7 @@ def test_a_student_learns_from_a_black_box(server, tiny, tmp_path):
     figures = json.loads((run / "evaluation.json").read_text())
     assert "reverse_kl_per_token" not in figures["figures"]["main"]
     assert figures["changes"]["nll_per_token"]["initial -> main"]["high"] < 0
-    assert "student's NLL of the teacher's text" in done.stdout
+    assert labeled("nll_per_token") in done.stdout
 
 
 SCORING = ("teacher.precision=float32", "teacher.max_retries=12")
