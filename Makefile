@@ -9,8 +9,8 @@ quickstart: setup
 	$(BIN)/python scripts/prepare_quickstart.py
 	$(BIN)/python scripts/quickstart.py
 
-# Two files at a time, each as a whole, in the order of tests/conftest.py: the longest first.
-PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+# Two files at a time, each as a whole: half of a test is waiting for processes to start.
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test: lint browser
 	$(PYTEST) --durations=20

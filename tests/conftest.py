@@ -15,9 +15,6 @@ os.environ |= {
     "DS_ACCELERATOR": "cpu",
     "OMP_NUM_THREADS": "1",
     "VLLM_NO_USAGE_STATS": "1",
-    # Ray's default, 15, starves actors on a machine with other work.
-    "RAY_worker_niceness": "0",
-    "RAY_worker_register_timeout_seconds": "300",
 }
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,26 +23,6 @@ ANY_TIME = {"deadline": None, "database": None, "suppress_health_check": list(He
 settings.register_profile("quick", max_examples=50, derandomize=True, **ANY_TIME)
 settings.register_profile("long", max_examples=1500, print_blob=True, **ANY_TIME)
 settings.load_profile("quick")  # --hypothesis-profile names the other
-
-
-LONGEST = (
-    "chaos/test_survival.py",
-    "e2e/test_job.py",
-    "e2e/test_compare.py",
-    "actors/test_learner.py",
-    "e2e/test_api_teacher.py",
-    "actors/test_lora.py",
-    "actors/test_groups.py",
-    "e2e/test_evaluate.py",
-    "actors/test_canary.py",
-    "actors/test_engines.py",
-)
-"""Files that take the most time, which start first, so that the workers end at the same time."""
-
-
-def pytest_collection_modifyitems(items):
-    place = {str(ROOT / "tests" / file): index for index, file in enumerate(LONGEST)}
-    items.sort(key=lambda item: place.get(str(item.path), len(place)))
 
 
 @pytest.fixture(scope="session")
@@ -87,15 +64,7 @@ def local_ray():
     """A Ray of this process, with as many slots as the tests' actors need."""
     import ray
 
-    options = {"num_cpus": 8, "include_dashboard": False, "log_to_driver": False}
-    for last in (False, False, True):
-        try:
-            ray.init("local", **options)
-            break
-        except Exception as error:  # a fixed 30 s, too few on a busy machine
-            if last or "timed out during startup" not in str(error):
-                raise
-            ray.shutdown()
+    ray.init("local", num_cpus=8, include_dashboard=False, log_to_driver=False)
     yield ray
     ray.shutdown()
 

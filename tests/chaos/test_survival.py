@@ -37,7 +37,7 @@ def start(tiny_config, directory, *arguments):
     return subprocess.Popen(
         [*command, "evaluation.prompts=0", *arguments], cwd=ROOT, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env={k: v for k, v in os.environ.items() if not k.startswith("RAY_") or "worker" in k},
+        env={k: v for k, v in os.environ.items() if not k.startswith("RAY_")},
     )  # fmt: skip
 
 

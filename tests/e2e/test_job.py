@@ -30,7 +30,7 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def environment(home):
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_") or "worker" in k}
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     return kept | {"HOME": str(home), "RAY_AUTH_MODE": "token", "HF_HUB_OFFLINE": "1"}
 
 
