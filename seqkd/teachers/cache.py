@@ -289,7 +289,9 @@ class StoredTeacher:
     Scores are addressed by the tokens that they are of and by their form (:func:`score_form`).
     """
 
-    def __init__(self, inner: Teacher | None, cache: TeacherCache, form: str, name: str) -> None:
+    def __init__(
+        self, inner: Teacher | None, cache: TeacherCache, form: str, name: str = ""
+    ) -> None:
         self.inner, self.cache, self.form, self.name = inner, cache, form, name
 
     def missing(self, rollouts: Sequence[Rollout]) -> list[Rollout]:

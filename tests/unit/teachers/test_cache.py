@@ -106,7 +106,7 @@ def test_without_a_teacher_completions_begin_anew_and_a_lack_is_said(tmp_path):
     drawn = [alone.sample(PROMPTS[:1], [2], seed) for seed in range(3)]
     assert drawn == [recorded[:2], recorded[2:], recorded[:2]]
     with pytest.raises(
-        TeacherCacheError, match=r"lacks 5 completions of 'prompt 0'\. Run scripts/pre"
+        TeacherCacheError, match=r"lacks 5 completions of 'prompt 0'\. Run seqkd pre"
     ):
         alone.sample(PROMPTS[:1], [5], 0)
 
@@ -117,7 +117,7 @@ def test_a_score_is_read_back_as_it_was_given_and_never_asked_for_twice(tmp_path
     inner = Teacher(form)
     given = CachedTeacher(inner, cache(tmp_path), form).score(rollouts)
     again = CachedTeacher(inner, cache(tmp_path), form)
-    assert again.lacks(rollouts) == 0
+    assert again.missing(rollouts) == []
     read = again.score([*reversed(rollouts), rollouts[0]])
     assert inner.scored == [r.sample_id for r in rollouts]
     for rollout in rollouts:
