@@ -1,4 +1,4 @@
-"""What looks after each step of a run: see docs/alarms.md."""
+"""Checks in every step of a run: see docs/alarms.md."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from seqkd.types import StepResult
 
 
 class Monitor:
-    """The known text and the alarms of one run."""
+    """The probe and the alarms of one run."""
 
     def __init__(
         self,
@@ -32,9 +32,9 @@ class Monitor:
         directory: Path,
         caches: Sequence[TeacherCache],
     ) -> None:
-        """The known text is scored after so many steps, 0 for never. ``directory`` is where the
-        batch of a skipped step is kept, ``caches`` are those that the teachers write to and other
-        runs read."""
+        """``interval`` is the number of steps between two probes; 0 turns the probe off. Batches of
+        skipped steps are written to ``directory``. The teachers write to ``caches``, which other
+        runs may read."""
         self.canary, self.steps, self.interval = canary, steps, interval
         self.say, self.directory, self.caches = say, directory, caches
         self.moved, self.checked = False, -interval
@@ -74,7 +74,7 @@ class Monitor:
                 cache.commit()
 
     def rollback(self) -> None:
-        """After a fault: what the teachers wrote since they were last right is no one's to read."""
+        """After a fault, remove what the teachers wrote to the caches since the last commit."""
         for cache in self.caches:
             cache.rollback()
 
@@ -83,7 +83,7 @@ class Monitor:
         self.canary.check_learner()
 
     def after_step(self, step: int, parts: Sequence[Part], result: StepResult, lr: float) -> None:
-        """After an optimizer step; of one that was skipped the batch is kept."""
+        """Check the counts of an optimizer step. The batch of a skipped step is kept."""
         if result.skipped:
             self._keep(step, parts)
             return

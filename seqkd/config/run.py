@@ -59,7 +59,7 @@ class Config(PhaseConfig):
     runs_dir: str = "runs"
     """Directory of the run directories. A relative path is below ~/seqkd if Ray runs the job in a
     copy of the working directory."""
-    seed: int = Field(0, ge=0, lt=1_000_000_000)
+    seed: int = Field(0, ge=0, lt=2**63)
     """Seed of sampling and of the order of the data."""
     student: StudentConfig
     teacher: TeacherConfig

@@ -24,7 +24,7 @@ class RankPart:
     teacher_fraction: float | None
 
     def weight(self, batch: TrainBatch, stats: Mapping[Stat, Tensor]) -> Tensor | None:
-        """[B] importance weights of a mixture's sequences; None where there is no mixture."""
+        """Return the [B] importance weights of a mixture's sequences; None without a mixture."""
         if self.teacher_fraction is None:
             return None
         student_total, teacher_total = (
@@ -34,7 +34,7 @@ class RankPart:
         return mixture_weight(student_total, teacher_total, self.teacher_fraction)
 
     def loss(self, batch: TrainBatch, stats: Mapping[Stat, Tensor]) -> Tensor:
-        """What every term makes of a micro-batch."""
+        """Return the weighted sum of all terms on a micro-batch, a scalar."""
         weight = self.weight(batch, stats)
         losses = []
         for term in self.terms:
@@ -46,7 +46,7 @@ class RankPart:
 
 
 def stat_names(batch: TrainBatch, terms: tuple[TermConfig, ...]) -> tuple[Stat, ...]:
-    """What the terms read and everything else that this batch's teacher allows."""
+    """Return the statistics that the terms read, and all others that the teacher's scores allow."""
     names: list[Stat] = ["student_logprob", "entropy"]
     for term in terms:
         wanted = term.objective.divergence()

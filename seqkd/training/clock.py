@@ -15,8 +15,7 @@ class Clock:
     def __init__(self) -> None:
         self.start, self.end = time.perf_counter(), 0.0
         self.ahead: float | None = None
-        """What the step's draw took beside the steps before it; None where it was waited for from
-        its beginning."""
+        """Seconds of the step's draw, if it ran in parallel with the steps before; else None."""
         self.seconds = dict.fromkeys(STAGES, 0.0)
 
     @contextmanager
@@ -27,15 +26,15 @@ class Clock:
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
-        """What is done meanwhile is no part of the step."""
+        """Exclude the block from the time of the step."""
         start = time.perf_counter()
         yield
         self.start += time.perf_counter() - start
 
     def stop(self) -> None:
-        """The step ends here."""
+        """End the step."""
         self.end = time.perf_counter()
 
     def total(self) -> float:
-        """Seconds since the step began, to where it was stopped."""
+        """Return the seconds from the start of the step to its end, or to now."""
         return (self.end or time.perf_counter()) - self.start

@@ -1,4 +1,4 @@
-"""What a run works with, and where it stands."""
+"""The objects that the loop works with, and the phases of a run."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class TrainingContext:
     export_to: str
     """Directory of the student that each phase exports."""
 
-    def save(self, progress: Progress) -> bool:
+    def write_checkpoint(self, progress: Progress) -> bool:
         """Write a checkpoint; see :meth:`seqkd.training.checkpoint.Checkpoints.save`."""
         return self.checkpoints.save(progress, self.monitor.baseline)
 

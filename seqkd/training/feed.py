@@ -1,5 +1,6 @@
-"""What the learner trains on: one batch per optimizer step, sampled, scored, and, where the
-configuration allows it, drawn while the learner is busy with the steps before."""
+"""The feed of the learner: one batch of scored completions per optimizer step.
+
+If the configuration allows it, the next draw runs in parallel with the learner."""
 
 from __future__ import annotations
 
@@ -36,12 +37,12 @@ class Draw:
     rollouts: dict[SamplerName, ScoredRollouts]
     steps: int
     probe: ProbeResponses | None
-    """Log-probs of the probe by engines and teachers at the end of the draw, if it was due."""
+    """Answers to the probe at the end of the draw; None if the probe was not due."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What one optimizer step trains on."""
+    """Training data of one optimizer step."""
 
     parts: tuple[Part, ...]
     """One for each sampler of the phase, in order."""
@@ -49,7 +50,7 @@ class Batch:
     policy_version: int
     """Version of the learner's weights before the step."""
     probe: ProbeResponses | None
-    """Of the draw, with the first of its steps."""
+    """The probe of the draw, for the first step that trains on the draw; else None."""
     last_of_draw: bool
     clock: Clock
 
@@ -75,7 +76,7 @@ class RolloutFeed:
             PromptStream(run.corpus, run.config.seed), progress.step - span.first,
         )  # fmt: skip
         self.clock = Clock()
-        """Of the step that :meth:`wait` was called for."""
+        """Clock of the step that :meth:`wait` was called for."""
         self.ahead: Future[tuple[Draw, Clock]] | None = None
         self.thread = ThreadPoolExecutor(1)
 
@@ -92,11 +93,11 @@ class RolloutFeed:
         self.thread.shutdown()
 
     def wait(self, step: int) -> bool:
-        """Wait until samplers and teachers are idle, unless ``step`` trains on a draw that is there
-        already. Return whether the phase and its budget have a step left.
+        """Wait for the draw that runs in parallel with the learner, if ``step`` starts a new draw.
+        Return whether the phase and its budget have a step left.
 
-        Raises the error of a draw that failed next to the learner. Before this returns, nothing may
-        be published: another engine may still be loading what was published before.
+        Raises the error of that draw. Publish no weights before this returns: an engine may still
+        be loading the weights that were published before.
         """
         self.clock = Clock()
         if self.between_draws and self.ahead is not None:
@@ -122,8 +123,8 @@ class RolloutFeed:
         return Batch(parts, lr, version, probe, index == self.draw.steps - 1, self.clock)
 
     def prefetch(self, step: int) -> None:
-        """Start the next draw with the learner's current weights, next to whatever the learner does
-        from now on, if the configuration allows it and the phase gets that far."""
+        """Start the next draw in parallel with the learner, with the learner's current weights. Do
+        nothing if the configuration forbids it or the phase ends before that draw."""
         following = self.draw.first + self.draw.steps
         if not (
             self.between_draws
@@ -144,7 +145,7 @@ class RolloutFeed:
         self.ahead = self.thread.submit(timed)
 
     def update(self, batch: Batch, result: StepResult) -> Cost:
-        """Take in what a step showed, and return what it cost."""
+        """Update the running costs, the budget and the positions after a step; return its cost."""
         if not result.skipped:
             for source, part in zip(self.sources, result.parts, strict=True):
                 self.state.running[source.sampler].update(part.costs, part.survival)
@@ -156,8 +157,8 @@ class RolloutFeed:
         return costs
 
     def horizon(self, step: int) -> int:
-        """Return how many steps the phase will have had at its end, judged before ``step`` by what
-        the steps so far have cost. What is drawn is trained on, whatever the budget."""
+        """Estimate before ``step`` the number of steps of the phase, from the cost of the steps so
+        far. A draw is always trained on completely, even if it exceeds the budget."""
         taken = step - self.span.first
         steps = expected_steps(self.run.config, self.span.config, taken, self.state.spent)
         return max(steps, taken + 1) if self.state.mid_draw else steps
@@ -183,8 +184,8 @@ class RolloutFeed:
         return draw
 
     def _begin(self, step: int, clock: Clock) -> Callable[[Clock], Draw]:
-        """Start the draw for ``step``. Everything that involves the learner is done here; what is
-        returned may run next to the learner."""
+        """Do the part of the draw for ``step`` that involves the learner. Return the rest, which
+        may run in parallel with the learner."""
         workers, monitor = self.run.workers, self.run.monitor
         self.state.pending.append(self.run.positions.current())
         prompts, version = next(self.prompts), workers.learner.policy_version

@@ -63,7 +63,7 @@ def evaluate_if_due(run: TrainingContext, progress: Progress, span: PhaseSpan) -
 def save(run: TrainingContext, progress: Progress) -> None:
     """Write a checkpoint of a learner whose outputs are finite."""
     run.monitor.before_checkpoint()
-    run.save(progress)
+    run.write_checkpoint(progress)
 
 
 def measure(run: TrainingContext, progress: Progress, stage: str, note: str) -> None:

@@ -52,7 +52,7 @@ def _restored(run: TrainingContext) -> Progress:
 
 def _save(run: TrainingContext, progress: Progress) -> None:
     try:
-        if not run.save(progress):
+        if not run.write_checkpoint(progress):
             run.recorder.note(
                 f"the last checkpoint is that of step {run.checkpoints.last_step}; the steps since "
                 "then are taken again"
