@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from tests import fork_server
 
 # Before torch or Ray is imported anywhere: no hub, no accelerator, one thread a process.
 os.environ |= {
@@ -23,6 +27,21 @@ ANY_TIME = {"deadline": None, "database": None, "suppress_health_check": list(He
 settings.register_profile("quick", max_examples=50, derandomize=True, **ANY_TIME)
 settings.register_profile("long", max_examples=1500, print_blob=True, **ANY_TIME)
 settings.load_profile("quick")  # --hypothesis-profile names the other
+
+
+def pytest_configure(config):
+    """Choose the fork server's address once, in the process that starts the others."""
+    if fork_server.ADDRESS not in os.environ:
+        os.environ[fork_server.ADDRESS] = f"{tempfile.mkdtemp(prefix='fork-')}/{os.getpid()}"
+
+
+def pytest_collection_finish(session):
+    """Have Ray's workers forked where the selected tests start any."""
+    if {"actors", "chaos", "e2e"} & {item.path.parent.name for item in session.items}:
+        fork_server.start(int(Path(os.environ[fork_server.ADDRESS]).name))
+        command = " ".join(fork_server.python())
+        job = {"runtime_env": {"py_executable": command}}
+        os.environ["RAY_JOB_CONFIG_JSON_ENV_VAR"] = json.dumps(job)
 
 
 @pytest.fixture(scope="session")
