@@ -1,7 +1,8 @@
-"""The catalog of metrics: label, unit and better direction of everything the project reports.
+"""The catalog of metrics: label, unit and better direction of every reported metric.
 
 Names are the keys of metrics.jsonl, of a run's evaluation.json (``heldout/`` in TensorBoard), and
-of the evaluation.json that ``evaluate`` writes. Definitions: docs/metrics.md, docs/evaluation.md.
+of the evaluation.json that ``seqkd evaluate`` writes. Definitions: docs/metrics.md and
+docs/evaluation.md.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ Better = Literal["lower", "higher", "teacher", ""]
 
 
 class Metric(NamedTuple):
-    """How one metric is presented."""
+    """Label, unit and better direction of one metric."""
 
     label: str
     unit: str = ""
@@ -73,7 +74,7 @@ CATALOG: dict[str, Metric] = {
     "grad_norm": Metric("gradient norm", "before clipping"),
     "skipped": Metric("skipped step", "0 or 1"),
     "lr": Metric("learning rate"),
-    # the student that sampled against the student that learns
+    # sampling student compared with current student
     "logprob_gap_mean": Metric("log-prob gap, mean", "nats per token", "lower"),
     "logprob_gap_max": Metric("log-prob gap, largest", "nats", "lower"),
     "k1_per_token": Metric("policy lag, k1 estimate", "nats per token"),
@@ -101,8 +102,8 @@ CATALOG: dict[str, Metric] = {
 
 
 def metric(name: str) -> Metric:
-    """Return the entry of a name, with or without a prefix such as ``dataset/``; unknown names are
-    their own label."""
+    """Return the entry of a name, with or without a prefix such as ``dataset/``. An unknown name
+    is its own label."""
     return CATALOG.get(name.rpartition("/")[2], Metric(name))
 
 
