@@ -16,11 +16,12 @@ __version__ = "0.1.0"
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML configuration, apply ``overrides`` ("learner.lr=1e-5") in order and validate it.
+    """Read a YAML configuration, apply ``overrides`` such as "learner.lr=1e-5" in order, and
+    validate the result.
 
     Raises:
-        ConfigError: Unknown keys, wrong types or impossible combinations; one line per problem.
+        ConfigError: Unknown keys, wrong types or impossible combinations, one line per problem.
     """
-    from seqkd.config.run import load  # here, as it imports pydantic
+    from seqkd.config.run import load  # imported here because it imports pydantic
 
     return load(path, overrides)

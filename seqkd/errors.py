@@ -1,7 +1,7 @@
-"""One picklable hierarchy of errors a user can act on.
+"""Picklable errors that a user can act on.
 
-Every message names the field or file, the value found there and the mend. Entry points turn a
-:class:`SeqkdError` into that one message and exit code 2; anything else is a defect and keeps its
+Every message contains the field or file, its value and the fix. Commands print the message of a
+:class:`SeqkdError` and exit with code 2. Any other exception is a bug and is shown with its
 traceback.
 """
 
@@ -11,7 +11,7 @@ from signal import Signals
 
 
 class SeqkdError(Exception):
-    """Base of every error that is the user's to mend. Its string is the whole message."""
+    """Base class of errors that the user can fix. ``str(error)`` is the complete message."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
@@ -22,33 +22,34 @@ class SeqkdError(Exception):
 
 
 class ConfigError(SeqkdError):
-    """A configuration that cannot run: unknown key, wrong type, impossible combination."""
+    """Invalid configuration: an unknown key, a wrong type or an impossible combination."""
 
 
 class DataError(SeqkdError):
-    """A data set that cannot be read as prompts."""
+    """Data that cannot be read as prompts."""
 
 
 class TeacherCacheError(SeqkdError):
-    """A teacher cache or a replay log that lacks what a run needs of it, or cannot be read."""
+    """A teacher cache or a replay log that cannot be read or lacks records that the run needs."""
 
 
 class CheckpointError(SeqkdError):
-    """A checkpoint that is not whole."""
+    """An incomplete or damaged checkpoint."""
 
 
 class ModelError(SeqkdError):
-    """A model or tokenizer that cannot be loaded or does not fit the other one."""
+    """A model or tokenizer that cannot be loaded, or a student and a teacher that do not match."""
 
 
 class ResourceError(SeqkdError):
-    """Fewer cores, GPUs or memory than the plan needs, or no cluster to run on."""
+    """Fewer cores or GPUs or less memory than the run needs, or no cluster to run on."""
 
 
 class ActorError(SeqkdError):
-    """An actor failed; the message carries the first cause, not the last symptom.
+    """A failed actor. The message reports the first cause, not the last symptom.
 
-    ``details`` is the actor's own traceback, shown above the message; empty where it has none."""
+    ``details`` is the actor's own traceback, which is printed above the message. It may be empty.
+    """
 
     def __init__(self, message: str, details: str = "") -> None:
         super().__init__(message)
@@ -59,36 +60,39 @@ class ActorError(SeqkdError):
 
 
 class SyncError(SeqkdError):
-    """The weights an engine received are not the weights that the learner sent."""
+    """Engine weights that differ from the weights that the learner sent."""
 
 
 class LearningFault(SeqkdError):
-    """What a run learns from, or has learnt, is not what it should be: going on would teach
-    garbage. What was learnt before the step of the fault is as it was."""
+    """Wrong training data or wrong weights, with which further training would be useless. The
+    results of the steps before the fault are valid."""
 
 
 class LearnerLost(SeqkdError):
-    """A rank of the learner is lost, and with it what was learnt since the last checkpoint."""
+    """The loss of a learner rank, and with it of all training since the last checkpoint."""
 
     def __init__(self, cause: SeqkdError, gone: bool) -> None:
         super().__init__(str(cause))
         self.cause = cause
         self.gone = gone
-        """Whether its process is dead or does not answer; else it raised."""
+        """True if the process is dead or does not respond. False if it raised an error."""
 
     def __reduce__(self) -> tuple[type[LearnerLost], tuple[SeqkdError, bool]]:
         return LearnerLost, (self.cause, self.gone)
 
     def raise_if_repeated(self, before: str) -> str:
-        """What it raised, to be compared with the next one; raises the cause where new processes
-        have raised the same as those ``before`` them: a third try would not help."""
+        """Raise the cause if it equals ``before``, the error of the processes that were replaced,
+        since a third attempt would not help.
+
+        Returns the error message to compare with the next error, empty if the process is gone.
+        """
         if not self.gone and str(self) == before:
             raise self.cause from None
         return "" if self.gone else str(self)
 
 
 class Stopped(SeqkdError):
-    """The run was told to stop by a signal."""
+    """A signal that stops the run."""
 
     def __init__(self, signal: Signals) -> None:
         super().__init__(f"by {signal.name}")
@@ -99,4 +103,4 @@ class Stopped(SeqkdError):
 
 
 class StorageError(SeqkdError):
-    """A file of the run that cannot be written: no room, no permission."""
+    """A file of the run that cannot be written, for lack of disk space or permission."""

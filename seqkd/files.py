@@ -1,4 +1,4 @@
-"""Files and directories that are complete or absent, and disk errors as messages."""
+"""Atomic writes of files and directories, and error messages for disk errors."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ import xxhash
 from seqkd.errors import StorageError
 
 DISK = re.compile(r"\[Errno [0-9]+\]|\(os error [0-9]+\)|inline_container\.cc")
-"""Messages of other processes, safetensors and torch about a file that cannot be written."""
+"""Pattern of the messages that other processes, safetensors and torch raise if a file cannot be
+written."""
 
 
 def file_digest(file: Path) -> str:
-    """Compute xxh3-64 of the bytes of a file. Raises OSError."""
+    """Compute the xxh3-64 digest of a file. Raises OSError."""
     with file.open("rb") as content:
         return hashlib.file_digest(content, xxhash.xxh3_64).hexdigest()
 
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Replace a disk error while the block writes ``path`` by a StorageError that names it."""
+    """Convert a disk error in the block, which writes ``path``, to a StorageError with the path."""
     try:
         yield
     except Exception as error:
@@ -35,14 +36,14 @@ def disk_errors(path: Path) -> Iterator[None]:
             raise
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise StorageError(
-            f"{path}: cannot be written: {reason:.300}. What was saved before is kept. Free disk "
+            f"{path}: cannot be written: {reason:.300}. Previously saved files are kept. Free disk "
             "space or correct the permissions, then run the command again (a run: with --resume)."
         ) from None
 
 
 def atomic_write(path: Path, data: str | bytes) -> None:
-    """Write a file so that readers, and a run resumed after a crash, find either all of ``data`` or
-    the previous file. The new file is on disk when this returns. Raises StorageError.
+    """Write a file atomically. Readers, and a run that is resumed after a crash, see either all of
+    ``data`` or the previous file. The new file is on disk when this returns. Raises StorageError.
     """
     partial = path.with_name(path.name + ".partial")
     try:
@@ -61,7 +62,7 @@ def atomic_write(path: Path, data: str | bytes) -> None:
 
 @contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
-    """Give the block an empty directory that becomes ``path`` when the block ends without error.
+    """Yield an empty directory that is renamed to ``path`` when the block ends without error.
 
     After a crash, ``path`` is complete or absent. A crash while an existing ``path`` is replaced
     may leave the old directory under the name ``path.old``. Creates missing parent directories.
@@ -87,7 +88,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 
 
 def _sync(path: Path) -> None:
-    """Flush the content of a file, or the names in a directory, to disk."""
+    """Flush the content of a file or the entries of a directory to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,5 @@
-"""What the loop needs of a sampler, a teacher and a learner, whatever processes are behind them."""
+"""Interfaces of the sampler, the teacher and the learner that the training loop uses. They are
+independent of the processes that implement them."""
 
 from __future__ import annotations
 
@@ -10,14 +11,14 @@ from seqkd.config.phases import TermConfig
 from seqkd.types import Counts, Prompt, Rollout, StepResult, TeacherScore, WeightVersion
 
 Scores = Mapping[str, TeacherScore]
-"""Teacher scores by sample id; empty where no teacher is needed."""
+"""Teacher scores by sample id. Empty if no teacher is needed."""
 
 Finished = Callable[[Rollout], None]
-"""Is told of a completion."""
+"""Callback that receives a completed rollout."""
 
 
 class Sampler(Protocol):
-    """Engines that hold one set of weights, or an endpoint in their place."""
+    """A model that samples: engines with the same weights, or an endpoint."""
 
     def sample(
         self,
@@ -28,78 +29,91 @@ class Sampler(Protocol):
         top_p: float = 1.0,
         finished: Finished | None = None,
     ) -> list[Rollout]:
-        """``samples[i]`` completions of prompt i, prompt by prompt; the same for the same seed and
-        weights. ``finished`` may be told of each as soon as it is there, in any order."""
+        """Sample ``samples[i]`` completions of prompt i.
+
+        Returns the completions ordered by prompt. The result depends only on the seed, the weights
+        and the other arguments. ``finished`` may be called with every completion as soon as it is
+        complete, in any order.
+        """
 
     def usage(self) -> dict[str, int]:
-        """What was asked of a paid endpoint so far; nothing of an engine."""
+        """Return the usage of a paid endpoint so far. Empty for an engine."""
 
 
 class StudentSampler(Sampler, Protocol):
-    """The student's, whose weights change."""
+    """The student's sampler, whose weights change during training."""
 
     @property
     def policy_version(self) -> int | None:
-        """Of the weights it has; None where that is not known."""
+        """Version of the loaded weights. None if it is unknown."""
 
     def load(self, version: WeightVersion) -> None:
-        """Take in published weights, verified."""
+        """Load published weights and verify them."""
 
     def mark_stale(self) -> None:
-        """Whatever weights it has, they are not the learner's."""
+        """Mark the loaded weights as different from the learner's, so that the next sync replaces
+        them."""
 
     def logprobs(self, token_ids: Sequence[int]) -> list[list[float]]:
-        """The log-probability of each of ``token_ids[1:]`` after those before it: a list for every
-        engine."""
+        """Return one list per engine: the log-probability of each of ``token_ids[1:]`` given the
+        tokens before it."""
 
 
 class Teacher(Protocol):
-    """A frozen model that scores."""
+    """A frozen model that scores completions."""
 
     def score(self, rollouts: Sequence[Rollout]) -> dict[str, TeacherScore]:
-        """A score for every rollout, by sample id."""
+        """Return a score for every rollout, by sample id."""
 
     def usage(self) -> dict[str, int]:
-        """What was asked of a paid endpoint so far; nothing of a local model."""
+        """Return the usage of a paid endpoint so far. Empty for a local model."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """What one step learns from the completions of one sampler."""
+    """The part of a training step that uses the completions of one sampler."""
 
     rollouts: Sequence[Rollout]
     scores: Scores
     counts: Counts
     terms: tuple[TermConfig, ...]
     teacher_fraction: float | None = None
-    """The share of teacher samples in a mixture, whose sequences are weighted; else None."""
+    """Share of teacher samples in a mixture, whose sequences are weighted. None for all other
+    samplers."""
     usage: Mapping[str, int] = field(default_factory=dict)
-    """What the teacher's endpoint was asked for so far."""
+    """Usage of the teacher's endpoint so far."""
     masked: Sequence[Rollout] = ()
-    """Completions that were drawn with these and left out, because they are cut."""
+    """Completions of the same draw that are excluded from the loss because they were truncated."""
 
 
 Measured = dict[str, dict[str, list[float]]]
-"""By sample id: every statistic that the score allows, a number a completion token."""
+"""Statistics by sample id and name, one number per completion token. Which statistics are available
+depends on the scores."""
 
 
 class Learner(Protocol):
-    """The student's weights and its optimizer. What is asked of it raises LearnerLost where one of
-    its processes is lost."""
+    """The student's weights and its optimizer. Every method raises LearnerLost if a learner process
+    is lost."""
 
     policy_version: int
     is_consistent: bool
-    """Whether it stands between two steps, so that it may be saved."""
+    """True between two steps, when the learner may be saved."""
 
     def step(self, parts: Sequence[Part], lr: float) -> StepResult:
-        """One optimizer step on the sum of all parts; results are global. Where loss or gradient is
-        not finite the step counts, but changes neither weights nor optimizer."""
+        """Take one optimizer step on the sum of all parts and return global results.
+
+        If the loss or the gradient is not finite, the step counts, but neither the weights nor the
+        optimizer state change.
+        """
 
     def measure(
         self, rollouts: Sequence[Rollout], scores: Scores, ends: tuple[int, ...] = ()
     ) -> Measured:
-        """What the student thinks of ``rollouts``; no step is taken. With ``ends``, token ids that
-        end a completion, also "end_logprob", the log-probability of any of them at each state."""
+        """Compute the student's statistics on ``rollouts`` without a training step.
+
+        ``ends`` are token ids that end a completion. If they are passed, the result includes
+        "end_logprob", the log-probability of any of them at each state.
+        """
 
     def publish(self) -> WeightVersion:
         """Make the current weights available to samplers."""
@@ -108,13 +122,16 @@ class Learner(Protocol):
         """Write a model directory that transformers and vLLM load."""
 
     def restart(self) -> None:
-        """New processes, with the initial student."""
+        """Start new processes with the initial student."""
 
     def save(self, directory: str) -> None:
-        """Write weights and optimizer state into an existing directory, as files that are on disk
-        when this returns."""
+        """Write weights and optimizer state into an existing directory. The files are on disk when
+        this returns."""
 
     def restore(self, directory: str, policy_version: int) -> None:
-        """Go on exactly from what :meth:`save` wrote after ``policy_version`` steps, whatever the
-        number of ranks, the ZeRO stage and the precision; ModelError where it is of another
-        student."""
+        """Restore the exact state that :meth:`save` wrote after ``policy_version`` steps. The
+        number of ranks, the ZeRO stage and the precision may differ.
+
+        Raises:
+            ModelError: The checkpoint belongs to another student.
+        """

@@ -1,8 +1,15 @@
-"""The records that cross a boundary between processes or modules.
+"""Records that are passed between processes or modules.
 
-Axis names: B sequences of a micro-batch in R rows, S tokens of a padded row, T tokens of a padded
-completion, N real completion tokens of a micro-batch (``loss_mask.sum()``), H hidden size,
-V vocabulary. Log-probabilities are natural logarithms; divergences are in nats.
+Axis names:
+
+- B: sequences of a micro-batch, in R rows
+- S: tokens of a padded row
+- T: tokens of a padded completion
+- N: real completion tokens of a micro-batch (``loss_mask.sum()``)
+- H: hidden size
+- V: vocabulary size
+
+Log-probabilities are natural logarithms. Divergences are in nats.
 """
 
 from __future__ import annotations
@@ -16,76 +23,81 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# torch has no read-only tensors, and says so whenever one is read in place (see TensorRecord).
+# torch has no read-only tensors and warns whenever it wraps a read-only array (see TensorRecord).
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
 Source = Literal["student", "teacher", "dataset", "corpus"]
 
 
 class Divergence(NamedTuple):
-    """A divergence between the two next-token distributions of one state, with its options."""
+    """A divergence between the student's and the teacher's next-token distributions at one state,
+    with its options."""
 
     kind: str
     """A key of :data:`seqkd.objectives.DIVERGENCES`."""
     coefficient: float | None = None
-    """beta of ``gjsd``, lambda of the skew divergences."""
+    """beta of ``gjsd`` or lambda of the skew divergences."""
     temperature: float = 1.0
-    """Both distributions are softmax(logits / temperature), the divergence times its square."""
+    """Temperature of both distributions, softmax(logits / temperature). The divergence is
+    multiplied by its square."""
 
 
 class EndLogprob(NamedTuple):
-    """The log-probability that a completion ends at a state: of any of these tokens."""
+    """The log-probability that a completion ends at a state, which is the probability of any of
+    ``token_ids``."""
 
     token_ids: tuple[int, ...]
 
 
 Stat = str | Divergence | EndLogprob
-"""The name of a per-token quantity: a field of :class:`TokenStats`, a divergence, or the end."""
+"""A per-token quantity: the name of a field of :class:`TokenStats`, a divergence, or the
+log-probability of the end."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One prompt, rendered and tokenised as the student will see it."""
+    """One prompt, rendered and tokenized for the student."""
 
     prompt_id: str
-    """Stable identity: a hash of ``token_ids``."""
+    """Stable identifier: a hash of ``token_ids``."""
     token_ids: tuple[int, ...]
     text: str
-    """The user's words, for reports."""
+    """User message, for reports."""
     reference_ids: tuple[int, ...] | None = None
-    """Tokens of the data set's own answer, end-of-sequence included; None where it has none."""
+    """Tokens of the data set's answer, including end-of-sequence. None without an answer."""
     messages: tuple[tuple[str, str], ...] = ()
-    """The same as (role, content), for a teacher that has a template of its own."""
+    """Messages of the prompt as (role, content), for a teacher with its own chat template."""
     reference_cut: bool = False
-    """Whether the answer was cut, so that it does not end with the end-of-sequence token."""
+    """True if the answer was truncated and so does not end with the end-of-sequence token."""
     tag: str = ""
-    """What the data set calls it, such as a category; chooses one of several teachers."""
+    """Label from the data set, such as a category. It selects one of several teachers."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """One sampled (or given) completion of one prompt."""
+    """One completion of one prompt, sampled or read from a data set."""
 
     prompt_id: str
     sample_id: str
     """Unique within a run: ``<prompt_id>/<source>/<seed>/<index>``."""
     prompt_ids: tuple[int, ...]
     completion_ids: tuple[int, ...]
-    """At least one token; ends with the end-of-sequence token unless ``finish_reason`` is
-    "length"."""
+    """Token ids of the completion, at least one. The last one is the end-of-sequence token unless
+    ``finish_reason`` is "length"."""
     rollout_logprobs: tuple[float, ...] | None
-    """``rollout_logprobs[t]`` is the log-probability of ``completion_ids[t]`` under the
-    distribution that really drew it; None for completions taken from a data set."""
+    """Log-probability of each completion token under the distribution that it was sampled from.
+    None for completions from a data set."""
     source: Source
     policy_version: int
-    """Number of weight syncs the sampling engine had received (0: initial weights)."""
+    """Number of weight syncs that the sampling engine had received (0: initial weights)."""
     finish_reason: Literal["stop", "length"]
     tag: str = ""
-    """Of the prompt."""
+    """Tag of the prompt."""
 
 
 def rollout_from(values: Mapping[str, Any]) -> Rollout:
-    """From plain data, as :func:`dataclasses.asdict` and then JSON or Arrow give it."""
+    """Build a rollout from plain data: the result of :func:`dataclasses.asdict` after a round trip
+    through JSON or Arrow."""
     logprobs = values["rollout_logprobs"]
     tuples = {
         "prompt_ids": tuple(values["prompt_ids"]),
@@ -96,9 +108,12 @@ def rollout_from(values: Mapping[str, Any]) -> Rollout:
 
 
 class TensorRecord:
-    """A record whose tensors are pickled as arrays: their memory then goes beside the pickle
-    (protocol 5), so that Ray copies it once, into its object store, and a process on the same node
-    reads it there. There it is read-only: to write to such a tensor ends the process."""
+    """A record whose tensors are pickled as NumPy arrays.
+
+    Pickle protocol 5 passes the memory of arrays out of band. Ray then copies the data once, into
+    its object store, and processes on the same node read it in place. That memory is read-only:
+    a write to such a tensor crashes the process.
+    """
 
     __slots__ = ()
 
@@ -110,7 +125,7 @@ class TensorRecord:
         )
 
     def map_tensors(self, function: Callable[[Tensor], Tensor]) -> Self:
-        """The same with ``function`` applied to each tensor."""
+        """Return a copy of the record with ``function`` applied to every tensor."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
         tensors: dict[str, Any] = {
             n: function(v) for n, v in values.items() if isinstance(v, Tensor)
@@ -139,42 +154,44 @@ def _unpack(packed: _Packed) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class TeacherScore(TensorRecord):
-    """What a teacher says about one rollout: ``hidden``, or ``logprobs``, with or without the two
+    """A teacher's scores of one rollout: either ``hidden``, or ``logprobs`` with or without the two
     ``top`` fields."""
 
     sample_id: str
     hidden: Tensor | None = None
     """[T, H] last hidden states (after the final norm) at the states *before* each completion
-    token; with the teacher's output head they are its whole next-token distribution."""
+    token. The teacher's output head maps them to the full next-token distribution."""
     logprobs: Tensor | None = None
     """[T] float32 log-probability of each completion token."""
     top_ids: Tensor | None = None
-    """[T, k] int32, the teacher's k most probable tokens at the state before each token."""
+    """[T, k] int32 token ids: the teacher's k most probable tokens at the state before each
+    completion token."""
     top_logprobs: Tensor | None = None
-    """[T, k + 1] float32, their log-probabilities; last the logarithm of what is left (the
-    tail)."""
+    """[T, k + 1] float32 log-probabilities of ``top_ids``. The last entry is the logarithm of the
+    remaining probability (the tail)."""
     teacher: str = ""
-    """Which of several teachers gave it."""
+    """Name of the teacher, if there are several."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrainBatch(TensorRecord):
-    """One micro-batch of one learner rank. The samples of a prompt are never split."""
+    """One micro-batch of one learner rank. It contains all samples of each of its prompts."""
 
     input_ids: Tensor
-    """[R, S] long, right-padded rows: a prompt and one completion, or those of all its samples."""
+    """[R, S] long, right-padded rows. A row is a prompt followed by one completion or by the
+    completions of all its samples."""
     attention_mask: Tensor
     """[R, S] long, 1 on real tokens."""
     position_ids: Tensor | None
-    """[R, S] long, each token's position in its own sequence; None where that is its place in the
-    row."""
+    """[R, S] long, position of each token in its own sequence. None if it equals the position in
+    the row."""
     segment: Tensor | None
-    """[R, S] long, 0 in a prompt, k in the k-th completion of a row, which sees the prompt and
-    itself alone; None where every row is one sequence."""
+    """[R, S] long, 0 in a prompt and k in the k-th completion of a row. A completion attends only
+    to the prompt and to itself. None if every row is one sequence."""
     state_row: Tensor
-    """[B] long, the row that a sequence is in."""
+    """[B] long, row of each sequence."""
     state_index: Tensor
-    """[B, T] long, the place in it whose hidden state predicts completion token t."""
+    """[B, T] long, position in the row whose hidden state predicts completion token t."""
     target_ids: Tensor
     """[B, T] long, completion tokens (0 on padding)."""
     loss_mask: Tensor
@@ -184,45 +201,48 @@ class TrainBatch(TensorRecord):
     rollout_logprobs: Tensor | None
     """[B, T] float32, 0 on padding; None for completions that were not sampled."""
     by_teacher: Tensor
-    """[B] bool, True where the teacher wrote the completion."""
+    """[B] bool, True if the teacher wrote the completion."""
     teacher_hidden: Tensor | None = None
     """[N, H] teacher states in the order of ``loss_mask.nonzero()``."""
     teacher_logprobs: Tensor | None = None
     """[B, T] float32, 0 on padding."""
     teacher_top_ids: Tensor | None = None
-    """[N, k], in the order of ``teacher_hidden``."""
+    """[N, k] int32, in the order of ``teacher_hidden``."""
     teacher_top_logprobs: Tensor | None = None
-    """[N, k + 1], likewise."""
+    """[N, k + 1] float32, in the order of ``teacher_hidden``."""
     teacher: str = ""
-    """Which of several teachers scored it: the same for every sequence."""
+    """Name of the teacher that scored every sequence, if there are several teachers."""
     sample_ids: tuple[str, ...] = ()
-    """Of the B sequences; none of one that only fills an empty micro-batch."""
+    """Sample ids of the B sequences, without a sequence that only fills an empty micro-batch."""
 
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """What a loss divides by, and what it compares with: constants of the optimizer step, equal
-    on every rank and micro-batch, so that splitting a batch never changes a gradient."""
+    """Normalizers and running estimates that a loss uses. They are constants of the optimizer step,
+    equal on every rank and micro-batch, so that splitting a batch never changes a gradient.
+
+    All estimates come from data that is independent of the batch, except at the first step of a
+    phase (see :mod:`seqkd.learner.running_costs`).
+    """
 
     sequences: float
-    """Sequences in the whole step."""
+    """Number of sequences in the step."""
     tokens: float
-    """Completion tokens in the whole step."""
+    """Number of completion tokens in the step."""
     rate: float = 0.0
-    """Estimate of J = E[sum_t KL_t] / E[L] in nats per token, from data independent of the
-    batch (but for the first step of a phase, see :mod:`seqkd.learner.running_costs`)."""
+    """Estimate of J = E[sum_t KL_t] / E[L] in nats per token."""
     length: float = 1.0
-    """Estimate of E[L] in tokens, likewise."""
+    """Estimate of E[L] in tokens."""
     costs: Tensor | None = None
-    """[T'] estimate of E[KL_t; the sequence has a token t], likewise, up to a common factor."""
+    """[T'] estimate of E[KL_t; the sequence has a token t], up to a common factor."""
     survival: Tensor | None = None
     """[T'] estimate of the probability that a sequence has a token t, times the same factor."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenStats:
-    """Per-token quantities of a micro-batch, all [B, T]; 0 on padding. A field is None unless an
-    objective asked for it. Differentiable in the student."""
+    """Per-token quantities of a micro-batch, [B, T] unless noted, 0 on padding. A field is None
+    unless an objective requested it. The values are differentiable in the student's weights."""
 
     loss_mask: Tensor
     """[B, T] bool."""
@@ -237,40 +257,49 @@ class TokenStats:
     forward_kl: Tensor | None = None
     """sum_v p(v|s_t) log p(v|s_t)/q(v|s_t), exact over the vocabulary."""
     entropy: Tensor | None = None
-    """-sum_v q log q of the student."""
+    """Entropy of the student, -sum_v q log q."""
     divergence: Tensor | None = None
-    """The divergence that a token-level objective asked for."""
+    """Divergence that a token-level objective requested."""
     rollout_logprob: Tensor | None = None
-    """log-probability of y_t when it was drawn; no gradient."""
+    """Log-probability of y_t when it was sampled; no gradient."""
     weight: Tensor | None = None
-    """[B] importance weight of each whole sequence; None stands for 1. No gradient."""
+    """[B] importance weight of each whole sequence. None means 1. No gradient."""
 
 
 @dataclass(frozen=True)
 class PartResult:
-    """What one part of a step was like: global over ranks and micro-batches."""
+    """Statistics of one part of a step, global over ranks and micro-batches."""
 
     sums: dict[str, float] = field(default_factory=dict)
-    """Sums over completion tokens of every monitored statistic, plus "tokens", "sequences", the
-    weights of sequences and their squares ("weight", "weight_squared"), and "logprob_gap", the
-    absolute difference between the sampler's log-probs and those of the same model here.
+    """Sums over completion tokens of every monitored statistic, and:
 
-    Of completions that the student drew, with l_t = log q(y_t) at the learner - at the sampler:
-    sums over their "ratio_tokens" of two estimators of KL(sampler || learner), "k1" of -l_t and
-    "k3" of exp(l_t) - 1 - l_t; and over their "ratio_sequences" the importance ratio
-    exp(sum_t l_t) and its square, "ratio" and "ratio_squared"."""
+    - "tokens" and "sequences": their numbers
+    - "weight" and "weight_squared": sums over sequences of the weight and of its square
+    - "logprob_gap": sum over tokens of the absolute difference between the sampler's log-probs and
+      the log-probs that the same model has in the learner
+
+    For completions that the student sampled, with l_t = log q(y_t) at the learner minus log q(y_t)
+    at the sampler:
+
+    - "ratio_tokens" and "ratio_sequences": their numbers
+    - "k1" and "k3": sums over tokens of two estimators of KL(sampler || learner), -l_t and
+      exp(l_t) - 1 - l_t
+    - "ratio" and "ratio_squared": sums over sequences of the importance ratio exp(sum_t l_t) and of
+      its square
+    """
     logprob_gap_max: float = 0.0
-    """The largest such difference."""
+    """Largest absolute difference between the sampler's and the learner's log-prob of a token."""
     costs: Tensor | None = None
-    """[T] weighted sum over sequences of the divergence at each position (of the sampled
-    log-ratio where the teacher's distribution is not known); None without a teacher."""
+    """[T] weighted sum over sequences of the divergence at each position, or of the sampled
+    log-ratio if the teacher's distribution is unknown. None without a teacher."""
     survival: Tensor | None = None
-    """[T] weighted number of sequences that have a token there."""
+    """[T] weighted number of sequences that have a token at each position."""
     trained: tuple[str, ...] = ()
     """Sample ids of the completions whose loss was backpropagated."""
 
     def per_token(self, name: str) -> float | None:
-        """Mean of a monitored statistic over completion tokens; None if not monitored."""
+        """Return the mean of a statistic over completion tokens, or None if it was not
+        monitored."""
         return self.sums[name] / self.sums["tokens"] if name in self.sums else None
 
     def __add__(self, other: PartResult) -> PartResult:
@@ -286,20 +315,20 @@ class PartResult:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step reports: global over ranks and micro-batches."""
+    """Results of one optimizer step, global over ranks and micro-batches."""
 
     loss: float
-    """The surrogate that was minimised. Its gradient means something, its value need not."""
+    """Value of the surrogate loss. Its gradient is meaningful, its value may not be."""
     grad_norm: float
-    """L2 norm before clipping."""
+    """L2 norm of the gradient before clipping."""
     parts: tuple[PartResult, ...]
-    """One for each part of the step, in order."""
+    """Statistics of each part of the step, in order."""
     skipped: bool = False
-    """Whether loss or gradient was not finite, so that the weights stayed as they were."""
+    """True if the loss or the gradient was not finite, so that the weights were not changed."""
 
 
 def add_padded(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    """Sum of two vectors, the shorter one continued with zeros; None counts as nothing."""
+    """Add two vectors after padding the shorter one with zeros. None counts as an empty vector."""
     if a is None or b is None:
         return b if a is None else a
     if len(a) < len(b):
@@ -311,11 +340,11 @@ def add_padded(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 @dataclass(frozen=True, slots=True)
 class WeightVersion:
-    """A set of student weights published by the learner."""
+    """A version of the student's weights, published by the learner."""
 
     policy_version: int
     path: str
-    """The safetensors file, for processes of the publishing node."""
+    """Path of the safetensors file, for processes on the publishing node."""
     node_id: str
     digests: dict[str, str]
-    """xxh3-128 of each tensor's bytes, by parameter name."""
+    """xxh3-128 digest of each tensor's bytes, by parameter name."""

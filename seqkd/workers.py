@@ -1,4 +1,4 @@
-"""The student, the learner and the teachers behind one handle."""
+"""Handles to the student, the learner and the teachers."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from seqkd.protocols import Finished, Learner, Sampler, StudentSampler, Teacher
 from seqkd.types import Prompt, Rollout, TeacherScore, WeightVersion
 
 Choose = Callable[[str, str], str]
-"""(tag, prompt_id) -> the teacher's name; see ``choose`` of the teacher's configuration."""
+"""Function (tag, prompt_id) -> teacher name; see ``choose`` of the teacher's configuration."""
 
 
 @dataclass(frozen=True)
 class Workers:
-    """Everything that the loop drives."""
+    """All workers of the training loop."""
 
     student: StudentSampler
     learner: Learner
     teachers: Mapping[str, Teacher]
-    """By name; a single teacher has an empty name."""
+    """Teachers by name. A single teacher has an empty name."""
     teacher_samplers: Mapping[str, Sampler]
     teacher_of: Choose
     distribution: bool
-    """Whether the teacher's scores hold its distribution, which divergences need."""
+    """True if the teacher's scores contain its distribution, which divergences require."""
     live_teacher: bool = True
-    """Whether the teacher can score new text; False if its scores come from a cache alone."""
+    """True if the teacher can score new text. False if its scores come only from a cache."""
 
     @cached_property
     def teacher(self) -> Teacher:
-        """A teacher that scores every rollout by the teacher of its prompt."""
+        """Teacher that scores every rollout with the teacher of its prompt."""
         return (
             self.teachers[""]
             if "" in self.teachers
@@ -41,7 +41,7 @@ class Workers:
 
     @cached_property
     def teacher_sampler(self) -> Sampler:
-        """A sampler that completes every prompt by the teacher of the prompt."""
+        """Sampler that completes every prompt with the teacher of the prompt."""
         return (
             self.teacher_samplers[""]
             if "" in self.teacher_samplers
@@ -49,23 +49,24 @@ class Workers:
         )
 
     def usage(self) -> dict[str, int]:
-        """Return what the teachers' endpoints were asked for so far, for text and for scores."""
+        """Return the usage of the teachers' endpoints so far, for text and for scores."""
         return dict(Counter(self.teacher_sampler.usage()) + Counter(self.teacher.usage()))
 
     def publish(self) -> WeightVersion | None:
-        """Publish the learner's weights for the student's sampler; None if it holds them."""
+        """Publish the learner's weights for the student's sampler. Return None if the sampler
+        already has them."""
         if self.student.policy_version == self.learner.policy_version:
             return None
         return self.learner.publish()
 
     def sync(self) -> None:
-        """Bring the student's sampler to the learner's weights."""
+        """Load the learner's current weights into the student's sampler."""
         if version := self.publish():
             self.student.load(version)
 
 
 class MultiSampler:
-    """Samplers of several teachers; every prompt goes to the one of its teacher."""
+    """Samplers of several teachers. Every prompt is completed by its own teacher."""
 
     def __init__(self, samplers: Mapping[str, Sampler], choose: Choose) -> None:
         self.samplers, self.choose = samplers, choose
@@ -98,12 +99,12 @@ class MultiSampler:
         return list(chain.from_iterable(drawn[i] for i in range(len(prompts))))
 
     def usage(self) -> dict[str, int]:
-        """See :class:`seqkd.protocols.Sampler`; the sum over all teachers."""
+        """Return the sum over all teachers. See :class:`seqkd.protocols.Sampler`."""
         return dict(sum((Counter(s.usage()) for s in self.samplers.values()), Counter()))
 
 
 class MultiTeacher:
-    """Several teachers; every rollout is scored by the teacher of its prompt."""
+    """Several teachers. Every rollout is scored by the teacher of its prompt."""
 
     def __init__(self, teachers: Mapping[str, Teacher], choose: Choose) -> None:
         self.teachers, self.choose = teachers, choose
@@ -117,5 +118,5 @@ class MultiTeacher:
         return scores
 
     def usage(self) -> dict[str, int]:
-        """See :class:`seqkd.protocols.Teacher`; the sum over all teachers."""
+        """Return the sum over all teachers. See :class:`seqkd.protocols.Teacher`."""
         return dict(sum((Counter(t.usage()) for t in self.teachers.values()), Counter()))

@@ -1,1 +1,1 @@
-"""One YAML file, read into a validated schema. Imports no torch."""
+"""Validated configuration of a run, read from one YAML file. Does not import torch."""

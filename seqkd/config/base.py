@@ -13,7 +13,7 @@ Precision = Literal["float32", "bfloat16"]
 
 
 class BaseConfig(BaseModel):
-    """A frozen section of the configuration. Unknown keys and infinite numbers are refused."""
+    """A frozen section of the configuration. It rejects unknown keys, infinite numbers and NaN."""
 
     model_config = ConfigDict(
         frozen=True,

@@ -1,4 +1,4 @@
-"""Combinations of configuration keys that cannot work together."""
+"""Checks for combinations of configuration keys that cannot work."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
 
 def check(config: Config) -> None:
-    """Refuse combinations of keys that cannot work. Raises ValueError with field, value and fix."""
+    """Reject combinations of keys that cannot work. Raises ValueError with field, value and fix."""
     for name, phase in config.phases:
         where = "warmup." if name == "warmup" else ""
         if phase.prompts_per_step < config.learner.ranks:
             raise ValueError(
-                f"{where}prompts_per_step {phase.prompts_per_step} leaves some of the "
-                f"{config.learner.ranks} learner.ranks with nothing to learn. Set it to "
-                f"{config.learner.ranks} or more."
+                f"{where}prompts_per_step is {phase.prompts_per_step}, fewer than the "
+                f"{config.learner.ranks} learner.ranks. Set it to {config.learner.ranks} or more, "
+                "or lower learner.ranks."
             )
         for index, term in enumerate(phase.terms):
             field = f"{where}extra_terms.{index - 1}." if index else where
@@ -31,13 +31,13 @@ def check(config: Config) -> None:
     _check_budget(config)
     if config.learner.compile and config.student.lora:
         raise ValueError(
-            "learner.compile is true, but student.lora puts adapters into the layers, which do "
-            "not compile in reasonable time. Set learner.compile to false."
+            "learner.compile is true, but layers with student.lora adapters do not compile in "
+            "reasonable time. Set learner.compile to false."
         )
     if config.teacher.tagged and config.data.tag_key is None:
         raise ValueError(
-            "teacher.teachers have tags, but data.tag_key is not set. Name the column of the "
-            "data set that holds them."
+            "teacher.teachers have tags, but data.tag_key is not set. Set it to the column with "
+            "the tags."
         )
     if config.evaluation.prompts and not config.data.holds_out:
         raise ValueError(
@@ -52,14 +52,14 @@ def _check_staleness(config: Config) -> None:
         return
     if config.placement != "split":
         raise ValueError(
-            "rollout.max_off_policy_steps 1 samples while the learner is running, but with "
-            "placement colocated they take turns on the same cores. Set placement to split, or "
-            "rollout.max_off_policy_steps to 0."
+            "rollout.max_off_policy_steps is 1, which samples while the learner is running, but "
+            "with placement colocated the two alternate on the same cores. Set placement to split, "
+            "or rollout.max_off_policy_steps to 0."
         )
     if any(phase.weighs_a_mixture for _, phase in config.phases):
         raise ValueError(
-            "rollout.max_off_policy_steps 1 learns from samples of an older student, but the "
-            "weights of sampler 'mixture' are those of the current one. Set "
+            "rollout.max_off_policy_steps is 1, which trains on samples of an older student, but "
+            "sampler 'mixture' computes importance weights with the current student. Set "
             "rollout.max_off_policy_steps to 0."
         )
 
@@ -75,17 +75,17 @@ def _check_budget(config: Config) -> None:
     )
     if (kind == "sampled_tokens" and not sampled) or (kind == "teacher_tokens" and not asked):
         raise ValueError(
-            f"budget.kind {kind!r} is not spent by objective {config.objective.kind!r} on "
-            f"samples of the {config.sampler}, so it would never end the run. Choose another "
-            "kind, such as learner_tokens."
+            f"budget.kind is {kind!r}, but objective {config.objective.kind!r} with sampler "
+            f"{config.sampler!r} never uses such a budget, so it would not end the run. Set "
+            "budget.kind to another kind, such as learner_tokens."
         )
     if config.warmup and kind == "prompts":
         warmup = config.warmup
         drawn = warmup.steps * warmup.prompts_per_step * len(warmup.by_sampler)
         if drawn >= config.budget.amount:
             raise ValueError(
-                f"budget.amount {config.budget.amount:g} prompts is spent by the warm-up, which "
-                f"draws {drawn}. Set it higher, or warmup.steps lower."
+                f"budget.amount is {config.budget.amount:g} prompts, but the warm-up alone uses "
+                f"{drawn}. Raise it, or lower warmup.steps."
             )
 
 
@@ -100,23 +100,23 @@ def _check_teacher(teacher: TeacherConfig, objective: ObjectiveConfig, where: st
     if need == "logprobs" and scores == "none":
         raise ValueError(
             f"{where}objective {objective.kind!r} needs the teacher's log-probs, but "
-            "teacher.scores is 'none'. Set it to logprobs, where the endpoint gives them and "
-            "has the student's tokenizer. Else set sampler to teacher, or use a local teacher "
-            "(kind vllm or hf)."
+            "teacher.scores is 'none'. Set it to logprobs if the endpoint returns log-probs and "
+            "has the student's tokenizer. Otherwise set sampler to teacher, or use a local "
+            "teacher (kind vllm or hf)."
         )
     sampled = "teacher_logprob" in objective.stats() and objective.running
     if sampled and scores == "top_k":
         raise ValueError(
-            f"{where}objective.estimator charges log-ratios of the whole distribution, but its "
-            "running costs would be those of teacher.scores 'top_k', which are lower. Set "
-            "objective.estimator to rao_blackwell, or teacher.scores to logprobs or hidden."
+            f"{where}objective.estimator uses log-ratios of the full distribution, but with "
+            "teacher.scores 'top_k' its running costs are truncated divergences, which are lower. "
+            "Set objective.estimator to rao_blackwell, or teacher.scores to logprobs or hidden."
         )
     wanted = objective.divergence()
     if wanted and wanted[2] != 1 and scores == "top_k":
         raise ValueError(
-            f"{where}objective.temperature {wanted[2]:g} changes the share of the tail, which "
-            "teacher.scores 'top_k' knows at temperature 1 only. Set it to 1, or "
-            "teacher.scores to hidden (a teacher of kind vllm or hf)."
+            f"{where}objective.temperature is {wanted[2]:g}, but teacher.scores 'top_k' contains "
+            "the probability of the tail only at temperature 1. Set it to 1, or teacher.scores to "
+            "hidden (a teacher of kind vllm or hf)."
         )
 
 
@@ -125,23 +125,23 @@ def _check_samples(config: Config, term: TermConfig, samples: int, where: str) -
     by_text = any(teacher.by_text for teacher in config.teachers.values())
     if traits.weighted and by_text:
         raise ValueError(
-            f"{where}sampler {term.sampler!r} weights each completion by the teacher's probability "
-            "of it, which is unknown for text. Set teacher.api to completions and "
-            "teacher.scores to logprobs or top_k, or sampler to teacher or student."
+            f"{where}sampler {term.sampler!r} needs the teacher's probability of every completion, "
+            "but this teacher returns text only. Set teacher.api to completions and teacher.scores "
+            "to logprobs or top_k, or sampler to teacher or student."
         )
     tempered = rollout.temperature != 1 or rollout.top_p != 1
     if tempered and (objective.on_policy or traits.weighted):
         raise ValueError(
-            f"{where}objective {objective.kind!r} is an expectation under the student "
-            f"itself, but rollout draws with temperature {rollout.temperature:g} and "
-            f"top_p {rollout.top_p:g}. Set both to 1."
+            f"{where}objective {objective.kind!r} is an expectation under the student's own "
+            f"distribution, but rollout.temperature is {rollout.temperature:g} and rollout.top_p "
+            f"is {rollout.top_p:g}. Set both to 1."
         )
     corrected = [n for n in ("clip_ratio", "importance_ratio_cap") if getattr(objective, n, None)]
     if corrected and traits.weighted:
         raise ValueError(
-            f"{where}objective.{corrected[0]} compares a token with the student that drew it, "
-            f"but sampler {term.sampler!r} has tokens that the teacher drew. Set sampler to "
-            "student."
+            f"{where}objective.{corrected[0]} corrects for samples of an older student, but with "
+            f"sampler {term.sampler!r} some tokens are sampled by the teacher. Set sampler to "
+            f"student, or remove {corrected[0]}."
         )
     if (
         isinstance(objective, SequenceReverseKLConfig)
@@ -149,24 +149,26 @@ def _check_samples(config: Config, term: TermConfig, samples: int, where: str) -
         and samples < 2
     ):
         raise ValueError(
-            f"{where}objective.baseline 'leave_one_out' compares the samples of a prompt, "
-            f"but samples_per_prompt is {samples}. Set it to at least 2, or baseline to none."
+            f"{where}objective.baseline 'leave_one_out' averages over the other samples of a "
+            f"prompt, but samples_per_prompt is {samples}. Set it to at least 2, or baseline to "
+            "none."
         )
     if traits.recorded and config.teacher_cache is None:
         raise ValueError(
-            f"{where}sampler {term.sampler!r} reads what seqkd precompute wrote, but "
-            "teacher_cache is not set. Set teacher_cache.path to its directory."
+            f"{where}sampler {term.sampler!r} reads completions from the teacher cache, but "
+            "teacher_cache is not set. Record a cache with seqkd precompute and set "
+            "teacher_cache.path to its directory."
         )
     source = config.source(term.sampler)
     if source not in objective.samplers:
         raise ValueError(
             f"{where}objective {objective.kind!r} is defined on samples of the "
             f"{' or '.join(objective.samplers)}, but teacher_cache.records is "
-            f"{source!r}. Set objective.kind to {SAMPLERS[source].objective}, or to a "
-            "token-level one."
+            f"{source!r}. Set objective.kind to {SAMPLERS[source].objective} or to a token-level "
+            "objective."
         )
     if traits.plain_text and config.data.corpus_path is None:
         raise ValueError(
             f"{where}sampler {term.sampler!r} reads plain text, but data.corpus_path is not set. "
-            "Name a file of texts."
+            "Set it to a file of texts."
         )

@@ -10,61 +10,64 @@ from seqkd.config.base import BaseConfig
 
 
 class DataConfig(BaseConfig):
-    """Prompts with or without answers, held-out prompts, and plain text."""
+    """Data: prompts with or without answers, held-out prompts, and plain text."""
 
     path: str
     """Path of the data: a .jsonl, .json, .parquet or .arrow file, a glob of such files, a directory
-    that `datasets` reads, or the name of a data set on the hub."""
+    that `datasets` can read, or the name of a data set on the Hugging Face hub."""
     subset: str | None = None
-    """Subset of a data set that has more than one."""
+    """Subset (configuration name) of the data set, if it has several."""
     split: str = "train"
     """Split of a directory or of a data set on the hub."""
     heldout_path: str | None = None
-    """Path of the held-out prompts, like path. If unset: the same data set."""
+    """Path of the held-out prompts, in the same forms as path. If unset: the same data set."""
     heldout_split: str | None = None
     """Split with the held-out prompts."""
     heldout_fraction: float | None = Field(None, gt=0, lt=1)
-    """Share of the conversations that is held out, chosen by a hash of the first user message. It
-    replaces heldout_path and heldout_split."""
+    """Share of the conversations to hold out, selected by a hash of the first user message. Use it
+    instead of heldout_path and heldout_split."""
     rows: int | None = Field(None, ge=1)
-    """Largest number of rows to read from each source."""
+    """Maximum number of rows to read from each source. If unset: all rows."""
     streaming: bool = False
-    """Streaming: only those rows are downloaded from the hub."""
+    """Streaming from the hub, which downloads only the first `rows` rows."""
     format: Literal["auto", "messages", "instruction", "prompt"] = "auto"
-    """Format of the rows. messages: a list of {role, content}; instruction: with input or context,
-    as Alpaca and Dolly; prompt: one column; auto: detected from the columns."""
+    """Format of the rows. messages: a list of {role, content}; instruction: an instruction with
+    optional input or context, as in Alpaca and Dolly; prompt: one column; auto: detected from the
+    columns."""
     messages_key: str = "messages"
-    """Column with the messages of format messages."""
+    """Column with the messages for format messages."""
     prompt_key: str = "prompt"
-    """Column with the prompt of format prompt."""
+    """Column with the prompt for format prompt."""
     reference_key: str | None = None
     """Column with the answers for sampler dataset. If unset: reference, completion, response,
     output or answer."""
     tag_key: str | None = None
-    """Column with a text that prompts carry as their tag."""
+    """Column with the tag of each prompt, a text that selects among several teachers."""
     turns: Literal["all", "first", "last"] = "all"
     """Turns of a conversation that become prompts."""
     chat: bool = True
-    """Rendering of prompts with the student's chat template."""
+    """Rendering of prompts with the student's chat template. false: the messages are joined by
+    blank lines."""
     thinking: bool | None = None
     """Value of the chat template's enable_thinking. If unset: the template's default."""
     system: str | None = None
-    """System message of every conversation that has none of its own."""
+    """System message for conversations that have none."""
     max_prompt_tokens: int = Field(512, ge=1)
-    """Largest number of tokens of a prompt."""
+    """Maximum number of tokens per prompt."""
     too_long: Literal["drop", "truncate"] = "drop"
-    """Treatment of texts that are too long. drop: prompts and answers are dropped; truncate:
-    prompts lose their oldest exchanges (plain text its first tokens), answers lose their end."""
+    """Treatment of texts that are too long. drop: prompts and answers are dropped; truncate: the
+    oldest exchanges of a prompt are removed (from a prompt without chat template its first tokens),
+    and answers are cut at the end."""
     corpus_path: str | None = None
-    """Path of the plain text for sampler corpus, like path."""
+    """Path of the plain text for sampler corpus, in the same forms as path."""
     corpus_subset: str | None = None
-    """Subset of a corpus that has more than one."""
+    """Subset (configuration name) of the corpus, if it has several."""
     corpus_split: str = "train"
-    """Split of a directory or of a data set on the hub."""
+    """Split of the corpus, if it is a directory or a data set on the hub."""
     text_key: str = "text"
     """Column with the text of the corpus."""
     corpus_tokens: int = Field(512, ge=2)
-    """Number of tokens of the pieces that longer texts are cut into."""
+    """Maximum number of tokens per piece of the corpus. Longer texts are cut into pieces."""
 
     @property
     def holds_out(self) -> bool:
@@ -77,12 +80,12 @@ class DataConfig(BaseConfig):
             if self.heldout_fraction and getattr(self, key) is not None:
                 raise ValueError(
                     f"{key} {getattr(self, key)!r} and heldout_fraction {self.heldout_fraction:g} "
-                    "both determine which prompts are held out. Set one of them."
+                    "both select the held-out prompts. Set only one of them."
                 )
         if self.heldout_split == self.split and self.heldout_path in (None, self.path):
             raise ValueError(
-                f"heldout_split {self.heldout_split!r} is the split that is trained on. Name "
-                "another split, or set heldout_fraction in its place."
+                f"heldout_split {self.heldout_split!r} is also the training split. Set it to "
+                "another split, or set heldout_fraction instead."
             )
         return self
 
@@ -90,12 +93,12 @@ class DataConfig(BaseConfig):
     def _options_fit(self) -> DataConfig:
         if self.streaming and self.rows is None:
             raise ValueError(
-                "streaming fetches the first rows of a data set, but rows is not set. Set rows to "
-                "their number, or streaming to false to fetch all of them."
+                "streaming is true, but rows is not set. Set rows to the number of rows to "
+                "download, or streaming to false to download all of them."
             )
         if self.thinking is not None and not self.chat:
             raise ValueError(
-                f"thinking {self.thinking} is an option of the chat template, but chat is false. "
-                "Unset one of the two."
+                f"thinking is {str(self.thinking).lower()}, which is an option of the chat "
+                "template, but chat is false. Remove thinking, or set chat to true."
             )
         return self

@@ -1,4 +1,4 @@
-"""Read a YAML file and ``key=value`` overrides into a validated schema."""
+"""Reading of a YAML file and ``key=value`` overrides into a validated schema."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ Read = TypeVar("Read", bound=BaseConfig)
 
 
 def read(path: str | Path, schema: type[Read], overrides: Sequence[str] = ()) -> Read:
-    """Read a YAML file, apply ``key=value`` overrides (dotted paths, YAML values), validate.
+    """Read a YAML file, apply ``key=value`` overrides (dotted paths, YAML values) and validate.
 
-    Raises ConfigError with one line per problem: field, value, fix.
+    Raises:
+        ConfigError: One line per problem, with field, value and fix.
     """
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file.") from None
+        raise ConfigError(f"{path}: no such file. Check the path.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as text: {error}") from None
     data = _parse(text, f"{path}:")
     if not isinstance(data, dict):
-        raise ConfigError(f"{path}: is not a mapping of keys to values.")
+        raise ConfigError(f"{path}: is not a mapping. Write lines of the form 'key: value'.")
     for override in overrides:
         _apply(data, override)
     try:
@@ -41,7 +42,7 @@ def read(path: str | Path, schema: type[Read], overrides: Sequence[str] = ()) ->
 
 
 class _Loader(yaml.SafeLoader):
-    """A safe loader that refuses a repeated key, of which YAML would keep the last value."""
+    """A safe loader that rejects repeated keys. YAML would silently use the last value."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -59,7 +60,8 @@ def _parse(text: str, where: str) -> Any:
     try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{where} is not YAML: {' '.join(str(error).split()):.500}") from None
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{where} is not valid YAML: {reason:.500}") from None
     except Exception as error:  # a value such as 2001-99-99, or nesting beyond Python's stack
         raise ConfigError(f"{where} cannot be read: {' '.join(str(error).split()):.200}") from None
 
@@ -68,7 +70,7 @@ def _apply(data: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     where = f"override {shown(override)}:"
     if not equals or not key:
-        raise ConfigError(f"{where} is not of the form key=value.")
+        raise ConfigError(f"{where} is not of the form key=value. Write for example seed=1.")
     value = _parse(text, f"{where} the value")
     *parents, last = key.split(".")
     node = data
@@ -76,8 +78,8 @@ def _apply(data: dict[str, Any], override: str) -> None:
         below = node.get(name)
         if not isinstance(below, dict | None):
             raise ConfigError(
-                f"{where} {'.'.join(parents[: depth + 1])} is the value {shown(below)}, "
-                "so no key below it can be set."
+                f"{where} {'.'.join(parents[: depth + 1])} is {shown(below)}, not a section with "
+                "keys. Remove the override, or change the file."
             )
         node[name] = node = dict(below or {})  # a copy: a YAML alias shares the mapping
     node[last] = value

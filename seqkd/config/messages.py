@@ -1,4 +1,4 @@
-"""pydantic's validation errors as messages for users: field, value, fix."""
+"""Conversion of pydantic's validation errors to messages with field, value and fix."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def shown(value: Any) -> str:
 
 
 def explain(item: Any, data: dict[str, Any], schema: type[BaseModel]) -> str:
-    """Write one item of ``ValidationError.errors()`` of ``data`` against ``schema`` as one line."""
-    # A value error is raised for a whole object, so the last part of its location may be a tag.
+    """Format one item of ``ValidationError.errors()`` for ``data`` and ``schema`` as one line."""
+    # A value error concerns a whole object, so the last part of its location may be a union's tag.
     location = _without_tags(item["loc"], data, keep_last=item["type"] != "value_error")
     field = ".".join(map(str, location))
     message = f"{item['msg'].removeprefix('Value error, '):.500}"
@@ -37,14 +37,14 @@ def explain(item: Any, data: dict[str, Any], schema: type[BaseModel]) -> str:
         tag = item["ctx"].get("tag")
         if tag is None:
             return f"{field}.kind: is missing. Set it."
-        return f"{field}.kind: {shown(tag)} is not known. Use one of {tags}."
+        return f"{field}.kind: {shown(tag)} is unknown. Use one of {tags}."
     if item["type"] == "value_error":
         return f"{field}: {message}" if field else message
     return f"{field}: {shown(item['input'])}: {message[0].lower()}{message[1:]}."
 
 
 def _without_tags(location: tuple[Any, ...], data: Any, keep_last: bool) -> list[Any]:
-    """Remove the kinds that discriminated unions add to a location; users do not write them."""
+    """Remove the kinds that discriminated unions add to a location. They are not in the file."""
     kept: list[Any] = []
     node = data
     for index, part in enumerate(location):

@@ -1,6 +1,7 @@
-"""Configuration of the objectives, one class for each kind: its options, the samplers on which it
-is defined, and the statistics that it reads of each token. The function of the same name is in
-:mod:`seqkd.objectives`.
+"""Configuration of the objectives.
+
+There is one class per kind. It defines the options, the samplers that the objective can use, and
+the per-token statistics that it reads. The function of the same name is in :mod:`seqkd.objectives`.
 """
 
 from __future__ import annotations
@@ -15,16 +16,17 @@ from seqkd.config.samplers import SamplerName, samplers_where
 
 class _ObjectiveConfig(BaseConfig):
     label: ClassVar[str]
-    """The objective in words."""
+    """Name of the objective for reports."""
     samplers: ClassVar[tuple[SamplerName, ...]]
-    """The samplers on whose completions the objective is defined."""
+    """Samplers on whose completions the objective is defined."""
 
     def options(self) -> dict[str, Any]:
-        """Return keyword arguments of the objective's function."""
+        """Return the keyword arguments of the objective's function."""
         return self.model_dump(exclude={"kind"})
 
     def stats(self) -> tuple[str, ...]:
-        """Return names of the :class:`~seqkd.types.TokenStats` fields that the function reads."""
+        """Return the names of the :class:`~seqkd.types.TokenStats` fields that the function
+        reads."""
         raise NotImplementedError
 
     def divergence(self) -> tuple[str, float | None, float] | None:
@@ -43,7 +45,7 @@ class _ObjectiveConfig(BaseConfig):
 
     @property
     def teacher_need(self) -> TeacherNeed:
-        """The least that a teacher must provide."""
+        """Minimum that the teacher must provide."""
         names = set(self.stats())
         if names & {"reverse_kl", "forward_kl"} or self.divergence():
             return "distribution"
@@ -51,12 +53,15 @@ class _ObjectiveConfig(BaseConfig):
 
 
 class _PolicyGradientConfig(_ObjectiveConfig):
-    """An objective on the student's samples, or on a mixture that is weighted back to them."""
+    """An objective on the student's samples, or on a mixture with importance weights to the
+    student's distribution."""
 
     clip_ratio: float | None = Field(None, gt=0, lt=1)
-    """Range of PPO's clipping of the token ratio, for samples of an older student."""
+    """PPO clip range e of the token ratio q / q_old, for samples of an older student: the ratio is
+    clipped to [1 - e, 1 + e]. If unset: no clipping."""
     importance_ratio_cap: float | None = Field(None, ge=1)
-    """Cap of the token ratio as a weight, for samples of an older student."""
+    """Maximum of the token ratio q / q_old as an importance weight, for samples of an older
+    student. If unset: no importance weights."""
     samplers: ClassVar = samplers_where(lambda s: s.on_student and (s.weighted or not s.on_teacher))
 
     @property
@@ -67,51 +72,57 @@ class _PolicyGradientConfig(_ObjectiveConfig):
     def _one_correction(self) -> _PolicyGradientConfig:
         if self.clip_ratio is not None and self.importance_ratio_cap is not None:
             raise ValueError(
-                "clip_ratio and importance_ratio_cap both correct for older samples. Set one."
+                f"clip_ratio is {self.clip_ratio:g} and importance_ratio_cap is "
+                f"{self.importance_ratio_cap:g}, but only one correction for older samples can be "
+                "used. Remove one of them."
             )
         return self
 
 
 class SequenceReverseKLConfig(_PolicyGradientConfig):
-    """KL(q || p) of whole sequences, by policy gradient."""
+    """KL(q || p) of whole sequences, minimized by policy gradient."""
 
     kind: Literal["sequence_reverse_kl"] = "sequence_reverse_kl"
     label: ClassVar = "sequence-level reverse KL"
     estimator: Literal["reinforce", "reward_to_go", "single_step", "rao_blackwell"] = (
         "rao_blackwell"
     )
-    """Estimator of the cost. reinforce: log-ratios of the whole sequence; reward_to_go: log-ratios
-    of this token and the ones after it; single_step: the exact divergence at this token, then
-    log-ratios; rao_blackwell: exact divergences throughout. All have the same expectation."""
+    """Estimator of the cost of a token. reinforce: log-ratios of the whole sequence; reward_to_go:
+    log-ratios of this and later tokens; single_step: the exact divergence at this token and
+    log-ratios of later tokens; rao_blackwell: exact divergences at this and later tokens. All
+    estimators have the same expectation."""
     baseline: Literal["none", "leave_one_out", "position_mean"] = "leave_one_out"
     """Baseline that is subtracted from the future cost. leave_one_out: mean over the other samples
-    of the prompt at this position; position_mean: mean over past batches at this position."""
+    of the prompt at the same position; position_mean: mean over past batches at the same
+    position."""
     normalization: Literal["rate", "total", "minillm"] = "minillm"
-    """Unit of the loss. total: nats per sequence, which shorter outputs lower; rate: nats per
-    token, exactly; minillm: the future cost divided by the number of tokens left, biased."""
+    """Normalization of the loss. total: nats per sequence, which favors short outputs; rate: nats
+    per token, unbiased; minillm: the future cost is divided by the number of remaining tokens,
+    biased."""
     future_weight: float = Field(1.0, ge=0, le=1)
-    """Weight of the future cost. 0: token level; 1: the whole sequence."""
+    """Weight of the future cost. 0: token level; 1: sequence level."""
     discount: float = Field(1.0, ge=0, le=1)
-    """Discount of a cost per token of distance."""
+    """Discount factor of the future cost per token of distance."""
 
     @model_validator(mode="after")
     def _options_fit_the_estimator(self) -> SequenceReverseKLConfig:
         if self.normalization == "minillm" and self.estimator in ("reinforce", "reward_to_go"):
             raise ValueError(
-                f"normalization 'minillm' divides the future return R_(t+1), which estimator "
-                f"{self.estimator!r} does not separate. Set estimator to single_step or "
-                "rao_blackwell, or normalization to total or rate."
+                f"normalization 'minillm' divides the future cost by the number of remaining "
+                f"tokens, but estimator {self.estimator!r} does not compute it separately. Set "
+                "estimator to single_step or rao_blackwell, or normalization to total or rate."
             )
         if self.normalization == "minillm" and self.baseline == "position_mean":
             raise ValueError(
-                "baseline 'position_mean' knows the mean cost at each position, not its mean over "
-                "what remains, which normalization 'minillm' divides by. Set baseline to "
-                "leave_one_out or none, or normalization to total or rate."
+                "baseline 'position_mean' is not available with normalization 'minillm': it "
+                "estimates mean costs per position, not per number of remaining tokens. Set "
+                "baseline to leave_one_out or none, or normalization to total or rate."
             )
         if self.estimator == "reinforce" and (self.future_weight != 1 or self.discount != 1):
             raise ValueError(
-                "estimator 'reinforce' has one return for the whole sequence, without a future to "
-                "weight. Set estimator to reward_to_go, or future_weight and discount to 1."
+                f"future_weight is {self.future_weight:g} and discount is {self.discount:g}, but "
+                "estimator 'reinforce' does not separate the future cost. Set estimator to "
+                "reward_to_go, or future_weight and discount to 1."
             )
         return self
 
@@ -129,7 +140,7 @@ class SequenceReverseKLConfig(_PolicyGradientConfig):
 
 
 class SampledTokenConfig(_PolicyGradientConfig):
-    """Token-level reverse KL by policy gradient on the sampled token alone."""
+    """Token-level reverse KL, minimized by policy gradient with the sampled tokens only."""
 
     kind: Literal["sampled_token"] = "sampled_token"
     label: ClassVar = "token-level reverse KL by sampled tokens"
@@ -150,7 +161,7 @@ class SequenceForwardKLConfig(_ObjectiveConfig):
 
 
 class SFTConfig(_ObjectiveConfig):
-    """Mean over tokens of -log q(y_t) on given text."""
+    """Mean over tokens of -log q(y_t): cross-entropy on text that the student did not write."""
 
     kind: Literal["sft"] = "sft"
     label: ClassVar = "supervised fine-tuning"
@@ -161,7 +172,8 @@ class SFTConfig(_ObjectiveConfig):
 
 
 class _TokenLevelConfig(_ObjectiveConfig):
-    """Mean over tokens of a divergence at each state; the states come from any source."""
+    """Mean over tokens of a divergence at each state. The completions may come from any sampler
+    with prompts."""
 
     temperature: float = Field(1.0, gt=0)
     """Temperature of both distributions. The divergence is multiplied by its square."""
@@ -174,7 +186,7 @@ class _TokenLevelConfig(_ObjectiveConfig):
         return ()
 
     def coefficient(self) -> float | None:
-        """Return the divergence's own option, if it has one."""
+        """Return the coefficient of the divergence, if it has one."""
         return None
 
     def divergence(self) -> tuple[str, float | None, float]:
@@ -201,8 +213,8 @@ class GJSDConfig(_TokenLevelConfig):
     kind: Literal["gjsd"] = "gjsd"
     label: ClassVar = "generalized Jensen-Shannon divergence"
     beta: float = Field(0.5, gt=0, lt=1)
-    """Share of the teacher in the mixture. Near 0 the divergence is like forward KL, near 1 like
-    reverse KL."""
+    """Weight of the teacher in the mixture. Near 0 the divergence behaves like forward KL, near 1
+    like reverse KL."""
 
     def coefficient(self) -> float:
         return self.beta
@@ -210,7 +222,7 @@ class GJSDConfig(_TokenLevelConfig):
 
 class _SkewConfig(_TokenLevelConfig):
     skew: float = Field(0.1, gt=0, lt=1)
-    """Lambda, the share of each distribution in the mixture that it is compared with."""
+    """Lambda, the weight of the distribution itself in the mixture that it is compared with."""
 
     def coefficient(self) -> float:
         return self.skew
@@ -231,7 +243,7 @@ class SkewReverseKLConfig(_SkewConfig):
 
 
 class TotalVariationConfig(_TokenLevelConfig):
-    """Half the L1 distance at each state."""
+    """Total variation distance at each state, which is half the L1 distance."""
 
     kind: Literal["total_variation"] = "total_variation"
     label: ClassVar = "total variation"

@@ -1,4 +1,4 @@
-"""Configuration of the loss: its terms, and the phases that minimize it."""
+"""Configuration of the terms of the loss and of the training phases."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class TermConfig(BaseConfig):
     objective: ObjectiveConfig
     """Objective of the term. If unset: the default objective of the sampler."""
     weight: float = Field(1.0, gt=0)
-    """Factor of the term in the loss."""
+    """Weight of the term in the loss."""
 
     @model_validator(mode="before")
     @classmethod
@@ -42,38 +42,38 @@ class TermConfig(BaseConfig):
             fits = " or ".join(self.objective.samplers)
             raise ValueError(
                 f"objective {self.objective.kind!r} cannot use sampler {self.sampler!r}: it is "
-                f"defined on samples of the {fits}. Set sampler to {fits}, or leave the "
-                f"objective out to get {SAMPLERS[self.sampler].objective!r}."
+                f"defined on samples of the {fits}. Set sampler to {fits}, or remove objective to "
+                f"get the default, {SAMPLERS[self.sampler].objective!r}."
             )
         return self
 
 
 class PhaseConfig(TermConfig):
-    """One phase of training: a term, and more terms that are added to it."""
+    """One training phase: a term of the loss, and optional extra terms."""
 
     extra_terms: tuple[TermConfig, ...] = ()
-    """Terms that are added to the loss, each with its own weight."""
+    """Additional terms of the loss, each with its own weight."""
     steps: int = Field(ge=1)
-    """Number of optimizer steps, or the largest number if there is a budget."""
+    """Number of optimizer steps. With a budget: the maximum number."""
     prompts_per_step: int = Field(4, ge=1)
-    """Number of prompts (answers, texts) per step from each sampler."""
+    """Number of prompts (or answers, or texts) per step for each sampler."""
     updates_per_rollout: int = Field(1, ge=1)
-    """Number of optimizer steps on the completions of one draw. Above 1, all steps but the first
+    """Number of optimizer steps that share one set of rollouts. Above 1, all steps except the first
     train on samples of an older student."""
 
     @model_validator(mode="after")
     def _weights_are_of_the_mixture_that_drew(self) -> PhaseConfig:
         if self.weighs_a_mixture and self.updates_per_rollout > 1:
             raise ValueError(
-                f"updates_per_rollout {self.updates_per_rollout} learns from samples of an older "
-                "student, but the weights of sampler 'mixture' are those of the current one. "
-                "Set it to 1."
+                f"updates_per_rollout is {self.updates_per_rollout}, which trains on samples of an "
+                "older student, but sampler 'mixture' computes importance weights with the current "
+                "student. Set it to 1."
             )
         return self
 
     @property
     def weighs_a_mixture(self) -> bool:
-        """True if completions have the importance weights of a mixture with today's student."""
+        """True if completions have importance weights of a mixture with the current student."""
         return any(SAMPLERS[t.sampler].weighted and t.objective.on_policy for t in self.terms)
 
     @property
@@ -83,15 +83,16 @@ class PhaseConfig(TermConfig):
 
     @property
     def by_sampler(self) -> dict[SamplerName, tuple[TermConfig, ...]]:
-        """Terms that train on the same completions, by sampler, the phase's own sampler first."""
+        """Terms grouped by sampler, the phase's own sampler first. The terms of a sampler train on
+        the same completions."""
         names = dict.fromkeys(term.sampler for term in self.terms)
         return {name: tuple(t for t in self.terms if t.sampler == name) for name in names}
 
 
 class WarmupConfig(PhaseConfig):
-    """A phase before the main one, with its own samples and learning rate."""
+    """A training phase before the main phase, with its own sampler and learning rate."""
 
     samples_per_prompt: int = Field(1, ge=1)
-    """Number of completions per prompt in one step of the warm-up."""
+    """Number of completions per prompt in a step of the warm-up."""
     lr: float | None = Field(None, gt=0)
     """Peak learning rate of the warm-up. If unset: learner.lr."""

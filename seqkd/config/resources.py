@@ -1,4 +1,4 @@
-"""Configuration of the processes of a role and of a vLLM engine."""
+"""Configuration of the actors of a role and of vLLM engines."""
 
 from __future__ import annotations
 
@@ -8,50 +8,50 @@ from seqkd.config.base import BaseConfig, Precision
 
 
 class ActorsConfig(BaseConfig):
-    """Processes of a role and the resources of each."""
+    """Actors (processes) of a role and the resources of each actor."""
 
     actors: int = Field(1, ge=1)
-    """Number of processes of the role."""
+    """Number of actors of the role."""
     cpus: int = Field(1, ge=1)
-    """Number of threads per actor."""
+    """Number of CPU cores, and of threads, per actor."""
     gpus: float = Field(0.0, ge=0)
-    """Number of GPUs per actor. A fraction shares a GPU."""
+    """Number of GPUs per actor. With a fraction, several actors share a GPU."""
 
     @field_validator("gpus")
     @classmethod
     def _whole_above_one(cls, value: float) -> float:
         if value > 1 and value != int(value):
-            raise ValueError("above 1, gpus must be a whole number.")
+            raise ValueError(f"is {value:g}, but above 1 it must be a whole number. Round it.")
         return value
 
 
 class EngineConfig(ActorsConfig):
-    """Actors that each hold a vLLM engine."""
+    """Actors with one vLLM engine each."""
 
     precision: Precision = "float32"
     """Precision of the engine's weights."""
     tensor_parallel_size: int = Field(1, ge=1)
-    """Number of GPUs that share one engine's model."""
+    """Number of GPUs over which the model of one engine is sharded."""
     kv_cache_gib: float = Field(1.0, gt=0)
-    """Size of the KV cache of an engine on a CPU, in GiB."""
+    """Size in GiB of an engine's KV cache on a CPU."""
     gpu_memory_utilization: float = Field(0.45, gt=0, le=1)
-    """Share of each GPU's memory that an engine takes."""
+    """Fraction of each GPU's memory that an engine uses."""
     max_num_seqs: int = Field(64, ge=1)
-    """Largest number of sequences that an engine runs concurrently."""
+    """Maximum number of sequences that an engine processes concurrently."""
     enforce_eager: bool | None = None
-    """Eager execution, without compilation and CUDA graphs, which starts sooner and samples more
-    slowly. If unset: true on a CPU, false on a GPU."""
+    """Eager execution, without compilation and CUDA graphs. The engine starts faster and samples
+    more slowly. If unset: true on a CPU, false on a GPU."""
 
     @property
     def eager(self) -> bool:
-        """True if nothing is compiled."""
+        """True if the engine does not compile."""
         return not self.gpus if self.enforce_eager is None else self.enforce_eager
 
     @model_validator(mode="after")
     def _gpus_cover_tensor_parallel(self) -> EngineConfig:
         if self.tensor_parallel_size > 1 and self.gpus != self.tensor_parallel_size:
             raise ValueError(
-                f"gpus {self.gpus:g} does not equal tensor_parallel_size "
-                f"{self.tensor_parallel_size}. Set gpus to the same number."
+                f"gpus is {self.gpus:g}, but tensor_parallel_size is {self.tensor_parallel_size}. "
+                f"Set gpus to {self.tensor_parallel_size}."
             )
         return self

@@ -1,4 +1,4 @@
-"""Configuration of sampling."""
+"""Configuration of the rollouts."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from seqkd.config.resources import EngineConfig
 
 
 class RolloutConfig(EngineConfig):
-    """Sampling, by the student or by the teacher."""
+    """Sampling of completions, and the student's vLLM engines."""
 
     samples_per_prompt: int = Field(4, ge=1)
-    """Number of completions per prompt in one step."""
+    """Number of completions per prompt and step."""
     max_tokens: int = Field(64, ge=1)
-    """Largest number of tokens of a completion, answers in the data set included."""
+    """Maximum number of tokens per completion, including answers from the data set."""
     mask_truncated: bool = False
-    """Masking of sampled completions that max_tokens cut: they are dropped from the loss, which
-    biases it against long ones. A step in which all completions are cut trains on all of them."""
+    """Exclusion from the loss of sampled completions that were truncated at max_tokens. It biases
+    the loss against long completions. If all completions of a step are truncated, the step uses
+    all of them."""
     max_off_policy_steps: int = Field(0, ge=0, le=1)
-    """Number of draws by which the student that samples may be behind the student that is trained.
-    1: with placement split, the next draw is sampled and scored while the learner trains."""
+    """Number of draws by which the sampling student may lag behind the trained student. 1, with
+    placement split: the next draw is sampled and scored while the learner trains."""
     temperature: float = Field(1.0, gt=0)
-    """Temperature of sampling. Objectives that are expectations under the student need 1."""
+    """Sampling temperature. Objectives that are expectations under the student require 1."""
     top_p: float = Field(1.0, gt=0, le=1)
-    """Probability mass that is sampled from. Objectives that are expectations under the student
-    need 1."""
+    """Top-p (nucleus) sampling. Objectives that are expectations under the student require 1."""
     teacher_fraction: float = Field(0.2, gt=0, lt=1)
-    """Probability that a completion of sampler mixture is the teacher's."""
+    """Probability that a completion of sampler mixture is sampled from the teacher."""

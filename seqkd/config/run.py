@@ -1,7 +1,7 @@
-"""The configuration: a frozen schema, unions keyed by ``kind``, and :func:`load`.
+"""The configuration of a run: a frozen schema with unions selected by ``kind``, and :func:`load`.
 
-Imports no torch, so ``--help`` and every refusal of bad input answer at once. Combinations that
-cannot work are refused here, each with the field, the value and the fix.
+This module does not import torch, so that ``--help`` and configuration errors appear at once.
+Combinations that cannot work are rejected here, with field, value and fix.
 """
 
 from __future__ import annotations
@@ -28,39 +28,39 @@ from seqkd.config.teacher import SingleTeacherConfig, TeacherConfig
 
 
 class TeacherCacheConfig(BaseConfig):
-    """Cache of the teacher's completions and scores, so that nothing is computed twice."""
+    """Cache of the teacher's completions and scores, which are then computed only once."""
 
     path: str
-    """Directory of the cache, which several runs may share."""
+    """Directory of the cache. Several runs may share it."""
     records: Literal["teacher", "dataset"] = "teacher"
-    """Source of the completions of sampler teacher_cache: the teacher, or the answers in the data
-    set."""
+    """Source of the completions of sampler teacher_cache. teacher: the teacher's samples; dataset:
+    the data set's answers."""
 
 
 class EvaluationConfig(BaseConfig):
     """Evaluation on held-out prompts before, between and after the phases."""
 
     prompts: int = Field(64, ge=0)
-    """Number of held-out prompts; 0 turns evaluation off."""
+    """Number of held-out prompts. 0: no evaluation."""
     samples_per_prompt: int = Field(1, ge=1)
-    """Number of completions per prompt by each model."""
+    """Number of completions per prompt from each model."""
     every_steps: int | None = Field(None, ge=1)
-    """Number of optimizer steps between evaluations within a phase. If unset: only before, between
-    and after the phases."""
+    """Number of optimizer steps between evaluations within a phase. If unset: evaluation only
+    before, between and after the phases."""
     examples: int = Field(3, ge=0)
-    """Number of completions that are shown side by side at the end."""
+    """Number of prompts whose completions are printed side by side at the end."""
 
 
 class Config(PhaseConfig):
     """Configuration of a run."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """Name of the run, and of its directory within runs_dir."""
+    """Name of the run and of its directory in runs_dir."""
     runs_dir: str = "runs"
-    """Directory of the run directories. A relative path is below ~/seqkd if Ray runs the job in a
-    copy of the working directory."""
+    """Parent directory of the run directories. A relative path is relative to ~/seqkd if Ray runs
+    the job in a copy of the working directory."""
     seed: int = Field(0, ge=0, lt=2**63)
-    """Seed of sampling and of the order of the data."""
+    """Random seed of sampling and of the order of the data."""
     student: StudentConfig
     teacher: TeacherConfig
     data: DataConfig
@@ -74,21 +74,22 @@ class Config(PhaseConfig):
     recovery: RecoveryConfig = RecoveryConfig()
     alarms: AlarmsConfig = AlarmsConfig()
     trackers: tuple[TrackerName, ...] = ()
-    """Trackers that get the metrics in addition to TensorBoard; see docs/metrics.md."""
+    """Experiment trackers that receive the metrics in addition to TensorBoard; see
+    docs/metrics.md."""
     placement: Literal["colocated", "split"] = "colocated"
-    """Placement of the roles. colocated: they run alternately on the same cores; split: each role
-    has its own cores."""
+    """Placement of the roles. colocated: the roles run alternately on the same cores and GPUs;
+    split: every role has its own."""
     cluster: str | None = None
-    """Ray address. If unset: the job's own cluster, or a local one."""
+    """Address of the Ray cluster. If unset: the cluster of the job, or a local Ray."""
 
     @property
     def phases(self) -> tuple[tuple[str, PhaseConfig], ...]:
-        """Names and phases, in the order in which they run."""
+        """Names and phases in running order."""
         warmup = (("warmup", self.warmup),) if self.warmup else ()
         return (*warmup, ("main", self))
 
     def extent(self, phase: PhaseConfig) -> str:
-        """Return the length of a phase in words."""
+        """Describe the length of a phase."""
         steps = f"{phase.steps} step{'s' * (phase.steps > 1)}"
         if self.budget is None or phase is not self:
             return steps
@@ -111,7 +112,8 @@ class Config(PhaseConfig):
 
     @property
     def two_step(self) -> bool:
-        """True if training reads the teacher from its cache only, so that none is loaded."""
+        """True if training reads the teacher's outputs only from the cache, so that no teacher is
+        loaded."""
         recorded = {name for name in self.samplers if SAMPLERS[name].recorded}
         live = [t for _, p in self.phases for t in p.terms if t.sampler not in recorded]
         asked = any(
@@ -120,8 +122,8 @@ class Config(PhaseConfig):
         return bool(recorded) and not asked
 
     def source(self, sampler: SamplerName) -> SamplerName:
-        """Return the sampler whose completions ``sampler`` reads: for teacher_cache the recorded
-        one, else ``sampler`` itself."""
+        """Return the sampler that writes the completions of ``sampler``: for teacher_cache the
+        recorded sampler, otherwise ``sampler`` itself."""
         if not SAMPLERS[sampler].recorded:
             return sampler
         assert self.teacher_cache is not None
@@ -136,8 +138,8 @@ class Config(PhaseConfig):
         )
 
     def draws_ahead(self, phase: PhaseConfig) -> bool:
-        """Return whether the next draw of ``phase`` may start while the learner trains. Completions
-        that the student does not write are the same whenever they are drawn."""
+        """Return True if the next draw of ``phase`` may start while the learner trains. Completions
+        that the student does not write do not depend on when they are drawn."""
         on_student = any(SAMPLERS[name].on_student for name in phase.by_sampler)
         return self.placement == "split" and (
             not on_student or self.rollout.max_off_policy_steps > 0
@@ -145,8 +147,8 @@ class Config(PhaseConfig):
 
     @property
     def scored_together(self) -> int | None:
-        """Number of completions that the teacher scores at once while others are sampled: as many
-        as keep it busy at their longest. None if the two run alternately on whole draws."""
+        """Number of completions that the teacher scores at once while others are sampled: enough to
+        keep the teacher busy at the maximum length. None if sampling and scoring alternate."""
         longest = self.data.max_prompt_tokens + self.rollout.max_tokens
         if self.placement != "split":
             return None
@@ -163,14 +165,15 @@ class Config(PhaseConfig):
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """:func:`seqkd.config.loading.read` a configuration."""
+    """Read a configuration; see :func:`seqkd.config.loading.read`."""
     return read(path, Config, overrides)
 
 
 def dump(config: Config) -> str:
-    """Return the resolved configuration as YAML that :func:`load` reads back to an equal one."""
+    """Return the resolved configuration as YAML, from which :func:`load` reads an equal
+    configuration."""
     data = config.model_dump(mode="json")
     text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
-    if "\x85" in text:  # which YAML reads back as a line feed unless it is escaped
+    if "\x85" in text:  # YAML reads an unescaped \x85 as a line feed
         text = yaml.safe_dump(data, sort_keys=False)
     return text

@@ -1,6 +1,6 @@
-"""The samplers: whose completions a term of the loss trains on.
+"""The samplers, which are the sources of the completions that a term of the loss trains on.
 
-All facts about a sampler are in :data:`SAMPLERS`. Code asks for a fact and compares no names.
+All properties of a sampler are in :data:`SAMPLERS`. Code reads a property and never compares names.
 """
 
 from __future__ import annotations
@@ -14,24 +14,26 @@ SamplerName = Literal["student", "teacher", "mixture", "dataset", "corpus", "tea
 
 @dataclass(frozen=True)
 class SamplerTraits:
-    """Facts about one sampler."""
+    """Properties of one sampler."""
 
     label: str
-    """Its completions, in words."""
+    """Description of the completions."""
     objective: str
-    """Kind of the objective that a term gets if none is set."""
+    """Kind of the default objective."""
     on_student: bool = False
-    """The student writes some of the completions, with its current weights."""
+    """True if the student, with its current weights, writes some of the completions."""
     on_teacher: bool = False
-    """A loaded teacher writes some of the completions."""
+    """True if a loaded teacher writes some of the completions."""
     weighted: bool = False
-    """Completions come from student and teacher, with importance weights back to the student."""
+    """True if completions of student and teacher are mixed, with importance weights to the
+    student's distribution."""
     from_data: bool = False
-    """Completions are read from the data, one per prompt."""
+    """True if completions are read from the data, one per prompt."""
     plain_text: bool = False
-    """The data is the corpus, whose texts have no prompts."""
+    """True if the data is the corpus, whose texts have no prompts."""
     recorded: bool = False
-    """Completions and scores are read from the teacher cache, by ``teacher_cache.records``."""
+    """True if completions and scores are read from the teacher cache; see
+    ``teacher_cache.records``."""
 
 
 SAMPLERS: dict[str, SamplerTraits] = {
@@ -57,7 +59,7 @@ SAMPLERS: dict[str, SamplerTraits] = {
 
 
 def samplers_where(condition: Callable[[SamplerTraits], bool]) -> tuple[SamplerName, ...]:
-    """Return the names of the samplers that meet ``condition``, in the table's order."""
+    """Return the names of the samplers that meet ``condition``, in the order of the table."""
     return cast(
         tuple[SamplerName, ...], tuple(name for name in SAMPLERS if condition(SAMPLERS[name]))
     )
@@ -67,7 +69,7 @@ ON_STUDENT = samplers_where(lambda sampler: sampler.on_student)
 """Samplers for which the student writes completions."""
 
 STUDENT_ALONE = samplers_where(lambda sampler: sampler.on_student and not sampler.on_teacher)
-"""Samplers for which no one but the student writes completions."""
+"""Samplers for which only the student writes completions."""
 
 (RECORDED,) = samplers_where(lambda sampler: sampler.recorded)
 """Sampler that reads the teacher cache."""

@@ -1,4 +1,4 @@
-"""Configuration of the student: its checkpoint, its initialization, its adapters."""
+"""Configuration of the student: checkpoint, initialization and adapters."""
 
 from __future__ import annotations
 
@@ -10,36 +10,39 @@ from seqkd.config.base import BaseConfig
 
 
 class CheckpointInitConfig(BaseConfig):
-    """Start from the model as it is."""
+    """Initialization with the weights of the model."""
 
     kind: Literal["checkpoint"] = "checkpoint"
 
 
 class PruneInitConfig(BaseConfig):
-    """Start from the model without layers [first, last): depth pruning."""
+    """Initialization by depth pruning: the model without some of its layers."""
 
     kind: Literal["prune"] = "prune"
     drop_layers: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=1)]]
-    """Range [first, last) of the layers that are dropped, counted from 0; layer last stays."""
+    """Range [first, last) of the layers to drop, counted from 0. Layer `last` is kept."""
 
     @field_validator("drop_layers")
     @classmethod
     def _a_range(cls, value: tuple[int, int]) -> tuple[int, int]:
         if value[0] >= value[1]:
-            raise ValueError("drop_layers is [first, last) and first must be below last.")
+            raise ValueError(
+                f"is [{value[0]}, {value[1]}], but the first number must be below the last. "
+                f"To drop only layer {value[0]}, set it to [{value[0]}, {value[0] + 1}]."
+            )
         return value
 
 
 class LoraConfig(BaseConfig):
-    """Low-rank adapters, which are trained in place of the model's own weights (docs/lora.md)."""
+    """Low-rank adapters, which are trained instead of the model's own weights (docs/lora.md)."""
 
     rank: int = Field(16, ge=1)
     """Rank of the adapters."""
     alpha: int = Field(32, ge=1)
-    """Scale of the adapters: their output is multiplied by alpha / rank."""
+    """Scale of the adapters, whose output is multiplied by alpha / rank."""
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    """Linear layers that get adapters, by the last part of their name, such as q_proj. all-linear:
-    every linear layer except the output head."""
+    """Linear layers with adapters, by the last part of the layer's name, such as q_proj.
+    all-linear: every linear layer except the output head."""
 
     @field_validator("targets", mode="before")
     @classmethod
@@ -47,8 +50,8 @@ class LoraConfig(BaseConfig):
         named = isinstance(value, list | tuple) and value and all(isinstance(n, str) for n in value)
         if value != "all-linear" and not named:
             raise ValueError(
-                f"{value!r:.80} is neither all-linear nor a list of names. Set it to all-linear, "
-                "or name linear layers of the student, as in [q_proj, v_proj]."
+                f"{value!r:.80} is neither all-linear nor a list of layer names. Set it to "
+                "all-linear, or to linear layers of the student, such as [q_proj, v_proj]."
             )
         return value
 
@@ -63,4 +66,4 @@ class StudentConfig(BaseConfig):
     )
     """Initialization of the student."""
     lora: LoraConfig | None = None
-    """Low-rank adapters. If unset, every weight of the model is trained."""
+    """Low-rank adapters. If unset: all weights of the model are trained."""

@@ -1,4 +1,4 @@
-"""Configuration of the teachers: one class for each kind, and several teachers at once."""
+"""Configuration of the teachers: one class per kind, and several teachers at once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from seqkd.config.resources import ActorsConfig, EngineConfig
 
 
 class SingleTeacherConfig(BaseConfig):
-    """Everything that a run asks of a teacher's configuration. A kind overrides what differs."""
+    """Interface of a teacher's configuration. Every kind overrides the properties in which it
+    differs."""
 
     if TYPE_CHECKING:  # every kind has these keys, with its own types and defaults
         kind: str
@@ -24,50 +25,50 @@ class SingleTeacherConfig(BaseConfig):
 
     @property
     def local(self) -> LocalTeacherConfig | None:
-        """This configuration, if the run itself loads the teacher's checkpoint."""
+        """This configuration if the run loads the teacher's checkpoint, otherwise None."""
         return None
 
     @property
     def endpoint(self) -> EndpointTeacherConfig | None:
-        """This configuration, if the teacher is behind a network endpoint."""
+        """This configuration if the teacher is behind a network endpoint, otherwise None."""
         return None
 
     @property
     def distribution(self) -> bool:
-        """True if the scores hold the teacher's distribution, or the most probable part of it."""
+        """True if the scores contain the teacher's distribution or its most probable tokens."""
         return self.scores not in ("none", "logprobs")
 
     @property
     def by_text(self) -> bool:
-        """True if completions come as text, whose tokens' probabilities are unknown."""
+        """True if completions are returned as text, so that token probabilities are unknown."""
         return False
 
     @property
     def scoring(self) -> ActorsConfig:
-        """Processes that score."""
+        """Actors that score."""
         return ActorsConfig()
 
     @property
     def writing(self) -> ActorsConfig:
-        """Processes that write completions."""
+        """Actors that write completions."""
         return ActorsConfig()
 
     @property
     def writing_precision(self) -> Precision | None:
-        """Precision of the engine that writes completions, or None if it is unknown."""
+        """Precision of the engine that writes completions. None if it is unknown."""
         return None
 
     @property
     def distribution_hint(self) -> str:
-        """Advice on how to get the teacher's distribution, as the end of an error message."""
+        """Advice on how to get the teacher's distribution, appended to an error message."""
         return "Use a local teacher (kind vllm or hf)."
 
     def at_once(self, length: int) -> int:
-        """Return how many sequences of ``length`` tokens keep the scoring processes busy."""
+        """Return the number of sequences of ``length`` tokens that keep all scoring actors busy."""
         return 1
 
     def describe(self) -> dict[str, str]:
-        """Return what distinguishes this teacher from others, which is part of its identity."""
+        """Return the settings that identify this teacher."""
         return {"model": self.model, "precision": self.precision}
 
     @property
@@ -81,11 +82,11 @@ class SingleTeacherConfig(BaseConfig):
         return False
 
     def candidates(self, tag: str) -> dict[str, float]:
-        """Return names and weights of the teachers that may have a prompt with ``tag``."""
+        """Return names and weights of the teachers that may be chosen for a prompt with ``tag``."""
         return {"": 1.0}
 
     def choose(self, tag: str, prompt_id: str) -> str:
-        """Return the name of a prompt's teacher. It depends on nothing but the two arguments."""
+        """Return the name of a prompt's teacher. It depends only on the two arguments."""
         return ""
 
     def replaced(self, teachers: Mapping[str, SingleTeacherConfig]) -> Any:
@@ -94,22 +95,23 @@ class SingleTeacherConfig(BaseConfig):
 
 
 class LocalTeacherConfig(SingleTeacherConfig, ActorsConfig):
-    """A teacher whose checkpoint the run loads."""
+    """A teacher whose checkpoint is loaded by the run."""
 
     model: str
     """Local directory or hub name of the model, in transformers' format."""
     scores: Literal["hidden", "top_k", "logprobs"] = "hidden"
-    """Kind of the scores. hidden: hidden states, which give the whole distribution; top_k: the most
-    probable tokens, with the rest as one event; logprobs: the sampled tokens only."""
+    """Content of the teacher's scores. hidden: hidden states, from which the learner computes the
+    full distribution; top_k: log-probs of the most probable tokens, with all other tokens as one
+    event; logprobs: log-probs of the completion tokens only."""
     top_k: int = Field(64, ge=1)
-    """Number of tokens per state under scores=top_k."""
+    """Number of tokens per state with scores=top_k."""
     batch_tokens: int = Field(8192, ge=1)
-    """Number of tokens that are scored in one engine step."""
+    """Maximum number of tokens that are scored in one engine step."""
     allow_template_mismatch: bool = False
-    """Permission to continue, with a warning, if the teacher's chat template is not the
+    """Conversion of the error into a warning if the teacher's chat template differs from the
     student's."""
     generation: EngineConfig = EngineConfig()
-    """vLLM engine with which the teacher writes completions. Keys that are unset are as for
+    """vLLM engine with which the teacher writes completions. Unset keys are the same as for
     scoring."""
     precision: Precision = "float32"
     """Precision of the model's weights."""
@@ -153,7 +155,7 @@ class LocalTeacherConfig(SingleTeacherConfig, ActorsConfig):
 
 
 class VllmTeacherConfig(LocalTeacherConfig, EngineConfig):
-    """A teacher that scores by vLLM's pooling runner."""
+    """A teacher that scores with vLLM's pooling runner."""
 
     kind: Literal["vllm"] = "vllm"
 
@@ -163,17 +165,17 @@ class VllmTeacherConfig(LocalTeacherConfig, EngineConfig):
 
 
 class HfTeacherConfig(LocalTeacherConfig):
-    """A teacher that scores by a transformers forward pass."""
+    """A teacher that scores with a transformers forward pass."""
 
     kind: Literal["hf"] = "hf"
     batch_tokens: int = Field(4096, ge=1)
-    """Number of tokens in one forward pass, padding included."""
+    """Maximum number of tokens in one forward pass, including padding."""
 
 
 class EndpointTeacherConfig(SingleTeacherConfig):
-    """A teacher behind an OpenAI-compatible endpoint. Without scores it writes completions, whose
-    text is tokenized again for the student, so that the two tokenizers may differ. With scores its
-    tokenizer must be the student's."""
+    """A teacher behind an OpenAI-compatible endpoint. Without scores, the teacher writes
+    completions as text, which is tokenized for the student, so the two tokenizers may differ. With
+    scores, the teacher must have the student's tokenizer."""
 
     kind: Literal["openai"] = "openai"
     model: str
@@ -181,35 +183,38 @@ class EndpointTeacherConfig(SingleTeacherConfig):
     base_url: str = Field(pattern=r"^https?://")
     """URL of the endpoint, up to and including /v1."""
     api: Literal["chat", "completions"] = "chat"
-    """Interface of the endpoint. chat: with the endpoint's own template; completions: with the
-    student's."""
+    """API with which completions are requested. chat: the endpoint applies its own chat template;
+    completions: prompts are rendered with the student's chat template."""
     api_key_env: str = "OPENAI_API_KEY"
-    """Environment variable that holds the key."""
+    """Name of the environment variable with the API key."""
     concurrency: int = Field(8, ge=1)
-    """Largest number of concurrent requests."""
+    """Maximum number of concurrent requests."""
     timeout_s: float = Field(120.0, gt=0)
-    """Seconds after which a request is repeated."""
+    """Seconds after which a request is retried."""
     max_retries: int = Field(10, ge=0)
-    """Number of times that a request is repeated, with growing pauses, before the run fails."""
+    """Maximum number of retries of a request, with increasing delays, before the run fails."""
     scores: Literal["none", "logprobs", "top_k"] = "none"
-    """Kind of the scores. logprobs: the sampled tokens only; top_k: the most probable tokens, with
-    the rest as one event. Both use the completions interface with echo, on token ids."""
+    """Content of the teacher's scores. none: no scores, the teacher only writes completions;
+    logprobs: log-probs of the completion tokens only; top_k: log-probs of the most probable tokens,
+    with all other tokens as one event. logprobs and top_k use the completions API with echo, on
+    token ids."""
     top_k: int = Field(20, ge=1)
-    """Number of tokens per state under scores=top_k. Servers limit it."""
+    """Number of tokens per state with scores=top_k. Servers limit it."""
     tokenizer: str | None = None
-    """Local directory or hub name of the served model's tokenizer, required for scores."""
+    """Local directory or hub name of the served model's tokenizer. Required for scores."""
     checkpoint: str | None = None
-    """Local directory or hub name of the model that should be served, to compare its log-probs
-    with the endpoint's."""
+    """Local directory or hub name of the model that the endpoint should serve. If set: its
+    log-probs are compared with the endpoint's."""
     precision: Precision = "bfloat16"
-    """Precision in which the endpoint computes. It sets how closely scores must repeat."""
+    """Precision of the served model. It determines how closely repeated scores must agree."""
 
     @field_validator("api_key_env")
     @classmethod
     def _a_name(cls, value: str) -> str:
-        if not value.isidentifier():  # its text is not shown: it may be the key itself
+        if not value.isidentifier():  # the value is not shown because it may be the key itself
             raise ValueError(
-                "is not the name of an environment variable. Name the one with the key."
+                "is not the name of an environment variable. Set it to the name of the variable "
+                "that contains the key."
             )
         return value
 
@@ -217,14 +222,14 @@ class EndpointTeacherConfig(SingleTeacherConfig):
     def _scores_fit(self) -> EndpointTeacherConfig:
         if self.scores != "none" and self.tokenizer is None:
             raise ValueError(
-                f"scores {self.scores!r} are of the student's tokens, so the served model must "
-                "have the student's tokenizer, but teacher.tokenizer is not set. Set it to the "
-                "directory or hub name of the served model's, or scores to none."
+                f"scores is {self.scores!r}, which requires a served model with the student's "
+                "tokenizer, but teacher.tokenizer is not set. Set it to the directory or hub name "
+                "of the served model's tokenizer, or set scores to none."
             )
         if self.scores == "none" and self.checkpoint is not None:
             raise ValueError(
-                f"checkpoint {self.checkpoint!r} is compared by log-probs, but scores is 'none'. "
-                "Set scores to logprobs or top_k, or leave checkpoint out."
+                f"checkpoint is {self.checkpoint!r}, to compare its log-probs with the endpoint's, "
+                "but scores is 'none'. Set scores to logprobs or top_k, or remove checkpoint."
             )
         return self
 
@@ -239,8 +244,8 @@ class EndpointTeacherConfig(SingleTeacherConfig):
     @property
     def distribution_hint(self) -> str:
         return (
-            "Set it to top_k, where the endpoint gives log-probs and has the student's "
-            "tokenizer. Else set sampler to teacher, or use a local teacher (kind vllm or hf)."
+            "Set it to top_k if the endpoint returns log-probs and has the student's tokenizer. "
+            "Otherwise set sampler to teacher, or use a local teacher (kind vllm or hf)."
         )
 
     def at_once(self, length: int) -> int:
@@ -259,43 +264,45 @@ class WeightedTeacherConfig(BaseConfig):
     teacher: Annotated[TeacherKind, Field(discriminator="kind")]
     """Teacher of kind vllm, hf or openai."""
     weight: float = Field(1.0, gt=0)
-    """Share of the teacher in the prompts that it may have."""
+    """Relative probability of this teacher among the teachers that a prompt's tag allows."""
     tags: tuple[str, ...] = ()
-    """Tags of the rows that the teacher may have (data.tag_key). Empty: all rows."""
+    """Tags (data.tag_key) of the prompts for which this teacher may be chosen. Empty: all
+    prompts."""
 
 
 class MultiTeacherConfig(BaseConfig):
-    """Several teachers. Each prompt has one of them, by its tag, and by the weights of those that
-    the tag allows.
+    """Several teachers. Every prompt is assigned one of the teachers that its tag allows, by a hash
+    of the prompt and with probability proportional to the teacher's weight.
 
-    With weights w the expected loss is the weighted sum of the losses to each: for forward KL up to
-    a constant that to their mixture, for reverse KL that to their normalized geometric mean.
+    The expected loss is the weighted sum of the losses to the teachers. Up to a constant it equals,
+    for forward KL, the loss to the mixture of the teachers, and for reverse KL, the loss to their
+    normalized geometric mean.
     """
 
     kind: Literal["multi"] = "multi"
     teachers: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")], WeightedTeacherConfig] = (
         Field(min_length=1)
     )
-    """Teachers by a name of your choice."""
+    """Teachers by name, which may be chosen freely."""
 
     @model_validator(mode="after")
     def _same_scores(self) -> MultiTeacherConfig:
         forms = {name: share.teacher.scores for name, share in self.teachers.items()}
         if len(set(forms.values())) > 1:
             raise ValueError(
-                f"teachers give scores of different kinds ({forms}), and one loss is made of all. "
-                "Set teacher.scores of each to the same."
+                f"teachers have different values of scores ({forms}), but one loss cannot combine "
+                "them. Set scores to the same value for all teachers."
             )
         return self
 
     @property
     def scores(self) -> str:
-        """Kind of the scores of every teacher."""
+        """Content of the scores, the same for all teachers."""
         return next(iter(self.teachers.values())).teacher.scores
 
     @property
     def distribution(self) -> bool:
-        """True if the scores hold the teachers' distributions."""
+        """True if the scores contain the teachers' distributions."""
         return all(share.teacher.distribution for share in self.teachers.values())
 
     @property

@@ -1,4 +1,4 @@
-"""A configuration in words: its models, and what each phase minimizes on which samples."""
+"""Descriptions of a configuration: its models, and the loss and the samples of every phase."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from seqkd.config.student import PruneInitConfig
 
 
 def describe_term(term: TermConfig) -> str:
-    """Return for example "token-level forward KL on the teacher's samples", with the options that
-    differ from their defaults."""
+    """Describe a term with the options that differ from their defaults, for example "token-level
+    forward KL on the teacher's samples"."""
     objective = term.objective
     options = objective.model_dump(exclude_defaults=True, exclude={"kind"})
     if isinstance(objective, SequenceReverseKLConfig):
@@ -26,12 +26,13 @@ def describe_term(term: TermConfig) -> str:
 
 
 def describe_terms(phase: PhaseConfig) -> str:
-    """Return the whole loss of a phase."""
+    """Describe the loss of a phase."""
     return " + ".join(map(describe_term, phase.terms))
 
 
 def describe_phase(config: Config, name: str, phase: PhaseConfig) -> str:
-    """Return the length and the loss of a phase, for example "warmup, 20 steps: skew KL on ..."."""
+    """Describe the length and the loss of a phase, for example "warmup, 20 steps: skew KL on
+    ..."."""
     return f"{name}, {config.extent(phase)}: {describe_terms(phase)}"
 
 
@@ -45,5 +46,5 @@ def model_names(config: Config) -> tuple[str, str]:
 
 
 def _short(model: str) -> str:
-    """Return the last part of a directory, or a hub name as it is."""
+    """Return the last part of a local path, or a hub name unchanged."""
     return PurePath(model).name if model.startswith(("/", "~", ".")) else model

@@ -170,7 +170,7 @@ def check_config(path, overrides=()):
     except ConfigError as error:
         for line in lines_of(error):
             assert line.startswith((f"{path}: ", "override "))
-        event("is not YAML" if "is not YAML" in str(error) else "refused")
+        event("is not valid YAML" if "is not YAML" in str(error) else "refused")
         return
     event("loads")
     again = path.parent / "again.yaml"
@@ -303,7 +303,7 @@ def test_a_key_that_is_there_twice_is_refused(folder):
     path = folder / "twice.yaml"
     path.write_bytes(tiny_with("steps: 7"))
     with pytest.raises(
-        ConfigError, match=r"twice\.yaml: is not YAML: key 'steps' is repeated .*12"
+        ConfigError, match=r"twice\.yaml: is not valid YAML: key 'steps' is repeated .*12"
     ):
         load(path)
     path.write_bytes(tiny_with("warmup: {<<: {steps: 3, sampler: teacher}, steps: 4}"))

@@ -421,9 +421,9 @@ def test_levels_are_of_what_the_student_wrote():
 
 
 def test_a_warning_after_the_stop_is_refused(path):  # noqa: F811
-    with pytest.raises(ConfigError, match=r"alarms\.repetition: warn 0\.5 would come after stop"):
+    with pytest.raises(ConfigError, match=r"alarms\.repetition: stop is 0\.4, which is reached"):
         load(path, ["alarms.repetition.stop=0.4"])
-    with pytest.raises(ConfigError, match=r"alarms\.entropy_fraction: warn 0\.1 would come after"):
+    with pytest.raises(ConfigError, match=r"alarms\.entropy_fraction: stop is 0\.2, which"):
         load(path, ["alarms.entropy_fraction.stop=0.2"])
     load(path, ["alarms.repetition.stop=0.5", "alarms.entropy_fraction.stop=0.01"])
 

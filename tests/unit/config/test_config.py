@@ -1,4 +1,5 @@
-"""Every refusal names the field, the value and the mend; nothing heavy is imported for it."""
+"""Configuration errors contain the field, the value and the fix. Reading a configuration imports no
+heavy package."""
 
 from __future__ import annotations
 
@@ -27,14 +28,14 @@ MINIMAL = {
 }
 
 
-def test_every_objective_and_sampler_has_all_that_it_needs():
+def test_objectives_and_samplers_are_complete_and_consistent():
     classes = get_args(get_args(ObjectiveConfig)[0])
     assert {c.model_fields["kind"].default for c in classes} == set(OBJECTIVES)
     assert all(c.label and c.samplers for c in classes)
     assert set(SAMPLERS) == set(get_args(SamplerName))
     for name, traits in SAMPLERS.items():
-        (natural,) = [c for c in classes if c.model_fields["kind"].default == traits.objective]
-        assert traits.label and name in natural.samplers
+        (default,) = [c for c in classes if c.model_fields["kind"].default == traits.objective]
+        assert traits.label and name in default.samplers
 
 
 ENDPOINT = "teacher={kind: openai, model: m, base_url: 'http://x/v1'}"
@@ -79,11 +80,11 @@ def test_dump_reads_back_equal(path, tmp_path):
     ("sampler", "objective"),
     [("student", "sequence_reverse_kl"), ("teacher", "sequence_forward_kl"), ("dataset", "sft")],
 )
-def test_the_sampler_alone_flips_a_run(path, sampler, objective):
+def test_the_sampler_sets_the_default_objective(path, sampler, objective):
     assert load(path, [f"sampler={sampler}"]).objective.kind == objective
 
 
-def test_a_partial_objective_keeps_the_natural_kind(path):
+def test_a_partial_objective_keeps_the_default_kind(path):
     objective = load(path, ["objective.estimator=single_step"]).objective
     assert isinstance(objective, SequenceReverseKLConfig)
     assert objective.estimator == "single_step"
@@ -104,7 +105,7 @@ def test_terms_that_share_a_sampler_share_its_completions(path):
     assert kinds == {"dataset": ["sft", "token_forward_kl"], "student": ["sequence_reverse_kl"]}
 
 
-def test_a_teacher_writes_with_the_engine_it_scores_with(path):
+def test_the_generation_engine_inherits_the_scoring_engines_settings(path):
     teacher = load(path, ["teacher.cpus=3", "teacher.generation.kv_cache_gib=2"]).teacher
     assert (teacher.generation.cpus, teacher.generation.kv_cache_gib) == (3, 2)
     assert teacher.kv_cache_gib == 1
@@ -120,7 +121,7 @@ def test_a_teacher_writes_with_the_engine_it_scores_with(path):
         ["teacher.tokenizer=null", "sampler=teacher"],
     ],
 )
-def test_what_an_endpoint_can_teach(path, overrides):
+def test_endpoint_teachers_with_scores_are_accepted(path, overrides):
     config = load(path, [ENDPOINT, "teacher.tokenizer=a", *overrides])
     assert config.teacher.distribution == ("teacher.scores=top_k" in overrides)
 
@@ -130,7 +131,7 @@ def test_scientific_notation_is_a_number(path):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "field", "mend"),
+    ("overrides", "field", "fix"),
     [
         (["stpes=1"], "stpes", "Did you mean 'steps'"),
         (["rollout.max_token=3"], "rollout.max_token", "Did you mean 'max_tokens'"),
@@ -139,10 +140,10 @@ def test_scientific_notation_is_a_number(path):
         (["steps=many"], "steps: 'many'", "valid integer"),
         (["learner.lr=.inf"], "learner.lr", "finite number"),
         (["learner.zero_stage=4"], "learner.zero_stage: 4", "0, 1, 2 or 3"),
-        (["student.lora={}", "learner.compile=true"], "student.lora puts", "compile to false"),
+        (["student.lora={}", "learner.compile=true"], "student.lora adapters", "compile to false"),
         (
             ["learner.zero_stage=3", "learner.compile=true"],
-            "zero_stage 3 parts",
+            "sharded weights of zero_stage 3",
             "compile to false",
         ),
         (["name=a/b"], "name: 'a/b'", "pattern"),
@@ -150,15 +151,15 @@ def test_scientific_notation_is_a_number(path):
         (["teacher.kind=gpt"], "teacher.kind: 'gpt'", "'vllm', 'hf'"),
         (["objective.kind=ppo"], "objective.kind: 'ppo'", "'sequence_reverse_kl'"),
         (["student.init={kind: prune}"], "student.init.drop_layers", "Set it"),
-        (["student.init={kind: prune, drop_layers: [4, 4]}"], "drop_layers", "below last"),
+        (["student.init={kind: prune, drop_layers: [4, 4]}"], "drop_layers", "below the last"),
         (
             ["sampler=teacher", "objective.kind=sequence_reverse_kl"],
             "'sequence_reverse_kl'",
             "Set sampler to student",
         ),
         (["rollout.samples_per_prompt=1"], "samples_per_prompt is 1", "at least 2"),
-        (["rollout.temperature=0.7"], "temperature 0.7", "Set both to 1"),
-        (["rollout.top_p=0.9"], "top_p 0.9", "Set both to 1"),
+        (["rollout.temperature=0.7"], "temperature is 0.7", "Set both to 1"),
+        (["rollout.top_p=0.9"], "top_p is 0.9", "Set both to 1"),
         (
             ["objective={estimator: reinforce, normalization: minillm}"],
             "'reinforce'",
@@ -179,8 +180,8 @@ def test_scientific_notation_is_a_number(path):
         ),
         (
             ["objective={clip_ratio: 0.2, importance_ratio_cap: 2}"],
-            "clip_ratio and importance_ratio_cap",
-            "Set one",
+            "clip_ratio is 0.2 and importance_ratio_cap is 2",
+            "Remove one",
         ),
         (
             ["objective={estimator: reinforce, normalization: total, discount: 0.9}"],
@@ -197,16 +198,16 @@ def test_scientific_notation_is_a_number(path):
             "objective.clip_ratio",
             "Set sampler to student",
         ),
-        (["sampler=teacher_cache"], "sampler 'teacher_cache' reads", "Set teacher_cache.path"),
+        (["sampler=teacher_cache"], "sampler 'teacher_cache' reads", "set teacher_cache.path"),
         (
             ["sampler=teacher_cache", "teacher_cache={path: j, records: dataset}"],
             "teacher_cache.records is 'dataset'",
             "Set objective.kind to sft",
         ),
-        (["sampler=mixture", "updates_per_rollout=2"], "updates_per_rollout 2", "Set it to 1"),
+        (["sampler=mixture", "updates_per_rollout=2"], "updates_per_rollout is 2", "Set it to 1"),
         (
             ["rollout.max_off_policy_steps=1"],
-            "rollout.max_off_policy_steps 1",
+            "rollout.max_off_policy_steps is 1",
             "Set placement to split",
         ),
         (
@@ -216,7 +217,7 @@ def test_scientific_notation_is_a_number(path):
         ),
         (
             ["rollout.max_off_policy_steps=1", "placement=split", "sampler=mixture"],
-            "rollout.max_off_policy_steps 1",
+            "rollout.max_off_policy_steps is 1",
             "Set rollout.max_off_policy_steps to 0",
         ),
         (
@@ -230,18 +231,18 @@ def test_scientific_notation_is_a_number(path):
         (
             ["teacher={kind: openai, model: m, base_url: 'http://x/v1', api_key_env: sk-123}"],
             "teacher.api_key_env: is not the name",
-            "Name the one",
+            "name of the variable",
         ),
         ([ENDPOINT], "teacher.scores is 'none'", "Set it to top_k"),
         ([ENDPOINT, "objective.kind=sampled_token"], "teacher.scores is 'none'", "to logprobs"),
         (
             [ENDPOINT, "teacher.scores=top_k"],
             "teacher.tokenizer is not set",
-            "of the served model's, or scores to none",
+            "the served model's tokenizer, or set scores to none",
         ),
         (
             [ENDPOINT, "sampler=teacher", "teacher.checkpoint=a"],
-            "checkpoint 'a' is compared by log-probs, but scores is 'none'",
+            "but scores is 'none'",
             "Set scores to logprobs",
         ),
         (
@@ -251,13 +252,13 @@ def test_scientific_notation_is_a_number(path):
         ),
         (
             [ENDPOINT, "sampler=mixture", "teacher.tokenizer=a", "teacher.scores=top_k"],
-            "sampler 'mixture' weights each completion",
+            "sampler 'mixture' needs the teacher's probability",
             "Set teacher.api to completions",
         ),
         (["rollout.teacher_fraction=1"], "rollout.teacher_fraction: 1", "less than 1"),
         (
             ["teacher.scores=top_k", "objective={kind: gjsd, temperature: 2}"],
-            "objective.temperature 2",
+            "objective.temperature is 2",
             "teacher.scores to hidden",
         ),
         (
@@ -275,56 +276,58 @@ def test_scientific_notation_is_a_number(path):
             "extra_terms.0.weight: 0",
             "greater than 0",
         ),
-        (["learner.ranks=5"], "prompts_per_step 4", "Set it to 5 or more"),
+        (["learner.ranks=5"], "prompts_per_step is 4", "Set it to 5 or more"),
         (["data.heldout_path=null"], "no prompts are held out", "evaluation.prompts to 0"),
-        (["rollout.tensor_parallel_size=2"], "gpus 0", "Set gpus"),
-        (["teacher.tensor_parallel_size=2"], " teacher: gpus 0", "Set gpus"),
+        (["rollout.tensor_parallel_size=2"], "gpus is 0", "Set gpus to 2"),
+        (["teacher.tensor_parallel_size=2"], " teacher: gpus is 0", "Set gpus to 2"),
+        (["rollout.gpus=1.5"], "rollout.gpus: is 1.5", "whole number"),
         (["learner.betas=[0.9, 1.5]"], "learner.betas.1: 1.5", "less than 1"),
         (["steps"], "'steps'", "key=value"),
-        (["name.deep=1"], "name is the value 'x'", "no key below"),
-        (["steps=[1"], "steps=[1", "not YAML"),
+        (["name.deep=1"], "name is 'x', not a section", "Remove the override"),
+        (["steps=[1"], "steps=[1", "not valid YAML"),
     ],
 )
-def test_bad_input_is_one_clear_message(path, overrides, field, mend):
+def test_invalid_input_raises_one_message_with_field_and_fix(path, overrides, field, fix):
     with pytest.raises(ConfigError) as caught:
         load(path, overrides)
     message = str(caught.value)
     assert field in message
-    assert mend in message
+    assert fix in message
     assert len(message.splitlines()) == 1
     assert "BaseModel" not in message
 
 
 @pytest.mark.parametrize(
-    ("said", "gpus", "eager"),
+    ("value", "gpus", "eager"),
     [(None, 0, True), (None, 0.5, False), (True, 1, True), (False, 0, False)],
 )
-def test_engines_on_gpus_are_compiled_where_nothing_is_said(said, gpus, eager):
-    assert EngineConfig(enforce_eager=said, gpus=gpus).eager is eager
+def test_engines_on_gpus_are_compiled_by_default(value, gpus, eager):
+    assert EngineConfig(enforce_eager=value, gpus=gpus).eager is eager
 
 
-def test_every_problem_is_listed_at_once(path):
+def test_all_problems_are_listed_at_once(path):
     with pytest.raises(ConfigError) as caught:
         load(path, ["steps=0", "learner.lr=-1"])
     assert len(str(caught.value).splitlines()) == 2
 
 
 @pytest.mark.parametrize(
-    ("content", "mend"), [("[1, 2]", "mapping"), ("a: [", "not YAML"), ("", "mapping")]
+    ("content", "problem"),
+    [("[1, 2]", "mapping"), ("a: [", "not valid YAML"), ("", "mapping")],
 )
-def test_files_that_are_no_configuration(tmp_path, content, mend):
+def test_files_without_a_configuration_are_rejected(tmp_path, content, problem):
     file = tmp_path / "bad.yaml"
     file.write_text(content)
-    with pytest.raises(ConfigError, match=mend):
+    with pytest.raises(ConfigError, match=problem):
         load(file)
 
 
-def test_a_missing_file(tmp_path):
+def test_a_missing_file_is_reported(tmp_path):
     with pytest.raises(ConfigError, match="no such file"):
         load(tmp_path / "none.yaml")
 
 
-def test_reading_a_config_imports_nothing_heavy():
+def test_reading_a_config_imports_no_heavy_package():
     code = (
         "import sys, seqkd; import seqkd.cli.main; seqkd.load_config('configs/tiny.yaml'); "
         "print([m for m in ('torch', 'ray', 'vllm', 'deepspeed', 'transformers', 'numpy') "

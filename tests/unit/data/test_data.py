@@ -490,7 +490,7 @@ def test_held_out_prompts_beyond_those_wanted_are_not_read_but_checked(split):
         ({"heldout_fraction": 0.1, "heldout_split": "test"}, "Set one of them"),
         ({"heldout_split": "train"}, "'train' is the split that is trained on"),
         ({"streaming": True}, "rows is not set. Set rows"),
-        ({"thinking": False, "chat": False}, "Unset one of the two"),
+        ({"thinking": False, "chat": False}, "Remove thinking, or set chat to true"),
     ],
 )
 def test_options_that_do_not_fit(options, message):

@@ -77,8 +77,8 @@ def test_the_configuration_on_the_page_is_read():
         ("alpha=0", "student.lora.alpha: 0: input should be greater than or equal to 1"),
         ("dropout=0.1", "student.lora.dropout: unknown key"),
         ("targets=q_proj", "student.lora.targets: 'q_proj' is neither all-linear nor a list"),
-        ("targets=[]", "student.lora.targets: [] is neither all-linear nor a list of names"),
-        ("targets=[1]", "student.lora.targets: [1] is neither all-linear nor a list of names"),
+        ("targets=[]", "student.lora.targets: [] is neither all-linear nor a list of layer"),
+        ("targets=[1]", "student.lora.targets: [1] is neither all-linear nor a list of layer"),
     ],
 )
 def test_what_is_refused_when_it_is_read(tiny_config, override, message):

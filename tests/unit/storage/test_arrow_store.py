@@ -166,7 +166,7 @@ def test_a_disk_that_is_full_is_said_and_keeps_what_was_written(tmp_path):
         output, errors = process.communicate()
     assert output.split() == ["w-0", "w-1"]
     last = errors.strip().splitlines()[-1]
-    assert "cannot be written: File too large. What was saved before is kept. Free disk" in last
+    assert "cannot be written: File too large. Previously saved files are kept. Free disk" in last
     assert sorted(ArrowStore(tmp_path, SCHEMA).places) == ["w-0/0", "w-0/1", "w-1/0", "w-1/1"]
     assert not list(tmp_path.glob("*.partial"))
 

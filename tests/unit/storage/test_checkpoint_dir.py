@@ -220,7 +220,7 @@ def test_a_file_that_the_disk_refuses_is_said_and_keeps_what_was_saved(tmp_path)
         _, errors = process.communicate()
     last = errors.strip().splitlines()[-1]
     assert last.startswith("seqkd.errors.StorageError") and "step-00000010: cannot be" in last
-    assert "File too large. What was saved before is kept. Free disk" in last
+    assert "File too large. Previously saved files are kept. Free disk" in last
     assert names(tmp_path) == ["step-00000005"]
     assert newest(tmp_path) == (path, {"step": 5}, [])
 
@@ -239,7 +239,7 @@ def small_disk(tmp_path):
 
 def test_a_full_disk_is_said_and_keeps_what_was_saved(small_disk):
     path = put(small_disk, 5, size=100_000)
-    with pytest.raises(StorageError, match=r"No space left on device\. What was saved before"):
+    with pytest.raises(StorageError, match=r"No space left on device\. Previously saved files"):
         put(small_disk, 10, size=300_000)
     assert names(small_disk) == ["step-00000005"]
     assert newest(small_disk) == (path, {"step": 5}, [])
