@@ -1,1 +1,1 @@
-"""Files and hub data sets, read into tokenized prompts."""
+"""Reading of files and hub data sets into tokenized prompts."""

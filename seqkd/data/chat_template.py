@@ -1,4 +1,4 @@
-"""Messages -> the text and the tokens that the student is given."""
+"""Rendering of messages as the text and the tokens of the student's input."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from seqkd.errors import DataError
 
 
 class Renderer:
-    """Messages -> the text that the student is given, and its tokens."""
+    """Renders messages as the student's input text, and tokenizes it."""
 
     def __init__(self, data: DataConfig, tokenizer: Any) -> None:
         self.data, self.tokenizer = data, tokenizer
@@ -23,14 +23,15 @@ class Renderer:
                 "data.chat: is true, but the student's tokenizer has no chat template. Set it to "
                 "false."
             )
-        if self.options and not self._knows_thinking():
+        if self.options and not self._supports_thinking():
             raise DataError(
                 f"data.thinking: is {str(data.thinking).lower()}, but the student's chat template "
-                "knows no enable_thinking. Leave it out."
+                "has no option enable_thinking. Remove data.thinking."
             )
 
     def __call__(self, messages: Sequence[Message], where: str, prompt: bool = True) -> str:
-        """As the student sees them before it answers (``prompt``) or as a whole conversation."""
+        """Render a prompt that the student continues (``prompt=True``) or a complete conversation
+        (``prompt=False``)."""
         if not self.data.chat:
             return "\n\n".join(content for _, content in messages)
         try:
@@ -41,17 +42,17 @@ class Renderer:
                 **self.options,
             )
         except TemplateError as error:
-            mend = "Mend or remove the row, or set data.chat to false."
+            fix = "Fix or remove the row, or set data.chat to false."
             if self.data.system is not None:
-                mend = "Set data.system to null."
+                fix = "Set data.system to null."
             raise DataError(
-                f"{where}: the student's chat template refuses the prompt: {error}. {mend}"
+                f"{where}: the student's chat template rejects the prompt: {error}. {fix}"
             ) from None
         return rendered
 
     def encode(self, texts: list[str], whole: bool = True) -> list[list[int]]:
-        """Tokens of each text; ``whole``: a sequence begins with it."""
-        special = whole and not self.data.chat  # a chat template writes its own
+        """Tokenize texts. ``whole`` is True for texts at the start of a sequence."""
+        special = whole and not self.data.chat  # a chat template adds special tokens itself
         ids: list[list[int]] = []
         if texts:
             ids = self.tokenizer(texts, add_special_tokens=special).input_ids
@@ -60,19 +61,20 @@ class Renderer:
     def difference(
         self, messages: tuple[Message, ...], answer: str, eos_id: int, where: str
     ) -> str | None:
-        """A warning where the template writes an answer otherwise than it is learnt."""
+        """Return a warning if the template renders an answer differently from the text that the
+        student is trained on, otherwise None."""
         rendered = self((*messages, ("assistant", answer)), where, prompt=False)
         expected = self(messages, where) + answer + self.tokenizer.decode([eos_id])
         if rendered.startswith(expected) and not rendered[len(expected) :].strip():
             return None
         pairs = enumerate(zip(rendered, expected, strict=False))
         at = next((i for i, (a, b) in pairs if a != b), min(len(rendered), len(expected)))
-        at = max(0, at - 12)  # with a little of what stands before
-        hint = " Set data.thinking." if self._knows_thinking() and not self.options else ""
+        at = max(0, at - 12)  # some context before the difference
+        hint = " Set data.thinking." if self._supports_thinking() and not self.options else ""
         return (
-            f"{where}: the student's chat template writes {rendered[at : at + 60]!r} where the "
-            f"student would learn {expected[at : at + 60]!r}.{hint}"
+            f"{where}: the student's chat template renders {rendered[at : at + 60]!r}, but the "
+            f"student is trained on {expected[at : at + 60]!r}.{hint}"
         )
 
-    def _knows_thinking(self) -> bool:
+    def _supports_thinking(self) -> bool:
         return "enable_thinking" in self.tokenizer.get_chat_template()

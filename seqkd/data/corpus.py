@@ -1,4 +1,4 @@
-"""Plain text, cut into pieces of tokens."""
+"""Plain text, split into pieces of a maximum number of tokens."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ from seqkd.errors import DataError
 
 
 def read_corpus(data: DataConfig, tokenizer: Any, eos_id: int) -> tuple[PromptTable, ReadStats]:
-    """Pieces of plain text, at most ``data.corpus_tokens`` tokens each: the first token is the
-    prompt, the others its completion. A text ends with the end-of-sequence token."""
+    """Read plain text as pieces of at most ``data.corpus_tokens`` tokens.
+
+    The first token of a piece is the prompt, the other tokens are its completion. Every text ends
+    with the end-of-sequence token.
+    """
     assert data.corpus_path is not None
     source = Source("data.corpus_path", data.corpus_path, data.corpus_subset, data.corpus_split)
     summary, batches = ReadStats(source), []
@@ -38,7 +41,9 @@ def read_corpus(data: DataConfig, tokenizer: Any, eos_id: int) -> tuple[PromptTa
         summary.prompts += len(rows)
         batches.append(batch_of(rows))
     if not summary.prompts:
-        raise DataError(f"{source.field}: {source}: has no rows of text. Write one a line.")
+        raise DataError(
+            f"{source.field}: {source}: has no rows with text. Add rows, or set data.text_key."
+        )
     return PromptTable(batches, []), summary
 
 
@@ -52,7 +57,7 @@ def _plain(row: dict[str, Any], key: str, where: str) -> str:
     if text is None:
         return ""
     if not is_text(text):
-        raise DataError(f"{where}: {key!r} is {shown(text)}, not text. Mend or remove the row.")
+        raise DataError(f"{where}: {key!r} is {shown(text)}, not text. Fix or remove the row.")
     return text
 
 

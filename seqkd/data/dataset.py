@@ -1,4 +1,4 @@
-"""Data set -> prompts in a table, and a stream of them whose position can be saved."""
+"""Reading of the training, held-out and plain-text data of a run into tables of prompts."""
 
 from __future__ import annotations
 
@@ -23,27 +23,28 @@ from seqkd.types import Prompt
 
 @dataclass(frozen=True)
 class DataSets:
-    """All that a run reads."""
+    """All data of a run."""
 
     train: Sequence[Prompt]
     heldout: Sequence[Prompt]
     corpus: Sequence[Prompt]
     references: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """The data set's own answers to held-out prompts, by prompt id."""
+    """Reference answers of the data set to held-out prompts, by prompt id."""
     summaries: tuple[ReadStats, ...] = ()
     warnings: tuple[str, ...] = ()
 
 
 def read_data(config: Config, tokenizer: Any, stop_ids: tuple[int, ...]) -> DataSets:
-    """For training, held out, and plain text, as the phases need them.
+    """Read the training prompts, the held-out prompts and the plain text that the phases need.
 
-    DataError names the file, the row and the mend.
+    Raises:
+        DataError: The message contains the file, the row and the fix.
     """
     data = config.data
     sources = [SAMPLERS[config.source(sampler)] for sampler in config.samplers]
     answers = any(source.from_data and not source.plain_text for source in sources)
     longest = config.rollout.max_tokens if answers else 0
-    # The first stop id of a chat model may be another one than what ends its turns.
+    # The first stop id of a chat model may differ from the token that ends its turns.
     eos_id = stop_ids[0] if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     wanted = config.evaluation.prompts
     train = Reader(Source("data.path", data.path, data.subset, data.split), data, tokenizer, eos_id,
@@ -94,13 +95,13 @@ def _refuse_leaks(train: Reader, heldout: Reader) -> None:
         raise DataError(
             f"{source.field}: {source}: {leaked} of {len(heldout.identities)} prompts are also in "
             f"data.path {train.summary.source}. Remove them from one of the two, or set "
-            "data.heldout_fraction in place of the second."
+            f"data.heldout_fraction instead of {source.field}."
         )
 
 
 @dataclass(frozen=True, slots=True)
 class _Draft:
-    """A prompt before it is rendered: messages [start, stop) of a conversation."""
+    """A prompt before rendering: messages [start, stop) of a conversation."""
 
     conversation: Conversation
     stop: int
@@ -117,17 +118,17 @@ class _Draft:
         return after[0][1] if after else None
 
     def without_oldest(self) -> _Draft | None:
-        """Without the oldest exchange; None where only the last user's turn is left."""
+        """Return the draft without its oldest exchange. None if only one user message is left."""
         messages = self.conversation.messages
         users = [i for i in range(self.start, self.stop) if messages[i][0] == "user"]
         return replace(self, start=users[1]) if len(users) > 1 else None
 
 
 class Reader:
-    """Rows of one source -> a table of prompts, each once, and what became of the rest.
+    """Reads the rows of one source into a table of distinct prompts, and counts what it drops.
 
-    Where ``longest`` is above 0 every prompt has an answer of at most that many tokens, which ends
-    with ``eos_id`` unless it is cut. Of more than ``limit`` prompts the first are kept.
+    If ``longest`` is above 0, every prompt has an answer of at most ``longest`` tokens, which ends
+    with ``eos_id`` unless it is truncated. At most the first ``limit`` prompts are kept.
     """
 
     def __init__(
@@ -144,16 +145,17 @@ class Reader:
         self.render = Renderer(data, tokenizer)
         self.summary = ReadStats(source)
         self.identities: set[int] = set()
-        """Of every conversation that was read."""
+        """Identities of all conversations that were read."""
         self.answers: dict[str, list[str]] = {}
-        """Where there is a limit: the data set's own answers to each prompt, by prompt id."""
+        """Reference answers of the data set, by prompt id. Filled only if there is a limit."""
         self._seen: set[bytes] = set()
         self._pending: list[_Draft] = []
         self._prompts: list[pa.RecordBatch] = []
         self._conversations: list[pa.Array] = []
 
     def read(self, side: Callable[[Conversation], Reader] | None = None) -> Reader:
-        """Read the source; each conversation goes to the reader that ``side`` names."""
+        """Read the source. Every conversation is added to the reader that ``side`` returns for it,
+        by default to this one."""
         form, where = None, ""
         for where, whole in self.summary.source.rows(self.data.rows, self.data.streaming):
             for row in spread(whole, self.data):
@@ -162,12 +164,12 @@ class Reader:
                 (side(parsed) if side else self).add(parsed, where)
         if not where:
             name = f"{self.summary.source.field}: {self.summary.source}"
-            raise DataError(f"{name}: has no rows. Name a source that has some.")
+            raise DataError(f"{name}: has no rows. Set it to a source with rows.")
         self.summary.format = form
         return self
 
     def add(self, conversation: Conversation, where: str) -> None:
-        """Take the turns of a conversation."""
+        """Add the turns of a conversation."""
         self.summary.conversations += 1
         self.identities.add(conversation.identity)
         if self.limit is not None and self.summary.prompts >= self.limit:
@@ -182,7 +184,7 @@ class Reader:
             self._flush()
 
     def table(self) -> PromptTable:
-        """The prompts; DataError where none is left."""
+        """Return the prompts. Raises DataError if there are none."""
         self._flush()
         if not self.summary.prompts:
             name = f"{self.summary.source.field}: {self.summary.source}"
@@ -190,21 +192,21 @@ class Reader:
         return PromptTable(self._prompts, self._conversations)
 
     def warnings(self) -> list[str]:
-        """What was left out or cut, and where the chat template does not fit."""
+        """Return warnings about dropped and truncated texts and about the chat template."""
         lines = self.summary.losses(self.data, self.longest)
-        return [*lines, self.summary.otherwise] if self.summary.otherwise else lines
+        return [*lines, self.summary.mismatch] if self.summary.mismatch else lines
 
     def _nothing_left(self) -> str:
         counts = self.summary
         if not counts.conversations:
             return (
-                f"data.heldout_fraction {self.data.heldout_fraction:g} leaves no conversation on "
-                "this side. Change it, or read more rows."
+                f"has no conversations with data.heldout_fraction {self.data.heldout_fraction:g}. "
+                "Change the fraction, or read more rows."
             )
         if counts.format and counts.unanswered and not counts.long_prompts + counts.long_answers:
             column = f" in column {counts.format.answer!r}" if counts.format.answer else ""
             return (
-                f"none of {counts.unanswered} prompts has an answer{column}. Set "
+                f"none of the {counts.unanswered} prompts has an answer{column}. Set "
                 "data.reference_key to the column of the answers, or sampler to student or teacher."
             )
         limits = f"data.max_prompt_tokens = {self.data.max_prompt_tokens}"
@@ -212,7 +214,7 @@ class Reader:
             limits += f" or rollout.max_tokens = {self.longest} (the answer)"
         return (
             f"all {counts.long_prompts + counts.long_answers} prompts are longer than {limits}. "
-            "Raise it (the models' context permitting) or shorten them."
+            "Raise the limit (up to the models' context length) or shorten the prompts."
         )
 
     def _flush(self) -> None:
@@ -222,7 +224,7 @@ class Reader:
                 self.render.difference(d.messages, d.answer or "", self.eos_id, d.where)
                 for d in drafts[:3]
             )
-            self.summary.otherwise = next(filter(None, checks), None)
+            self.summary.mismatch = next(filter(None, checks), None)
         fitting = self._fit(drafts)
         conversations: list[Conversation] = []
         rows = []
@@ -230,7 +232,7 @@ class Reader:
         for (draft, ids), (reference, cut) in zip(fitting, self._answers(fitting), strict=True):
             if self.longest and reference is None:
                 continue
-            # other answers to the same prompt are other rows
+            # the same prompt with another answer is not a duplicate
             prompt_id = digest(repr(tuple(ids)).encode())
             row_id = prompt_id + digest(repr(reference).encode())
             new = row_id not in self._seen
@@ -256,7 +258,7 @@ class Reader:
         self._conversations.append(pa.array(messages, CONVERSATION))
 
     def _fit(self, drafts: list[_Draft]) -> list[tuple[_Draft, list[int]]]:
-        """Drafts with their tokens, in order, without those that are too long."""
+        """Tokenize drafts, truncate or drop those that are too long, and keep their order."""
         fitting: dict[int, tuple[_Draft, list[int]]] = {}
         trying = dict(enumerate(drafts))
         while trying:
@@ -278,7 +280,7 @@ class Reader:
         return [fitting[index] for index in sorted(fitting)]
 
     def _last_tokens(self, draft: _Draft, ids: list[int]) -> tuple[_Draft, list[int]]:
-        """Plain text without its first tokens, but for the one that begins every sequence."""
+        """Remove the first tokens of plain text, but keep the beginning-of-sequence token."""
         begin = ids[:1] if ids[0] == self.tokenizer.bos_token_id else []
         kept = begin + ids[len(ids) - self.data.max_prompt_tokens + len(begin) :]
         text = self.tokenizer.decode(kept, skip_special_tokens=True)
@@ -289,7 +291,8 @@ class Reader:
     def _answers(
         self, fitting: list[tuple[_Draft, list[int]]]
     ) -> Iterator[tuple[list[int] | None, bool]]:
-        """Each one's tokens (None: none, or too long), and whether they are cut."""
+        """Yield the answer's tokens (None without an answer or if it is too long), and True if they
+        were truncated."""
         if not self.longest:
             yield from ((None, False) for _ in fitting)
             return

@@ -1,4 +1,4 @@
-"""Rows in the formats of published data sets -> conversations."""
+"""Conversion of rows in the formats of published data sets to conversations."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ Message = tuple[str, str]
 ANSWERS = ("reference", "completion", "response", "output", "answer")
 CONTEXTS = ("input", "context")
 INSTANCES = "instances"
-"""SelfInst's column: a list of inputs and outputs for one instruction."""
+"""Column of SelfInst with a list of inputs and outputs for one instruction."""
 
 
 class Format(NamedTuple):
-    """How the columns of a data set are read."""
+    """Format of the rows of a data set: its name and its columns."""
 
     name: str
     """messages, instruction or prompt."""
     prompt: str
-    """The column of the messages, the instruction or the prompt."""
+    """Column with the messages, the instruction or the prompt."""
     answer: str | None = None
-    """The column of the answers, where there is one."""
+    """Column with the answers. None if there is none."""
     context: str | None = None
-    """The column that continues an instruction."""
+    """Column with text that is appended to the instruction. None if there is none."""
 
     def __str__(self) -> str:
         return f"{self.name} ({', '.join(filter(None, self[1:]))})"
@@ -37,23 +37,26 @@ class Format(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages, the system message first where there is one."""
+    """The messages of a conversation, starting with an optional system message."""
 
     messages: tuple[Message, ...]
     first_answer: int = 0
-    """Index of the first message that may be an answer to learn."""
+    """Index of the first message that may be trained on as an answer."""
     tag: str = ""
 
     @property
     def identity(self) -> int:
-        """64-bit hash of the first user message, its case and white space aside: conversations
-        that begin alike are on the same side of a split."""
+        """64-bit hash of the first user message, ignoring case and white space. It puts
+        conversations with the same beginning on the same side of a split."""
         first = next((text for role, text in self.messages if role == "user"), "")
         return int.from_bytes(digest(" ".join(first.casefold().split()).encode()))
 
     def turns(self, which: str) -> Sequence[int]:
-        """Lengths of the prompts: what comes before an answer to a user, or the whole where
-        nobody answered; ``which`` is "all", "first" or "last"."""
+        """Return the number of messages of each prompt.
+
+        A prompt ends before an answer, or at the end of an unanswered conversation. ``which`` is
+        "all", "first" or "last".
+        """
         roles = [role for role, _ in self.messages]
         earliest = max(self.first_answer, roles.index("user") + 1)
         ends = [i for i in range(earliest, len(roles)) if roles[i] == "assistant"]
@@ -63,13 +66,13 @@ class Conversation:
 
 
 def digest(data: bytes) -> bytes:
-    """8 bytes."""
+    """Return an 8-byte hash."""
     return hashlib.blake2b(data, digest_size=8).digest()
 
 
 def spread(row: dict[str, Any], data: DataConfig) -> Iterator[dict[str, Any]]:
-    """The row; one that has several instances, or several answers to choose from, as a row for
-    each."""
+    """Split a row with several instances or several alternative answers into one row for each.
+    Other rows are yielded unchanged."""
     instances = row.get(INSTANCES) if "instruction" in row else None
     if isinstance(instances, list) and instances and all(isinstance(i, dict) for i in instances):
         rest = {key: value for key, value in row.items() if key != INSTANCES}
@@ -85,7 +88,8 @@ def spread(row: dict[str, Any], data: DataConfig) -> Iterator[dict[str, Any]]:
 
 
 def detect(row: dict[str, Any], data: DataConfig, where: str) -> Format:
-    """The format that ``data.format`` names, or the first that fits the row's columns."""
+    """Return the format that ``data.format`` selects, for "auto" the first format that matches the
+    columns of the row. Raises DataError if there is none."""
     answer = data.reference_key or next((key for key in ANSWERS if key in row), None)
     context = next((key for key in CONTEXTS if key in row), None)
     forms = (
@@ -98,8 +102,8 @@ def detect(row: dict[str, Any], data: DataConfig, where: str) -> Format:
             return form
     wanted = " or ".join(repr(f.prompt) for f in forms if data.format in ("auto", f.name))
     raise DataError(
-        f"{where}: has no column {wanted}{_has(row)} Set data.messages_key (a list of messages) or "
-        "data.prompt_key, and data.reference_key for answers."
+        f"{where}: has no column {wanted}{_has(row)} Set data.messages_key (a column with lists of "
+        "messages) or data.prompt_key, and data.reference_key for answers."
     )
 
 
@@ -108,11 +112,9 @@ def _has(row: dict[str, Any]) -> str:
 
 
 def conversation(row: dict[str, Any], form: Format, data: DataConfig, where: str) -> Conversation:
-    """One row; DataError names what is wrong with it."""
+    """Convert one row to a conversation. Raises DataError if the row is invalid."""
     if form.prompt not in row:
-        raise DataError(
-            f"{where}: has no column {form.prompt!r}{_has(row)} Mend or remove the row."
-        )
+        raise DataError(f"{where}: has no column {form.prompt!r}{_has(row)} Fix or remove the row.")
     value, answer = row[form.prompt], row.get(form.answer) if form.answer else None
     if form.name == "messages" or isinstance(value, list):
         context = _messages(value, form.prompt, where)
@@ -133,7 +135,7 @@ def conversation(row: dict[str, Any], form: Format, data: DataConfig, where: str
             [("system", data.system), *context],
         )
     if all(role != "user" for role, _ in messages):
-        raise DataError(f"{where}: {form.prompt!r} has no user message. Mend or remove the row.")
+        raise DataError(f"{where}: {form.prompt!r} has no user message. Fix or remove the row.")
     tag = row.get(data.tag_key) if data.tag_key else ""
     if not is_text(tag):
         raise DataError(
@@ -144,14 +146,15 @@ def conversation(row: dict[str, Any], form: Format, data: DataConfig, where: str
 
 
 def text_of(value: Any, key: str, where: str) -> str:
-    """A value that must be text, and not blank."""
+    """Return a value that must be non-blank text. Raises DataError otherwise."""
     if not is_text(value) or not value.strip():
-        raise DataError(f"{where}: {key!r} is {shown(value)}, not text. Mend or remove the row.")
+        raise DataError(f"{where}: {key!r} is {shown(value)}, not text. Fix or remove the row.")
     return value
 
 
 def is_text(value: Any) -> TypeGuard[str]:
-    """Half a surrogate pair, which JSON can write, is none."""
+    """Return True for valid text. A string with an unpaired surrogate, which JSON can contain, is
+    not valid text."""
     try:
         return isinstance(value, str) and (value.isascii() or bool(value.encode()))
     except UnicodeEncodeError:
@@ -163,28 +166,30 @@ def _blank(value: Any) -> bool:
 
 
 def _messages(value: Any, key: str, where: str) -> list[Message]:
-    """Without a blank system message, and without a blank answer at the end."""
+    """Convert a list of messages, and drop a blank system message and a blank last answer."""
     if not isinstance(value, list) or not value:
         raise DataError(
-            f"{where}: {key!r} is {shown(value)}, not a list of messages. Mend or remove the row."
+            f"{where}: {key!r} is {shown(value)}, not a list of messages. Fix or remove the row."
         )
     messages: list[Message] = []
     for number, message in enumerate(value, 1):
         name = f"{where}: message {number} of {key!r}"
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
             raise DataError(
-                f"{name} is {shown(message)}, not {{'role': ..., 'content': ...}}. Mend or remove "
+                f"{name} is {shown(message)}, not {{'role': ..., 'content': ...}}. Fix or remove "
                 "the row."
             )
         role, content = message["role"], message["content"]
         if message.get("tool_calls"):
-            raise DataError(f"{name} calls tools, which is not text. Mend or remove the row.")
+            raise DataError(
+                f"{name} has tool_calls, but only text is supported. Fix or remove the row."
+            )
         unanswered = number == len(value) and role == "assistant"
         if _blank(content) and messages and unanswered:
             continue
         if _blank(content) and number == 1 and role == "system":
             continue
         if not is_text(role) or not role:
-            raise DataError(f"{name}: its role is {shown(role)}. Mend or remove the row.")
+            raise DataError(f"{name}: its role is {shown(role)}, not text. Fix or remove the row.")
         messages.append((role, text_of(content, "content", name)))
     return messages

@@ -1,4 +1,4 @@
-"""Many prompts in little memory."""
+"""Memory-efficient table of prompts."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ CONVERSATION = pa.list_(pa.struct([("role", TEXT), ("content", TEXT)]))
 
 
 class PromptTable(Sequence[Prompt]):
-    """Prompts in Arrow's memory; each is built when it is asked for. The messages of a
-    conversation are held once, however many of its turns are prompts."""
+    """A sequence of prompts in Arrow tables. A :class:`Prompt` is built on access. The messages of
+    a conversation are stored once, even if several of its turns are prompts."""
 
     def __init__(self, prompts: list[pa.RecordBatch], conversations: list[pa.Array]) -> None:
         self.columns = pa.Table.from_batches(prompts, PROMPTS)
@@ -64,11 +64,12 @@ class PromptTable(Sequence[Prompt]):
         )
 
     def tags(self) -> set[str]:
-        """Of any prompt."""
+        """Return the tags of all prompts."""
         return set(self.columns["tag"].unique().to_pylist())
 
     def digest(self) -> str:
-        """Of what is learnt from: every prompt's identity, answer and tag, in order."""
+        """Return a hash of the training data: the identifier, answer and tag of every prompt, in
+        order."""
         whole = xxhash.xxh3_128()
         for name in ("prompt_id", "reference_ids", "tag"):
             for value in self.columns[name]:
@@ -76,7 +77,7 @@ class PromptTable(Sequence[Prompt]):
         return whole.hexdigest()
 
     def lengths(self, column: str) -> np.ndarray:
-        """Tokens of each prompt ("token_ids") or of each answer ("reference_ids")."""
+        """Return the number of tokens of each prompt ("token_ids") or answer ("reference_ids")."""
         return np.asarray(pc.list_value_length(self.columns[column].drop_null()))
 
 
@@ -85,13 +86,13 @@ def _ids(scalar: Any) -> tuple[int, ...]:
 
 
 def part_of(messages: tuple[Message, ...], start: int, stop: int) -> tuple[Message, ...]:
-    """Messages [start, stop), after the system message where there is one."""
+    """Return the system message, if there is one, and messages [start, stop)."""
     system = messages[:1] if start and messages[0][0] == "system" else ()
     return (*system, *messages[start:stop])
 
 
 def batch_of(rows: list[tuple[Any, ...]]) -> pa.RecordBatch:
-    """Rows with the columns of PROMPTS."""
+    """Convert rows with the columns of ``PROMPTS`` to a record batch."""
     columns = zip(*rows, strict=True) if rows else ([] for _ in PROMPTS)
     return pa.record_batch(
         [pa.array(c, kind) for c, kind in zip(columns, PROMPTS.types, strict=True)], schema=PROMPTS

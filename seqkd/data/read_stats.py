@@ -1,4 +1,4 @@
-"""Counts of the rows that were read and dropped."""
+"""Numbers of rows that were read and dropped."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ T = TypeVar("T")
 
 
 BATCH = 1000
-"""Prompts tokenised at once; fast tokenizers use every core."""
+"""Number of prompts that are tokenized at once. Fast tokenizers use all cores."""
 
 
 @dataclass
 class ReadStats:
-    """What became of the rows of one source."""
+    """Statistics of reading one source."""
 
     source: Source
     format: Format | None = None
@@ -31,8 +31,8 @@ class ReadStats:
     unanswered: int = 0
     blank: int = 0
     duplicates: int = 0
-    otherwise: str | None = None
-    """How the chat template writes an answer, where that is not what is learnt."""
+    mismatch: str | None = None
+    """Warning that the chat template renders answers differently from the training text."""
 
     def __str__(self) -> str:
         form = f", format {self.format}" if self.format else ""
@@ -43,19 +43,19 @@ class ReadStats:
         )
 
     def losses(self, data: DataConfig, longest: int) -> list[str]:
-        """What was left out or cut, a line each with its count; ``longest`` answers in tokens."""
+        """Return one line per kind of dropped or truncated text, with its count. ``longest`` is the
+        maximum number of tokens of an answer."""
         lines = (
-            (self.long_prompts, f"prompts left out, longer than data.max_prompt_tokens = "
+            (self.long_prompts, "prompts dropped: longer than data.max_prompt_tokens = "
              f"{data.max_prompt_tokens}"),
-            (self.long_answers, f"prompts left out, their answers longer than rollout.max_tokens = "
-             f"{longest}"),
-            (self.truncated_prompts, "prompts lost their oldest part to have data.max_prompt_tokens"
-             f" = {data.max_prompt_tokens}"),
-            (self.cut_answers, f"answers cut at rollout.max_tokens = {longest}, without an end of "
-             "sequence"),
-            (self.unanswered, "prompts left out that have no answer"),
-            (self.blank, "texts left out that are blank"),
-            (self.duplicates, "prompts left out that are the same as an earlier one, answer "
-             "included"),
+            (self.long_answers, "prompts dropped: their answers are longer than rollout.max_tokens "
+             f"= {longest}"),
+            (self.truncated_prompts, "prompts truncated at the start to data.max_prompt_tokens = "
+             f"{data.max_prompt_tokens}"),
+            (self.cut_answers, f"answers truncated to rollout.max_tokens = {longest}, without an "
+             "end-of-sequence token"),
+            (self.unanswered, "prompts dropped: they have no answer"),
+            (self.blank, "texts dropped: they are blank"),
+            (self.duplicates, "prompts dropped: duplicates of an earlier prompt and answer"),
         )  # fmt: skip
         return [f"{self.source.field}: {count} {what}." for count, what in lines if count]

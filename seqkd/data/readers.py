@@ -1,4 +1,5 @@
-"""Rows of a data set: JSON by a reader that names file and line, all else by `datasets`."""
+"""Reading of rows: JSON with file and line numbers for messages, all other formats with
+`datasets`."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ class Source:
     """A file, a glob of files, a directory, or a data set on the hub."""
 
     field: str
-    """The key of the configuration that names it, for messages."""
+    """Configuration key of the source, for messages."""
     path: str
     subset: str | None = None
     split: str = "train"
@@ -32,22 +33,23 @@ class Source:
         return f"{self.path}{subset}{f', {self.split}' if self.split != 'train' else ''}"
 
     def rows(self, limit: int | None = None, streaming: bool = False) -> Iterator[tuple[str, Row]]:
-        """Where each row is, for messages, and the row, in order; at most ``limit`` of them.
+        """Iterate over (location for messages, row), in order, for at most ``limit`` rows.
 
-        ``streaming`` fetches only those from the hub. DataError says what cannot be read.
+        With ``streaming`` only these rows are downloaded from the hub. Raises DataError if the
+        source cannot be read.
         """
         files = self._files()
         if files and (self.subset, self.split) != (None, "train"):
             raise DataError(
-                f"{self.field}: {self.path}: is a file, so it has no subset {self.subset!r} or "
-                f"split {self.split!r}. Name the file of the rows that you want."
+                f"{self.field}: {self.path}: is a file, which has no subset {self.subset!r} or "
+                f"split {self.split!r}. Remove subset and split, or set a directory or hub name."
             )
         if files and files[0].suffix in JSON:
             return islice((row for file in files for row in self._json(file)), limit)
         return self._table(files, limit, streaming)
 
     def _files(self) -> list[Path]:
-        """The files it names; none for a directory or a data set on the hub."""
+        """List the files of the source. Empty for a directory or a data set on the hub."""
         path = Path(self.path).expanduser()
         if path.is_dir():
             return []
@@ -59,14 +61,15 @@ class Source:
             or path.suffix in (*JSON, *TABLES)
         ):
             raise DataError(
-                f"{self.field}: {self.path}: no such file. Name a .jsonl, .json, .parquet or "
+                f"{self.field}: {self.path}: no such file. Set it to a .jsonl, .json, .parquet or "
                 ".arrow file, a directory, or a data set on the hub."
             )
         suffixes = {file.suffix for file in files}
         if files and (len(suffixes) > 1 or not suffixes <= {*JSON, *TABLES}):
             raise DataError(
-                f"{self.field}: {self.path}: names {' and '.join(sorted(suffixes)) or 'such'} "
-                "files. Name .jsonl, .json, .parquet or .arrow files, all of one kind."
+                f"{self.field}: {self.path}: unsupported file types: "
+                f"{' and '.join(filter(None, sorted(suffixes))) or 'no suffix'}. Use .jsonl, "
+                ".json, .parquet or .arrow files, all of the same type."
             )
         return files
 
@@ -79,14 +82,16 @@ class Source:
                 items = self._lines(file, name)
             for number, row in items:
                 if not isinstance(row, dict):
-                    raise DataError(f"{name}:{number}: is not a JSON object.")
+                    raise DataError(
+                        f"{name}:{number}: is not a JSON object. Fix or remove the row."
+                    )
                 yield f"{name}:{number}", row
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{name}: cannot be read as UTF-8 text: {error}") from None
 
     @staticmethod
     def _lines(file: Path, name: str) -> Iterator[tuple[int, Any]]:
-        # Only a line feed ends a line; other separators may stand within a string.
+        # Only a line feed ends a line. Other line separators may occur within a string.
         with file.open(encoding="utf-8", newline="\n") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
@@ -105,7 +110,7 @@ class Source:
         import datasets
 
         if files:
-            # Streamed, so that nothing is copied into a cache.
+            # Streaming avoids a copy of the files in the cache of `datasets`.
             return datasets.load_dataset(
                 TABLES[files[0].suffix],
                 data_files=[glob.escape(str(file)) for file in files],
@@ -126,7 +131,7 @@ class Source:
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """What `datasets` raises while it loads or reads, in one line."""
+        """Convert errors of `datasets` to a DataError of one line."""
         import datasets
         import pyarrow as pa
 
@@ -136,9 +141,8 @@ class Source:
         except (OSError, ValueError, KeyError, MemoryError, *raised) as error:
             text = " ".join(str(error.__cause__ or error).split())
             raise DataError(
-                f"{self.field}: {self}: cannot be read: {text[:300]}. Check the name, "
-                "the subset and the split, and that this machine can reach the hub where it is "
-                "needed."
+                f"{self.field}: {self}: cannot be read: {text[:300]}. Check the name, the subset "
+                "and the split, and for a data set on the hub the network connection."
             ) from None
 
 
@@ -146,4 +150,4 @@ def _parsed(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:  # a number of 5000 digits, 5000 brackets
-        raise DataError(f"{where}: is not JSON: {error}") from None
+        raise DataError(f"{where}: is not valid JSON: {error}. Fix the file.") from None

@@ -1,4 +1,4 @@
-"""The order in which a run takes its prompts."""
+"""Order of the training prompts."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from seqkd.types import Prompt
 
 
 class PromptStream:
-    """Endless, shuffled anew each epoch; the same for the same seed and position."""
+    """An endless stream of prompts, shuffled in every epoch. The order depends only on the seed and
+    the position."""
 
     def __init__(self, prompts: Sequence[Prompt], seed: int) -> None:
         self.prompts, self.seed = prompts, seed
         self.position = 0
-        """Prompts handed out so far."""
+        """Number of prompts taken so far."""
 
     def take(self, count: int) -> list[Prompt]:
-        """The next ``count`` prompts, across the end of an epoch where need be."""
+        """Return the next ``count`` prompts, which may span several epochs."""
         size = len(self.prompts)
         places = range(self.position, self.position + count)
         orders = {epoch: self._order(epoch) for epoch in {p // size for p in places}}
@@ -27,7 +28,7 @@ class PromptStream:
         return [self.prompts[int(orders[p // size][p % size])] for p in places]
 
     def skip(self, count: int) -> None:
-        """As :meth:`take`, without the prompts."""
+        """Skip the next ``count`` prompts."""
         self.position += count
 
     def _order(self, epoch: int) -> Any:

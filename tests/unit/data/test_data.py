@@ -1,5 +1,4 @@
-"""Reading prompts: what a row may be, what the student sees of it, and what is said when it is
-not right."""
+"""Reading of prompts: accepted rows, the student's input, and error messages."""
 
 from __future__ import annotations
 
@@ -24,7 +23,7 @@ from tests.unit.config.test_config import MINIMAL
 
 EOS = 0
 TURNS = ["q1", "a1", "q2", "a2"]
-THINKING_TEMPLATE = (  # as Qwen3's: earlier thinking is stripped, and it can be turned off
+THINKING_TEMPLATE = (  # like Qwen3's: earlier thinking is removed, and it can be turned off
     "{% for m in messages %}<|{{ m['role'] }}|>"
     "{% if m['role'] == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
     "{{ m['content'].split('</think>')[-1] }}<|end|>\n{% endfor %}"
@@ -46,7 +45,7 @@ def jsonl(path, rows):
 
 @pytest.fixture
 def reader(tmp_path, tokenizer):
-    """A reader of rows that has read them."""
+    """Function that reads rows and returns the reader."""
 
     def read(rows, longest=0, **options):
         path = jsonl(tmp_path / "rows.jsonl", rows)
@@ -58,7 +57,7 @@ def reader(tmp_path, tokenizer):
 
 @pytest.fixture
 def shown(reader, tokenizer):
-    """Prompts and answers as text, in order."""
+    """Function that reads rows and returns prompts and answers as text, in order."""
 
     def read(rows, longest=0, **options):
         return [
@@ -69,7 +68,7 @@ def shown(reader, tokenizer):
     return read
 
 
-# --- what the student sees
+# --- the student's input
 
 
 def test_a_prompt_is_rendered_with_the_chat_template(shown):
@@ -97,14 +96,14 @@ def test_every_turn_of_a_conversation_is_a_prompt_and_its_answer(shown):
     assert shown([row], 16, format="prompt", reference_key="prompt_id") == [(first, "f00<|end|>")]
 
 
-def test_a_conversation_that_nobody_answered(reader, tokenizer):
+def test_unanswered_conversations(reader, tokenizer):
     rows = [{"messages": chat("q1", "a1", "q2")}, {"messages": chat("q3", "")}]
     prompts = list(reader(rows).table())
     assert [p.text for p in prompts] == ["q1", "q2", "q3"]
     assert all(p.reference_ids is None for p in prompts)
     read = reader(rows, longest=16)
     assert [p.text for p in read.table()] == ["q1"]
-    assert read.warnings() == ["data.path: 2 prompts left out that have no answer."]
+    assert read.warnings() == ["data.path: 2 prompts dropped: they have no answer."]
 
 
 @pytest.mark.parametrize(
@@ -126,7 +125,7 @@ def test_published_formats(shown, row, prompt, answer):
     assert shown([row], 16) == [(f"<|user|>{prompt}<|end|><|assistant|>", f"{answer}<|end|>")]
 
 
-def test_only_the_completion_of_a_conversational_prompt_is_learnt(shown):
+def test_only_the_completion_of_a_conversational_prompt_is_trained_on(shown):
     row = {"prompt": chat("q1", "a1", "q2"), "completion": chat("a2", first="assistant")}
     ((prompt, answer),) = shown([row], 16)
     assert (prompt.count("a1"), answer) == (1, "a2<|end|>")
@@ -140,7 +139,7 @@ def test_a_conversation_keeps_its_own_system_message(reader):
     assert [[text for _, text in p.messages[1:]] for p in prompts] == [["q"], ["q"], ["q2"]]
 
 
-def test_other_roles_are_the_templates_business(shown):
+def test_other_roles_are_passed_to_the_template(shown):
     messages = [*chat("q", "call"), {"role": "tool", "content": "42"}, *chat("a")]
     messages[-1]["role"] = "assistant"
     assert shown([{"messages": messages}], 16)[1] == (
@@ -159,12 +158,12 @@ def test_thinking(shown, tokenizer, monkeypatch):
     assert without[1] == (history + "<think>\n\n</think>\n\n", "a2<|end|>")
 
 
-def test_a_template_that_does_not_know_thinking(reader):
-    with pytest.raises(DataError, match=r"data\.thinking: is false, .* knows no enable_thinking"):
+def test_a_template_without_thinking_is_rejected(reader):
+    with pytest.raises(DataError, match=r"data\.thinking: is false, .* no option enable_thinking"):
         reader([{"prompt": "a"}], thinking=False)
 
 
-def test_a_template_that_writes_answers_otherwise_is_a_warning(reader, tokenizer, monkeypatch):
+def test_a_template_that_renders_answers_differently_is_a_warning(reader, tokenizer, monkeypatch):
     rows = [{"prompt": "q", "reference": "a"}]
     monkeypatch.setattr(tokenizer, "chat_template", THINKING_TEMPLATE)
 
@@ -174,37 +173,37 @@ def test_a_template_that_writes_answers_otherwise_is_a_warning(reader, tokenizer
         return read.warnings()
 
     (warning,) = warnings()
-    assert "|assistant|><think>" in warning.split("would learn")[0]
-    assert "|assistant|>a<|end|>'" in warning.split("would learn")[1]
+    assert "|assistant|><think>" in warning.split("is trained on")[0]
+    assert "|assistant|>a<|end|>'" in warning.split("is trained on")[1]
     assert warning.endswith("Set data.thinking.")
-    assert warnings(thinking=False) == []  # what stands before the answer is in the prompt
+    assert warnings(thinking=False) == []  # the text before the answer is part of the prompt
     for end in ("<|end|>bye", "<|pad|>"):
         changed = THINKING_TEMPLATE.replace("<|end|>\n", end)
         monkeypatch.setattr(tokenizer, "chat_template", changed)
         (warning,) = warnings(thinking=False)
-        assert f"{end}' where" in warning
-    assert "would learn '/think>\\n\\na<|end|>'" in warning
+        assert f"{end}', but" in warning
+    assert "is trained on '/think>\\n\\na<|end|>'" in warning
 
 
-def test_a_template_that_refuses_a_system_message(reader, tokenizer, monkeypatch):
+def test_a_template_that_rejects_a_system_message(reader, tokenizer, monkeypatch):
     template = "{{ raise_exception('no system role') }}"
     monkeypatch.setattr(tokenizer, "chat_template", template)
-    with pytest.raises(DataError, match=r"refuses the prompt: no system role\. Set data\.system"):
+    with pytest.raises(DataError, match=r"rejects the prompt: no system role\. Set data\.system"):
         reader([{"prompt": "a"}], system="be brief").table()
 
 
-def test_a_template_that_refuses_a_conversation_names_the_row(reader, tokenizer, monkeypatch):
+def test_the_row_that_the_template_rejects_is_reported(reader, tokenizer, monkeypatch):
     template = (
         "{% for m in messages %}{% if loop.index0 % 2 != (m['role'] == 'assistant') %}"
         "{{ raise_exception('roles must alternate') }}{% endif %}{{ m['content'] }}{% endfor %}"
     )
     monkeypatch.setattr(tokenizer, "chat_template", template)
     rows = [{"messages": chat(*TURNS)}, {"messages": [*chat("a"), *chat("b", "c")]}]
-    with pytest.raises(DataError, match=r"rows\.jsonl:2: .* alternate\. Mend or remove the row"):
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: .* alternate\. Fix or remove the row"):
         reader(rows).table()
 
 
-def test_the_same_messages_are_given_to_a_teacher_with_its_own_template(reader):
+def test_prompts_keep_their_messages_for_a_teacher_with_another_template(reader):
     prompts = reader([{"messages": chat(*TURNS)}]).table()
     assert prompts[1].messages == (("user", "q1"), ("assistant", "a1"), ("user", "q2"))
     assert prompts[1].text == "q2"
@@ -219,7 +218,7 @@ def test_tags(reader):
 
 @pytest.fixture
 def with_begin(tokenizer):
-    """The tokenizer of a model whose sequences begin with a token of their own."""
+    """Tokenizer of a model whose sequences begin with a special token."""
     begin = copy.deepcopy(tokenizer)
     begin.bos_token = "<|system|>"
     begin.backend_tokenizer.post_processor = processors.TemplateProcessing(
@@ -228,9 +227,7 @@ def with_begin(tokenizer):
     return begin
 
 
-def test_plain_text_begins_as_the_model_knows_it_and_a_template_writes_its_own(
-    tmp_path, with_begin
-):
+def test_plain_text_gets_a_beginning_of_sequence_token_and_chats_do_not(tmp_path, with_begin):
     path = jsonl(tmp_path / "rows.jsonl", [{"prompt": "abcdef", "reference": "x"}])
 
     def shown(**options):
@@ -244,10 +241,10 @@ def test_plain_text_begins_as_the_model_knows_it_and_a_template_writes_its_own(
     assert cut == ["<|system|>def", "x<|end|>"]
 
 
-# --- long rows, equal rows
+# --- long rows, duplicate rows
 
 
-def test_long_prompts_and_answers_are_left_out_and_counted_apart(reader):
+def test_long_prompts_and_answers_are_dropped_and_counted_separately(reader):
     rows = [
         {"prompt": "a", "reference": "b" * 15},
         {"prompt": "c", "reference": "d" * 16},
@@ -257,12 +254,12 @@ def test_long_prompts_and_answers_are_left_out_and_counted_apart(reader):
     (prompt,) = read.table()
     assert len(prompt.reference_ids) == 16
     assert read.warnings() == [
-        "data.path: 1 prompts left out, longer than data.max_prompt_tokens = 64.",
-        "data.path: 1 prompts left out, their answers longer than rollout.max_tokens = 16.",
+        "data.path: 1 prompts dropped: longer than data.max_prompt_tokens = 64.",
+        "data.path: 1 prompts dropped: their answers are longer than rollout.max_tokens = 16.",
     ]
 
 
-def test_a_cut_answer_does_not_end(reader, tokenizer):
+def test_a_truncated_answer_has_no_end_of_sequence(reader, tokenizer):
     rows = [{"prompt": "a", "reference": "b" * 15}, {"prompt": "c", "reference": "d" * 20}]
     read = reader(rows, longest=16, too_long="truncate")
     whole, cut = (reference_rollout(prompt, "dataset") for prompt in read.table())
@@ -270,7 +267,8 @@ def test_a_cut_answer_does_not_end(reader, tokenizer):
     assert tokenizer.decode(cut.completion_ids) == "d" * 16
     assert (whole.finish_reason, cut.finish_reason) == ("stop", "length")
     assert read.warnings() == [
-        "data.path: 1 answers cut at rollout.max_tokens = 16, without an end of sequence."
+        "data.path: 1 answers truncated to rollout.max_tokens = 16, without an end-of-sequence "
+        "token."
     ]
 
 
@@ -299,10 +297,10 @@ def test_truncated_plain_text_loses_its_first_tokens(reader, tokenizer):
     assert read.summary.truncated_prompts == 1
 
 
-def test_equal_prompts_are_read_once_and_counted(reader):
+def test_duplicate_prompts_are_dropped_and_counted(reader):
     read = reader([{"prompt": "a"}, {"prompt": "a"}, {"prompt": "b"}])
     assert [p.text for p in read.table()] == ["a", "b"]
-    assert "1 prompts left out that are the same" in read.warnings()[0]
+    assert "1 prompts dropped: duplicates" in read.warnings()[0]
 
 
 def test_several_answers_to_one_prompt_are_all_kept(reader, tokenizer):
@@ -312,8 +310,8 @@ def test_several_answers_to_one_prompt_are_all_kept(reader, tokenizer):
     assert len({p.prompt_id for p in prompts}) == 1
 
 
-def test_a_row_with_several_instances_or_answers_is_a_row_for_each(reader, shown):
-    """SelfInst's instances; a list of answers; the held-out side keeps all answers by prompt."""
+def test_a_row_with_several_instances_or_answers_is_split(reader, shown):
+    """SelfInst's instances, and a list of answers."""
     both = [{"input": "one", "output": "1"}, {"input": "two", "output": ["2", "II"]}]
     row = {"instruction": "Write a number.", "instances": both}
     chat = {"longest": 99, "chat": False}
@@ -356,7 +354,7 @@ def test_the_table_is_a_sequence_over_batches(reader, monkeypatch):
         table[18]
 
 
-# --- bad rows
+# --- invalid rows
 
 
 @pytest.mark.parametrize(
@@ -374,7 +372,7 @@ def test_the_table_is_a_sequence_over_batches(reader, monkeypatch):
         ([{"prompt": "a"}, {"b": 3}], "rows.jsonl:2: has no column 'prompt'; it has 'b'"),
         ([{"prompt": "a"}, {}], "rows.jsonl:2: has no column 'prompt'; it has none"),
         ([{"prompt": " "}], "not text"),
-        (["{"], "rows.jsonl:1: is not JSON"),
+        (["{"], "rows.jsonl:1: is not valid JSON"),
         (["[1]"], "not a JSON object"),
         ([{"messages": []}], "rows.jsonl:1: 'messages' is [], not a list of messages"),
         ([{"messages": "hi"}], "'messages' is 'hi', not a list of messages"),
@@ -385,11 +383,11 @@ def test_the_table_is_a_sequence_over_batches(reader, monkeypatch):
         ([{"messages": chat("a", first="assistant")}], "'messages' has no user message"),
         (
             [{"messages": [*chat("a"), {"role": "assistant", "content": "", "tool_calls": [1]}]}],
-            "message 2 of 'messages' calls tools",
+            "message 2 of 'messages' has tool_calls",
         ),
     ],
 )
-def test_bad_rows_name_the_file_and_line(reader, rows, message):
+def test_invalid_rows_are_reported_with_file_and_line(reader, rows, message):
     with pytest.raises(DataError) as caught:
         reader(rows, max_prompt_tokens=20).table()
     assert message in str(caught.value)
@@ -400,8 +398,8 @@ def test_line_separators_within_a_string_do_not_end_a_row(reader):
     assert [p.text for p in reader(rows).table()] == ["a\u2028b", "c"]
 
 
-def test_missing_answers(reader):
-    with pytest.raises(DataError, match=r"none of 1 prompts has .* Set data\.reference_key"):
+def test_missing_answers_are_reported(reader):
+    with pytest.raises(DataError, match=r"none of the 1 prompts has .* Set data\.reference_key"):
         reader([{"prompt": "a"}], longest=16).table()
     with pytest.raises(DataError, match=r"1 prompts has an answer in column 'gold'\. Set data"):
         reader([{"prompt": "a"}], longest=16, reference_key="gold").table()
@@ -411,7 +409,7 @@ def test_missing_answers(reader):
     assert read.summary.unanswered == 2
 
 
-# --- held out
+# --- held-out prompts
 
 
 @pytest.fixture
@@ -431,52 +429,52 @@ def conversations(count):
 
 
 def test_a_fraction_keeps_each_conversation_on_one_side(split):
-    found = split(conversations(400), wanted=1000, heldout_fraction=0.2)
-    sides = [{p.messages[0][1] for p in side} for side in (found.train, found.heldout)]
+    data = split(conversations(400), wanted=1000, heldout_fraction=0.2)
+    sides = [{p.messages[0][1] for p in side} for side in (data.train, data.heldout)]
     assert not sides[0] & sides[1]
     assert len(sides[0] | sides[1]) == 400
     assert 50 <= len(sides[1]) <= 110
-    assert len(found.heldout) == 2 * len(sides[1])
-    assert len(found.train) == 2 * len(sides[0])
+    assert len(data.heldout) == 2 * len(sides[1])
+    assert len(data.train) == 2 * len(sides[0])
 
 
-def test_the_sides_are_the_same_in_another_order_and_when_the_data_grow(split):
+def test_the_split_does_not_depend_on_row_order_or_added_rows(split):
     few = split(conversations(100), wanted=1000, heldout_fraction=0.3)
     many = split(conversations(200)[::-1], wanted=1000, heldout_fraction=0.3)
     for a, b in ((few.train, many.train), (few.heldout, many.heldout)):
         assert {p.prompt_id for p in a} <= {p.prompt_id for p in b}
 
 
-def test_conversations_that_begin_alike_are_on_the_same_side(split):
+def test_conversations_with_the_same_beginning_are_on_the_same_side(split):
     pairs = ((f"Ask  {i} ", f"ask {i}") for i in range(40))
     rows = [{"messages": chat(text, "a")} for pair in pairs for text in pair]
-    found = split(rows, wanted=1000, heldout_fraction=0.5)
-    sides = [{p.text.lower().split()[1] for p in side} for side in (found.train, found.heldout)]
+    data = split(rows, wanted=1000, heldout_fraction=0.5)
+    sides = [{p.text.lower().split()[1] for p in side} for side in (data.train, data.heldout)]
     assert all(sides)
     assert not sides[0] & sides[1]
 
 
-def test_what_a_fraction_holds_out_is_never_trained_on(split):
-    """Also when nothing is evaluated."""
+def test_held_out_conversations_are_never_trained_on(split):
+    """Also if there is no evaluation."""
     evaluated = split(conversations(50), wanted=1000, heldout_fraction=0.3)
-    silent = split(conversations(50), wanted=0, heldout_fraction=0.3)
-    assert list(silent.train) == list(evaluated.train)
-    assert len(silent.heldout) == 0
+    unevaluated = split(conversations(50), wanted=0, heldout_fraction=0.3)
+    assert list(unevaluated.train) == list(evaluated.train)
+    assert len(unevaluated.heldout) == 0
 
 
-def test_a_fraction_that_holds_out_nothing(split):
-    with pytest.raises(DataError, match=r"heldout_fraction 0\.001 leaves no conversation on this"):
+def test_a_fraction_without_held_out_conversations_is_rejected(split):
+    with pytest.raises(DataError, match=r"no conversations with data\.heldout_fraction 0\.001"):
         split(conversations(3), heldout_fraction=0.001)
 
 
-def test_two_files_that_share_a_conversation_are_refused(split):
+def test_two_files_that_share_a_conversation_are_rejected(split):
     heldout = [{"messages": chat("Question  3", "another answer")}, {"messages": chat("new", "x")}]
     with pytest.raises(DataError, match=r"1 of 2 prompts are also in data\.path .*train\.jsonl"):
         split(conversations(5), heldout)
     assert len(split(conversations(3), heldout).heldout) == 2
 
 
-def test_held_out_prompts_beyond_those_wanted_are_not_read_but_checked(split):
+def test_held_out_prompts_beyond_the_limit_are_checked_but_not_kept(split):
     rows = [{"prompt": f"h{i}"} for i in range(6)]
     assert [p.text for p in split([{"prompt": "a"}], rows, wanted=3).heldout] == ["h0", "h1", "h2"]
     with pytest.raises(DataError, match="1 of 6 prompts"):
@@ -486,14 +484,14 @@ def test_held_out_prompts_beyond_those_wanted_are_not_read_but_checked(split):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"heldout_fraction": 0.1, "heldout_path": "b"}, "Set one of them"),
-        ({"heldout_fraction": 0.1, "heldout_split": "test"}, "Set one of them"),
-        ({"heldout_split": "train"}, "'train' is the split that is trained on"),
+        ({"heldout_fraction": 0.1, "heldout_path": "b"}, "Set only one of them"),
+        ({"heldout_fraction": 0.1, "heldout_split": "test"}, "Set only one of them"),
+        ({"heldout_split": "train"}, "'train' is also the training split"),
         ({"streaming": True}, "rows is not set. Set rows"),
         ({"thinking": False, "chat": False}, "Remove thinking, or set chat to true"),
     ],
 )
-def test_options_that_do_not_fit(options, message):
+def test_incompatible_options_are_rejected(options, message):
     with pytest.raises(ValidationError, match=message):
         DataConfig(path="a", **options)
 
@@ -502,20 +500,20 @@ def test_options_that_do_not_fit(options, message):
     "options",
     [{"heldout_path": "b"}, {"heldout_split": "test"}, {"heldout_fraction": 0.1}],
 )
-def test_evaluation_needs_one_of_three_ways(options):
+def test_evaluation_needs_held_out_prompts(options):
     assert Config.model_validate({**MINIMAL, "data": {"path": "a", **options}})
     with pytest.raises(ValidationError, match="no prompts are held out"):
         Config.model_validate({**MINIMAL, "data": {"path": "a"}})
 
 
-# --- the stream
+# --- the prompt stream
 
 
 def stream(seed=0):
     return PromptStream([Prompt(str(i), (i,), "") for i in range(10)], seed)
 
 
-def test_an_epoch_has_every_prompt_once_and_the_next_another_order():
+def test_epochs_contain_every_prompt_once_in_different_orders():
     s = stream()
     first, second = s.take(10), s.take(10)
     assert {p.prompt_id for p in first} == {p.prompt_id for p in second} == set(map(str, range(10)))
@@ -560,14 +558,14 @@ def test_a_corpus_is_cut_into_pieces(tmp_path, tokenizer):
     [
         ({"body": "abc"}, r"data\.corpus_path: .*:1: has no column 'text'; .* Set data\.text_key"),
         ({"text": 3}, "'text' is 3, not text"),
-        ({"text": " "}, "has no rows of text"),
+        ({"text": " "}, "has no rows with text"),
     ],
 )
-def test_a_corpus_without_text(tmp_path, tokenizer, row, message):
+def test_a_corpus_without_text_is_rejected(tmp_path, tokenizer, row, message):
     with pytest.raises(DataError, match=message):
         corpus(tmp_path, tokenizer, [row])
 
 
-def test_arrow_memory_holds_tokens_as_32_bit_integers(reader):
+def test_tokens_are_stored_as_32_bit_integers(reader):
     table = reader([{"prompt": "a"}], 0).table()
     assert table.columns["token_ids"].type.value_type == pa.int32()

@@ -1,4 +1,4 @@
-"""``seqkd inspect`` shows which tokens carry loss."""
+"""Output of ``seqkd inspect``, which marks the tokens that the loss is computed on."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MESSAGES = [
 
 @pytest.fixture
 def inspect(tiny, tmp_path, capsys):
-    """Output and exit code for a two-turn conversation and a corpus."""
+    """Function that returns exit code and output for a two-turn conversation and a corpus."""
     (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": MESSAGES, "kind": "chat"}) + "\n")
     (tmp_path / "texts.jsonl").write_text('{"text": "abcdef"}\n')
     config = {
@@ -49,7 +49,7 @@ def inspect(tiny, tmp_path, capsys):
     return run
 
 
-def test_tokens_that_carry_loss_are_in_brackets(inspect):
+def test_tokens_with_loss_are_in_brackets(inspect):
     code, out, _ = inspect("sampler=dataset", "data.tag_key=kind")
     first, second = out.split("\n\nsampler ")[1:]
     assert code == 0
@@ -63,28 +63,28 @@ def test_tokens_that_carry_loss_are_in_brackets(inspect):
     )
 
 
-def test_the_header_counts_and_measures(inspect):
+def test_the_header_has_counts_and_lengths(inspect):
     _, out, _ = inspect("sampler=dataset", "rollout.max_tokens=4")
     header = out.split("\n\n")[0]
     assert "format messages (messages): 1 conversations, 1 prompts" in header
-    assert "1 prompts left out, their answers longer than rollout.max_tokens = 4" in header
+    assert "1 prompts dropped: their answers are longer than rollout.max_tokens = 4" in header
     assert re.search(r"answer tokens: +50 % 4 +90 % 4 +99 % 4 +max 4", header)
 
 
-def test_where_a_sampled_completion_will_stand(inspect):
+def test_the_place_of_a_sampled_completion_is_marked(inspect):
     _, out, _ = inspect("sampler=teacher", "-n", "1", "--row", "2")
     (shown,) = out.split("\n\n")[1:]
     assert shown.startswith("sampler teacher: prompt 2 of 2\n")
     assert shown.endswith("<|assistant|>│[<- the teacher writes here, at most 64 tokens]\n")
 
 
-def test_a_corpus_carries_loss_from_its_second_token(inspect):
+def test_a_corpus_has_loss_from_its_second_token(inspect):
     _, out, _ = inspect("sampler=corpus")
     assert "a│[b][c][d] (cut: no end of sequence)" in out
     assert "e│[f][<|end|>]\n" in out
 
 
-def test_colour_on_a_terminal(inspect, monkeypatch):
+def test_color_on_a_terminal(inspect, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.delenv("NO_COLOR", raising=False)
     _, out, _ = inspect("sampler=dataset", "--row", "2")
@@ -95,7 +95,7 @@ def test_colour_on_a_terminal(inspect, monkeypatch):
 
 
 def test_the_space_before_a_word_is_shown():
-    """Also where a tokenizer drops the first one that it decodes, as SentencePiece's do."""
+    """Also with tokenizers that drop the first space when decoding, such as SentencePiece's."""
     backend = Tokenizer(models.WordLevel({"▁a": 0, "▁b": 1}, unk_token="▁a"))
     backend.decoder = decoders.Metaspace(prepend_scheme="always")
     words = PreTrainedTokenizerFast(tokenizer_object=backend)
@@ -112,7 +112,7 @@ def test_the_space_before_a_word_is_shown():
         ("--row=3", "error: --row: 3: there are 2 prompts"),
     ],
 )
-def test_a_mistake_is_one_message(inspect, argument, message):
+def test_an_error_is_one_message(inspect, argument, message):
     code, _, err = inspect(argument)
     assert code == 2
     assert message in err
