@@ -1,1 +1,1 @@
-"""What one learner rank computes: micro-batches, the student, statistics per token, the loss."""
+"""Computations of one learner rank: micro-batches, the student, per-token statistics, the loss."""

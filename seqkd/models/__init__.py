@@ -1,1 +1,1 @@
-"""Load, prune, adapt and export models; their output heads."""
+"""Loading, pruning, adaptation and export of models, and their output heads."""

@@ -1,4 +1,4 @@
-"""Write model directories that transformers and vLLM load."""
+"""Export of model directories that transformers and vLLM can load."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ from seqkd.models.pruning import prune
 
 
 def materialize_student(student: StudentConfig, precision: str, directory: Path) -> str:
-    """The path of the initial student that engines and ranks load: the model itself, or
-    ``directory`` once the initialisation has been written there."""
+    """Return the path of the initial student that engines and ranks load.
+
+    It is the model itself, or ``directory`` after a pruned student was written there.
+    """
     if not isinstance(student.init, PruneInitConfig):
         return expand(student.model)
     model = load_causal_lm(student.model, precision, "student.model")
@@ -33,9 +35,11 @@ def materialize_student(student: StudentConfig, precision: str, directory: Path)
 def export(
     model: nn.Module, state: dict[str, Tensor] | None, directory: Path, tokenizer_from: str
 ) -> None:
-    """Write a directory that transformers and vLLM load as it is: weights (safetensors), config,
-    tokenizer and chat template, and the generation config of ``tokenizer_from`` with what ends a
-    completion here."""
+    """Write a directory that transformers and vLLM can load.
+
+    It contains the weights (safetensors), the config, the tokenizer with its chat template, and the
+    generation config of ``tokenizer_from`` with the token ids that end a completion in this run.
+    """
     from transformers import GenerationConfig
 
     tokenizer = load_tokenizer(tokenizer_from, "student.model")
@@ -45,7 +49,7 @@ def export(
     if generation.pad_token_id is None:
         pad = tokenizer.pad_token_id
         generation.pad_token_id = stop_ids[0] if pad is None else pad
-    # The generation config of the source is written last: save_pretrained refuses some of them.
+    # The generation config of the source is written last: save_pretrained rejects some of them.
     model.generation_config = GenerationConfig()  # type: ignore[assignment]
     with atomic_directory(directory) as partial:
         model.save_pretrained(partial, **({"state_dict": state} if state is not None else {}))  # type: ignore[operator]

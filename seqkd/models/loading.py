@@ -1,4 +1,4 @@
-"""Models and tokenizers in transformers' format: loading, output heads, depth pruning, export."""
+"""Loading of models, configs and tokenizers in transformers' format."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from seqkd.errors import ModelError
 
 
 def dtype_of(precision: str) -> torch.dtype:
-    """ "float32" -> torch.float32."""
+    """Return the torch dtype of a precision, for example torch.float32 for "float32"."""
     dtype = getattr(torch, precision)
     assert isinstance(dtype, torch.dtype)
     return dtype
 
 
 def read_config(model: str, field: str) -> Any:
-    """transformers config of any model; ModelError names ``field`` where there is none."""
+    """Return the transformers config of any model. Raises ModelError with ``field`` if it cannot be
+    loaded."""
     from transformers import AutoConfig
 
     path = Path(model).expanduser()
@@ -28,62 +29,64 @@ def read_config(model: str, field: str) -> Any:
     if looks_local and not (path / "config.json").is_file():
         state = "has no config.json" if path.is_dir() else "does not exist"
         raise ModelError(
-            f"{field}: {model!r} {state}. Name a directory that save_pretrained wrote, or a hub "
-            "name."
+            f"{field}: {model!r} {state}. Set it to a directory written by save_pretrained, or to "
+            "a hub name."
         )
     try:
         name = str(path) if looks_local else model
-        # Without an answer transformers asks at the terminal whether to run the model's own code.
+        # If unset, transformers asks at the terminal whether to run the model's own code.
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
-            f"{field}: {model!r} cannot be loaded: {first_line(error)} Name a directory that "
-            "save_pretrained wrote, or a hub name that this machine can reach."
+            f"{field}: {model!r} cannot be loaded: {first_line(error)} Set it to a directory "
+            "written by save_pretrained, or to a hub name that this machine can access."
         ) from None
 
 
 def load_config(model: str, field: str) -> Any:
-    """transformers config of a causal language model; ModelError names ``field`` otherwise."""
+    """Return the transformers config of a causal language model. Raises ModelError with ``field``
+    for any other model."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     config = read_config(model, field)
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ModelError(
-            f"{field}: {model!r} is of type {config.model_type!r}, which is no causal language "
-            "model. Name one that transformers' AutoModelForCausalLM loads."
+            f"{field}: {model!r} is of type {config.model_type!r}, which is not a causal language "
+            "model. Set it to a model that transformers' AutoModelForCausalLM can load."
         )
     architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]
     saved = config.architectures or []
     if saved and not {architecture} & set(saved):
         raise ModelError(
-            f"{field}: {model!r} was saved as {saved[0]}, which has no language-model head that "
-            f"fits {architecture}. Name a checkpoint of {architecture}."
+            f"{field}: {model!r} was saved as {saved[0]}, which has no language-model head. Set it "
+            f"to a checkpoint of {architecture}."
         )
     return config.get_text_config()
 
 
 def load_tokenizer(model: str, field: str) -> Any:
-    """The model's tokenizer; ModelError names ``field`` where it has none."""
+    """Load the model's tokenizer. Raises ModelError with ``field`` if it has none."""
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(expand(model), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
-            f"{field}: the tokenizer of {model!r} cannot be loaded: {first_line(error)}"
+            f"{field}: the tokenizer of {model!r} cannot be loaded: {first_line(error)} Add the "
+            "tokenizer's files to the model."
         ) from None
 
 
 def expand(model: str) -> str:
-    """A leading ~ replaced by the home directory; hub names stay as they are."""
+    """Replace a leading ~ by the home directory. Hub names are not changed."""
     return str(Path(model).expanduser()) if model.startswith("~") else model
 
 
 def load_causal_lm(
     model: str, precision: str, field: str, device_map: str | None = None
 ) -> nn.Module:
-    """The model's weights in ``precision``, in evaluation mode, on the CPU or as accelerate's
-    ``device_map`` says; ModelError names ``field`` where some are missing."""
+    """Load a causal language model in ``precision`` and in evaluation mode, on the CPU or by
+    accelerate's ``device_map``. Raises ModelError with ``field`` if weights are missing."""
     from transformers import AutoModelForCausalLM
 
     load: Any = AutoModelForCausalLM.from_pretrained
@@ -96,16 +99,16 @@ def load_causal_lm(
     )
     if missing := sorted(info["missing_keys"]):
         raise ModelError(
-            f"{field}: {model!r} has no weights for {missing[0]} and {len(missing) - 1} others; "
-            "they would be random. Name a complete checkpoint."
+            f"{field}: {model!r} has no weights for {missing[0]} and {len(missing) - 1} other "
+            "parameters, which would be random. Set it to a complete checkpoint."
         )
     assert isinstance(loaded, nn.Module)
     return loaded.eval()
 
 
 def skeleton(config: Any) -> nn.Module:
-    """The architecture of a causal language model with this transformers config, without weights:
-    its tensors are on the meta device."""
+    """Build a causal language model from a transformers config without weights, with its tensors on
+    the meta device."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -114,8 +117,8 @@ def skeleton(config: Any) -> nn.Module:
 
 
 def without_dropout(model: nn.Module) -> None:
-    """Set every dropout probability to 0, in place: the model that learns is the one that
-    sampled."""
+    """Set every dropout probability to 0, in place. With dropout, the trained model would differ
+    from the model that sampled."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -125,21 +128,22 @@ def without_dropout(model: nn.Module) -> None:
 
 
 def end_of_sequence_ids(model: str, tokenizer: Any, field: str) -> tuple[int, ...]:
-    """Token ids that end a completion: generation_config's, then the tokenizer's."""
+    """Return the token ids that end a completion: those of the generation config, followed by the
+    tokenizer's."""
     generation = generation_config(model)
     eos = generation and generation.eos_token_id
     ids = eos if isinstance(eos, list) else [eos]
     stop_ids = dict.fromkeys(i for i in (*ids, tokenizer.eos_token_id) if i is not None)
     if not stop_ids:
         raise ModelError(
-            f"{field}: {model!r} names no end-of-sequence token. Set eos_token_id in its "
+            f"{field}: {model!r} has no end-of-sequence token. Set eos_token_id in its "
             "generation_config.json."
         )
     return tuple(stop_ids)
 
 
 def generation_config(model: str) -> Any:
-    """The model's generation_config.json; None where it has none."""
+    """Load the model's generation_config.json. Return None if there is none."""
     from transformers import GenerationConfig
 
     try:
@@ -149,15 +153,12 @@ def generation_config(model: str) -> Any:
 
 
 def save_generation_config(config: Any, directory: Path) -> None:
-    """Write generation_config.json as it is: transformers' own ``save_pretrained`` refuses what
-    some published models have (a temperature without do_sample)."""
+    """Write generation_config.json unchanged. transformers' ``save_pretrained`` rejects values that
+    some published models have, such as a temperature without do_sample."""
     config.to_json_file(directory / "generation_config.json", keys_to_pop=["compile_config"])
 
 
-# --- output heads
-
-
 def first_line(error: Exception) -> str:
-    """The first line that says something, with a full stop: what a library says of a model."""
+    """Return the first non-empty line of a library's error message, ending with a period."""
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))
     return line if line.endswith(".") else line + "."

@@ -1,8 +1,8 @@
-"""Low-rank adapters (LoRA, Hu et al. 2021, arXiv 2106.09685) of a student, in peft's form.
+"""Low-rank adapters (LoRA, Hu et al. 2021, arXiv 2106.09685) of a student, in peft's format.
 
-A linear layer computes h = W x + (alpha / rank) B A x with A [rank, in] and B [out, rank]; its W,
-and every other weight of the model, stays as it is. B is 0 at first, so that the student begins as
-the model. Engines, and whoever loads the exported student, get W + (alpha / rank) B A.
+A linear layer computes h = W x + (alpha / rank) B A x with A [rank, in] and B [out, rank]. W and
+all other weights of the model are frozen. B is initialized with 0, so that the initial student
+equals the model. Engines and the exported student contain the merged weight W + (alpha / rank) B A.
 """
 
 from __future__ import annotations
@@ -23,63 +23,66 @@ from seqkd.files import atomic_directory
 from seqkd.models.loading import skeleton
 
 ADAPTER = "default"
-"""peft's own name for the only adapter of a model; in the names of its parameters."""
+"""peft's name for the only adapter of a model. It is part of the parameter names."""
 A, B = f".lora_A.{ADAPTER}.weight", f".lora_B.{ADAPTER}.weight"
 BASE = ".base_layer"
-"""In the names of what an adapted layer had before."""
+"""Part of the names of an adapted layer's original parameters."""
 
 
 def adapted_layers(model: nn.Module, lora: LoraConfig) -> dict[str, nn.Linear]:
-    """The layers of a model without adapters that ``lora`` adapts, by their whole names; ModelError
-    where it names one that is not there."""
+    """Return the layers that ``lora`` adapts in a model without adapters, by their full names.
+    Raises ModelError if a target does not exist."""
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
     linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
-    # peft goes by the last part of a name, so one that other modules have as well is of no use.
+    # peft selects layers by the last part of the name, so names of other modules cannot be used.
     others = {_last(name) for name, _ in model.named_modules() if name not in linear}
     names = sorted({_last(name) for name in linear} - others)
     for name in lora.targets if lora.targets != "all-linear" else ():
         if name not in names:
             raise ModelError(
-                f"student.lora.targets: {name!r} is no linear layer of student.model. It has "
-                f"{', '.join(names) or 'none that can be adapted'}. Name some of these, or set "
+                f"student.lora.targets: {name!r} is not a linear layer of student.model. Its "
+                f"linear layers: {', '.join(names) or 'none'}. Use some of them, or set "
                 "student.lora.targets to all-linear."
             )
     if not names:
         config: Any = model.config
         raise ModelError(
-            f"student.lora.targets: {lora.targets!r} finds no linear layer in a model of type "
-            f"{config.model_type!r}, but for its output head. Leave student.lora out."
+            f"student.lora.targets: {lora.targets!r} matches no linear layer of a model of type "
+            f"{config.model_type!r} except its output head. Remove student.lora."
         )
     wanted = names if lora.targets == "all-linear" else lora.targets
     return {name: layer for name, layer in linear.items() if _last(name) in wanted}
 
 
 def check_targets(config: Any, lora: LoraConfig) -> None:
-    """ModelError unless a model with this transformers config has the layers that ``lora`` names;
-    its weights are not read."""
+    """Raise ModelError unless a model with this transformers config has the target layers. Does not
+    read weights."""
     adapted_layers(skeleton(config), lora)
 
 
 class Adapters:
-    """The adapters of one model, which are put into it."""
+    """Low-rank adapters, which are inserted into a model."""
 
     def __init__(self, model: nn.Module, lora: LoraConfig, seed: int) -> None:
-        """``model`` is a loaded causal language model, on the CPU; only its adapters require a
-        gradient afterwards. The same ``seed`` gives the same values, on every rank."""
+        """Insert adapters into ``model``, a loaded causal language model on the CPU.
+
+        Afterwards only the adapters require a gradient. Their initial values depend only on
+        ``seed``, so they are the same on every rank.
+        """
         from peft import LoraConfig, get_peft_model
 
         self.scale = lora.alpha / lora.rank
         layers = adapted_layers(model, lora)
         names = sorted({_last(name) for name in layers})
         self.blocks = {_parent(name) for name in layers}
-        """The modules that adapted layers are directly in."""
+        """Names of the modules that directly contain adapted layers."""
         self.identity = {
             "student.model": f"weights with digest {_digest(model)}",
             "student.lora.rank": str(lora.rank),
             "student.lora.alpha": str(lora.alpha),
             "student.lora.targets": ", ".join(names),
         }
-        """What a saved state of the adapters fits, by field of the configuration."""
+        """Properties that a saved state of the adapters must match, by configuration key."""
         config = LoraConfig(
             r=lora.rank, lora_alpha=lora.alpha, target_modules=names, task_type="CAUSAL_LM"
         )
@@ -87,12 +90,19 @@ class Adapters:
         self.peft = get_peft_model(causal_lm, config, autocast_adapter_dtype=False)
         for name, parameter in model.named_parameters():
             if name.endswith(A):
-                _initialise(parameter, f"{seed}/{name}")
+                _initialize(parameter, f"{seed}/{name}")
 
     def merged(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The whole weights of the adapted model, by parameter name -> those of a model without
-        adapters that computes the same, by checkpoint name: products and sums in float32, then in
-        the precision of the weight. What has no adapter is shared."""
+        """Merge the adapters into the weights.
+
+        Args:
+            state: All full (unsharded) parameters of the adapted model, by parameter name.
+
+        Returns:
+            Weights of an equivalent model without adapters, by checkpoint name. Products and sums
+            are computed in float32 and rounded to the precision of the weight. Tensors of layers
+            without adapters are shared with ``state``.
+        """
         merged = {}
         for name, weight in state.items():
             layer, is_base, rest = name.partition(BASE)
@@ -104,13 +114,16 @@ class Adapters:
         return merged
 
     def published(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What of :meth:`merged` an engine needs that has the model: all layers of each module that
-        has an adapted one, for engines join some (queries, keys and values) to one weight."""
+        """Return the part of :meth:`merged` that an engine with the original model needs.
+
+        It contains all layers of every module with an adapted layer, because engines fuse layers of
+        a module (queries, keys and values) into one weight.
+        """
         return {n: w for n, w in self.merged(state).items() if _parent(_parent(n)) in self.blocks}
 
     def export(self, state: Mapping[str, Tensor], directory: Path) -> None:
-        """Write the adapters alone as ``peft.PeftModel.from_pretrained(model, directory)`` reads
-        them; ``state`` as for :meth:`merged`."""
+        """Write only the adapters, in the format that ``peft.PeftModel.from_pretrained(model,
+        directory)`` reads. For ``state`` see :meth:`merged`."""
         from peft import get_peft_model_state_dict
         from safetensors.torch import save_file
 
@@ -123,9 +136,12 @@ class Adapters:
             config.save_pretrained(partial)
 
 
-def _initialise(parameter: nn.Parameter, seed: str) -> None:
-    """peft's default for A, uniform within 1 / sqrt(in); drawn in float32 whatever the precision,
-    by the name alone, so that no order of layers, ranks or devices changes it."""
+def _initialize(parameter: nn.Parameter, seed: str) -> None:
+    """Initialize A with peft's default, uniform within 1 / sqrt(in).
+
+    The values are sampled in float32 for every precision, with a seed that contains the parameter's
+    name, so they do not depend on the order of layers, on ranks or on devices.
+    """
     digest = hashlib.blake2b(seed.encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
     drawn = torch.empty(parameter.shape, dtype=torch.float32)
@@ -135,7 +151,8 @@ def _initialise(parameter: nn.Parameter, seed: str) -> None:
 
 
 def _digest(model: nn.Module) -> str:
-    """Of a model's weights, rounded to bfloat16: the same in either precision."""
+    """Return a digest of a model's weights after rounding to bfloat16, which makes it the same in
+    both precisions."""
     digest = xxhash.xxh3_128()
     for name, parameter in model.named_parameters():
         digest.update(name.encode())

@@ -1,4 +1,5 @@
-"""Output heads, what is known of a teacher, and how many logits are formed and read at a time."""
+"""Output heads: logits and log-probs in chunks of limited memory, and loading of a teacher's
+head."""
 
 from __future__ import annotations
 
@@ -22,32 +23,34 @@ from seqkd.models.loading import (
 from seqkd.models.weight_files import _safetensors_index
 
 CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**27}
-"""Logits that one product with a head forms, [chunk, V]: enough rows to be fast, and few enough
-chunks that adding each one's [V, H] gradient costs little."""
+"""Number of logits, [chunk, V], per matrix product with a head. A chunk has enough rows to be fast.
+There are few enough chunks that accumulating their [V, H] gradients is cheap."""
 BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**27}
-"""Of those, what is read at a time: some thirty operations, each of which reads and writes a tensor
-of this size. On a CPU they stay in its cache; a GPU runs them as one. More where a prompt's samples
-at one position are: those are read together."""
+"""Number of logits of a chunk that are processed at a time, by some thirty operations that each
+read and write a tensor of this size. On a CPU such a block stays in the cache. On a GPU the
+operations are fused. A block is larger if the samples of a prompt at one position need it, because
+they are processed together."""
 
 
 def chunk_rows(weight: Tensor) -> int:
-    """How many states one product with ``weight`` ([V, H]) is of."""
+    """Return the number of states per matrix product with ``weight`` ([V, H])."""
     return max(1, CHUNK_ELEMENTS[weight.device.type] // weight.shape[0])
 
 
 def block_rows(weight: Tensor) -> int:
-    """How many states' logits are read at a time."""
+    """Return the number of states whose logits are processed at a time."""
     return max(1, min(chunk_rows(weight), BLOCK_ELEMENTS[weight.device.type] // weight.shape[0]))
 
 
 def blocks_of(count: int, weight: Tensor) -> list[Tensor]:
-    """The indices of ``count`` states, block by block."""
+    """Split the indices of ``count`` states into blocks."""
     blocks = torch.arange(count, device=weight.device).split(block_rows(weight))
     return list(blocks) if count else []
 
 
 def chunks_of(blocks: Sequence[Tensor], weight: Tensor) -> Iterator[list[Tensor]]:
-    """As many consecutive blocks as one product is of, one at least."""
+    """Group consecutive blocks into chunks for one matrix product, with at least one block per
+    chunk."""
     chunk: list[Tensor] = []
     for block in blocks:
         if chunk and sum(map(len, chunk)) + len(block) > chunk_rows(weight):
@@ -63,30 +66,30 @@ class OutputHead:
     """The map from the last hidden state to logits: ``softcap(scale * (W h + b))``."""
 
     weight: Tensor
-    """[V, H]"""
+    """[V, H] weight W."""
     bias: Tensor | None = None
-    """[V]"""
+    """[V] bias b."""
     scale: float = 1.0
     softcap: float | None = None
 
     def first(self, rows: int) -> OutputHead:
-        """The same for the first ``rows`` tokens alone."""
+        """Return the output head of the first ``rows`` tokens of the vocabulary."""
         bias = None if self.bias is None else self.bias[:rows]
         return OutputHead(self.weight[:rows], bias, self.scale, self.softcap)
 
     def raw(self, hidden: Tensor, room: Tensor | None = None) -> Tensor:
-        """[n, H] -> [n, V] W h, in the weight's precision; in the first rows of ``room`` where
-        there is one."""
+        """Compute W h, [n, H] -> [n, V], in the weight's precision. If ``room`` is passed, the
+        result is written into its first rows."""
         into = None if room is None else room[: len(hidden)]
         return torch.mm(hidden.to(self.weight), self.weight.T, out=into)
 
     def room(self, count: int) -> Tensor:
-        """[chunk, V], nothing in it, for one product after the other over ``count`` states: for new
-        ones the kernel would clear pages every time."""
+        """Allocate an uninitialized [chunk, V] buffer that is reused by all products over ``count``
+        states. With a new buffer per product, the kernel would clear its pages every time."""
         return self.weight.new_empty(min(count, chunk_rows(self.weight)), len(self.weight))
 
     def finish(self, raw: Tensor) -> Tensor:
-        """[n, V] W h -> the logits, float32."""
+        """Convert W h, [n, V], to float32 logits: add the bias, scale and softcap."""
         raw = raw.float() if self.bias is None else raw.float() + self.bias.float()
         logits = raw * self.scale if self.scale != 1.0 else raw
         return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
@@ -95,8 +98,17 @@ class OutputHead:
     def logprobs(
         self, hidden: Tensor, targets: Tensor, top_k: int = 0
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """[n, H], [n] -> [n] float32 log-probability of each target, and with ``top_k`` what
-        :func:`top_teacher` makes of each distribution."""
+        """Compute the log-probs of targets and optionally the most probable tokens.
+
+        Args:
+            hidden: [n, H] last hidden states.
+            targets: [n] token ids.
+            top_k: Number of most probable tokens per state; 0 for none.
+
+        Returns:
+            [n] float32 log-probs of the targets and, with ``top_k``, the result of
+            :func:`top_teacher`, otherwise None and None.
+        """
         chosen = hidden.new_empty(len(hidden), dtype=torch.float32)
         ids = torch.empty(len(hidden), top_k, dtype=torch.int32, device=hidden.device)
         top = chosen.new_empty(len(hidden), top_k + 1)
@@ -112,25 +124,26 @@ class OutputHead:
 
 
 def top_teacher(logprobs: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """[N, V] log-probs -> ([N, k] int32, [N, k + 1]): the k largest, and the rest as one event."""
+    """Reduce [N, V] log-probs to the k largest: ([N, k] int32 token ids, [N, k + 1] log-probs with
+    all other tokens as one event at the end)."""
     values, ids = logprobs.topk(k)
     rest = logprobs.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
     return ids.to(torch.int32), torch.cat([values, rest], -1)
 
 
 def gather(logprobs: Tensor, targets: Tensor) -> Tensor:
-    """[n, V], [n] -> [n] those of the targets."""
+    """Select the log-probs of the targets, [n, V], [n] -> [n]."""
     return logprobs.gather(-1, targets[:, None]).squeeze(-1)
 
 
 def head_of(model: nn.Module) -> OutputHead:
-    """The output head of a loaded model, sharing its tensors."""
+    """Return the output head of a loaded model. It shares the model's tensors."""
     layer: Any = model.get_output_embeddings()  # type: ignore[operator]
     return OutputHead(layer.weight, getattr(layer, "bias", None), **_logit_options(model.config))
 
 
 def load_head(model: str, precision: str) -> OutputHead:
-    """Only the output head of a checkpoint: the teacher's, frozen, for the learner."""
+    """Load only the output head of a teacher checkpoint, for the learner."""
     from safetensors import safe_open
     from transformers.utils.hub import cached_file
 
@@ -141,8 +154,8 @@ def load_head(model: str, precision: str) -> OutputHead:
     name = next((n for end in ends for n in files if n.endswith(end)), None)
     if name is None:
         raise ModelError(
-            f"teacher.model: {model!r} has no {' or '.join(ends)} in its safetensors files. Set "
-            "teacher.kind to hf and teacher.scores to logprobs."
+            f"teacher.model: {model!r} has no {' or '.join(ends)} in its safetensors files, so "
+            "hidden states cannot be used. Set teacher.kind to hf and teacher.scores to logprobs."
         )
     bias_name = name.removesuffix("weight") + "bias"
     tensors = {}
@@ -154,8 +167,8 @@ def load_head(model: str, precision: str) -> OutputHead:
 
 
 def export_head(model: str, precision: str, directory: Path) -> None:
-    """Write a model directory with configuration, tokenizer and the output head alone: what the
-    learner and the checks read of a teacher."""
+    """Write a model directory with only the config, the tokenizer and the output head. The learner
+    and the checks read nothing else of a teacher."""
     from safetensors.torch import save_file
     from transformers import AutoConfig
 
@@ -171,7 +184,8 @@ def export_head(model: str, precision: str, directory: Path) -> None:
 
 
 def _logit_options(config: Any) -> dict[str, Any]:
-    """What model families do to their logits after the matrix (Cohere, Granite, Gemma)."""
+    """Read the scaling and softcapping that some model families (Cohere, Granite, Gemma) apply to
+    their logits."""
     scale = getattr(config, "logit_scale", None)
     divisor = getattr(config, "logits_scaling", None)
     return {

@@ -1,4 +1,4 @@
-"""Depth pruning."""
+"""Depth pruning of a model."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from seqkd.errors import ModelError
 
 
 def check_prune(config: Any, init: PruneInitConfig) -> None:
-    """ModelError unless ``init`` leaves a part of the layers of a model with ``config``."""
+    """Raise ModelError unless some, but not all, layers of a model with ``config`` are dropped."""
     first, last = init.drop_layers
     layers = config.num_hidden_layers
     if last > layers or last - first >= layers:
         raise ModelError(
-            f"student.init.drop_layers: [{first}, {last}) does not leave a part of the model's "
-            f"{layers} layers. Choose a range within [0, {layers}]."
+            f"student.init.drop_layers: [{first}, {last}] must drop some, but not all, of the "
+            f"model's {layers} layers. Set it to a smaller range within [0, {layers}]."
         )
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
-    """The decoder layers of any causal language model: what transformers never parts."""
+    """Return the decoder layers of any causal language model, which are the modules that
+    transformers never splits across devices."""
     names: Any = model._no_split_modules or ()
     return [module for module in model.modules() if type(module).__name__ in names]
 
@@ -35,13 +36,13 @@ def prune(model: nn.Module, init: PruneInitConfig) -> None:
     layers: Any = getattr(model.base_model, "layers", None)
     if layers is None:
         raise ModelError(
-            f"student.init.kind: 'prune' does not know where a model of type "
-            f"{config.model_type!r} keeps its layers. Use kind checkpoint with a pruned model."
+            f"student.init.kind: 'prune' does not support models of type {config.model_type!r}. "
+            "Set it to checkpoint and student.model to a pruned model."
         )
     kept = nn.ModuleList(layer for i, layer in enumerate(layers) if not first <= i < last)
     for index, layer in enumerate(kept):
         module: Any
-        for module in layer.modules():  # the key-value cache is addressed by this index
+        for module in layer.modules():  # layer_idx selects the layer's entry in the KV cache
             if hasattr(module, "layer_idx"):
                 module.layer_idx = index
     model.base_model.layers = kept  # type: ignore[union-attr]

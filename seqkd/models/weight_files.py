@@ -1,4 +1,4 @@
-"""The safetensors files of a checkpoint."""
+"""Safetensors files of a checkpoint."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from seqkd.models.loading import expand, load_config
 
 
 def checkpoint_digest(model: str, download: bool) -> str | None:
-    """A hash of a checkpoint's configuration and every byte of its weights. Where it is not on
-    this machine it is fetched if ``download`` says so, else None."""
+    """Return a digest of a checkpoint's config and weight files. If the checkpoint is not on this
+    machine, download it if ``download`` is True, otherwise return None."""
     from transformers.utils.hub import cached_file
 
     def find(model: str, name: str, **options: Any) -> str | None:
@@ -39,7 +39,7 @@ def checkpoint_digest(model: str, download: bool) -> str | None:
 
 
 def _safetensors_index(model: str, cached_file: Any) -> dict[str, str]:
-    """Parameter name -> file, for a single or a sharded checkpoint."""
+    """Return the file of every parameter, for a checkpoint of one or several files."""
     from safetensors import safe_open
 
     index = cached_file(
@@ -51,6 +51,8 @@ def _safetensors_index(model: str, cached_file: Any) -> dict[str, str]:
         return {name: shards[shard] for name, shard in weight_map.items()}
     single = cached_file(model, "model.safetensors", _raise_exceptions_for_missing_entries=False)
     if single is None:
-        raise ModelError(f"teacher.model: {model!r} has no safetensors weights. Convert it first.")
+        raise ModelError(
+            f"teacher.model: {model!r} has no safetensors weights. Convert it to safetensors."
+        )
     with safe_open(single, framework="pt") as reader:
         return dict.fromkeys(reader.keys(), single)

@@ -1,12 +1,12 @@
-"""Objectives: one pure function a file over [B, T] tensors, needing nothing but torch.
+"""Objectives: pure functions over [B, T] tensors, one per file, that need only torch.
 
-``OBJECTIVES[kind](stats, counts, **options) -> loss``, a scalar to minimize. ``stats`` holds the
-per-token quantities of one micro-batch (:class:`seqkd.types.TokenStats`), ``counts`` what the loss
-divides by (:class:`seqkd.types.Counts`), global over ranks and micro-batches: summing the losses of
-all micro-batches gives the loss of the step, and nothing is mutated.
+``OBJECTIVES[kind](stats, counts, **options)`` returns the loss, a scalar to minimize. ``stats`` are
+the per-token quantities of one micro-batch (:class:`seqkd.types.TokenStats`). ``counts`` are the
+normalizers (:class:`seqkd.types.Counts`), global over ranks and micro-batches, so that the losses
+of all micro-batches add up to the loss of the step. The arguments are not modified.
 
-``DIVERGENCES[kind](log_q, log_p[, coefficient])`` is what a token-level objective averages: a
-divergence between the student's and the teacher's distribution at one state.
+``DIVERGENCES[kind](log_q, log_p[, coefficient])`` is the divergence between the student's and the
+teacher's distribution at one state that a token-level objective averages.
 """
 
 from __future__ import annotations

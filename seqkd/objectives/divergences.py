@@ -1,6 +1,6 @@
 """Divergences between the student's and the teacher's distribution at one state.
 
-Each function takes log-probs of student and teacher, [..., V], and returns [...].
+Every function takes the log-probs of the student and the teacher, [..., V], and returns [...].
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ def token_forward_kl(log_q: Tensor, log_p: Tensor) -> Tensor:
 def token_reverse_kl(log_q: Tensor, log_p: Tensor) -> Tensor:
     """Return KL(q || p) = sum_v q(v|s_t) log q(v|s_t)/p(v|s_t), in nats.
 
-    On the student's own samples this is what on-policy distillation mostly minimizes (GKD,
-    2306.13649): the future term is dropped.
+    On the student's own samples this is the usual loss of on-policy distillation (GKD, 2306.13649).
+    It drops the future term of the sequence-level gradient.
     """
     return (log_q.exp() * (log_q - log_p)).sum(-1)
 
@@ -30,8 +30,8 @@ def gjsd(log_q: Tensor, log_p: Tensor, beta: float) -> Tensor:
     """Return the generalized Jensen-Shannon divergence (GKD, 2306.13649), in nats:
     beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q and 0 < beta < 1.
 
-    Bounded by log 2 at beta = 1/2. Divided by beta it tends to the forward KL as beta -> 0, divided
-    by 1 - beta to the reverse KL as beta -> 1; at either end it is 0 itself.
+    At beta = 1/2 it is bounded by log 2. Divided by beta, it tends to the forward KL as beta -> 0.
+    Divided by 1 - beta, it tends to the reverse KL as beta -> 1. It is 0 at both ends.
     """
     log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
     forward = (log_p.exp() * (log_p - log_m)).sum(-1)
@@ -42,7 +42,7 @@ def gjsd(log_q: Tensor, log_p: Tensor, beta: float) -> Tensor:
 def skew_kl(log_q: Tensor, log_p: Tensor, skew: float) -> Tensor:
     """Return KL(p || skew p + (1 - skew) q) with 0 < skew < 1, in nats (DistiLLM, 2402.03898).
 
-    The mixture holds a share ``skew`` of p, so the log-ratio is at most -log(skew).
+    The mixture contains a share ``skew`` of p, so the log-ratio is at most -log(skew).
     """
     log_m = torch.logaddexp(log_p + math.log(skew), log_q + math.log1p(-skew))
     return (log_p.exp() * (log_p - log_m)).sum(-1)
@@ -67,4 +67,4 @@ DIVERGENCES: dict[str, Callable[..., Tensor]] = {
     "skew_reverse_kl": skew_reverse_kl,
     "total_variation": total_variation,
 }
-"""By kind of a token-level objective, the divergence that it averages."""
+"""Divergence that a token-level objective averages, by the kind of the objective."""

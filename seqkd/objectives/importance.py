@@ -1,5 +1,5 @@
-"""Corrections for samples that the current student did not draw alone: importance weights of whole
-sequences from a mixture, and token ratios for samples of an older student."""
+"""Corrections for samples that are not from the current student: importance weights of sequences
+from a mixture with the teacher, and token ratios for samples of an older student."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from seqkd.types import TokenStats
 
 def mixture_weight(student_logprob: Tensor, teacher_logprob: Tensor, alpha: float) -> Tensor:
     """Return the importance weights w(y) = q(y) / ((1 - alpha) q(y) + alpha p(y)) of sequences that
-    come whole from the teacher with probability ``alpha``, else from the student.
+    are sampled from the teacher with probability ``alpha`` and otherwise from the student.
 
     Takes [B] log-probs of whole sequences and 0 < alpha < 1, returns [B] without gradient. The
-    weights are exact, so that E_mixture[w f] = E_student[f] for every f, and at most
-    1 / (1 - alpha). MiniLLM (2306.08543) mixes at every token instead and keeps one factor of the
-    weight, which is biased.
+    weights are exact, E_mixture[w f] = E_student[f] for every f, and at most 1 / (1 - alpha).
+    MiniLLM (2306.08543) instead mixes at every token and keeps one factor of the weight, which is
+    biased.
     """
     log_ratio = (teacher_logprob - student_logprob).detach()
     log_mixture = torch.logaddexp(
@@ -30,15 +30,17 @@ def mixture_weight(student_logprob: Tensor, teacher_logprob: Tensor, alpha: floa
 def policy_gradient_term(
     stats: TokenStats, returns: Tensor, clip_ratio: float | None, importance_ratio_cap: float | None
 ) -> Tensor:
-    """Return a [B, T] surrogate whose gradient is ``returns`` (costs, [B, T], detached) times that
-    of log q(y_t|s_t), corrected by the token ratio w_t = q(y_t|s_t) / q_old(y_t|s_t), where q_old
-    is the distribution that drew the token.
+    """Return a [B, T] surrogate whose gradient is ``returns`` (costs, [B, T], detached) times the
+    gradient of log q(y_t|s_t), with an optional correction by the token ratio
+    w_t = q(y_t|s_t) / q_old(y_t|s_t), where q_old is the distribution that y_t was sampled from.
 
-    - ``importance_ratio_cap`` C: times min(w_t, C) (Ionides 2008, truncated importance sampling).
+    - ``importance_ratio_cap`` C: the gradient is multiplied by min(w_t, C) (Ionides 2008, truncated
+      importance sampling).
     - ``clip_ratio`` e: PPO's max(w_t R, clip(w_t, 1 - e, 1 + e) R) for a cost R (1707.06347).
 
-    On fresh samples w_t = 1, and both corrections have the plain term's gradient. They correct the
-    choice of y_t but not the states before it, which remain those of the older student.
+    On fresh samples w_t = 1, and both corrections have the gradient of the uncorrected term. They
+    correct the distribution of y_t, but not the distribution of the states before it, which remains
+    that of the older student.
     """
     assert stats.student_logprob is not None
     if clip_ratio is None and importance_ratio_cap is None:

@@ -1,9 +1,9 @@
-"""Per-token policy gradient on the sampled token alone: sum_t sg(r_t) log q(y_t|s_t) with the cost
+"""Per-token policy gradient with the sampled token only: sum_t sg(r_t) log q(y_t|s_t) with the cost
 r_t = log q(y_t|s_t) - log p(y_t|s_t).
 
-Its expectation under the student is the gradient of the token-level reverse KL at the states
-visited; it needs the teacher's log-prob of the drawn token only, so an API that returns those will
-do. It drops the future term: a biased estimate of the sequence-level gradient.
+The expectation of its gradient under the student is the gradient of the token-level reverse KL at
+the visited states. It needs only the teacher's log-prob of the sampled token, which many APIs
+return. It drops the future term, so it is a biased estimate of the sequence-level gradient.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def sampled_token(
     clip_ratio: float | None = None,
     importance_ratio_cap: float | None = None,
 ) -> Tensor:
-    """Mean over completion tokens; needs ``student_logprob`` and ``teacher_logprob``."""
+    """Return the mean over completion tokens. Needs ``student_logprob`` and ``teacher_logprob``."""
     assert stats.student_logprob is not None and stats.teacher_logprob is not None
     cost = stats.student_logprob.detach() - stats.teacher_logprob
     surrogate = policy_gradient_term(stats, cost, clip_ratio, importance_ratio_cap)

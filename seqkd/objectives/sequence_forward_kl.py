@@ -8,6 +8,6 @@ from seqkd.types import Counts, TokenStats
 
 
 def sequence_forward_kl(stats: TokenStats, counts: Counts) -> Tensor:
-    """Mean over sequences of -sum_t log q(y_t|s_t), y ~ p; needs ``student_logprob``."""
+    """Return the mean over sequences of -sum_t log q(y_t|s_t), y ~ p. Needs ``student_logprob``."""
     assert stats.student_logprob is not None
     return -(stats.student_logprob * stats.loss_mask).sum() / counts.sequences

@@ -1,7 +1,7 @@
 """Sequence-level reverse KL by policy gradient: KL(q || p) = E_q sum_t r_t = E_q sum_t KL_t.
 
-With ``r_t = log q(y_t|s_t) - log p(y_t|s_t)`` (a cost) and ``KL_t`` its exact mean over the
-vocabulary at s_t, the surrogate of one sequence, before baseline and normalization, is
+Let ``r_t = log q(y_t|s_t) - log p(y_t|s_t)`` be the cost of a token, and ``KL_t`` its exact mean
+over the vocabulary at s_t. The surrogate of one sequence, before baseline and normalization, is
 
 =============  ==================================================  =======================
 estimator      surrogate                                           source
@@ -12,30 +12,36 @@ single_step    sum_t [KL_t + sg(sum_{u>t} r_u) log q(y_t)]         MiniLLM, 2306
 rao_blackwell  sum_t [KL_t + sg(sum_{u>t} KL_u) log q(y_t)]        2504.10637
 =============  ==================================================  =======================
 
-All four have the gradient of KL(q || p) as their expectation under the student.
+The gradient of all four has the gradient of KL(q || p) as its expectation under the student.
 
-``baseline`` is subtracted from what multiplies log q(y_t), and is independent of the sample:
-``leave_one_out`` is the mean of the prompt's other samples at the same position, 0 for those that
-ended; ``position_mean`` the mean at that position over past batches (``counts.costs``,
-``counts.survival``).
+``baseline`` is subtracted from the factor of log q(y_t). It is independent of the sample:
+
+- ``leave_one_out``: the mean over the prompt's other samples at the same position, where samples
+  that ended count as 0.
+- ``position_mean``: the mean over past batches at the same position (``counts.costs``,
+  ``counts.survival``).
 
 ``normalization``:
 
-- ``total``: the sum above, averaged over sequences. Its optimum includes silence: a student that
-  cannot match the teacher is charged for every token it speaks.
-- ``rate``: the gradient of ``J = E[sum_t KL_t] / E[L]``, nats per token. Every cost in a return is
-  reduced by the rate rho = J and the sum is divided by E[L] (``counts.rate``, ``counts.length``,
-  both independent of the batch), so that an average token more or less costs nothing. Where late
-  tokens are cheaper than the average, as on real models they are, it still pays to run on.
-- ``minillm``: the paper's R_{t+1} / (T - t - 1), T the sequence's length; biased. The default: of
-  the three it alone kept the teacher's length on a real pair (docs/estimators.md).
+- ``total``: the sum above, averaged over sequences. It favors length collapse: a student that
+  cannot match the teacher pays for every token that it generates.
+- ``rate``: the gradient of ``J = E[sum_t KL_t] / E[L]``, in nats per token. The rate rho = J is
+  subtracted from every cost in a return, and the sum is divided by E[L] (``counts.rate``,
+  ``counts.length``, both independent of the batch), so an additional token of average cost does not
+  change the loss. On real models late tokens are cheaper than the average, so it still favors long
+  outputs.
+- ``minillm``: the paper's R_{t+1} / (T - t - 1) with the sequence length T; biased. It is the
+  default because it was the only one of the three that kept the teacher's length on a real pair of
+  models (docs/estimators.md).
 
-Two dials between the sequence and the token level, biased for every value below 1:
-``future_weight`` multiplies the future in each return, ``discount`` its cost u - t tokens ahead by
-discount^(u - t). At 0 either leaves the token level. ``clip_ratio`` and ``importance_ratio_cap``
-correct for samples of an older student (:mod:`seqkd.objectives.importance`).
+Two options interpolate between the token level (0) and the sequence level (1), with a bias for
+every value below 1: ``future_weight`` multiplies the future cost in every return, and ``discount``
+multiplies a cost u - t tokens ahead by discount^(u - t). ``clip_ratio`` and
+``importance_ratio_cap`` correct for samples of an older student
+(:mod:`seqkd.objectives.importance`).
 
-Where ``stats.weight`` is set (:mod:`seqkd.objectives.importance`), it weights every sequence.
+If ``stats.weight`` is set (:mod:`seqkd.objectives.importance`), every sequence is multiplied by its
+weight.
 """
 
 from __future__ import annotations
@@ -61,7 +67,11 @@ def sequence_reverse_kl(
     clip_ratio: float | None = None,
     importance_ratio_cap: float | None = None,
 ) -> Tensor:
-    """Surrogate loss (scalar) on student samples; needs the stats that its table row names."""
+    """Return the surrogate loss, a scalar, on student samples.
+
+    Needs ``student_logprob``, and ``reverse_kl`` (rao_blackwell), ``teacher_logprob`` (reinforce,
+    reward_to_go) or both (single_step).
+    """
     mask = stats.loss_mask
     assert stats.student_logprob is not None
     exact = estimator in ("single_step", "rao_blackwell")
@@ -102,7 +112,7 @@ def sequence_reverse_kl(
 
 
 def _returns(cost: Tensor, estimator: str, future_weight: float, discount: float) -> Tensor:
-    """[B, T] costs, 0 after the end -> [B, T] what log q(y_t) is multiplied by."""
+    """Compute the [B, T] factors of log q(y_t) from [B, T] costs, which are 0 after the end."""
     if estimator == "reinforce":
         return cost.sum(1, keepdim=True).expand_as(cost)
     future = future_weight * discounted_future(cost, discount)
@@ -110,9 +120,9 @@ def _returns(cost: Tensor, estimator: str, future_weight: float, discount: float
 
 
 def discounted_future(cost: Tensor, discount: float) -> Tensor:
-    """[B, T] -> [B, T] sum_{u>t} discount^(u-t) cost_u."""
+    """Return sum_{u>t} discount^(u-t) cost_u, [B, T] -> [B, T]."""
     pad = torch.nn.functional.pad
-    ahead, reach = cost, 1  # sum_{t<=u<t+reach}: doubled until it is the whole
+    ahead, reach = cost, 1  # sum over t <= u < t + reach; reach doubles until it covers the row
     while reach < cost.shape[1]:
         ahead = ahead + discount**reach * pad(ahead[:, reach:], (0, reach))
         reach *= 2
@@ -120,9 +130,11 @@ def discounted_future(cost: Tensor, discount: float) -> Tensor:
 
 
 def leave_one_out(returns: Tensor, group: Tensor) -> Tensor:
-    """[B, T] mean of the returns of the *other* samples of a prompt at the same position, 0 for
-    those that ended before it; 0 where a prompt has one sample. Independent of the sample itself,
-    so subtracting it leaves every expectation as it was."""
+    """Return the [B, T] mean return of the *other* samples of a prompt at the same position.
+
+    Samples that ended before the position count as 0. The result is 0 for a prompt with one sample.
+    It is independent of the sample itself, so subtracting it changes no expectation.
+    """
     same = (group[:, None] == group[None, :]).to(returns.dtype)
     others = same - torch.eye(len(group), dtype=returns.dtype, device=returns.device)
     return others @ returns / others.sum(1, keepdim=True).clamp(min=1)
@@ -136,8 +148,9 @@ def position_mean(
     size: int,
     device: torch.device,
 ) -> Tensor:
-    """[size] mean return of the sequences that have a token t, over past batches; 0 where none
-    had. Under reinforce, whose return is the whole cost, the mean over all sequences."""
+    """Return the [size] mean return over past batches of the sequences that have a token t, 0 if no
+    sequence had one. For reinforce, whose return is the cost of the whole sequence, the mean is
+    over all sequences."""
     assert counts.costs is not None and counts.survival is not None
     cost = counts.costs - counts.rate * counts.survival if normalization == "rate" else counts.costs
     survival = counts.survival[:1].expand_as(cost) if estimator == "reinforce" else counts.survival

@@ -8,6 +8,7 @@ from seqkd.types import Counts, TokenStats
 
 
 def token_mean(stats: TokenStats, counts: Counts) -> Tensor:
-    """Mean over completion tokens of ``divergence``, on states from any source."""
+    """Return the mean over completion tokens of ``divergence``. The states may come from any
+    source."""
     assert stats.divergence is not None
     return (stats.divergence * stats.loss_mask).sum() / counts.tokens

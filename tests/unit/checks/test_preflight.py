@@ -102,7 +102,7 @@ def test_a_hub_name_that_cannot_be_reached(config):
 
 def test_no_causal_language_model(config, tiny, tmp_path):
     vision = changed(tiny["student"], tmp_path, "config.json", lambda c: c.update(model_type="vit"))
-    with pytest.raises(ConfigError, match=r"'vit', which is no causal language"):
+    with pytest.raises(ConfigError, match=r"'vit', which is not a causal language"):
         check(config(f"student.model={vision}"))
 
 

@@ -1,4 +1,4 @@
-"""Adapters against their definition; what cannot be adapted; a head that does not learn."""
+"""Adapters compared with their definition, invalid targets, and a frozen output head."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def values(model):
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-def of(state, kind):
+def adapter_weights(state, kind):
     return {name: t for name, t in state.items() if f".lora_{kind}." in name}
 
 
 def fill(model, seed=7):
-    """Random values in place of the zeros of every B."""
+    """Replace the zeros of every B by random values."""
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
         if ".lora_B." in name:
@@ -49,12 +49,12 @@ def fill(model, seed=7):
 # --- the configuration
 
 
-def test_it_is_off_by_default_and_reads_back(tmp_path):
+def test_lora_is_off_by_default_and_survives_a_round_trip(tmp_path):
     assert Config.model_validate(MINIMAL).student.lora is None
-    given = ({}, {"rank": 4, "targets": ["q_proj", "v_proj"]})
+    options = ({}, {"rank": 4, "targets": ["q_proj", "v_proj"]})
     for lora, expected in zip(
-        given,
-        (LoraConfig(rank=16, alpha=32, targets="all-linear"), LoraConfig(**given[1])),
+        options,
+        (LoraConfig(rank=16, alpha=32, targets="all-linear"), LoraConfig(**options[1])),
         strict=True,
     ):
         config = Config.model_validate({**MINIMAL, "student": {"model": "a", "lora": lora}})
@@ -81,7 +81,7 @@ def test_the_configuration_on_the_page_is_read():
         ("targets=[1]", "student.lora.targets: [1] is neither all-linear nor a list of layer"),
     ],
 )
-def test_what_is_refused_when_it_is_read(tiny_config, override, message):
+def test_invalid_options_are_rejected(tiny_config, override, message):
     with pytest.raises(ConfigError) as caught:
         load(tiny_config, [f"student.lora.{override}"])
     (line,) = str(caught.value).splitlines()
@@ -89,47 +89,47 @@ def test_what_is_refused_when_it_is_read(tiny_config, override, message):
 
 
 @pytest.mark.parametrize("name", ["q_prj", "mlp", "lm_head", "embed_tokens", "self_attn.q_proj"])
-def test_a_target_that_the_model_does_not_have(tiny_config, name):
+def test_a_target_that_the_model_does_not_have_is_rejected(tiny_config, name):
     config = load(tiny_config, [f"student.lora.targets=[v_proj, {name}]"])
     with pytest.raises(ConfigError) as caught:
         check(config)
     assert str(caught.value) == (
-        f"student.lora.targets: {name!r} is no linear layer of student.model. It has "
-        f"{', '.join(NAMES)}. Name some of these, or set student.lora.targets to all-linear."
+        f"student.lora.targets: {name!r} is not a linear layer of student.model. Its linear "
+        f"layers: {', '.join(NAMES)}. Use some of them, or set student.lora.targets to all-linear."
     )
     check(load(tiny_config, ["student.lora.targets=[v_proj, up_proj]"]))
 
 
-def test_a_model_without_linear_layers():
-    """GPT-2's own layer holds its matrix transposed."""
+def test_a_model_without_linear_layers_is_rejected():
+    """GPT-2 has its own layer class with a transposed matrix."""
     from transformers import GPT2Config
 
     config = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=32)
-    with pytest.raises(ModelError, match=r"student\.lora\.targets: 'all-linear' finds no linear"):
+    with pytest.raises(ModelError, match=r"student\.lora\.targets: 'all-linear' matches no linear"):
         check_targets(config, LoraConfig())
 
 
 # --- the adapters
 
 
-def test_all_linear_is_every_layer_but_the_head_and_alone_requires_a_gradient(tiny):
+def test_all_linear_selects_all_layers_except_the_head_and_freezes_the_model(tiny):
     model = student(tiny)
     layers = adapted_layers(model, LoraConfig())
     blocks = {
         n: "mlp" if n in ("down_proj", "gate_proj", "up_proj") else "self_attn" for n in NAMES
     }
-    every = [f"model.layers.{i}.{block}.{n}" for i in range(2) for n, block in blocks.items()]
-    assert sorted(layers) == sorted(every)
+    expected = [f"model.layers.{i}.{block}.{n}" for i in range(2) for n, block in blocks.items()]
+    assert sorted(layers) == sorted(expected)
     assert list(adapted_layers(model, LoraConfig(targets=("q_proj",)))) == [
         "model.layers.0.self_attn.q_proj",
         "model.layers.1.self_attn.q_proj",
     ]
     Adapters(model, LoraConfig(rank=3), seed=0)
-    learning = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert learning == {f"{n}.lora_{k}.default.weight" for n in layers for k in "AB"}
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable == {f"{n}.lora_{k}.default.weight" for n in layers for k in "AB"}
 
 
-def test_the_student_begins_as_the_model(tiny):
+def test_the_initial_student_equals_the_model(tiny):
     model = student(tiny)
     before, logits = values(model), model(IDS).logits
     adapters = Adapters(model, LoraConfig(rank=4), seed=0)
@@ -139,33 +139,33 @@ def test_the_student_begins_as_the_model(tiny):
     assert all(torch.equal(merged[name], weight) for name, weight in before.items())
 
 
-def test_the_first_values_follow_from_the_seed_alone(tiny):
-    def begun(seed, precision="float32", **options):
+def test_the_initial_values_depend_only_on_the_seed(tiny):
+    def initial(seed, precision="float32", **options):
         model = student(tiny, precision)
         Adapters(model, LoraConfig(rank=4, **options), seed)
         return values(model)
 
     torch.manual_seed(1)
-    one = begun(3)
+    one = initial(3)
     torch.manual_seed(2)
-    again, other, low = begun(3), begun(4), begun(3, "bfloat16")
-    some = begun(3, targets=("v_proj",))
-    assert len(of(one, "A")) == 14
-    for name, a in of(one, "A").items():
+    again, other, low = initial(3), initial(4), initial(3, "bfloat16")
+    some = initial(3, targets=("v_proj",))
+    assert len(adapter_weights(one, "A")) == 14
+    for name, a in adapter_weights(one, "A").items():
         assert torch.equal(again[name], a), name
         assert torch.equal(low[name], a.bfloat16()), name
         assert not torch.equal(other[name], a), name
         bound = a.shape[1] ** -0.5
         assert 0.9 * bound < a.abs().max() <= bound
-        assert a.std() == pytest.approx(bound / 3**0.5, rel=0.15)  # of a uniform distribution
-    assert len({a.flatten()[0].item() for a in of(one, "A").values()}) == 14
-    assert all(torch.equal(one[name], a) for name, a in of(some, "A").items())
-    assert not any(b.any() for b in of(one, "B").values())
+        assert a.std() == pytest.approx(bound / 3**0.5, rel=0.15)  # uniform distribution
+    assert len({a.flatten()[0].item() for a in adapter_weights(one, "A").values()}) == 14
+    assert all(torch.equal(one[name], a) for name, a in adapter_weights(some, "A").items())
+    assert not any(b.any() for b in adapter_weights(one, "B").values())
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_merged_weights_are_those_of_the_definition(tiny, precision):
-    """W + (alpha / rank) B A; in bfloat16 too, where they round once."""
+def test_merged_weights_match_the_definition(tiny, precision):
+    """Merged weights are W + (alpha / rank) B A. In bfloat16 they are rounded once."""
     model = student(tiny, precision)
     base = values(model)
     adapters = Adapters(
@@ -192,7 +192,7 @@ def test_merged_weights_are_those_of_the_definition(tiny, precision):
     ("targets", "modules"),
     [(("q_proj",), (".self_attn.",)), (("up_proj", "v_proj"), (".self_attn.", ".mlp."))],
 )
-def test_what_is_published_is_every_layer_beside_an_adapted_one(tiny, targets, modules):
+def test_all_layers_of_a_module_with_an_adapted_layer_are_published(tiny, targets, modules):
     model = student(tiny)
     names = [name for name in values(model) if any(module in name for module in modules)]
     adapters = Adapters(model, LoraConfig(rank=4, targets=targets), seed=0)
@@ -202,7 +202,7 @@ def test_what_is_published_is_every_layer_beside_an_adapted_one(tiny, targets, m
     assert all(torch.equal(weight, merged[name]) for name, weight in published.items())
 
 
-def test_what_is_exported_is_read_by_peft(tiny, tmp_path):
+def test_peft_reads_the_exported_adapters(tiny, tmp_path):
     from peft import PeftModel
 
     model = student(tiny)
@@ -221,7 +221,7 @@ def test_what_is_exported_is_read_by_peft(tiny, tmp_path):
     assert loaded.peft_config["default"].base_model_name_or_path == tiny["student"]
 
 
-def test_the_identity_of_what_the_adapters_belong_to(tiny):
+def test_the_identity_depends_on_the_model_and_the_options(tiny):
     def identity(which="student", precision="float32", **options):
         model = load_causal_lm(tiny[which], precision, "model")
         return Adapters(model, LoraConfig(**options), seed=0).identity
@@ -243,8 +243,8 @@ def test_the_identity_of_what_the_adapters_belong_to(tiny):
 
 @pytest.mark.parametrize("stage", [0, 3])
 def test_the_memory_of_a_learner_with_adapters(tiny, stage):
-    """The tiny student by hand: hidden 64, inner 128, queries 64, keys and values 32 wide, two
-    layers. Gradients and moments of the adapters alone."""
+    """Compute the tiny student's memory by hand: hidden size 64, MLP 128, queries 64, keys and
+    values 32, two layers. Only the adapters have gradients and moments."""
     from transformers import AutoConfig
 
     shapes = [(64, 64), (64, 32), (64, 32), (64, 64), (64, 128), (64, 128), (128, 64)]
@@ -270,7 +270,7 @@ def test_the_memory_of_a_learner_with_adapters(tiny, stage):
     assert counted == adapters
 
 
-def test_adapters_are_of_the_layers_that_pruning_leaves(tiny):
+def test_a_pruned_student_has_adapters_only_in_its_remaining_layers(tiny):
     from transformers import AutoConfig
 
     model = AutoConfig.from_pretrained(tiny["teacher"])
@@ -282,11 +282,11 @@ def test_adapters_are_of_the_layers_that_pruning_leaves(tiny):
     assert (whole.adapters, pruned.adapters) == (4 * 2 * 128, 3 * 2 * 128)
 
 
-# --- a head that does not learn
+# --- a frozen output head
 
 
 class Shapes(TorchDispatchMode):
-    """The shapes of what every operation makes."""
+    """Records the operations and the shapes of their results."""
 
     def __init__(self):
         super().__init__()
@@ -299,23 +299,23 @@ class Shapes(TorchDispatchMode):
         return out
 
 
-def test_a_frozen_head_costs_no_gradient(monkeypatch):
-    """The gradient of the states is the same, and nothing as large as the head is made for it."""
+def test_no_gradient_is_computed_for_a_frozen_head(monkeypatch):
+    """The gradient of the states is the same, without a tensor of the size of the head."""
     monkeypatch.setitem(output_head.CHUNK_ELEMENTS, "cpu", 4 * 17)
     torch.manual_seed(0)
     hidden, weight = torch.randn(11, 6, requires_grad=True), torch.randn(17, 6)
     bias, targets = torch.randn(17), torch.randint(17, (11,))
-    found, made = {}, {}
-    for learns in (True, False):
-        w, b = (t.clone().requires_grad_(learns) for t in (weight, bias))
-        given = token_stats(hidden, OutputHead(w, b), targets, ("student_logprob", "entropy"))
-        loss = (given["student_logprob"] * torch.arange(11.0)).sum() + given["entropy"].sum()
+    gradients, operations = {}, {}
+    for trained in (True, False):
+        w, b = (t.clone().requires_grad_(trained) for t in (weight, bias))
+        stats = token_stats(hidden, OutputHead(w, b), targets, ("student_logprob", "entropy"))
+        loss = (stats["student_logprob"] * torch.arange(11.0)).sum() + stats["entropy"].sum()
         with Shapes() as shapes:
-            (found[learns],) = torch.autograd.grad(loss, hidden, retain_graph=learns)
-            if learns:
-                (of_head,) = torch.autograd.grad(loss, w)
-                assert of_head.abs().sum() > 0
-        made[learns] = {name for name, shape in shapes.seen if shape in ((17, 6), (17,))}
-    assert torch.equal(found[True], found[False])
-    assert {"zeros_like", "addmm_"} <= made[True]
-    assert not made[False], made[False]
+            (gradients[trained],) = torch.autograd.grad(loss, hidden, retain_graph=trained)
+            if trained:
+                (head_gradient,) = torch.autograd.grad(loss, w)
+                assert head_gradient.abs().sum() > 0
+        operations[trained] = {name for name, shape in shapes.seen if shape in ((17, 6), (17,))}
+    assert torch.equal(gradients[True], gradients[False])
+    assert {"zeros_like", "addmm_"} <= operations[True]
+    assert not operations[False], operations[False]
