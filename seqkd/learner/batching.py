@@ -1,9 +1,9 @@
-"""Rollouts and teacher scores -> micro-batches. The only place that shifts by one.
+"""Packing of rollouts and teacher scores into micro-batches. No other module shifts tokens by one.
 
-The state before completion token t of a prompt of length P stands at position P + t - 1.
+The state before completion token t of a prompt of length P is at position P + t - 1.
 
-A row is one sequence, or a prompt with the completions of all its samples one after another, each
-of which sees the prompt and itself alone: what a prompt gives is then computed once.
+A row is one sequence, or a prompt followed by the completions of all its samples. In the second
+case a completion attends only to the prompt and to itself, and the prompt is computed once.
 """
 
 from __future__ import annotations
@@ -20,17 +20,21 @@ from seqkd.types import Rollout, TeacherScore, TrainBatch
 
 @dataclass(frozen=True)
 class Layout:
-    """How rollouts become rows."""
+    """Rules for the arrangement of rollouts in rows and micro-batches."""
 
     tokens: int
-    """Padded tokens of a micro-batch, unless one prompt's samples alone are more."""
+    """Maximum number of padded tokens in a micro-batch, unless the samples of one prompt have
+    more."""
     sharing: int = 0
-    """How many pairs of tokens one layer's attention compares for what its matrices cost a token:
-    a prompt is shared where that pays. 0: never."""
+    """Number of token pairs in one layer's attention that cost as much as one token in the layer's
+    matrices. A prompt is shared if that is cheaper. 0: never."""
 
     def rows(self, group: Sequence[Rollout]) -> list[Sequence[Rollout]]:
-        """The samples of one prompt, by row. Those in one row are read once less the prompt for
-        each but the first; but attention compares every token of a row with every other."""
+        """Arrange the samples of one prompt in rows.
+
+        In a shared row the prompt is computed only once, but attention compares every token of the
+        row with every other token.
+        """
         lengths = [len(fed_tokens(r)) for r in group]
         saved = (len(group) - 1) * len(group[0].prompt_ids)
         compared = (sum(lengths) - saved) ** 2 - sum(n**2 for n in lengths)
@@ -41,9 +45,13 @@ class Layout:
 def partition(
     rollouts: Iterable[Rollout], scores: Mapping[str, TeacherScore], ranks: int, layout: Layout
 ) -> list[list[list[Rollout]]]:
-    """[rank][micro-batch] -> rollouts. The samples of a prompt stay together, prompts of similar
-    length share a micro-batch, which is of one teacher, and every rank gets the same number of
-    micro-batches (collective operations need that); trailing ones may be empty."""
+    """Distribute rollouts over ranks and micro-batches; the result is indexed [rank][micro-batch].
+
+    - The samples of a prompt stay together.
+    - A micro-batch contains prompts of similar length, all with the same teacher.
+    - Every rank gets the same number of micro-batches, as collective operations require. The last
+      micro-batches of a rank may be empty.
+    """
     groups: dict[tuple[str, str], list[Rollout]] = {}
     for rollout in rollouts:
         teacher = scores[rollout.sample_id].teacher if scores else ""
@@ -52,32 +60,33 @@ def partition(
         ([_length(row) for row in layout.rows(group_rollouts)], t, group_rollouts)
         for (t, _), group_rollouts in groups.items()
     ]
-    dealt: list[list[tuple[list[int], str, list[Rollout]]]] = [[] for _ in range(ranks)]
-    # The largest first, each to whom has least: every rank has work, where there is enough.
+    assigned: list[list[tuple[list[int], str, list[Rollout]]]] = [[] for _ in range(ranks)]
+    # The largest group goes first, to the rank with the smallest load, so that no rank stays empty
+    # if there are enough groups.
     loads = [0] * ranks
     for one in sorted(sized, key=lambda one: -sum(one[0])):
         rank = loads.index(min(loads))
         loads[rank] += sum(one[0])
-        dealt[rank].append(one)
+        assigned[rank].append(one)
     teachers = dict.fromkeys(teacher for teacher, _ in groups)
     plan = [
-        [slot for teacher in teachers for slot in _fill(_of(teacher, own), layout.tokens)]
-        for own in dealt
+        [slot for teacher in teachers for slot in _fill(_by_length(teacher, own), layout.tokens)]
+        for own in assigned
     ]
     most = max(map(len, plan))
     return [slots + [[]] * (most - len(slots)) for slots in plan]
 
 
-def _of(
-    teacher: str, dealt: list[tuple[list[int], str, list[Rollout]]]
+def _by_length(
+    teacher: str, assigned: list[tuple[list[int], str, list[Rollout]]]
 ) -> list[tuple[list[int], list[Rollout]]]:
-    """The groups of one teacher, those with the longest rows first."""
-    own = [(lengths, group) for lengths, name, group in dealt if name == teacher]
+    """Return the groups of one teacher, the group with the longest row first."""
+    own = [(lengths, group) for lengths, name, group in assigned if name == teacher]
     return sorted(own, key=lambda one: -max(one[0]))
 
 
 def _fill(sized: list[tuple[list[int], list[Rollout]]], tokens: int) -> list[list[Rollout]]:
-    """Micro-batches of groups with their rows' lengths, the longest first."""
+    """Fill micro-batches with groups, which are sorted by the length of their longest row."""
     slots: list[list[Rollout]] = []
     rows = longest = 0
     for lengths, group in sized:
@@ -94,17 +103,18 @@ def _length(row: Sequence[Rollout]) -> int:
 
 
 def fed_tokens(rollout: Rollout) -> list[int]:
-    """What a scorer reads: prompt and completion without the last token, which predicts nothing."""
+    """Return the model's input: the prompt and the completion without its last token, which
+    predicts nothing."""
     return [*rollout.prompt_ids, *rollout.completion_ids[:-1]]
 
 
 def state_span(rollout: Rollout) -> slice:
-    """Where in :func:`fed_tokens` the states before each completion token stand."""
+    """Return the positions in :func:`fed_tokens` of the states before the completion tokens."""
     return slice(len(rollout.prompt_ids) - 1, None)
 
 
 def padded(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask, [B, S] long, right-padded."""
+    """Pad sequences on the right. Returns token ids and attention mask, [B, S] long."""
     ids = _pad([torch.tensor(s) for s in sequences])
     mask = _pad([torch.ones(len(s), dtype=torch.long) for s in sequences])
     return ids, mask
@@ -116,9 +126,10 @@ def pack(
     filler: Rollout,
     layout: Layout,
 ) -> TrainBatch:
-    """One right-padded micro-batch. An empty one becomes ``filler`` with nothing to learn.
+    """Pack rollouts into one right-padded micro-batch.
 
-    ``scores`` is empty (no teacher needed) or has an entry for every rollout.
+    An empty micro-batch contains ``filler`` with a loss mask of zeros. ``scores`` is empty (no
+    teacher needed) or has an entry for every rollout.
     """
     padded_rollouts = list(rollouts) or [filler]
     groups: dict[str, list[Rollout]] = {}
@@ -143,13 +154,14 @@ def pack(
     present_scores = [scores[r.sample_id] for r in rollouts] if scores else []
     if not rollouts:
         batch = replace(batch, loss_mask=torch.zeros_like(loss_mask))
-        # No state, but tensors of the widths that the others have: all ranks run the same code.
+        # Tensors without rows but with the usual widths, so that all ranks run the same code.
         present_scores = [s.map_tensors(lambda t: t[:0]) for s in list(scores.values())[:1]]
     return _with_scores(batch, present_scores) if present_scores else batch
 
 
 def _places(number: int, row: Sequence[Rollout]) -> Iterator[tuple[Rollout, tuple[int, Tensor]]]:
-    """Where the states before each rollout's completion tokens stand: row ``number``, and [T]."""
+    """Yield every rollout of row ``number`` with the position of the states before its completion
+    tokens: (row, [T] positions in the row)."""
     prompt = len(row[0].prompt_ids)
     begins = prompt
     for r in row:
@@ -159,7 +171,7 @@ def _places(number: int, row: Sequence[Rollout]) -> Iterator[tuple[Rollout, tupl
 
 
 def _laid_out(rows: Sequence[Sequence[Rollout]]) -> dict[str, Any]:
-    """The fields of a :class:`seqkd.types.TrainBatch` that a model reads."""
+    """Return the fields of a :class:`seqkd.types.TrainBatch` that are the model's input."""
     ids, mask = padded(
         [[*row[0].prompt_ids, *(t for r in row for t in r.completion_ids[:-1])] for row in rows]
     )
@@ -173,14 +185,15 @@ def _laid_out(rows: Sequence[Sequence[Rollout]]) -> dict[str, Any]:
 
 
 def _parts(row: Sequence[Rollout]) -> list[tuple[int, int, int]]:
-    """(segment, first position, tokens) of the prompt, 0, and of each completion, 1 and up."""
+    """Return (segment, first position, number of tokens) of the prompt (segment 0) and of every
+    completion (segments 1, 2, ...)."""
     prompt = len(row[0].prompt_ids)
     completions = [(i, prompt, len(r.completion_ids) - 1) for i, r in enumerate(row, 1)]
     return [(0, 0, prompt), *completions]
 
 
 def _with_scores(batch: TrainBatch, scores: list[TeacherScore]) -> TrainBatch:
-    """Scores are of one teacher, and so of one form."""
+    """Add scores to a micro-batch. They are from one teacher and thus have the same fields."""
     (teacher,) = {score.teacher for score in scores}
 
     def flat(name: str) -> Tensor | None:
@@ -205,7 +218,7 @@ def _with_scores(batch: TrainBatch, scores: list[TeacherScore]) -> TrainBatch:
 
 
 def to_device(batch: TrainBatch, device: torch.device | str) -> TrainBatch:
-    """The same with every tensor there."""
+    """Return the micro-batch with all tensors on ``device``."""
     return batch.map_tensors(lambda tensor: tensor.to(device))
 
 

@@ -1,4 +1,4 @@
-"""The loss of a step: terms, importance weights, and the statistics that are reported."""
+"""Loss of a step: terms, importance weights, and reported statistics."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class RankPart:
     teacher_fraction: float | None
 
     def weight(self, batch: TrainBatch, stats: Mapping[Stat, Tensor]) -> Tensor | None:
-        """Return the [B] importance weights of a mixture's sequences; None without a mixture."""
+        """Return the [B] importance weights of a mixture's sequences. None without a mixture."""
         if self.teacher_fraction is None:
             return None
         student_total, teacher_total = (
@@ -59,7 +59,7 @@ def stat_names(batch: TrainBatch, terms: tuple[TermConfig, ...]) -> tuple[Stat, 
 
 
 def part_result(batch: TrainBatch, stats: dict[Stat, Tensor], weight: Tensor | None) -> PartResult:
-    """What a micro-batch was like."""
+    """Compute the reported statistics of a micro-batch."""
     mask = batch.loss_mask
     values = {n: v.detach() for n, v in stats.items() if isinstance(n, str)}
     sums = {name: (value * mask).sum().item() for name, value in values.items()}
@@ -83,8 +83,8 @@ def part_result(batch: TrainBatch, stats: dict[Stat, Tensor], weight: Tensor | N
 
 
 def _ratios(batch: TrainBatch, student_logprob: Tensor) -> dict[str, float]:
-    """How far the learner is from what drew the student's completions, on them; k1 and k3 as in
-    Schulman, Approximating KL divergence (2020)."""
+    """Compute importance ratios and KL estimates of the learner relative to the sampler, on the
+    student's completions. k1 and k3 are defined in Schulman, Approximating KL divergence (2020)."""
     mask = batch.loss_mask & ~batch.by_teacher[:, None]
     if batch.rollout_logprobs is None or not mask.any():
         return {}
@@ -101,8 +101,8 @@ def _ratios(batch: TrainBatch, student_logprob: Tensor) -> dict[str, float]:
 
 
 def _logprob_gap(batch: TrainBatch, stats: Mapping[str, Tensor]) -> Tensor | None:
-    """[B, T] |log-prob of the drawn token here - at the sampler|, of the model that drew it; 0
-    where that is not known here."""
+    """Return the [B, T] absolute difference between the learner's and the sampler's log-prob of
+    every token, for the model that sampled it. It is 0 where the learner's value is unknown."""
     if batch.rollout_logprobs is None:
         return None
     drawn = batch.by_teacher[:, None]

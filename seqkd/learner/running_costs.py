@@ -1,5 +1,5 @@
-"""Running estimates over past batches: the cost of a sequence by position, and from it the rate
-J = E[sum_t KL_t] / E[L] and the expected length E[L]."""
+"""Running estimates over past batches: the cost of a sequence at every position, the rate
+J = E[sum_t KL_t] / E[L], and the expected length E[L]."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 from seqkd.types import Counts, Rollout, add_padded
 
 DECAY = 0.5
-"""Weight of the past. A long memory lags behind a falling divergence: the rate is then too high and
-every further token seems cheap, which rewards length."""
+"""Weight of past batches at every update. With a larger value the estimates lag behind a falling
+divergence: the rate is too high, further tokens appear cheap, and long outputs are rewarded."""
 
 
 class RunningCosts:
-    """Sums of past batches, decayed, so that an estimate never depends on the batch it is used
-    on (the very first one excepted)."""
+    """Decayed sums over past batches. An estimate does not depend on the batch that it is used for,
+    except for the first batch."""
 
     def __init__(self) -> None:
         self.costs: Tensor | None = None
@@ -25,18 +25,18 @@ class RunningCosts:
 
     @property
     def known(self) -> bool:
-        """Whether any batch has been seen."""
+        """True after the first update."""
         return self.costs is not None
 
     def update(self, costs: Tensor | None, survival: Tensor | None) -> None:
-        """Add a batch's :attr:`~seqkd.types.PartResult.costs` and ``survival``."""
+        """Add the :attr:`~seqkd.types.PartResult.costs` and ``survival`` of a batch."""
         if costs is None or survival is None or not survival.sum() > 0:
             return
         decayed = (None if v is None else DECAY * v for v in (self.costs, self.survival))
         self.costs, self.survival = map(add_padded, decayed, (costs, survival))
 
     def counts(self, rollouts: Sequence[Rollout]) -> Counts:
-        """What the next step divides by and compares with."""
+        """Return the normalizers and estimates for the next step."""
         sequences, tokens = len(rollouts), sum(len(r.completion_ids) for r in rollouts)
         if self.costs is None or self.survival is None:
             return Counts(sequences, tokens)
@@ -52,7 +52,15 @@ class RunningCosts:
 
 
 def by_position(rows: Sequence[tuple[float, Sequence[float]]]) -> tuple[Tensor, Tensor]:
-    """Weighted costs of sequences -> ([T] their sum, [T] the weight survival) at each position."""
+    """Sum costs and weights over sequences at every position.
+
+    Args:
+        rows: Weight and per-token costs of every sequence.
+
+    Returns:
+        [T] weighted sum of costs, and [T] sum of the weights of the sequences that have a token at
+        the position.
+    """
     longest = max(len(costs) for _, costs in rows)
     total, survival = torch.zeros(longest), torch.zeros(longest)
     for weight, costs in rows:

@@ -1,4 +1,4 @@
-"""From token ids to hidden states, and from these to per-token statistics."""
+"""The student in the learner: hidden states of token ids, and per-token statistics of states."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ def last_hidden(
     attention_mask: Tensor,
     position_ids: Tensor | None = None,
 ) -> Tensor:
-    """[B, S] -> [B, S, H], after the final norm: what the output head reads."""
+    """Compute the input of the output head, the last hidden states after the final norm,
+    [B, S] -> [B, S, H]."""
     body: Any = model.base_model
     positions = {} if position_ids is None else {"position_ids": position_ids}
     hidden: Tensor = body(
@@ -32,7 +33,7 @@ def last_hidden(
 
 
 def states_of(model: nn.Module, batch: TrainBatch) -> Tensor:
-    """[N, H], the states before every completion token."""
+    """Compute the states before every completion token, [N, H]."""
     attention = batch.attention_mask
     if batch.segment is not None:
         attention = prefix_shared_mask(batch.segment, attention, next(model.parameters()).dtype)
@@ -41,9 +42,12 @@ def states_of(model: nn.Module, batch: TrainBatch) -> Tensor:
 
 
 def prefix_shared_mask(segment: Tensor, attention_mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """[R, S] of a :class:`seqkd.types.TrainBatch` -> [R, 1, S, S] to add to attention scores: a
-    token sees those before it in the prompt and in its own completion. Padding sees itself, so that
-    no row of scores is empty."""
+    """Build the [R, 1, S, S] additive attention mask of a :class:`seqkd.types.TrainBatch` with
+    several completions per row.
+
+    A token attends to earlier tokens of the prompt and of its own completion. A padding token
+    attends to itself, so that no row of the mask is empty.
+    """
     size = segment.shape[1]
     query, key = segment[:, :, None], segment[:, None, :]
     before = torch.ones(size, size, dtype=torch.bool, device=segment.device).tril()
@@ -54,10 +58,10 @@ def prefix_shared_mask(segment: Tensor, attention_mask: Tensor, dtype: torch.dty
 
 
 class StudentModel(nn.Module):
-    """A causal language model whose forward pass yields per-token statistics, not logits."""
+    """A causal language model whose forward pass returns per-token statistics instead of logits."""
 
     def __init__(self, model: nn.Module, fused: bool = False) -> None:
-        """``fused``: as in :func:`seqkd.learner.token_stats.token_stats`."""
+        """Wrap ``model``. For ``fused`` see :func:`seqkd.learner.token_stats.token_stats`."""
         super().__init__()
         self.model, self.fused = model, fused
 
@@ -68,9 +72,12 @@ class StudentModel(nn.Module):
         teacher_head: OutputHead | None,
         objective: Callable[[dict[Stat, Tensor]], Tensor] | None = None,
     ) -> tuple[Tensor | None, dict[Stat, Tensor]]:
-        """What ``objective`` makes of the statistics, and these, [B, T] float32 a name, 0 on
-        padding. Of the two the first is differentiable; without an objective the second is (see
-        :func:`seqkd.learner.token_stats.token_loss` and ``token_stats``)."""
+        """Compute the loss and the statistics, [B, T] float32 for each name, 0 on padding.
+
+        With an objective, only the loss is differentiable. Without an objective, the loss is None
+        and the statistics are differentiable. See :func:`seqkd.learner.token_stats.token_loss` and
+        ``token_stats``.
+        """
         mask = batch.loss_mask
         read: dict[Stat, Tensor] = (
             {"teacher_logprob": batch.teacher_logprobs}
@@ -105,7 +112,7 @@ class StudentModel(nn.Module):
 
 
 def known_teacher(batch: TrainBatch, head: OutputHead | None) -> KnownTeacher | None:
-    """What the batch knows of the teacher's distributions."""
+    """Return the teacher's distributions that the batch contains."""
     if batch.teacher_hidden is not None:
         assert head is not None
         return FullTeacher(batch.teacher_hidden, head)
@@ -121,7 +128,7 @@ def as_token_stats(
     divergence: Divergence | None = None,
     weight: Tensor | None = None,
 ) -> TokenStats:
-    """What :class:`StudentModel` returns, as the record that objectives read."""
+    """Convert the statistics of :class:`StudentModel` to the record that objectives read."""
     named = {name: value for name, value in stats.items() if isinstance(name, str)}
     return TokenStats(
         loss_mask=batch.loss_mask,
@@ -134,8 +141,10 @@ def as_token_stats(
 
 
 def check_head(model: nn.Module, field: str) -> None:
-    """ModelError where head(body(x)) is not the model's own logits: an unknown logit transform
-    would otherwise be learnt silently."""
+    """Raise ModelError if head(body(x)) differs from the model's logits.
+
+    Otherwise a model with an unknown logit transform would silently be trained with wrong logits.
+    """
     config: Any = model.config
     ids = torch.arange(8, device=next(model.parameters()).device)[None] % config.vocab_size
     mask = torch.ones_like(ids)
@@ -146,18 +155,19 @@ def check_head(model: nn.Module, field: str) -> None:
     gap = (computed - expected[0]).abs().max().item()
     if not gap <= 1e-2 * expected.abs().max().item():
         raise ModelError(
-            f"{field}: the logits of this model are not its output head applied to its last "
-            f"hidden state (largest difference {gap:.3g}); its type "
-            f"{config.model_type!r} is not supported."
+            f"{field}: models of type {config.model_type!r} are not supported: the logits differ "
+            f"from the output head applied to the last hidden state (by up to {gap:.3g}). Set it "
+            "to a model of another type."
         )
 
 
 def prefix_sharing_factor(model: nn.Module) -> int:
-    """Return :attr:`seqkd.learner.batching.Layout.sharing` of a causal language model.
+    """Return :attr:`seqkd.learner.batching.Layout.sharing` for a causal language model.
 
-    A matrix element costs one multiplication per token, a pair of tokens two times the hidden size.
-    0 where the model would not keep the completions of a row apart: sliding windows, recurrent
-    layers, position ids that the model computes itself."""
+    A matrix element costs one multiplication per token. A pair of tokens costs twice the hidden
+    size. The result is 0 if the model does not separate the completions of a row, because of
+    sliding windows, recurrent layers, or position ids that the model computes itself.
+    """
     config: Any = model.config
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     windows = ("sliding_window", "window_size", "attention_window")
@@ -173,7 +183,7 @@ def prefix_sharing_factor(model: nn.Module) -> int:
     try:
         with torch.no_grad():
             shared, separate = (states_of(model, batch).float() for batch in (together, alone))
-    except (TypeError, ValueError, RuntimeError):  # it takes no such mask, or no positions
+    except (TypeError, ValueError, RuntimeError):  # the mask or position_ids are not supported
         return 0
     allowed = 1e-4 if next(model.parameters()).dtype == torch.float32 else 3e-2
     if not (shared - separate).abs().max() <= allowed * separate.abs().max():

@@ -1,4 +1,4 @@
-"""The teacher's next-token distributions, whole or its most probable tokens."""
+"""The teacher's next-token distributions: complete, or the most probable tokens only."""
 
 from __future__ import annotations
 
@@ -11,27 +11,30 @@ from seqkd.models.output_head import OutputHead
 
 @dataclass(frozen=True)
 class FullTeacher:
-    """A teacher known by its hidden states: its whole distribution at every state."""
+    """The teacher's full distributions, as hidden states and an output head."""
 
     hidden: Tensor
-    """[N, H']"""
+    """[N, H'] last hidden states of the teacher."""
     head: OutputHead
-    """Frozen."""
+    """Output head of the teacher, frozen."""
 
 
 @dataclass(frozen=True)
 class TopTeacher:
-    """A teacher known by its k most probable tokens. Divergences are those between the two
-    distributions over k + 1 events, the k tokens and all others (the tail): true divergences, never
-    negative, and never above the divergence of the whole distributions."""
+    """The teacher's k most probable tokens.
+
+    Divergences are computed between two distributions over k + 1 events: the k tokens, and all
+    other tokens together (the tail). They are true divergences, never negative, and never larger
+    than the divergence of the full distributions.
+    """
 
     ids: Tensor
-    """[N, k]"""
+    """[N, k] token ids."""
     logprobs: Tensor
-    """[N, k + 1], the tail last."""
+    """[N, k + 1] log-probs, the tail last."""
 
     def rows(self, rows: Tensor) -> TopTeacher:
-        """The teacher at some of the states."""
+        """Select some of the states."""
         return TopTeacher(self.ids[rows], self.logprobs[rows])
 
 

@@ -1,11 +1,12 @@
-"""From hidden states and output heads to per-token log-probabilities and divergences, and to a loss
-made of them.
+"""Per-token log-probabilities and divergences, and losses of them, from hidden states and output
+heads.
 
-The logits of a few hundred tokens at a time are formed, reduced to one number per token, block by
-block, and discarded. Peak memory is two [chunk, V] tensors and some [block, V] ones (see
+The logits of a few hundred tokens at a time are computed, reduced to one number per token, block by
+block, and discarded. Peak memory is two [chunk, V] tensors and some [block, V] tensors (see
 :mod:`seqkd.models.output_head`), so it grows with N and never with N x V. A loss
-(:func:`token_loss`) sends its gradient back while the logits of a chunk are in memory, so they are
-formed once: four products with a head in all, for the student, the teacher and two gradients.
+(:func:`token_loss`) backpropagates while the logits of a chunk are in memory, so the logits are
+computed only once. This takes four matrix products with a head: for the student, the teacher and
+two gradients.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from seqkd.types import Divergence, EndLogprob, Stat
 STUDENT_ONLY = frozenset({"student_logprob", "entropy"})
 STATS = ("student_logprob", "teacher_logprob", "reverse_kl", "forward_kl", "entropy")
 MONITORED = {"reverse_kl": "token_reverse_kl", "forward_kl": "token_forward_kl"}
-"""Divergences that have a name of their own, being reported whatever the objective."""
+"""Divergences that are reported for every objective, by the name of the statistic."""
 
 
 def token_stats(
@@ -43,17 +44,23 @@ def token_stats(
     teacher: KnownTeacher | None = None,
     fused: bool = False,
 ) -> dict[Stat, Tensor]:
-    """Per-token statistics, [N] float32 each, differentiable in ``hidden`` and ``head``; the
-    backward pass forms the logits again.
+    """Compute per-token statistics, differentiable in ``hidden`` and ``head``. The backward pass
+    computes the logits again.
+
+    If one vocabulary is padded to a larger size than the other, both are cut to the smaller size.
 
     Args:
-        hidden: [N, H] student states; targets: [N] the tokens drawn there.
-        names: which of :data:`STATS`, divergences or :class:`seqkd.types.EndLogprob`; the first
-            two need the teacher, but for :data:`STUDENT_ONLY`, and ``teacher_logprob`` needs a
-            :class:`FullTeacher`.
-        fused: what is done to logits is compiled first, as it always is on a GPU.
+        hidden: [N, H] student states.
+        head: Output head of the student.
+        targets: [N] tokens that were sampled at the states.
+        names: Names from :data:`STATS`, divergences or :class:`seqkd.types.EndLogprob`. Divergences
+            and the names that are not in :data:`STUDENT_ONLY` need the teacher.
+            ``teacher_logprob`` needs a :class:`FullTeacher`.
+        teacher: The teacher's distributions.
+        fused: Compile the operations on logits. On a GPU they are always compiled.
 
-    Where one vocabulary is padded beyond the other, both are read up to the shorter.
+    Returns:
+        [N] float32 for every name.
     """
     if not names:
         return {}
@@ -63,7 +70,7 @@ def token_stats(
 
 
 Objective = Callable[[Mapping[Stat, Tensor]], Tensor]
-"""From [N] float32 statistics, by name, to a scalar to minimise."""
+"""Function of [N] float32 statistics, by name, that returns the scalar to minimize."""
 
 
 def token_loss(
@@ -77,17 +84,19 @@ def token_loss(
     group: Tensor,
     fused: bool = False,
 ) -> tuple[Tensor, dict[Stat, Tensor]]:
-    """What ``objective`` makes of the statistics of :func:`token_stats`, differentiable in
-    ``hidden`` and ``head``; and the statistics, which are not.
+    """Compute the loss ``objective(statistics)``, differentiable in ``hidden`` and ``head``, and
+    the statistics of :func:`token_stats`, which are not differentiable.
 
-    The states are walked from the last ``position`` ([N], within its completion) to the first,
-    those of one ``group`` ([N], the samples of one prompt) together, and each chunk's gradient is
-    sent back at once. That asks for the objective's slope at a state when the earlier ones are not
-    known yet, which is right for every objective that looks at a token and its future alone, as
-    returns and their leave-one-out baseline do. In the end the slopes are compared with those that
-    all statistics give; where they differ (the whole sequence's return, an importance weight of the
-    sequence) the walk is taken again with the right ones: the result is exact for every objective,
-    and six products with a head in place of four are the price.
+    The states are processed from the last ``position`` ([N], within the completion) to the first,
+    the states of one ``group`` ([N], the samples of one prompt) together. The gradient of a chunk
+    is backpropagated at once. At that time the derivative of the objective by a state's statistics
+    has to be computed without the statistics of earlier states. It is correct for every objective
+    that depends only on a token and its future, such as returns with a leave-one-out baseline.
+
+    At the end, these derivatives are compared with the derivatives that follow from all statistics.
+    If they differ (the return of the whole sequence, an importance weight of the sequence), the
+    gradient is computed again with the correct derivatives. The result is exact for every
+    objective, with six matrix products with a head instead of four.
     """
     work = _Work(head, targets, names, teacher, fused)
     order = _from_the_end(position, group, head.weight)
@@ -98,15 +107,26 @@ def token_loss(
 def stats_of_logits(
     logits: Tensor, teacher_logits: Tensor, targets: Tensor, names: tuple[Stat, ...]
 ) -> dict[Stat, Tensor]:
-    """The same from logits, [..., V] twice and [...]: for other trainers and small examples. Keeps
-    whole [..., V] tensors for the backward pass."""
+    """Compute the statistics of :func:`token_stats` from logits, for other trainers and small
+    examples. Keeps complete [..., V] tensors for the backward pass.
+
+    Args:
+        logits: [..., V] student logits.
+        teacher_logits: [..., V] teacher logits.
+        targets: [...] token ids.
+        names: Names of the statistics.
+
+    Returns:
+        [...] for every name.
+    """
     student_logits, flat_teacher = logits.flatten(0, -2), teacher_logits.detach().flatten(0, -2)
     values = _statistics(student_logits, flat_teacher, targets.flatten(), names)
     return {name: value.view(targets.shape) for name, value in values.items()}
 
 
 Block = tuple[Tensor, Tensor, Tensor | None]
-"""Indices of n states, and [n, V] of student and teacher: products with their heads."""
+"""Indices of n states, and the [n, V] products of the student's and the teacher's head with
+them."""
 
 
 @dataclass(frozen=True)
@@ -120,8 +140,11 @@ class _Work:
     def chunks(
         self, hidden: Tensor, order: Sequence[Tensor], names: tuple[Stat, ...]
     ) -> Iterator[tuple[Tensor, Tensor, list[Block]]]:
-        """A product after the other over the blocks of ``order``: indices of its states,
-        :meth:`OutputHead.raw` of them ([n, V], gone with the next), and its blocks."""
+        """Compute one matrix product after the other over the blocks of ``order``.
+
+        Yields the indices of the product's states, their :meth:`OutputHead.raw` ([n, V],
+        overwritten by the next product), and its blocks.
+        """
         teacher = None if STUDENT_ONLY.issuperset(names) else self.teacher
         room, more = self.head.room(len(hidden)), None
         if isinstance(teacher, FullTeacher):
@@ -135,14 +158,17 @@ class _Work:
             yield rows, raw, list(zip(chunk, raw.split(sizes), teacher_blocks, strict=True))
 
     def values(
-        self, block: Block, learnt: tuple[Stat, ...], watched: tuple[Stat, ...] = ()
+        self, block: Block, differentiable: tuple[Stat, ...], monitored: tuple[Stat, ...] = ()
     ) -> dict[Stat, Tensor]:
-        """[n] a name, of one block; ``learnt`` are differentiable in the student's part."""
+        """Return the statistics of one block, [n] for every name. Only the ``differentiable``
+        statistics are differentiable in the student's logits."""
         rows, raw, teacher_raw = block
         teacher = self.teacher.rows(rows) if isinstance(self.teacher, TopTeacher) else self.teacher
         read = _fused() if raw.is_cuda or self.fused else _read
-        values = read(self.head, teacher, raw, teacher_raw, self.targets[rows], learnt, watched)
-        return dict(zip(learnt + watched, values, strict=True))
+        values = read(
+            self.head, teacher, raw, teacher_raw, self.targets[rows], differentiable, monitored
+        )
+        return dict(zip(differentiable + monitored, values, strict=True))
 
 
 def _read(
@@ -151,30 +177,32 @@ def _read(
     raw: Tensor,
     teacher_raw: Tensor | None,
     targets: Tensor,
-    learnt: tuple[Stat, ...],
-    watched: tuple[Stat, ...],
+    differentiable: tuple[Stat, ...],
+    monitored: tuple[Stat, ...],
 ) -> list[Tensor]:
-    """Everything that is done to logits, element by element and row by row."""
+    """Apply all elementwise and rowwise operations to logits."""
     distribution: TopTeacher | Tensor | None = None
     if isinstance(teacher, TopTeacher):
         distribution = teacher
     elif teacher is not None and teacher_raw is not None:
         distribution = teacher.head.finish(teacher_raw)
-    return list(_statistics(head.finish(raw), distribution, targets, learnt, watched).values())
+    return list(
+        _statistics(head.finish(raw), distribution, targets, differentiable, monitored).values()
+    )
 
 
 @cache
 def _fused() -> Callable[..., list[Tensor]]:
-    """:func:`_read` as kernels that read the logits a few times in all, where operation by
-    operation every one of some thirty would read and write them."""
-    # Each objective and each way of measuring is a graph of its own; beyond a limit, 8 by default,
-    # they would silently run operation by operation.
+    """Compile :func:`_read`. The compiled kernels read the logits only a few times. Without
+    compilation, each of some thirty operations would read and write them."""
+    # Every objective and every set of statistics is a separate graph. Beyond the limit, 8 by
+    # default, further graphs would silently run without compilation.
     torch._dynamo.config.recompile_limit = 64
     return torch.compile(_read)
 
 
 Slopes = Mapping[Stat, Tensor]
-"""[N] by name: the derivative of a loss by each statistic that it depends on."""
+"""Derivatives of a loss by the statistics that it depends on, [N] for every name."""
 
 
 def _gradients(
@@ -184,55 +212,59 @@ def _gradients(
     order: Sequence[Tensor],
     names: tuple[Stat, ...],
     slopes_at: Callable[[Tensor, Mapping[Stat, Tensor]], Slopes],
-    watched: tuple[Stat, ...] = (),
+    monitored: tuple[Stat, ...] = (),
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Of hidden states, weight and bias, where ``needed``: what is frozen costs nothing (the head
-    of a student with adapters is). ``slopes_at`` is asked for each block of states in turn, whose
-    statistics ``names`` and ``watched`` it is given."""
+    """Compute the gradients of hidden states, weight and bias that are ``needed``.
+
+    Gradients of frozen tensors, such as the head of a student with adapters, are not computed.
+    ``slopes_at`` is called once for every block of states, with the statistics ``names`` and
+    ``monitored``.
+    """
     weight, bias = work.head.weight, work.head.bias
-    of_hidden = torch.zeros_like(hidden) if needed[0] else None
-    # Float32 sums: many chunks are added, and bfloat16 would lose the small ones.
-    of_weight = torch.zeros_like(weight, dtype=torch.float32) if needed[1] else None
-    of_bias = (
+    hidden_grad = torch.zeros_like(hidden) if needed[0] else None
+    # Float32 sums, because in bfloat16 the small contributions of many chunks would be lost.
+    weight_grad = torch.zeros_like(weight, dtype=torch.float32) if needed[1] else None
+    bias_grad = (
         torch.zeros_like(bias, dtype=torch.float32) if needed[2] and bias is not None else None
     )
 
     def gradient(block: Block) -> Tensor:
-        """[n, V] of one block's products."""
+        """Return the [n, V] gradient of one block's products."""
         rows, raw, teacher_raw = block
         raw = raw.detach().requires_grad_()
         with torch.enable_grad():
-            values = work.values((rows, raw, teacher_raw), names, watched)
+            values = work.values((rows, raw, teacher_raw), names, monitored)
             slopes = slopes_at(rows, values)
-            learnt, by = [values[name] for name in names], [slopes[name][rows] for name in names]
-            return torch.autograd.grad(learnt, raw, by)[0]
+            outputs = [values[name] for name in names]
+            return torch.autograd.grad(outputs, raw, [slopes[name][rows] for name in names])[0]
 
     def add(rows: Tensor, raw: Tensor, blocks: list[Block]) -> None:
-        """One chunk's; a function, so that nothing of it is held when the next one is formed."""
+        """Add the gradients of one chunk. This is a function so that its local tensors are freed
+        before the next chunk is computed."""
         if len(blocks) == 1:
             raw = gradient(blocks[0])
-        else:  # in place of the products, which nobody reads again
+        else:  # overwrite the products, which are not read again
             for block in blocks:
                 block[1].copy_(gradient(block))
-        if of_hidden is not None:
-            of_hidden[rows] = (raw @ weight).to(hidden.dtype)
-        if of_weight is not None:
-            _add_product(of_weight, raw.T, hidden[rows].to(weight.dtype))
-        if of_bias is not None:
-            of_bias.add_(raw.sum(0, dtype=torch.float32))
+        if hidden_grad is not None:
+            hidden_grad[rows] = (raw @ weight).to(hidden.dtype)
+        if weight_grad is not None:
+            _add_product(weight_grad, raw.T, hidden[rows].to(weight.dtype))
+        if bias_grad is not None:
+            bias_grad.add_(raw.sum(0, dtype=torch.float32))
 
     if names:
-        for chunk in work.chunks(hidden, order, names + watched):
+        for chunk in work.chunks(hidden, order, names + monitored):
             add(*chunk)
     return (
-        of_hidden,
-        None if of_weight is None else of_weight.to(weight.dtype),
-        None if of_bias is None or bias is None else of_bias.to(bias.dtype),
+        hidden_grad,
+        None if weight_grad is None else weight_grad.to(weight.dtype),
+        None if bias_grad is None or bias is None else bias_grad.to(bias.dtype),
     )
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, with ``total`` and every sum in float32."""
+    """Compute total += a @ b, with ``total`` and all sums in float32."""
     if a.dtype == torch.float32 or not a.is_cuda:
         total.addmm_(a.float(), b.float())
     else:
@@ -240,7 +272,8 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 class _Statistics(torch.autograd.Function):
-    """[N, H] -> one [N] tensor a name, recomputing each chunk's logits in the backward pass."""
+    """Statistics of [N, H] states, one [N] tensor per name. The backward pass recomputes the logits
+    of every chunk."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, work):  # type: ignore[no-untyped-def]
@@ -266,32 +299,32 @@ class _Statistics(torch.autograd.Function):
 
 
 class _Loss(torch.autograd.Function):
-    """[N, H] -> the loss, and one [N] tensor a name. The gradient is there when the forward pass
-    ends."""
+    """Loss and statistics of [N, H] states, one [N] tensor per name. The gradient is computed
+    during the forward pass."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, work, objective, order):  # type: ignore[no-untyped-def]
         totals = {n: hidden.new_zeros(len(hidden), dtype=torch.float32) for n in work.names}
-        learnt = tuple(_slopes(objective, totals)[1])
-        assert learnt, "an objective that depends on no statistic of the student"
-        watched = tuple(name for name in work.names if name not in learnt)
-        used = {name: torch.zeros_like(totals[name]) for name in learnt}
+        differentiable = tuple(_slopes(objective, totals)[1])
+        assert differentiable, "the objective does not depend on any statistic of the student"
+        monitored = tuple(name for name in work.names if name not in differentiable)
+        used = {name: torch.zeros_like(totals[name]) for name in differentiable}
 
-        def as_known_so_far(rows: Tensor, values: Mapping[Stat, Tensor]) -> Slopes:
+        def slopes_so_far(rows: Tensor, values: Mapping[Stat, Tensor]) -> Slopes:
             for name, value in values.items():
                 totals[name][rows] = value.detach()
             slopes = _slopes(objective, totals)[1]
-            for name in learnt:
+            for name in differentiable:
                 used[name][rows] = slopes[name][rows]
             return slopes
 
         gradients = _gradients(
-            work, hidden, ctx.needs_input_grad, order, learnt, as_known_so_far, watched
+            work, hidden, ctx.needs_input_grad, order, differentiable, slopes_so_far, monitored
         )
         loss, slopes = _slopes(objective, totals)
-        if not all(_alike(used[name], slopes[name]) for name in learnt):
+        if not all(_alike(used[name], slopes[name]) for name in differentiable):
             gradients = _gradients(
-                work, hidden, ctx.needs_input_grad, order, learnt, lambda *_: slopes
+                work, hidden, ctx.needs_input_grad, order, differentiable, lambda *_: slopes
             )
         ctx.gradients = gradients
         outputs = tuple(totals[name] for name in work.names)
@@ -300,7 +333,7 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, slope, *_):  # type: ignore[no-untyped-def]
-        assert ctx.gradients, "a second backward pass: the first one has scaled the gradients"
+        assert ctx.gradients, "second backward pass: the first one scaled the gradients in place"
         gradients, ctx.gradients = ctx.gradients, None
         return (*(None if g is None else g.mul_(slope) for g in gradients), None, None, None)
 
@@ -308,8 +341,8 @@ class _Loss(torch.autograd.Function):
 def _slopes(
     objective: Objective, values: Mapping[Stat, Tensor]
 ) -> tuple[Tensor, dict[Stat, Tensor]]:
-    """The loss, and its derivative by each statistic that it depends on, [N]. The teacher's is
-    none: it does not learn."""
+    """Return the loss and its derivatives by the statistics that it depends on, [N] for every name.
+    There is no derivative by ``teacher_logprob``, because the teacher is not trained."""
     with torch.enable_grad():
         leaves = {
             name: value.detach().requires_grad_(name != "teacher_logprob")
@@ -322,7 +355,7 @@ def _slopes(
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:
-    """Whether two slopes differ by rounding alone."""
+    """Return True if two slopes are equal up to rounding."""
     if not len(b):
         return True
     return bool((a - b).abs().max() <= 1e-5 * b.abs().max())
@@ -332,11 +365,14 @@ def _statistics(
     logits: Tensor,
     teacher: TopTeacher | Tensor | None,
     targets: Tensor,
-    learnt: tuple[Stat, ...],
-    watched: tuple[Stat, ...] = (),
+    differentiable: tuple[Stat, ...],
+    monitored: tuple[Stat, ...] = (),
 ) -> dict[Stat, Tensor]:
-    """[n] a name, from logits, [n, V]; ``teacher`` as a tensor is its logits. Only what is
-    ``learnt`` is differentiable."""
+    """Compute statistics, [n] for every name, from [n, V] logits.
+
+    ``teacher`` is a tensor of the teacher's logits or its most probable tokens. Only the statistics
+    in ``differentiable`` are differentiable.
+    """
     if isinstance(teacher, Tensor):
         size = min(logits.shape[-1], teacher.shape[-1])
         logits, teacher = logits[:, :size], teacher[:, :size]
@@ -344,7 +380,8 @@ def _statistics(
     log_p = torch.log_softmax(teacher, -1) if isinstance(teacher, Tensor) else None
 
     def pair(temperature: float) -> tuple[Tensor, Tensor]:
-        """Both over the same events, [n, V] or [n, k + 1] each."""
+        """Return the log-probs of student and teacher over the same events, both [n, V] or both
+        [n, k + 1]."""
         if isinstance(teacher, TopTeacher):
             ids = teacher.ids.long()
             rest = log_q.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
@@ -369,23 +406,23 @@ def _statistics(
         if name == "entropy":
             return -(log_q.exp() * log_q).sum(-1)
         divergence_kind = name if isinstance(name, Divergence) else Divergence(MONITORED[name])
-        if divergence_kind in values:  # the objective's own is reported too
+        if divergence_kind in values:  # the objective's own divergence is also monitored
             return values[divergence_kind]
         options = () if divergence_kind.coefficient is None else (divergence_kind.coefficient,)
         divergence = DIVERGENCES[divergence_kind.kind](*pair(divergence_kind.temperature), *options)
         return divergence * divergence_kind.temperature**2
 
-    for name in learnt:
+    for name in differentiable:
         values[name] = value(name)
     with torch.no_grad():
-        for name in watched:
+        for name in monitored:
             values[name] = value(name)
     return values
 
 
 def _from_the_end(position: Tensor, group: Tensor, weight: Tensor) -> list[Tensor]:
-    """Indices of all states from the last position to the first, block by block: the samples of a
-    prompt at one position are in one, unless they alone are more than a chunk."""
+    """Return the indices of all states in blocks, from the last position to the first. The samples
+    of a prompt at one position are in the same block, unless they exceed a chunk."""
     key = group - position * (int(group.max()) + 1 if len(group) else 1)
     order = key.argsort(stable=True)
     _, counts = torch.unique_consecutive(key[order], return_counts=True)

@@ -12,7 +12,8 @@ single_step    sum_t [KL_t + sg(sum_{u>t} r_u) log q(y_t)]         MiniLLM, 2306
 rao_blackwell  sum_t [KL_t + sg(sum_{u>t} KL_u) log q(y_t)]        2504.10637
 =============  ==================================================  =======================
 
-The gradient of all four has the gradient of KL(q || p) as its expectation under the student.
+For each of the four, the expectation of its gradient under the student is the gradient of
+KL(q || p).
 
 ``baseline`` is subtracted from the factor of log q(y_t). It is independent of the sample:
 

@@ -173,7 +173,7 @@ def test_an_unknown_logit_transform_is_refused(tiny):
         return output
 
     model.forward = doubled
-    with pytest.raises(ModelError, match="are not its output head applied"):
+    with pytest.raises(ModelError, match="logits differ from the output head"):
         check_head(model, "student.model")
 
 
