@@ -1,5 +1,5 @@
-"""Expectations of what the production functions compute, over every outcome of an enumerated
-language, and derivatives by finite differences."""
+"""Exact expectations of the production functions over all outcomes of an enumerated language, and
+finite differences."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import torch
 from seqkd.studies.enumerated import gradient
 
 CHUNK = 256
-"""Tuples at once: the leave-one-out baseline compares all rows of a batch with each other."""
+"""Number of tuples per batch. It is limited because the leave-one-out baseline compares all rows of
+a batch with each other."""
 
 
 def select(stats, rows, group, weight=None):
-    """A batch of some of the sequences, repeated as ``rows`` says."""
+    """Build a batch of the sequences with indices ``rows``, which may repeat."""
     picked = {
         f.name: value[rows]
         for f in fields(stats)
@@ -25,8 +26,8 @@ def select(stats, rows, group, weight=None):
 
 
 def expected_gradient(language, theta, loss_of, probabilities, samples=1):
-    """E of the gradient of ``loss_of(stats)`` over tuples of ``samples`` independent sequences of
-    one prompt, drawn with ``probabilities`` [N]."""
+    """Compute the expected gradient of ``loss_of(stats)`` over tuples of ``samples`` independent
+    sequences of one prompt, which have ``probabilities`` [N]."""
     tuples = torch.tensor(list(product(range(len(language.sequences)), repeat=samples)))
     result = torch.zeros_like(theta)
     for part in tuples.split(CHUNK):
@@ -45,7 +46,7 @@ def expected_gradient(language, theta, loss_of, probabilities, samples=1):
 
 
 def finite_difference(function, theta, step=1e-6):
-    """Central differences."""
+    """Compute a gradient by central differences."""
     result = torch.zeros_like(theta)
     for index in range(theta.numel()):
         shift = torch.zeros_like(theta)

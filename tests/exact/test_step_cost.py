@@ -1,4 +1,4 @@
-"""The arithmetic of the cost of a step, against the sizes of real models and schedules by hand."""
+"""Estimated cost of a step compared with the sizes of real models and with schedules by hand."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PLAN = Plan("", SMOLLM, SMOLLM, UNIT, WORK, engines=1, scorers=2, ranks=2, batch
 
 @pytest.mark.parametrize("shape", [SMOLLM, QWEN_1_5B, QWEN_7B, LLAMA_8B, LLAMA_70B])
 def test_parameters_are_those_of_the_architecture(shape):
-    """Up to biases and norms, less than a thousandth."""
+    """Biases and norms, less than a thousandth, are neglected."""
     kind = Qwen2Config if "Qwen" in shape.name else LlamaConfig
     model = skeleton(
         kind(
@@ -48,9 +48,9 @@ def test_parameters_are_those_of_the_architecture(shape):
     )
 
 
-def test_products_by_hand():
-    """Two operations per parameter and token forward, three times that with the backward pass; in
-    attention two products with each earlier token."""
+def test_operation_counts_match_a_calculation_by_hand():
+    """Two operations per parameter and token in the forward pass, three times as many with the
+    backward pass, and two products with every earlier token in attention."""
     tokens = 64 * (50 + 100)
     body = 2 * SMOLLM.body * tokens
     between = 2 * 2 * 30 * 9 * 64 * tokens * 75
@@ -62,7 +62,7 @@ def test_products_by_hand():
     assert costs.driver["teacher's states"] == pytest.approx(64 * 50 * 576 * 2 / 1e9)
 
 
-def test_lengths_have_their_mean_and_end_at_the_limit():
+def test_lengths_have_the_given_mean_and_limit():
     lengths = replace(WORK, prompts=400).lengths()
     assert lengths.mean() == pytest.approx(50, abs=0.1)
     assert lengths.min() >= 1
@@ -82,7 +82,7 @@ def test_seats_are_filled_in_order():
 
 
 @pytest.mark.parametrize("plan", [PLAN, replace(PLAN, chip=replace(PLAN.chip, learn=0.001))])
-def test_what_overlaps_takes_no_less_than_its_slower_side(plan):
+def test_overlapping_stages_take_at_least_as_long_as_the_slower_one(plan):
     costs, steps = stages(plan), schedule(plan)
     sample, score, driver, sync, learn = (costs.seconds(name) for name in NAMES)
     assert steps.sequential == pytest.approx(sample + score + driver + sync + learn)
@@ -97,7 +97,7 @@ def test_what_overlaps_takes_no_less_than_its_slower_side(plan):
     assert at_the_end.hidden == pytest.approx(0, abs=1e-9)
 
 
-def test_the_best_split_is_the_best_of_all():
+def test_best_returns_the_fastest_split():
     split = best(PLAN, 8)
     assert split.engines + split.scorers + split.ranks == 8
     assert schedule(split).prefetched == min(

@@ -1,4 +1,4 @@
-"""The studies measure what they claim."""
+"""Correctness of the studies' measurements."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def qualities():
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
-def test_unbiased_is_unbiased_and_biased_is_not(qualities, row):
+def test_the_documented_bias_is_correct(qualities, row):
     q = qualities[row.name]
     if row.unbiased:
         assert q.bias <= 1e-9
@@ -41,8 +41,8 @@ def test_the_order_of_variances(qualities):
     assert qualities["sampled_token"].variance > qualities["token_reverse_kl"].variance
 
 
-def test_variance_is_that_of_drawn_gradients(qualities):
-    """Compare with a simulation that does not use the factors of the computation."""
+def test_the_variance_matches_sampled_gradients(qualities):
+    """Compare with a simulation that does not use the factorization of the computation."""
     from seqkd.objectives import sequence_reverse_kl
     from seqkd.studies.enumerated import gradient
     from tests.exact.expectation import select

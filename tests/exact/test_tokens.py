@@ -1,5 +1,5 @@
-"""Token-level divergences and likelihoods against sums written with Python floats, and what is the
-same for every objective."""
+"""Token-level divergences and likelihoods compared with sums of Python floats, and properties of
+all objectives."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_every_divergence_has_a_definition():
 
 
 @pytest.mark.parametrize(("kind", "coefficient"), CASES)
-def test_value_and_gradient_are_the_definitions(kind, coefficient):
+def test_value_and_gradient_match_the_definitions(kind, coefficient):
     generator = torch.Generator().manual_seed(0)
     for _ in range(5):
         logits, teacher = (
@@ -66,14 +66,14 @@ def test_value_and_gradient_are_the_definitions(kind, coefficient):
             value = DEFINITIONS[kind](softmax(x.tolist()), p, coefficient)
             return torch.tensor(value, dtype=torch.float64)
 
-        def ours(x, teacher=teacher):
+        def divergence(x, teacher=teacher):
             log_q, log_p = torch.log_softmax(x, -1), torch.log_softmax(teacher, -1)
             return DIVERGENCES[kind](log_q, log_p, *options(coefficient))
 
-        assert ours(logits).item() == pytest.approx(definition(logits).item(), abs=1e-12)
-        assert ours(logits) > 0
+        assert divergence(logits).item() == pytest.approx(definition(logits).item(), abs=1e-12)
+        assert divergence(logits) > 0
         exact = finite_difference(definition, logits)
-        assert torch.allclose(gradient(ours, logits), exact, atol=1e-7)
+        assert torch.allclose(gradient(divergence, logits), exact, atol=1e-7)
 
 
 @pytest.mark.parametrize(("kind", "coefficient"), CASES)
@@ -81,14 +81,14 @@ def test_equal_distributions_have_no_divergence_and_no_gradient(kind, coefficien
     logits = torch.randn(6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     log_p = torch.log_softmax(logits, -1)
 
-    def ours(x):
+    def divergence(x):
         return DIVERGENCES[kind](torch.log_softmax(x, -1), log_p, *options(coefficient))
 
-    assert abs(ours(logits).item()) <= 1e-12
-    assert gradient(ours, logits).abs().max() <= 1e-12
+    assert abs(divergence(logits).item()) <= 1e-12
+    assert gradient(divergence, logits).abs().max() <= 1e-12
 
 
-def test_generalised_jensen_shannon_tends_to_both_kls():
+def test_generalized_jensen_shannon_tends_to_both_kls():
     log_q, log_p = torch.log_softmax(
         torch.randn(2, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64), -1
     )
@@ -115,8 +115,8 @@ def test_token_level_objectives_are_means_over_tokens(language, kind):
     values = DIVERGENCES[kind](log_q, language.log_p, *options(coefficient))
     stats = replace(language.stats(theta), divergence=values)
     tokens = language.lengths.sum().item()
-    found = OBJECTIVES[kind](stats, Counts(sequences=len(language.sequences), tokens=tokens))
-    assert found.item() == pytest.approx(total / tokens, abs=1e-12)
+    loss = OBJECTIVES[kind](stats, Counts(sequences=len(language.sequences), tokens=tokens))
+    assert loss.item() == pytest.approx(total / tokens, abs=1e-12)
 
 
 def test_sft_is_the_mean_negative_log_likelihood(language):
@@ -127,12 +127,13 @@ def test_sft_is_the_mean_negative_log_likelihood(language):
         for t, token in enumerate(tokens)
     )
     tokens = language.lengths.sum().item()
-    found = OBJECTIVES["sft"](language.stats(language.theta), Counts(1, tokens))
-    assert found.item() == pytest.approx(total / tokens, abs=1e-12)
+    loss = OBJECTIVES["sft"](language.stats(language.theta), Counts(1, tokens))
+    assert loss.item() == pytest.approx(total / tokens, abs=1e-12)
 
 
 def test_sequence_forward_kl_is_unbiased_on_teacher_samples(language):
-    """E_{y~p} of the surrogate's gradient = gradient of KL(p || q) over whole sequences."""
+    """The expectation over y ~ p of the surrogate's gradient is the gradient of KL(p || q) of whole
+    sequences."""
     p = language.teacher()
 
     def definition(theta):
@@ -140,7 +141,7 @@ def test_sequence_forward_kl_is_unbiased_on_teacher_samples(language):
 
     exact = finite_difference(definition, language.theta)
     rows = range(len(language.sequences))
-    found = sum(
+    expected = sum(
         p[row]
         * gradient(
             lambda th, row=row: OBJECTIVES["sequence_forward_kl"](
@@ -150,11 +151,12 @@ def test_sequence_forward_kl_is_unbiased_on_teacher_samples(language):
         )
         for row in rows
     )
-    assert torch.allclose(found, exact, atol=1e-8)
+    assert torch.allclose(expected, exact, atol=1e-8)
 
 
 def test_forward_and_reverse_together(language):
-    """The sum of both terms, each on its own samples, is the gradient of the sum of both KLs."""
+    """The sum of the gradients of two terms with separate samples is the gradient of the sum of
+    both KLs."""
     p, theta = language.teacher(), language.theta
 
     def both(at):
@@ -178,18 +180,18 @@ def test_forward_and_reverse_together(language):
 
 @pytest.mark.parametrize("kind", sorted(OBJECTIVES))
 def test_splitting_a_batch_changes_nothing(language, kind):
-    """Micro-batches of whole groups, in any order, add up to the loss and gradient of the batch."""
+    """Losses and gradients of micro-batches of complete groups add up to those of the batch."""
     rows, group = [0, 5, 17, 30, 2, 9], [0, 0, 1, 1, 2, 2]
     count = Counts(sequences=6, tokens=17, rate=0.3, length=2.8)
 
     def stats(theta):
         log_q = language.log_q(theta)
-        found = language.stats(theta)
+        language_stats = language.stats(theta)
         if kind in DIVERGENCES:
             (coefficient, *_) = COEFFICIENTS.get(kind, (None,))
             values = DIVERGENCES[kind](log_q, language.log_p, *options(coefficient))
-            found = replace(found, divergence=values)
-        return found
+            language_stats = replace(language_stats, divergence=values)
+        return language_stats
 
     def whole(theta):
         return OBJECTIVES[kind](select(stats(theta), rows, group), count)

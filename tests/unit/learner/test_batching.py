@@ -1,4 +1,4 @@
-"""The shift by one, padding, and that groups are never split."""
+"""Micro-batches: the shift by one, padding, and complete groups."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ A = rollout("a", 0, [10, 11], [20, 21, 22])
 B = rollout("b", 0, [12, 13, 14, 15], [23])
 
 
-def test_states_stand_before_their_tokens():
-    """Token t of the completion is predicted at the position of the token before it."""
+def test_states_are_at_the_position_before_their_tokens():
+    """Token t of a completion is predicted at the position of the token before it."""
     batch = batching.pack([A, B], {}, A, ALONE)
     for row, r in enumerate((A, B)):
         sequence = [*r.prompt_ids, *r.completion_ids]
@@ -51,15 +51,15 @@ def test_padding_is_masked():
     assert batch.sample_ids == ("a/0", "b/0")
 
 
-def test_a_scorer_sees_the_same_states():
-    """state_span cut from per-token states gives the states that state_index names."""
+def test_a_scorer_uses_the_same_states():
+    """state_span selects the same states as state_index."""
     states = torch.arange(4.0)[:, None]
     assert batching.fed_tokens(A) == [10, 11, 20, 21]
     assert states[batching.state_span(A)].squeeze(1).tolist() == [1, 2, 3]
     assert batching.pack([A], {}, A, ALONE).state_index.tolist() == [[1, 2, 3]]
 
 
-def test_teacher_states_follow_the_mask():
+def test_teacher_states_are_in_the_order_of_the_mask():
     scores = {
         A.sample_id: TeacherScore(A.sample_id, hidden=torch.full((3, 2), 1.0)),
         B.sample_id: TeacherScore(B.sample_id, hidden=torch.full((1, 2), 2.0)),
@@ -69,14 +69,14 @@ def test_teacher_states_follow_the_mask():
     assert batch.teacher_hidden[:, 0].tolist() == [1.0 if row == 0 else 2.0 for row in rows]
 
 
-def test_a_score_of_another_length_is_refused():
+def test_a_score_of_another_length_is_rejected():
     with pytest.raises(AssertionError):
         batching.pack(
             [A], {A.sample_id: TeacherScore(A.sample_id, hidden=torch.zeros(2, 2))}, A, ALONE
         )
 
 
-def test_an_empty_micro_batch_teaches_nothing():
+def test_an_empty_micro_batch_has_no_loss():
     scores = {A.sample_id: TeacherScore(A.sample_id, hidden=torch.zeros(3, 7))}
     batch = batching.pack([], scores, A, ALONE)
     assert batch.loss_mask.sum() == 0
@@ -85,8 +85,8 @@ def test_an_empty_micro_batch_teaches_nothing():
 
 
 def test_data_set_answers_have_no_rollout_logprobs():
-    given = Rollout("d", "d/0", (1,), (2, 3), None, "dataset", 0, "stop")
-    assert batching.pack([given], {}, given, ALONE).rollout_logprobs is None
+    answer = Rollout("d", "d/0", (1,), (2, 3), None, "dataset", 0, "stop")
+    assert batching.pack([answer], {}, answer, ALONE).rollout_logprobs is None
 
 
 SAMPLES = [rollout("a", i, [10, 11], [20 + i, 30 + i, 40 + i][: 3 - i]) for i in range(3)]
@@ -99,13 +99,13 @@ def test_samples_that_share_their_prompt_follow_it_in_one_row():
     assert batch.position_ids[0].tolist() == [0, 1, 2, 3, 2]
     assert batch.segment[0].tolist() == [0, 0, 1, 1, 2]
     assert batch.state_row.tolist() == [0, 0, 0, 1]
-    # The first token of every sample is predicted by the last of the prompt.
+    # The first token of every sample is predicted at the last token of the prompt.
     assert batch.state_index[:3].tolist() == [[1, 2, 3], [1, 4, 0], [1, 0, 0]]
     assert batch.state_index[3, 0] == 3
 
 
-def test_a_completion_sees_the_prompt_and_itself():
-    """Written out: the prompt is p, completions a (two tokens) and b (one), then padding."""
+def test_a_completion_attends_only_to_the_prompt_and_to_itself():
+    """The row is the prompt p, the completions a (two tokens) and b (one token), and padding."""
     segment, mask = torch.tensor([[0, 0, 1, 1, 2, 0]]), torch.tensor([[1, 1, 1, 1, 1, 0]])
     added = prefix_shared_mask(segment, mask, torch.float32)
     seen = ["p     ", "pp    ", "ppa   ", "ppaa  ", "pp  b ", "pp   ."]
@@ -120,10 +120,10 @@ def test_a_completion_sees_the_prompt_and_itself():
     [
         (100, 20, 4, 1),
         (100, 20, 1, 1),
-        (5, 200, 4, 4),  # little to save, and 800 tokens would be compared with each other
+        (5, 200, 4, 4),  # little to save, and attention over 800 tokens
     ],
 )
-def test_a_prompt_is_shared_where_that_pays(prompt, completion, samples, rows):
+def test_a_prompt_is_shared_if_that_is_cheaper(prompt, completion, samples, rows):
     group = [rollout("a", i, [1] * prompt, [2] * completion) for i in range(samples)]
     assert len(batching.Layout(1, sharing=1000).rows(group)) == rows
     assert len(batching.Layout(1).rows(group)) == samples
@@ -131,14 +131,14 @@ def test_a_prompt_is_shared_where_that_pays(prompt, completion, samples, rows):
 
 @pytest.mark.parametrize("layout", [ALONE, SHARED], ids=["alone", "shared"])
 @pytest.mark.parametrize(("ranks", "tokens"), [(1, 1), (2, 1), (2, 50), (3, 50), (1, 10**6)])
-def test_partition_keeps_groups_and_loses_nothing(ranks, tokens, layout):
+def test_partition_keeps_all_rollouts_and_complete_groups(ranks, tokens, layout):
     layout = replace(layout, tokens=tokens)
     rollouts = [
         rollout(f"p{p}", i, [1] * (p + 1), [2] * (i + 1)) for p in range(7) for i in range(3)
     ]
     plan = batching.partition(rollouts, {}, ranks, layout)
     assert len(plan) == ranks
-    assert len({len(part) for part in plan}) == 1, "the same number of micro-batches a rank"
+    assert len({len(part) for part in plan}) == 1, "the same number of micro-batches on every rank"
     micro_batches = [m for part in plan for m in part]
     assert sorted(r.sample_id for m in micro_batches for r in m) == sorted(
         r.sample_id for r in rollouts
@@ -149,13 +149,13 @@ def test_partition_keeps_groups_and_loses_nothing(ranks, tokens, layout):
     alone = [len({r.prompt_id for r in m}) == 1 for m in micro_batches if m]
     assert all(size <= tokens or one for size, one in zip(padded, alone, strict=True))
     if tokens == 50 and ranks == 2:
-        assert len(padded) < 7, "more than one prompt where they fit"
+        assert len(padded) < 7, "several prompts per micro-batch if they fit"
     if tokens == 10**6:
         assert len(padded) == 1
 
 
 @pytest.mark.parametrize(("groups", "ranks", "most"), [(16, 4, 4), (10, 4, 3), (3, 3, 1)])
-def test_ranks_share_what_one_micro_batch_could_hold(groups, ranks, most):
+def test_no_rank_is_empty_if_there_are_enough_groups(groups, ranks, most):
     rollouts = [rollout(f"p{p}", 0, [1] * 9, [2] * 9) for p in range(groups)]
     plan = batching.partition(rollouts, {}, ranks, batching.Layout(10**6))
     loads = [sum(map(len, part)) for part in plan]
@@ -180,11 +180,12 @@ HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
         ("mamba", {}, False),
     ],
 )
-def test_which_models_share_a_prompt(kind, options, shares):
+def test_models_that_can_share_a_prompt(kind, options, shares):
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, **TINY, **options, bos_token_id=1, eos_token_id=2)
     sharing = prefix_sharing_factor(AutoModelForCausalLM.from_config(config).eval())
     assert (sharing > 0) == shares
     if kind == "llama":
-        # q and o 32 x 32, k and v 32 x 16, three of 32 x 64, two norms; the last norm is no layer's
+        # per layer: q and o 32 x 32, k and v 32 x 16, three of 32 x 64, two norms (64), and half of
+        # the model's final norm (16)
         assert sharing == (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64 + 64 + 16) // 64

@@ -1,5 +1,5 @@
-"""Loss and gradient of a real model do not depend on padding, order or division into micro-batches;
-and every objective stays finite where sequences are very long, very short or all alike."""
+"""Loss and gradient of a real model do not depend on padding, on order or on the division into
+micro-batches. All objectives are finite for very long, very short and identical sequences."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def models(tiny):
 
 @pytest.fixture(scope="module")
 def data(models):
-    """Three prompts, two samples each: one token, no end of sequence, two alike."""
+    """Three prompts with two samples: one of one token, none with an end of sequence, two equal."""
     _, teacher = models
     generator = torch.Generator().manual_seed(0)
     rollouts, scores = [], {}
@@ -76,7 +76,7 @@ def data(models):
 
 
 def outcome(models, batches, kind, options):
-    """Loss and gradients of all parameters, summed over micro-batches."""
+    """Compute the loss and the gradients of all parameters, summed over micro-batches."""
     student, teacher = models
     student.zero_grad()
     wanted = Divergence(kind, COEFFICIENT.get(kind)) if kind in DIVERGENCES else None
@@ -94,7 +94,7 @@ def outcome(models, batches, kind, options):
 
 
 def padded(batch, left, right):
-    """The same micro-batch with that many more padding positions in S, and ``right`` in T."""
+    """Add ``left`` and ``right`` padding positions to S, and ``right`` padding positions to T."""
     pad = torch.nn.functional.pad
     return replace(
         batch,
@@ -113,7 +113,7 @@ def padded(batch, left, right):
 
 
 @pytest.mark.parametrize(("kind", "options"), CASES, ids=str)
-def test_padding_order_and_division(models, data, kind, options):
+def test_padding_order_and_division_change_nothing(models, data, kind, options):
     rollouts, scores = data
 
     def pack(some, layout=ALONE):
@@ -137,9 +137,9 @@ def test_padding_order_and_division(models, data, kind, options):
     for name, batches in others.items():
         again, others_gradients = outcome(models, batches, kind, options)
         assert again == pytest.approx(loss, rel=1e-5, abs=1e-5), name
-        for ours, theirs in zip(gradients, others_gradients, strict=True):
-            # Left padding moves the rotary angles; how much that rounds differs by processor.
-            assert (ours - theirs).abs().max() <= 3e-5 * max(1.0, ours.abs().max()), name
+        for a, b in zip(gradients, others_gradients, strict=True):
+            # Left padding shifts the rotary angles. The rounding error differs by processor.
+            assert (a - b).abs().max() <= 3e-5 * max(1.0, a.abs().max()), name
 
 
 @pytest.mark.parametrize(("kind", "options"), CASES, ids=str)
@@ -150,25 +150,25 @@ def test_a_completion_of_8192_tokens_is_finite(kind, options):
     def drawn():
         return (torch.rand(size, generator=generator) * 12).requires_grad_()
 
-    given = {"student_logprob": drawn(), "reverse_kl": drawn(), "divergence": drawn()}
+    leaves = {"student_logprob": drawn(), "reverse_kl": drawn(), "divergence": drawn()}
     stats = TokenStats(
         loss_mask=torch.ones(size, dtype=torch.bool),
         group=torch.tensor([0, 0]),
-        student_logprob=-given["student_logprob"],
+        student_logprob=-leaves["student_logprob"],
         teacher_logprob=-drawn().detach(),
-        reverse_kl=given["reverse_kl"],
-        divergence=given["divergence"],
+        reverse_kl=leaves["reverse_kl"],
+        divergence=leaves["divergence"],
         rollout_logprob=-drawn().detach(),
     )
     loss = OBJECTIVES[kind](stats, COUNTS, **options)
     loss.backward()
     assert loss.isfinite()
-    gradients = [g.grad for g in given.values() if g.grad is not None]
+    gradients = [g.grad for g in leaves.values() if g.grad is not None]
     assert gradients
     assert all(g.isfinite().all() for g in gradients)
 
 
-def test_every_case_is_an_objective_of_the_configuration():
+def test_all_cases_are_valid_configurations():
     for kind, options in CASES:
         objective = {"kind": kind, **options}
         for sampler in ("student", "teacher", "dataset"):

@@ -1,4 +1,4 @@
-"""Schedule, running rate, placement, run directory, intervals, output heads, pruning."""
+"""Learning rate schedule, running costs, intervals, placement, output heads and pruning."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def test_schedule_warms_up_and_decays():
     assert learning_rate(LearnerConfig(lr_warmup_steps=9), 1.0, 0, 1) == 1.0
 
 
-def test_running_costs_never_see_their_own_batch():
+def test_running_costs_are_decayed_sums_over_past_batches():
     running = RunningCosts()
-    running.update(*by_position([(0.0, [9.0])]))  # sequences that weigh nothing say nothing
+    running.update(*by_position([(0.0, [9.0])]))  # sequences with weight 0 are ignored
     assert not running.known
     running.update(*by_position([(1.0, [3.0, 1.0, 2.0])]))
     counts = running.counts([])
@@ -54,11 +54,11 @@ def test_running_costs_never_see_their_own_batch():
     assert counts.survival.tolist() == [0.5 + 1.5, 0.5, 0.5]
     assert counts.rate == pytest.approx(7 / 3)
     assert counts.length == pytest.approx(3 / 2)
-    running.update(None, None)  # a step without a teacher says nothing of costs
+    running.update(None, None)  # a step without a teacher changes nothing
     assert running.counts([]).rate == counts.rate
 
 
-def test_ratio_is_of_sums_and_its_interval_covers_it():
+def test_a_ratio_of_sums_is_inside_its_interval():
     numerator, denominator = np.array([1.0, 2, 9, 4]), np.array([1.0, 1, 3, 3])
     interval = ratio(numerator, denominator)
     assert interval.mean == pytest.approx(2.0)
@@ -67,7 +67,7 @@ def test_ratio_is_of_sums_and_its_interval_covers_it():
     assert exact.low == exact.mean == exact.high == 1.5
 
 
-def test_interval_covers_the_truth_about_95_times_in_100():
+def test_about_95_of_100_intervals_contain_the_true_value():
     rng = np.random.default_rng(1)
     hits = 0
     for _ in range(100):
@@ -96,8 +96,8 @@ def test_threads_come_from_the_request():
     assert actor.environment()["OMP_NUM_THREADS"] == "3"
 
 
-def test_a_process_on_cores_does_not_have_the_same_pages_cleared_again_and_again():
-    """Temporaries of 4 MiB: their pages are asked of the kernel once."""
+def test_processes_on_cores_reuse_freed_memory():
+    """The pages of 4 MiB temporaries are requested from the kernel only once."""
     from actors.placement import plan
 
     (actor,) = plan(config()).role("learner")
@@ -113,7 +113,7 @@ def test_a_process_on_cores_does_not_have_the_same_pages_cleared_again_and_again
     assert faults[0] < faults[1] / 5
 
 
-def test_only_roles_that_are_called_get_processes():
+def test_only_roles_that_are_used_get_actors():
     from actors.placement import plan
 
     none = {"evaluation": {"prompts": 0}}
@@ -126,7 +126,7 @@ def test_only_roles_that_are_called_get_processes():
     assert len({a.role for a in plan(config(sampler="dataset")).actors}) == 4
 
 
-def test_an_endpoint_is_asked_by_one_process_a_role():
+def test_an_endpoint_has_one_actor_per_role():
     from actors.placement import plan
 
     endpoint = {"kind": "openai", "model": "m", "base_url": "http://x/v1", "tokenizer": "a"}
@@ -137,7 +137,7 @@ def test_an_endpoint_is_asked_by_one_process_a_role():
     assert not plan(config(teacher=endpoint, sampler="teacher")).role("teacher")
 
 
-def test_a_plan_that_does_not_fit_says_what_to_lower():
+def test_a_plan_that_does_not_fit_reports_keys_to_lower():
     from actors.placement import plan
 
     the_plan = plan(
@@ -157,13 +157,13 @@ def test_a_plan_that_does_not_fit_says_what_to_lower():
     the_plan.check(cpus=19, gpus=2, where="the cluster")
 
 
-def test_head_from_a_checkpoint_is_the_models(tiny):
+def test_a_head_loaded_from_a_checkpoint_equals_the_models(tiny):
     model = load_causal_lm(tiny["teacher"], "float32", "model")
     assert torch.equal(load_head(tiny["teacher"], "float32").weight, head_of(model).weight)
     check_head(model, "teacher.model")
 
 
-def test_an_unknown_logit_transform_is_refused(tiny):
+def test_an_unknown_logit_transform_is_rejected(tiny):
     model = load_causal_lm(tiny["teacher"], "float32", "model")
     forward = model.forward
 
@@ -177,7 +177,7 @@ def test_an_unknown_logit_transform_is_refused(tiny):
         check_head(model, "student.model")
 
 
-def test_a_checkpoint_with_missing_weights_is_refused(tiny, tmp_path):
+def test_a_checkpoint_with_missing_weights_is_rejected(tiny, tmp_path):
     model = load_causal_lm(tiny["student"], "float32", "model")
     state = model.state_dict()
     del state["model.layers.1.mlp.up_proj.weight"]
@@ -186,7 +186,7 @@ def test_a_checkpoint_with_missing_weights_is_refused(tiny, tmp_path):
         load_causal_lm(str(tmp_path), "float32", "student.model")
 
 
-def test_without_dropout_training_mode_computes_what_evaluation_mode_does():
+def test_without_dropout_training_mode_equals_evaluation_mode():
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -200,13 +200,13 @@ def test_without_dropout_training_mode_computes_what_evaluation_mode_does():
         assert torch.allclose(model.train()(ids).logits, expected)
 
 
-def test_pruning_drops_the_named_layers(tiny):
+def test_pruning_drops_the_configured_layers(tiny):
     model, whole = (load_causal_lm(tiny["teacher"], "float32", "model") for _ in range(2))
     prune(model, PruneInitConfig(drop_layers=(1, 3)))
     assert model.config.num_hidden_layers == 2
     kept = [whole.model.layers[0], whole.model.layers[3]]
-    for ours, theirs in zip(model.model.layers, kept, strict=True):
-        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+    for layer, original in zip(model.model.layers, kept, strict=True):
+        for a, b in zip(layer.parameters(), original.parameters(), strict=True):
             assert torch.equal(a, b)
     ids = torch.arange(9)[None]
     cached = model.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None)
@@ -218,7 +218,7 @@ def test_pruning_drops_the_named_layers(tiny):
 
 
 @pytest.mark.parametrize("layers", [(2, 5), (0, 4)])
-def test_pruning_beyond_the_model(tiny, layers):
+def test_pruning_beyond_the_model_is_rejected(tiny, layers):
     with pytest.raises(ModelError, match="4 layers"):
         prune(
             load_causal_lm(tiny["teacher"], "float32", "model"), PruneInitConfig(drop_layers=layers)

@@ -1,4 +1,4 @@
-"""Chunked statistics against full logits and autograd, written from the definitions."""
+"""Chunked statistics compared with the definitions on full logits and with autograd."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def setup():
     }
 
 
-def read_at_once(monkeypatch, chunk, block):
-    """So many states in one product, of which so many are read at a time."""
+def set_chunk_sizes(monkeypatch, chunk, block):
+    """Set the number of states per matrix product and per block."""
     monkeypatch.setitem(output_head.CHUNK_ELEMENTS, "cpu", chunk * V)
     monkeypatch.setitem(output_head.BLOCK_ELEMENTS, "cpu", block * V)
 
@@ -55,11 +55,11 @@ AT_ONCE = [(1, 1), (4, 4), (5, 2), (100, 3), (100, 100)]
 
 @pytest.mark.parametrize("at_once", AT_ONCE)
 @pytest.mark.parametrize("options", [{}, {"scale": 0.5}, {"softcap": 2.0}], ids=str)
-def test_values_and_gradients(setup, monkeypatch, at_once, options):
-    read_at_once(monkeypatch, *at_once)
+def test_values_and_gradients_match_the_definitions(setup, monkeypatch, at_once, options):
+    set_chunk_sizes(monkeypatch, *at_once)
     s = setup
     head = OutputHead(s["weight"], s["bias"], **options)
-    found = token_stats(s["hidden"], head, s["targets"], STATS, teacher(s))
+    stats = token_stats(s["hidden"], head, s["targets"], STATS, teacher(s))
     logits = s["hidden"] @ s["weight"].T + s["bias"]
     logits = logits * options.get("scale", 1.0)
     if "softcap" in options:
@@ -67,23 +67,23 @@ def test_values_and_gradients(setup, monkeypatch, at_once, options):
     expected = reference(logits, s["teacher_hidden"] @ s["teacher_weight"].T, s["targets"])
     weights = {name: torch.randn(N) for name in STATS}
     for name in STATS:
-        assert torch.allclose(found[name], expected[name], atol=1e-5), name
+        assert torch.allclose(stats[name], expected[name], atol=1e-5), name
 
     def gradients(values):
         total = sum((weights[n] * values[n]).sum() for n in STATS if n != "teacher_logprob")
         return torch.autograd.grad(total, (s["hidden"], s["weight"], s["bias"]))
 
-    for ours, theirs in zip(gradients(found), gradients(expected), strict=True):
-        assert torch.allclose(ours, theirs, atol=1e-4)
+    for computed, exact in zip(gradients(stats), gradients(expected), strict=True):
+        assert torch.allclose(computed, exact, atol=1e-4)
 
 
-def test_monitored_statistics_get_no_gradient_from_the_loss(setup):
-    """A statistic that the loss does not use changes no gradient."""
+def test_monitored_statistics_do_not_change_the_gradient(setup):
+    """A statistic that the loss does not use does not change the gradient."""
     s = setup
     args = (s["hidden"], OutputHead(s["weight"]), s["targets"])
     alone = token_stats(*args, ("reverse_kl",), teacher(s))["reverse_kl"].sum()
-    beside = token_stats(*args, STATS, teacher(s))["reverse_kl"].sum()
-    assert torch.equal(*(torch.autograd.grad(x, s["weight"])[0] for x in (alone, beside)))
+    together = token_stats(*args, STATS, teacher(s))["reverse_kl"].sum()
+    assert torch.equal(*(torch.autograd.grad(x, s["weight"])[0] for x in (alone, together)))
 
 
 def test_equal_models_have_no_divergence(setup):
@@ -91,34 +91,34 @@ def test_equal_models_have_no_divergence(setup):
     head = OutputHead(s["weight"])
     hidden = s["hidden"].detach()
     same = FullTeacher(hidden, OutputHead(s["weight"].detach()))
-    found = token_stats(s["hidden"], head, s["targets"], STATS, same)
-    assert found["reverse_kl"].abs().max() < 1e-6
-    assert found["forward_kl"].abs().max() < 1e-6
-    assert torch.allclose(found["student_logprob"], found["teacher_logprob"])
+    stats = token_stats(s["hidden"], head, s["targets"], STATS, same)
+    assert stats["reverse_kl"].abs().max() < 1e-6
+    assert stats["forward_kl"].abs().max() < 1e-6
+    assert torch.allclose(stats["student_logprob"], stats["teacher_logprob"])
 
 
-def test_the_probability_of_an_end_is_that_of_any_of_its_tokens(setup):
-    """Without a teacher, and beside other statistics."""
+def test_the_end_logprob_is_that_of_any_end_token(setup):
+    """Without a teacher, and together with other statistics."""
     end = EndLogprob((0, 3))
     head = OutputHead(setup["weight"], setup["bias"])
-    found = token_stats(setup["hidden"], head, setup["targets"], ("entropy", end))
+    stats = token_stats(setup["hidden"], head, setup["targets"], ("entropy", end))
     q = torch.softmax(setup["hidden"] @ setup["weight"].T + setup["bias"], -1)
-    assert torch.allclose(found[end], (q[:, 0] + q[:, 3]).log(), atol=1e-5)
-    assert found.keys() == {"entropy", end}
+    assert torch.allclose(stats[end], (q[:, 0] + q[:, 3]).log(), atol=1e-5)
+    assert stats.keys() == {"entropy", end}
 
 
 def test_no_tokens(setup):
     s = setup
-    found = token_stats(s["hidden"][:0], OutputHead(s["weight"]), s["targets"][:0], ("entropy",))
-    assert found["entropy"].shape == (0,)
-    found["entropy"].sum().backward()
+    stats = token_stats(s["hidden"][:0], OutputHead(s["weight"]), s["targets"][:0], ("entropy",))
+    assert stats["entropy"].shape == (0,)
+    stats["entropy"].sum().backward()
     assert s["weight"].grad.abs().sum() == 0
 
 
 @pytest.mark.parametrize("chunk", [4, 100])
 @pytest.mark.filterwarnings("error")
-def test_padded_vocabularies_are_read_up_to_the_shorter(setup, monkeypatch, chunk):
-    read_at_once(monkeypatch, chunk, 2)
+def test_padded_vocabularies_are_cut_to_the_smaller(setup, monkeypatch, chunk):
+    set_chunk_sizes(monkeypatch, chunk, 2)
     s = setup
     wider = OutputHead(torch.cat([s["teacher_weight"], torch.randn(4, 5)]))
     args = (s["hidden"], OutputHead(s["weight"]), s["targets"], STATS)
@@ -133,8 +133,8 @@ def test_head_logprobs(setup):
     head = OutputHead(s["weight"].detach(), s["bias"].detach())
     logits = s["hidden"] @ s["weight"].T + s["bias"]
     expected = torch.log_softmax(logits, -1)[torch.arange(N), s["targets"]]
-    found, ids, top = head.logprobs(s["hidden"].detach(), s["targets"])
-    assert torch.allclose(found, expected, atol=1e-5)
+    logprobs, ids, top = head.logprobs(s["hidden"].detach(), s["targets"])
+    assert torch.allclose(logprobs, expected, atol=1e-5)
     assert ids is None and top is None
 
 
@@ -142,29 +142,29 @@ def logits_of(s):
     return s["hidden"] @ s["weight"].T, s["teacher_hidden"] @ s["teacher_weight"].T
 
 
-def test_temperature_divides_the_logits_and_its_square_multiplies(setup):
+def test_the_divergence_is_multiplied_by_the_squared_temperature(setup):
     s, names = setup, (Divergence("token_forward_kl", temperature=3.0), "reverse_kl")
-    ours, theirs = logits_of(s)
-    q, p = torch.softmax(ours / 3, -1), torch.softmax(theirs / 3, -1)
-    found = token_stats(s["hidden"], OutputHead(s["weight"]), s["targets"], names, teacher(s))
-    assert torch.allclose(found[names[0]], 9 * (p * (p / q).log()).sum(-1), atol=1e-5)
-    plain = reference(ours, theirs, s["targets"])["reverse_kl"]
-    assert torch.allclose(found["reverse_kl"], plain, atol=1e-5)
+    student_logits, teacher_logits = logits_of(s)
+    q, p = torch.softmax(student_logits / 3, -1), torch.softmax(teacher_logits / 3, -1)
+    stats = token_stats(s["hidden"], OutputHead(s["weight"]), s["targets"], names, teacher(s))
+    assert torch.allclose(stats[names[0]], 9 * (p * (p / q).log()).sum(-1), atol=1e-5)
+    plain = reference(student_logits, teacher_logits, s["targets"])["reverse_kl"]
+    assert torch.allclose(stats["reverse_kl"], plain, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["gjsd", "skew_kl", "skew_reverse_kl"])
 def test_a_divergence_with_a_coefficient(setup, kind):
     s, name = setup, Divergence(kind, 0.3)
-    ours, theirs = logits_of(s)
-    q, p = torch.softmax(ours, -1), torch.softmax(theirs, -1)
+    student_logits, teacher_logits = logits_of(s)
+    q, p = torch.softmax(student_logits, -1), torch.softmax(teacher_logits, -1)
     m, r = 0.3 * p + 0.7 * q, 0.3 * q + 0.7 * p
     expected = {
         "gjsd": 0.3 * (p * (p / m).log()).sum(-1) + 0.7 * (q * (q / m).log()).sum(-1),
         "skew_kl": (p * (p / m).log()).sum(-1),
         "skew_reverse_kl": (q * (q / r).log()).sum(-1),
     }[kind]
-    found = token_stats(s["hidden"], OutputHead(s["weight"]), s["targets"], (name,), teacher(s))
-    assert torch.allclose(found[name], expected, atol=1e-5)
+    stats = token_stats(s["hidden"], OutputHead(s["weight"]), s["targets"], (name,), teacher(s))
+    assert torch.allclose(stats[name], expected, atol=1e-5)
 
 
 KINDS = (
@@ -177,98 +177,100 @@ KINDS = (
 )
 
 
-def test_top_k_divergences_are_true_ones_below_the_whole_and_converge(setup):
+def test_top_k_divergences_grow_with_k_to_the_full_divergence(setup):
     s = setup
-    _, theirs = logits_of(s)
+    _, teacher_logits = logits_of(s)
     args = (s["hidden"], OutputHead(s["weight"]), s["targets"], KINDS)
-    whole = token_stats(*args, teacher(s))
+    full = token_stats(*args, teacher(s))
     below = {name: torch.zeros(N) for name in KINDS}
+    log_p = torch.log_softmax(teacher_logits, -1)
     for k in range(1, V):
-        found = token_stats(*args, TopTeacher(*top_teacher(torch.log_softmax(theirs, -1), k)))
+        stats = token_stats(*args, TopTeacher(*top_teacher(log_p, k)))
         for name in KINDS:
-            # Each k splits one event of the last: a divergence can only grow.
-            assert (found[name] >= below[name] - 1e-5).all(), (name, k)
-            assert (found[name] <= whole[name] + 1e-5).all(), (name, k)
-            below[name] = found[name]
+            # Every increase of k splits the tail into two events, so a divergence can only grow.
+            assert (stats[name] >= below[name] - 1e-5).all(), (name, k)
+            assert (stats[name] <= full[name] + 1e-5).all(), (name, k)
+            below[name] = stats[name]
     for name in KINDS:
-        assert torch.allclose(below[name], whole[name], atol=1e-5), name
+        assert torch.allclose(below[name], full[name], atol=1e-5), name
 
 
-def test_top_k_is_the_definition_over_k_plus_one_events(setup):
+def test_top_k_divergences_match_the_definition_over_k_plus_one_events(setup):
     s = setup
-    ours, theirs = logits_of(s)
-    q, p = torch.softmax(ours, -1), torch.softmax(theirs, -1)
+    student_logits, teacher_logits = logits_of(s)
+    q, p = torch.softmax(student_logits, -1), torch.softmax(teacher_logits, -1)
     expected = []
     for row in range(N):
         top = sorted(range(V), key=lambda v: -p[row, v].item())[:3]
         a = [*(q[row, v] for v in top), 1 - sum(q[row, v] for v in top)]
         b = [*(p[row, v] for v in top), 1 - sum(p[row, v] for v in top)]
         expected.append(sum(x * (x / y).log() for x, y in zip(a, b, strict=True)))
-    known = TopTeacher(*top_teacher(torch.log_softmax(theirs, -1), 3))
+    top = TopTeacher(*top_teacher(torch.log_softmax(teacher_logits, -1), 3))
     args = (s["hidden"], OutputHead(s["weight"]), s["targets"], ("reverse_kl",))
-    found = token_stats(*args, known)["reverse_kl"]
-    assert torch.allclose(found, torch.stack(expected), atol=1e-5)
-    gradients = (torch.autograd.grad(x.sum(), s["hidden"])[0] for x in (found, sum(expected)))
+    stats = token_stats(*args, top)["reverse_kl"]
+    assert torch.allclose(stats, torch.stack(expected), atol=1e-5)
+    gradients = (torch.autograd.grad(x.sum(), s["hidden"])[0] for x in (stats, sum(expected)))
     assert torch.allclose(*gradients, atol=1e-4)
 
 
-def test_an_output_head_names_its_most_probable_tokens(setup, monkeypatch):
-    read_at_once(monkeypatch, 4, 3)
+def test_an_output_head_returns_its_most_probable_tokens(setup, monkeypatch):
+    set_chunk_sizes(monkeypatch, 4, 3)
     s = setup
     head = OutputHead(s["weight"].detach())
-    every = torch.log_softmax(s["hidden"].detach() @ s["weight"].detach().T, -1)
+    logprobs = torch.log_softmax(s["hidden"].detach() @ s["weight"].detach().T, -1)
     _, ids, top = head.logprobs(s["hidden"].detach(), s["targets"], top_k=5)
     assert torch.allclose(top.exp().sum(-1), torch.ones(N), atol=1e-5)
-    assert torch.allclose(top[:, :5], every.gather(-1, ids.long()), atol=1e-6)
-    assert torch.equal(ids.long(), every.topk(5).indices)
+    assert torch.allclose(top[:, :5], logprobs.gather(-1, ids.long()), atol=1e-6)
+    assert torch.equal(ids.long(), logprobs.topk(5).indices)
 
 
-def test_from_logits_as_from_hidden_states(setup):
+def test_statistics_from_logits_equal_those_from_hidden_states(setup):
     s, names = setup, (*STATS, Divergence("gjsd", 0.3))
-    ours, theirs = logits_of(s)
-    shaped = (x[:10].view(2, 5, -1) for x in (ours, theirs))
-    found = stats_of_logits(*shaped, s["targets"][:10].view(2, 5), names)
+    student_logits, teacher_logits = logits_of(s)
+    shaped = (x[:10].view(2, 5, -1) for x in (student_logits, teacher_logits))
+    stats = stats_of_logits(*shaped, s["targets"][:10].view(2, 5), names)
     expected = token_stats(s["hidden"], OutputHead(s["weight"]), s["targets"], names, teacher(s))
     for name in names:
-        assert found[name].shape == (2, 5)
-        assert torch.allclose(found[name].flatten(), expected[name][:10], atol=1e-5), name
+        assert stats[name].shape == (2, 5)
+        assert torch.allclose(stats[name].flatten(), expected[name][:10], atol=1e-5), name
 
 
-def test_bfloat16_is_near_float32(setup):
-    """Hidden states and heads rounded to 8 bits: within 3 % and 0.03 nats."""
+def test_bfloat16_is_close_to_float32(setup):
+    """With hidden states and heads rounded to 8 bits, within 3 % and 0.03 nats."""
     s = setup
     names = (*STATS, Divergence("gjsd", 0.5))
     full = token_stats(s["hidden"], OutputHead(s["weight"]), s["targets"], names, teacher(s))
     low = {k: s[k].detach().bfloat16() for k in ("hidden", "weight", "teacher_hidden")}
-    known = FullTeacher(low["teacher_hidden"], OutputHead(s["teacher_weight"].bfloat16()))
-    half = token_stats(low["hidden"], OutputHead(low["weight"]), s["targets"], names, known)
+    low_teacher = FullTeacher(low["teacher_hidden"], OutputHead(s["teacher_weight"].bfloat16()))
+    half = token_stats(low["hidden"], OutputHead(low["weight"]), s["targets"], names, low_teacher)
     for name in names:
         assert half[name].dtype == torch.float32
         assert ((half[name] - full[name]).abs() <= 0.03 + 0.03 * full[name].abs()).all(), name
 
 
-def test_vocabularies_as_published():
-    """151,936 rows against 152,064, as in two sizes of one model family: read up to the shorter."""
+def test_published_vocabulary_sizes():
+    """151,936 rows and 152,064 rows, as in two sizes of one model family, are cut to the smaller
+    number."""
     torch.manual_seed(0)
     hidden, targets = torch.randn(3, 4), torch.tensor([0, 151_935, 7])
-    student, known = torch.randn(151_936, 4), torch.randn(152_064, 4)
-    found = token_stats(
-        hidden, OutputHead(student), targets, STATS, FullTeacher(hidden, OutputHead(known))
+    student, teacher_weight = torch.randn(151_936, 4), torch.randn(152_064, 4)
+    stats = token_stats(
+        hidden, OutputHead(student), targets, STATS, FullTeacher(hidden, OutputHead(teacher_weight))
     )
-    expected = reference(hidden @ student.T, hidden @ known[:151_936].T, targets)
+    expected = reference(hidden @ student.T, hidden @ teacher_weight[:151_936].T, targets)
     for name in STATS:
-        assert torch.allclose(found[name], expected[name], atol=1e-4), name
+        assert torch.allclose(stats[name], expected[name], atol=1e-4), name
 
 
-# Three prompts with samples of these lengths: N states in all.
+# Three prompts with samples of these lengths, N states in total.
 LENGTHS, GROUPS = (3, 1, 4, 2, 1), (0, 0, 1, 1, 2)
 POSITION = torch.cat([torch.arange(n) for n in LENGTHS])
 GROUP = torch.cat([torch.full((n,), g) for n, g in zip(LENGTHS, GROUPS, strict=True)])
 MASK = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
 
 
-def of_the_future(values):
-    """Costs to come, less the mean of the prompt's other samples there, times log q."""
+def future_loss(values):
+    """Future costs minus the mean over the prompt's other samples at the position, times log q."""
     laid = {n: torch.zeros(MASK.shape).masked_scatter(MASK, v) for n, v in values.items()}
     cost = laid["reverse_kl"].detach()
     future = cost.flip(1).cumsum(1).flip(1) - cost
@@ -278,15 +280,15 @@ def of_the_future(values):
     return ((future * laid["student_logprob"] + laid["reverse_kl"]) * MASK).sum() / 7
 
 
-def of_costs_from_here_on(values):
-    """A baseline that looks at the same position of the prompt's other samples."""
+def reward_to_go_loss(values):
+    """Costs from the token on, minus those of another sample at the same position, times log q."""
     laid = {n: torch.zeros(MASK.shape).masked_scatter(MASK, v) for n, v in values.items()}
     ahead = (laid["student_logprob"].detach() - laid["teacher_logprob"]).flip(1).cumsum(1).flip(1)
     return ((ahead - ahead[[1, 0, 3, 2, 4]]) * laid["student_logprob"] * MASK).sum()
 
 
-def of_the_whole(values):
-    """The whole sequence's return at every token."""
+def whole_sequence_loss(values):
+    """Return of the whole sequence at every token, times log q."""
     laid = {n: torch.zeros(MASK.shape).masked_scatter(MASK, v) for n, v in values.items()}
     whole = (laid["student_logprob"].detach() - laid["teacher_logprob"]).sum(1, keepdim=True)
     return (whole * laid["student_logprob"]).sum()
@@ -294,43 +296,46 @@ def of_the_whole(values):
 
 @pytest.mark.parametrize("at_once", [(1, 1), (2, 1), (5, 2), (5, 5), (100, 1), (100, 100)])
 @pytest.mark.parametrize(
-    ("objective", "walks"), [(of_the_future, 1), (of_costs_from_here_on, 1), (of_the_whole, 2)]
+    ("objective", "passes"), [(future_loss, 1), (reward_to_go_loss, 1), (whole_sequence_loss, 2)]
 )
-def test_a_loss_forms_logits_as_often_as_it_must(setup, monkeypatch, objective, walks, at_once):
-    """Loss, gradients and statistics are those of plain automatic differentiation, with every
-    state's logits formed once where the objective allows it."""
-    read_at_once(monkeypatch, *at_once)
+def test_a_loss_computes_logits_as_few_times_as_possible(
+    setup, monkeypatch, objective, passes, at_once
+):
+    """Loss, gradients and statistics equal those of plain automatic differentiation. The logits of
+    every state are computed once if the objective allows it."""
+    set_chunk_sizes(monkeypatch, *at_once)
     s, head = setup, OutputHead(setup["weight"], setup["bias"])
     expected = reference(
         s["hidden"] @ s["weight"].T + s["bias"],
         s["teacher_hidden"] @ s["teacher_weight"].T,
         s["targets"],
     )
-    formed, raw = [], OutputHead.raw
+    sizes, raw = [], OutputHead.raw
 
     def counted(head, hidden, room=None):
-        formed.append(len(hidden))
+        sizes.append(len(hidden))
         return raw(head, hidden, room)
 
     monkeypatch.setattr(OutputHead, "raw", counted)
     args = (s["hidden"], head, s["targets"], STATS, teacher(s), objective, POSITION, GROUP)
-    loss, found = token_loss(*args)
+    loss, stats = token_loss(*args)
     leaves = (s["hidden"], s["weight"], s["bias"])
-    ours = torch.autograd.grad(3 * loss, leaves)
-    # A chunk of one state cuts the two samples of a prompt at one position apart.
-    assert sum(formed) <= 2 * N * (2 if at_once == (1, 1) else walks)
-    # Of as many as may be but one, which a pair would not fit in; however few are read at a time.
-    assert max(1, min(at_once[0], N) - 1) <= max(formed) <= at_once[0]
+    computed = torch.autograd.grad(3 * loss, leaves)
+    # A chunk of one state separates the two samples of a prompt at one position.
+    assert sum(sizes) <= 2 * N * (2 if at_once == (1, 1) else passes)
+    # The largest product has at most one state less than allowed, if a pair would not fit. It does
+    # not depend on the size of the blocks.
+    assert max(1, min(at_once[0], N) - 1) <= max(sizes) <= at_once[0]
     values = {name: v.detach() if name == "teacher_logprob" else v for name, v in expected.items()}
-    theirs = torch.autograd.grad(3 * objective(values), leaves)
+    exact = torch.autograd.grad(3 * objective(values), leaves)
     assert loss.item() == pytest.approx(objective(values).item(), rel=1e-5)
     for name in STATS:
-        assert torch.allclose(found[name], expected[name], atol=1e-5), name
-    for a, b in zip(ours, theirs, strict=True):
+        assert torch.allclose(stats[name], expected[name], atol=1e-5), name
+    for a, b in zip(computed, exact, strict=True):
         assert torch.allclose(a, b, atol=1e-4)
 
 
-def test_a_loss_of_no_tokens(setup):
+def test_a_loss_without_tokens(setup):
     s, none = setup, torch.zeros(0, dtype=torch.long)
     args = (s["hidden"][:0], OutputHead(s["weight"]), s["targets"][:0], ("student_logprob",))
     loss, _ = token_loss(*args, None, lambda v: v["student_logprob"].sum(), none, none)
@@ -339,8 +344,8 @@ def test_a_loss_of_no_tokens(setup):
     assert s["weight"].grad.abs().sum() == 0
 
 
-def test_a_second_backward_pass_is_refused(setup):
-    """The first one has scaled the gradients where they are."""
+def test_a_second_backward_pass_is_rejected(setup):
+    """The first backward pass scales the gradients in place."""
     s, places = setup, (POSITION, GROUP)
     args = (s["hidden"], OutputHead(s["weight"]), s["targets"], ("student_logprob",), None)
     loss, _ = token_loss(*args, lambda v: v["student_logprob"].sum(), *places)
@@ -349,7 +354,7 @@ def test_a_second_backward_pass_is_refused(setup):
         loss.backward()
 
 
-KNOWN = {
+TEACHERS = {
     "hidden": teacher,
     "top k": lambda s: TopTeacher(
         *top_teacher((s["teacher_hidden"] @ s["teacher_weight"].T).log_softmax(-1), 4)
@@ -359,46 +364,46 @@ KNOWN = {
 
 
 @pytest.mark.parametrize(("temperature", "same"), [(1.0, True), (2.0, False)])
-def test_what_is_learnt_and_reported_is_one_number(setup, temperature, same):
-    """Where it is the same: each of both has its gradient."""
+def test_a_divergence_that_is_trained_and_monitored_is_computed_once(setup, temperature, same):
+    """With equal definitions both names have the same value, and each has its own gradient."""
     s, head = setup, OutputHead(setup["weight"], setup["bias"])
-    known = KNOWN["hidden"](s)
+    full_teacher = TEACHERS["hidden"](s)
     wanted = Divergence("token_reverse_kl", temperature=temperature)
 
     def gradient(*names):
-        found = token_stats(s["hidden"], head, s["targets"], names, known)
-        return found, torch.autograd.grad(sum(found[n].sum() for n in names), s["hidden"])[0]
+        stats = token_stats(s["hidden"], head, s["targets"], names, full_teacher)
+        return stats, torch.autograd.grad(sum(stats[n].sum() for n in names), s["hidden"])[0]
 
     both, together = gradient(wanted, "reverse_kl")
-    (one, ours), (other, theirs) = gradient(wanted), gradient("reverse_kl")
+    (one, one_gradient), (other, other_gradient) = gradient(wanted), gradient("reverse_kl")
     assert torch.equal(both[wanted], one[wanted])
     assert torch.allclose(both["reverse_kl"], other["reverse_kl"])
-    assert torch.allclose(together, ours + theirs, atol=1e-6)
+    assert torch.allclose(together, one_gradient + other_gradient, atol=1e-6)
     assert torch.equal(both[wanted], both["reverse_kl"]) == same
 
 
-@pytest.mark.parametrize("known", KNOWN)
-def test_fused_kernels_compute_the_same(setup, monkeypatch, known):
-    """What a GPU always runs, here compiled for the processor: statistics and gradients."""
-    s, compiled, asked = setup, torch.compile(module._read, fullgraph=True), []
-    monkeypatch.setattr(module, "_fused", lambda: asked.append(True) or compiled)
+@pytest.mark.parametrize("form", TEACHERS)
+def test_fused_kernels_compute_the_same(setup, monkeypatch, form):
+    """The code that a GPU always runs, compiled for the CPU: statistics and gradients."""
+    s, compiled, calls = setup, torch.compile(module._read, fullgraph=True), []
+    monkeypatch.setattr(module, "_fused", lambda: calls.append(True) or compiled)
     names = {
         "hidden": (*STATS, Divergence("gjsd", 0.5), EndLogprob((3, 5))),
         "top k": ("student_logprob", "entropy", "reverse_kl", "forward_kl"),
         "none": ("student_logprob", "entropy"),
-    }[known]
+    }[form]
     head = OutputHead(s["weight"], s["bias"], scale=0.5, softcap=4.0)
 
     def gradients(fused):
-        found = token_stats(s["hidden"], head, s["targets"], names, KNOWN[known](s), fused)
-        total = sum((i + 1) * found[n].sum() for i, n in enumerate(names))
-        return found, torch.autograd.grad(total, (s["hidden"], s["weight"], s["bias"]))
+        stats = token_stats(s["hidden"], head, s["targets"], names, TEACHERS[form](s), fused)
+        total = sum((i + 1) * stats[n].sum() for i, n in enumerate(names))
+        return stats, torch.autograd.grad(total, (s["hidden"], s["weight"], s["bias"]))
 
-    expected, theirs = gradients(fused=False)
-    assert not asked
-    found, ours = gradients(fused=True)
-    assert asked
+    expected, exact = gradients(fused=False)
+    assert not calls
+    stats, computed = gradients(fused=True)
+    assert calls
     for name in names:
-        assert torch.allclose(found[name], expected[name], atol=1e-5), name
-    for a, b in zip(ours, theirs, strict=True):
+        assert torch.allclose(stats[name], expected[name], atol=1e-5), name
+    for a, b in zip(computed, exact, strict=True):
         assert torch.allclose(a, b, atol=1e-4)
