@@ -1,4 +1,4 @@
-"""Tiny random models and a local Ray, shared by the whole session."""
+"""Fixtures: tiny random models and a local Ray, shared by all tests of a session."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, settings
 
 from tests import fork_server
 
-# Before torch or Ray is imported anywhere: no hub, no accelerator, one thread a process.
+# Set before torch or Ray is imported: no hub, no accelerator, one thread per process.
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -26,17 +26,17 @@ ROOT = Path(__file__).resolve().parent.parent
 ANY_TIME = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
 settings.register_profile("quick", max_examples=50, derandomize=True, **ANY_TIME)
 settings.register_profile("long", max_examples=1500, print_blob=True, **ANY_TIME)
-settings.load_profile("quick")  # --hypothesis-profile names the other
+settings.load_profile("quick")  # --hypothesis-profile=long selects the other profile
 
 
 def pytest_configure(config):
-    """Choose the fork server's address once, in the process that starts the others."""
+    """Choose the address of the fork server once, in the main test process."""
     if fork_server.ADDRESS not in os.environ:
         os.environ[fork_server.ADDRESS] = f"{tempfile.mkdtemp(prefix='fork-')}/{os.getpid()}"
 
 
 def pytest_collection_finish(session):
-    """Have Ray's workers forked where the selected tests start any."""
+    """Fork Ray's workers from a server process if the selected tests start Ray workers."""
     if {"actors", "chaos", "e2e"} & {item.path.parent.name for item in session.items}:
         fork_server.start(int(Path(os.environ[fork_server.ADDRESS]).name))
         command = " ".join(fork_server.python())
@@ -58,7 +58,8 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_config(tiny, tmp_path_factory):
-    """configs/tiny.yaml with these models and a teacher of kind hf, which starts faster: a file."""
+    """File like configs/tiny.yaml, with these models and a teacher of kind hf, which starts
+    faster."""
     import yaml
 
     data = yaml.safe_load((ROOT / "configs" / "tiny.yaml").read_text())
@@ -80,7 +81,7 @@ def tokenizer(tiny):
 
 @pytest.fixture(scope="session")
 def local_ray():
-    """A Ray of this process, with as many slots as the tests' actors need."""
+    """Local Ray of this process, with enough CPU slots for the tests' actors."""
     import ray
 
     ray.init("local", num_cpus=8, include_dashboard=False, log_to_driver=False)

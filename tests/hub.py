@@ -1,5 +1,5 @@
-"""A model hub on loopback that serves a few small files by the real hub's HTTP interface, so that
-the loading code of transformers, huggingface_hub and datasets runs unchanged."""
+"""A model hub on the loopback interface. It serves a few small files with the HTTP API of the real
+hub, so that the loading code of transformers, huggingface_hub and datasets runs unchanged."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 Repos = dict[str, dict[str, bytes]]
-"""Content by path, by "models/owner/name" or "datasets/owner/name"."""
+"""Repositories by "models/owner/name" or "datasets/owner/name": the content of files by path."""
 
 
 class Hub(BaseHTTPRequestHandler):
-    """The part of the interface that reading takes; everything else is not there."""
+    """The part of the API that is needed for reading. All other requests fail with 404."""
 
     protocol_version = "HTTP/1.1"
 
@@ -32,11 +32,11 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
-        asked = json.loads(body) if body.startswith("{") else parse_qs(body)
+        request = json.loads(body) if body.startswith("{") else parse_qs(body)
         repo, rest = self.repo(urlsplit(self.path).path.removeprefix("/api/"))
         if repo is None or not rest.startswith("paths-info/"):
             return self.missing("RepoNotFound")
-        paths = asked.get("paths", [])
+        paths = request.get("paths", [])
         return self.send_json([e for p in paths for e in entries(repo, "") if e["path"] == p])
 
     def answer(self):
@@ -55,8 +55,8 @@ class Hub(BaseHTTPRequestHandler):
             siblings = [{"rfilename": file} for file in repo]
             return self.send_json({"id": self.name, "sha": COMMIT, "siblings": siblings})
         if api and verb == "tree":
-            found = entries(repo, name, "recursive=true" in self.path.lower())
-            return self.send_json(found) if found else self.missing("EntryNotFound")
+            listed = entries(repo, name, "recursive=true" in self.path.lower())
+            return self.send_json(listed) if listed else self.missing("EntryNotFound")
         return self.missing("EntryNotFound")
 
     def repo(self, path: str):
@@ -68,8 +68,8 @@ class Hub(BaseHTTPRequestHandler):
         self.send_json({"error": code}, 404, {"X-Error-Code": code})
 
     def send_json(self, value, status: int = 200, headers=None):
-        given = {"Content-Type": "application/json"} | (headers or {})
-        self.send(json.dumps(value).encode(), status, given)
+        headers = {"Content-Type": "application/json"} | (headers or {})
+        self.send(json.dumps(value).encode(), status, headers)
 
     def send_file(self, content: bytes):
         headers = {
@@ -77,10 +77,10 @@ class Hub(BaseHTTPRequestHandler):
             "X-Repo-Commit": COMMIT,
             "Accept-Ranges": "bytes",
         }
-        asked = self.headers.get("Range", "").removeprefix("bytes=")
-        if not asked or self.command == "HEAD":
+        span = self.headers.get("Range", "").removeprefix("bytes=")
+        if not span or self.command == "HEAD":
             return self.send(content, 200, headers)
-        first, _, last = asked.partition("-")
+        first, _, last = span.partition("-")
         begin, end = int(first), min(int(last or len(content) - 1), len(content) - 1)
         headers["Content-Range"] = f"bytes {begin}-{end}/{len(content)}"
         return self.send(content[begin : end + 1], 206, headers)
@@ -96,10 +96,10 @@ class Hub(BaseHTTPRequestHandler):
 
 
 def entries(repo: dict[str, bytes], folder: str, recursive: bool = True) -> list[dict[str, object]]:
-    """Files below ``folder``, as the hub lists them; its own files and folders alone unless
-    ``recursive``."""
+    """List the files below ``folder`` in the hub's format. Unless ``recursive``, list only the
+    files and folders that are directly in it."""
     prefix = f"{folder}/" if folder else ""
-    found: dict[str, dict[str, object]] = {}
+    listed: dict[str, dict[str, object]] = {}
     for path, content in repo.items():
         rest = path.removeprefix(prefix)
         if not path.startswith(prefix):
@@ -107,15 +107,16 @@ def entries(repo: dict[str, bytes], folder: str, recursive: bool = True) -> list
         oid = hashlib.sha1(content).hexdigest()
         if "/" in rest and not recursive:
             path = prefix + rest.partition("/")[0]
-            found[path] = {"type": "directory", "path": path, "size": 0, "oid": oid}
+            listed[path] = {"type": "directory", "path": path, "size": 0, "oid": oid}
         else:
-            found[path] = {"type": "file", "path": path, "size": len(content), "oid": oid}
-    return list(found.values())
+            listed[path] = {"type": "file", "path": path, "size": len(content), "oid": oid}
+    return list(listed.values())
 
 
 @contextmanager
 def serving(repos: Repos) -> Iterator[ThreadingHTTPServer]:
-    """The hub, on a free port of loopback; ``asked`` has every request that it read."""
+    """Serve a hub on a free port of the loopback interface. Its attribute ``asked`` lists all
+    requests."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.repos, server.asked = repos, []
     thread = threading.Thread(target=server.serve_forever, daemon=True)

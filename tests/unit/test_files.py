@@ -1,4 +1,4 @@
-"""A file or directory is complete or as before, wherever the process that writes it is killed."""
+"""A file or directory is complete or unchanged, wherever the writing process is killed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from seqkd.errors import StorageError
 from seqkd.files import atomic_directory, atomic_write, disk_errors
 
 CALLS = ("open", "fsync", "rename", "mkdir", "unlink", "rmdir")
-"""System calls of os before which a process is killed."""
+"""Functions of os before which a process is killed."""
 
 
 def write_file(path, text):
@@ -29,7 +29,7 @@ def read_file(path):
 
 
 def read_directory(path):
-    """The content of both files; the old directory while a new one takes its name."""
+    """Read the content of both files. While a directory is replaced, read the old one."""
     path = path if path.exists() else path.with_name("x.old")
     if not path.exists():
         return None
@@ -39,8 +39,8 @@ def read_directory(path):
 
 
 def killed_after(number, write, monkeypatch):
-    """Run ``write`` in a child that is killed before system call ``number``; False if the child
-    makes fewer calls."""
+    """Run ``write`` in a child process that is killed before call ``number``. Return False if the
+    child makes fewer calls."""
 
     def counted(call):
         def calling(*arguments, **options):
@@ -69,7 +69,7 @@ def killed_after(number, write, monkeypatch):
     [(write_file, read_file, 4), (write_directory, read_directory, 12)],
     ids=["file", "directory"],
 )
-def test_a_kill_at_any_call_leaves_the_old_or_the_new(
+def test_after_a_kill_at_any_call_the_old_or_the_new_content_is_read(
     tmp_path, monkeypatch, write, read, calls, before
 ):
     results, number = [], 0
@@ -82,24 +82,24 @@ def test_a_kill_at_any_call_leaves_the_old_or_the_new(
         results.append(read(path))
         if not was_killed:
             break
-        write(path, "next")  # whatever the killed process left is no hindrance
+        write(path, "next")  # leftovers of the killed process do not matter
         assert read(path) == "next"
         assert os.listdir(path.parent) == ["x"]
         number += 1
     assert number >= calls
     assert results[0] == before and results[-1] == "new"
-    assert results == sorted(results, key=lambda text: text == "new"), "never back again"
+    assert results == sorted(results, key=lambda text: text == "new"), "never reverts"
     assert set(results) == {before, "new"}
 
 
 @pytest.mark.parametrize("data", ["ä\n", b"\xff\0", ""])
-def test_text_is_written_as_utf_8_and_bytes_as_they_are(tmp_path, data):
+def test_text_is_written_as_utf_8_and_bytes_unchanged(tmp_path, data):
     atomic_write(tmp_path / "x.json", data)
     assert (tmp_path / "x.json").read_bytes() == (data.encode() if isinstance(data, str) else data)
     assert os.listdir(tmp_path) == ["x.json"]
 
 
-def test_a_block_that_fails_leaves_the_old_directory(tmp_path):
+def test_a_failing_block_keeps_the_old_directory(tmp_path):
     write_directory(tmp_path / "x", "old")
     with pytest.raises(KeyError), atomic_directory(tmp_path / "x") as partial:
         (partial / "a").write_text("new")
@@ -108,7 +108,7 @@ def test_a_block_that_fails_leaves_the_old_directory(tmp_path):
     assert os.listdir(tmp_path) == ["x"]
 
 
-def test_a_file_that_cannot_be_written_is_named_once(tmp_path):
+def test_a_file_that_cannot_be_written_is_reported_once(tmp_path):
     path = tmp_path / "missing" / "x"
     with pytest.raises(StorageError, match=rf"^{path}: cannot be written: No such file") as caught:
         atomic_write(path, "text")

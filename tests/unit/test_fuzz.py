@@ -1,6 +1,6 @@
-"""Any input gives a correct result, or an error whose message names the field or the file.
+"""Any input gives a correct result or an error whose message contains the field or the file.
 
-More cases: ``pytest tests/unit/test_fuzz.py --hypothesis-profile=long``.
+For more cases run ``pytest tests/unit/test_fuzz.py --hypothesis-profile=long``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tests.unit.config.test_config import MINIMAL
 TINY = ROOT / "configs" / "tiny.yaml"
 DOCUMENTS = [yaml.safe_load(f.read_text()) for f in (TINY, ROOT / "configs/recipes/dolly.yaml")]
 LONGEST_LINE = 1000
-"""Characters of one message: it is read in a terminal."""
+"""Maximum length of a message's line, which is read in a terminal."""
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def folder(tmp_path_factory):
 
 
 def lines_of(error):
-    """The lines of a message, each fit to be printed."""
+    """Return the lines of a message after a check that they are printable and not too long."""
     lines = str(error).split("\n")
     for line in lines:
         assert line.encode().decode().splitlines() == [line]
@@ -48,7 +48,7 @@ def lines_of(error):
     return lines
 
 
-# --- values and damage
+# --- values and damaged files
 
 ODD = ["", " ", "\t", "\ufeff", "=", "~", "1e-3", "0x1f", "2001-01-01", "no", "<<", "*a", "&a b",
        "- a", "a: b", "'", '"', "#", "🎉", "x" * 100, "<|end|>", "{{ x }}", "../..", "*.jsonl", "[",
@@ -76,7 +76,7 @@ PLAUSIBLE = st.sampled_from(
 
 
 def places(node):
-    """Every (container, key) within ``node``."""
+    """Yield all (container, key) pairs within ``node``."""
     items = node.items() if isinstance(node, dict) else enumerate(node)
     for key, value in list(items):
         yield node, key
@@ -86,13 +86,13 @@ def places(node):
 
 @st.composite
 def mutated(draw, documents, values):
-    """A document with values replaced, removed, added, nested or moved."""
+    """Draw a document with values replaced, removed, added, nested or moved."""
     document = copy.deepcopy(draw(documents))
     for _ in range(draw(st.sampled_from([1, 1, 2, 3]))):
-        found = list(places(document))
-        if not found:
+        items = list(places(document))
+        if not items:
             break
-        node, key = draw(st.sampled_from(found))
+        node, key = draw(st.sampled_from(items))
         what = draw(st.sampled_from(["replace", "remove", "add", "nest", "copy", "rename"]))
         if what == "replace":
             node[key] = draw(values)
@@ -101,17 +101,18 @@ def mutated(draw, documents, values):
         elif what == "nest":
             node[key] = draw(st.sampled_from([[node[key]], {"kind": node[key]}, {key: node[key]}]))
         elif what == "copy":
-            other, its_key = draw(st.sampled_from(found))
+            other, its_key = draw(st.sampled_from(items))
             node[key] = copy.deepcopy(other.get(its_key) if isinstance(other, dict) else other)
         elif isinstance(node, dict):
             value = node.pop(key) if what == "rename" else draw(values)
-            node[draw(TEXTS | st.sampled_from([str(k) for _, k in found]))] = value
+            node[draw(TEXTS | st.sampled_from([str(k) for _, k in items]))] = value
     return document
 
 
 @st.composite
 def damaged(draw, content):
-    """Bytes with a bit flipped, cut, appended to, inserted, zeroed or replaced, once or twice."""
+    """Draw a damaged copy of ``content``: bytes flipped, cut, appended, inserted, zeroed or
+    replaced, once or twice."""
     for _ in range(draw(st.integers(1, 2))):
         at = draw(st.integers(0, len(content)))
         end = min(len(content), at + draw(st.integers(1, 64)))
@@ -146,7 +147,7 @@ VALUE = re.compile(r"(?<=: )[^\n,}]+")
 
 @st.composite
 def config_texts(draw):
-    """The bytes of a configuration, more or less."""
+    """Draw the bytes of a possibly invalid configuration."""
     if draw(st.booleans()):
         text = yaml.safe_dump(draw(mutated(st.sampled_from(DOCUMENTS), YAML_VALUES | PLAUSIBLE)))
     else:
@@ -170,7 +171,7 @@ def check_config(path, overrides=()):
     except ConfigError as error:
         for line in lines_of(error):
             assert line.startswith((f"{path}: ", "override "))
-        event("is not valid YAML" if "is not YAML" in str(error) else "refused")
+        event("not YAML" if "is not valid YAML" in str(error) else "rejected")
         return
     event("loads")
     again = path.parent / "again.yaml"
@@ -183,7 +184,7 @@ def check_config(path, overrides=()):
     | st.text(max_size=200).map(str.encode)
     | YAML_VALUES.map(lambda v: yaml.safe_dump(v).encode())
 )
-def test_any_bytes_as_a_configuration(folder, content):
+def test_arbitrary_bytes_as_a_configuration(folder, content):
     path = folder / "c.yaml"
     path.write_bytes(content)
     check_config(path)
@@ -209,7 +210,7 @@ def test_a_mutated_configuration(folder, content):
 
 
 def some(**fields):
-    """A mapping with some of the fields."""
+    """Strategy for mappings with some of the fields."""
     return st.fixed_dictionaries({}, optional=fields)
 
 
@@ -254,7 +255,7 @@ CHOICES = some(
 @example(choices={"runs_dir": "=", "cluster": "1e-3"})
 @example(choices={"runs_dir": "\x85"})
 @example(choices={"runs_dir": "a\u2028\ufeffä"})
-def test_what_fits_is_dumped_and_read_back(folder, choices):
+def test_valid_configurations_survive_a_round_trip(folder, choices):
     path = folder / "c.yaml"
     document = {**MINIMAL, "evaluation": {"prompts": 0}, **choices}
     path.write_text(yaml.safe_dump(document, allow_unicode=False), encoding="utf-8")
@@ -293,13 +294,13 @@ FITTING = st.sampled_from(
 @example(overrides=["seed=0000-00-00"])
 @example(overrides=["cluster=" + "[" * 1500])
 @example(overrides=["extra_terms=[1, 2]", "extra_terms.0=3"])
-def test_any_override(folder, overrides):
+def test_arbitrary_overrides(folder, overrides):
     path = folder / "tiny.yaml"
     shutil.copy(TINY, path)
     check_config(path, overrides)
 
 
-def test_a_key_that_is_there_twice_is_refused(folder):
+def test_a_repeated_key_is_rejected(folder):
     path = folder / "twice.yaml"
     path.write_bytes(tiny_with("steps: 7"))
     with pytest.raises(
@@ -307,10 +308,10 @@ def test_a_key_that_is_there_twice_is_refused(folder):
     ):
         load(path)
     path.write_bytes(tiny_with("warmup: {<<: {steps: 3, sampler: teacher}, steps: 4}"))
-    assert load(path).warmup.steps == 4, "what overrides a merged key is not there twice"
+    assert load(path).warmup.steps == 4, "a key that overrides a merged key is not repeated"
 
 
-def test_an_override_changes_one_place_of_those_that_share_an_alias(folder):
+def test_an_override_changes_only_one_of_the_places_that_share_an_alias(folder):
     path = folder / "alias.yaml"
     path.write_bytes(tiny_with("").replace(b"kv_cache_gib: 0.1}", b"generation: &e {cpus: 2}}", 1))
     path.write_text(re.sub("rollout: .*", "rollout: *e", path.read_text()))
@@ -328,7 +329,7 @@ ANSWERS = st.none() | st.just(" ") | WORDS
 
 @st.composite
 def rows_with_prompts(draw):
-    """A row of a known format, and how many prompts it holds."""
+    """Draw a row of a supported format and its number of prompts."""
     form = draw(st.sampled_from(["prompt", "instruction", "messages", "lists"]))
     if form == "prompt":
         return {"prompt": draw(WORDS), "reference": draw(ANSWERS)}, 1
@@ -368,7 +369,7 @@ def read(path, tokenizer, options, sampler, max_tokens=16):
     return read_data(config, tokenizer, (0,))
 
 
-def say_field(error):
+def field_line(error):
     (line,) = lines_of(error)
     assert line.startswith("data.")
     return line
@@ -386,7 +387,7 @@ def say_field(error):
     sampler="dataset",
     max_tokens=9,
 )
-def test_no_prompt_of_a_valid_row_is_lost_in_silence(
+def test_dropped_prompts_of_valid_rows_are_counted(
     folder, tokenizer, rows, options, sampler, max_tokens
 ):
     form = next(k for k in ("messages", "instruction", "prompt") if k in rows[0][0])
@@ -396,26 +397,26 @@ def test_no_prompt_of_a_valid_row_is_lost_in_silence(
     answers = {k for k in ("reference", "completion", "output") if k in rows[0][0]}
     assume(all(answers <= row.keys() for row, _ in rows))
     try:
-        found = read(path, tokenizer, options, sampler, max_tokens)
+        data = read(path, tokenizer, options, sampler, max_tokens)
     except DataError as error:
-        line = say_field(error)
+        line = field_line(error)
         assert "longer than" in line or "has an answer" in line or "no conversations" in line
-        event("none is left")
+        event("no prompts")
         return
     event("read")
     counts = Counter()
-    for summary in found.summaries:
+    for summary in data.summaries:
         for name in ("prompts", "long_prompts", "long_answers", "unanswered", "duplicates"):
             counts[name] += getattr(summary, name)
-    assert len(found.train) + len(found.heldout) == counts["prompts"]
+    assert len(data.train) + len(data.heldout) == counts["prompts"]
     assert counts.total() == sum(1 if "turns" in options else n for _, n in rows)
-    told = [int(line.split()[1]) for line in found.warnings if "dropped" in line]
-    assert sum(told) == counts.total() - counts["prompts"]
+    dropped = [int(line.split()[1]) for line in data.warnings if "dropped" in line]
+    assert sum(dropped) == counts.total() - counts["prompts"]
 
 
 @st.composite
 def row_bytes(draw):
-    """The bytes of a file of rows, more or less."""
+    """Draw the bytes of a possibly invalid file of rows."""
     rows = [row for row, _ in draw(st.lists(rows_with_prompts(), min_size=1, max_size=4))]
     if draw(st.booleans()):
         rows = draw(mutated(st.just(rows), JSON_VALUES))
@@ -442,29 +443,29 @@ def row(content, **arguments):
 @row(b'{"prompt": %s}' % (b"[" * 5000))
 @row(b'{"prompt": %s%s}' % (b"[" * 900, b"]" * 900))
 @row(b'{"%s": 1}' % (b"k" * 5000))
-def test_any_rows(folder, tokenizer, content, options, sampler, suffix):
+def test_arbitrary_rows(folder, tokenizer, content, options, sampler, suffix):
     path = folder / f"rows.{suffix}"
     path.write_bytes(content)
     if sampler == "corpus":
         options = {**options, "corpus_path": str(path), "text_key": "prompt"}
     try:
-        found = read(path, tokenizer, options, sampler)
+        data = read(path, tokenizer, options, sampler)
     except DataError as error:
-        say_field(error)
-        event("refused")
+        field_line(error)
+        event("rejected")
         return
     event("read")
-    for line in found.warnings:
+    for line in data.warnings:
         lines_of(line)
-    for prompt in [*found.train, *found.heldout, *found.corpus]:
+    for prompt in [*data.train, *data.heldout, *data.corpus]:
         assert prompt.token_ids
-    for prompt in found.train if sampler == "dataset" else found.corpus:
+    for prompt in data.train if sampler == "dataset" else data.corpus:
         assert prompt.reference_ids
 
 
 @pytest.fixture(scope="module")
 def tables(folder):
-    """Bytes of files that `datasets` reads, by suffix."""
+    """Contents of files that `datasets` reads, by suffix."""
     table = pa.table({"prompt": [f"question {i}" for i in range(20)], "reference": ["a"] * 20})
     with pa.ipc.new_file(folder / "t.arrow", table.schema) as writer:
         writer.write_table(table)
@@ -480,8 +481,8 @@ def test_a_damaged_table(folder, tables, data):
     try:
         rows = list(Source("data.path", str(path)).rows())
     except DataError as error:
-        say_field(error)
-        event("refused")
+        field_line(error)
+        event("rejected")
         return
     event("read")
     assert all(isinstance(row, dict) for _, row in rows)
@@ -548,7 +549,9 @@ def test_a_damaged_description_of_a_teacher(folder, content):
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "teacher.json").write_bytes(content)
     mine = folder / "j" / str(identify_teacher(config.teacher, True))
-    assert open_caches(config, True)[1][""].directory == mine, "another's damage is another's"
+    assert open_caches(config, True)[1][""].directory == mine, (
+        "damage of another cache has no effect"
+    )
     try:
         _, caches = open_caches(config, False)
     except TeacherCacheError as error:
@@ -559,7 +562,7 @@ def test_a_damaged_description_of_a_teacher(folder, content):
         assert caches[""].directory == directory
 
 
-def test_a_place_for_a_cache_that_cannot_be_written_is_said(folder):
+def test_a_cache_that_cannot_be_written_is_reported(folder):
     (folder / "file").touch()
     config = Config.model_validate({
         **MINIMAL, "teacher": ENDPOINT, "sampler": "teacher",

@@ -1,4 +1,4 @@
-"""Which of several teachers a prompt has, and that it gets no other."""
+"""Several teachers: the choice of a prompt's teacher, and dispatch to it."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ def several(**changes):
     return Config.model_validate(MINIMAL | {"teacher": chosen, "data": DATA})
 
 
-def test_prompts_are_shared_out_by_the_weights_of_those_that_may_have_them():
+def test_prompts_are_distributed_by_tag_and_weight():
     c = several()
-    found = {
+    chosen = {
         tag: Counter(c.teacher.choose(tag, str(i)) for i in range(10_000))
         for tag in ("math", "law")
     }
-    assert found["law"] == {"large": 10_000}
-    assert found["math"].keys() == {"math", "large"}
+    assert chosen["law"] == {"large": 10_000}
+    assert chosen["math"].keys() == {"math", "large"}
     # 3 : 1, with a standard deviation of sqrt(10,000 x 0.75 x 0.25) = 43.
-    assert abs(found["math"]["large"] - 7_500) < 4 * 43
+    assert abs(chosen["math"]["large"] - 7_500) < 4 * 43
     assert c.teacher.choose("math", "7") == several().teacher.choose("math", "7")
 
 
@@ -52,13 +52,13 @@ def test_a_single_teacher_has_every_prompt():
     ("changes", "data", "message"),
     [
         ({"small": {"teacher": {"kind": "hf", "model": "s", "scores": "top_k"}}}, DATA,
-         "different kinds"),
+         "different values of scores"),
         ({}, MINIMAL["data"], "data.tag_key is not set"),
         ({"small": {"teacher": SEVERAL}}, DATA, "kind"),
         ({"small": MEMBERS["small"] | {"weight": 0}}, DATA, "greater than 0"),
     ],
 )  # fmt: skip
-def test_refused(tmp_path, changes, data, message):
+def test_invalid_teachers_are_rejected(tmp_path, changes, data, message):
     file = tmp_path / "c.yaml"
     teacher = SEVERAL | {"teachers": MEMBERS | changes}
     file.write_text(json.dumps(MINIMAL | {"teacher": teacher, "data": data}))
@@ -93,7 +93,7 @@ class Teacher:
         return {"requests": 1, "scored": 5}
 
 
-def test_each_prompt_is_answered_and_scored_by_its_own_in_the_order_asked():
+def test_prompts_are_completed_and_scored_by_their_teacher_in_order():
     def choose(tag, prompt_id):
         return tag
 
@@ -112,7 +112,7 @@ def test_each_prompt_is_answered_and_scored_by_its_own_in_the_order_asked():
     assert all(len({scores[r.sample_id].teacher for r in batch}) == 1 for batch in batches)
 
 
-def test_a_tag_that_no_teacher_may_have(config, tiny, tmp_path):  # noqa: F811
+def test_a_tag_without_a_teacher_is_rejected(config, tiny, tmp_path):  # noqa: F811
     rows = [{"prompt": "one", "topic": "math"}, {"prompt": "two", "topic": "law"}]
     file = tmp_path / "tagged.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -1,4 +1,4 @@
-"""Every recipe passes --dry-run against a hub with the published configurations of its models."""
+"""All recipes pass --dry-run with a local hub that has the published configs of their models."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ PARAMETERS = {
     "Qwen/Qwen2.5-72B-Instruct": 72_706_203_648,
     "Qwen/Qwen3-8B": 8_190_735_360,
 }
-"""As the hub counts them in the safetensors files (Qwen3-1.7B stores its tied head too)."""
+"""Number of parameters in the safetensors files, as the hub reports it. (Qwen3-1.7B also stores its
+tied head.)"""
 DRIVER = """
 import contextlib, io, json, sys
 sys.path.insert(0, ROOT)
@@ -47,8 +48,8 @@ print(json.dumps(results))
 
 @pytest.fixture(scope="module")
 def dry_runs(tmp_path_factory):
-    """Exit code and output by recipe, from one process to which the stand-in is the hub; and what
-    the hub was asked for."""
+    """Exit code and output by recipe, from one process that uses the local hub, and the requests
+    that the hub received."""
     folder = tmp_path_factory.mktemp("recipes")
     repos = {f"models/{name}": stand_ins.model(name) for name in stand_ins.QWEN}
     repos |= {f"datasets/{name}": files for name, files in stand_ins.data_sets().items()}
@@ -81,21 +82,22 @@ def dry_runs(tmp_path_factory):
 
 @pytest.mark.parametrize("name", [n for n in RECIPES if n != "two_step"] + ["two_step, recorded"])
 def test_a_recipe_passes_dry_run(dry_runs, name):
-    """From the hub's files to the plan; what it warns of is said of the stand-ins alone."""
+    """The dry run reads the hub's files and prints the plan. All warnings are about the stand-in
+    models and data."""
     runs, asked = dry_runs
     code, output = runs[name]
     findings = output[output.index("findings:") :]
     assert code == 0, findings
-    known = ("fewer than evaluation.prompts", "the rest is padding")
-    assert all(any(k in line for k in known) for line in findings.splitlines()[1:]), findings
+    expected = ("fewer than evaluation.prompts", "the rest is padding")
+    assert all(any(e in line for e in expected) for line in findings.splitlines()[1:]), findings
     recipe = yaml.safe_load((ROOT / f"configs/recipes/{name.split(',')[0]}.yaml").read_text())
     for path in (recipe["student"]["model"], f"datasets/{recipe['data']['path']}"):
         assert any(f"/{path}/resolve/" in request for request in asked), path
 
 
-def test_two_steps_come_in_order(dry_runs):
-    """Before the recording --dry-run names the command; with a live teacher in its place all the
-    rest is checked."""
+def test_the_two_step_recipe_requires_a_recorded_cache(dry_runs):
+    """Without a cache, --dry-run prints the command that records it. With a live teacher, all other
+    keys are checked."""
     runs, _ = dry_runs
     code, output = runs["two_step"]
     findings = output[output.index("findings:") :]
@@ -104,14 +106,14 @@ def test_two_steps_come_in_order(dry_runs):
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_the_configurations_are_those_of_the_published_models(name):
-    made = json.loads(stand_ins.model(name)["config.json"])
-    kind = Qwen3Config if made["model_type"] == "qwen3" else Qwen2Config
-    assert size_of(kind(**made)).parameters == PARAMETERS[name]
+def test_the_stand_ins_have_as_many_parameters_as_the_published_models(name):
+    config = json.loads(stand_ins.model(name)["config.json"])
+    kind = Qwen3Config if config["model_type"] == "qwen3" else Qwen2Config
+    assert size_of(kind(**config)).parameters == PARAMETERS[name]
 
 
-def test_the_page_has_the_planner_s_figures(dry_runs):
-    """Recipe, role, processes, GPUs of each and GiB a GPU, of every role with GPUs."""
+def test_the_page_has_the_planners_figures(dry_runs):
+    """Recipe, role, number of processes, GPUs per process and GiB per GPU, for roles with GPUs."""
     runs, _ = dry_runs
     rows = re.findall(r"^\| `(\w+)` \| (\w+) \| (\d+) x ([\d.]+) \| ([\d.]+) \|", PAGE, re.M)
     assert {row[0] for row in rows} == set(RECIPES)
@@ -131,16 +133,16 @@ def test_every_recipe_is_on_the_page():
     assert set(re.findall(r"\(\.\./configs/recipes/(\w+)\.yaml\)", PAGE)) == set(RECIPES)
 
 
-def test_the_tutorial_s_files_are_read_as_it_shows(tiny, tmp_path):
+def test_the_files_of_the_tutorial_are_read_as_shown(tiny, tmp_path):
     page = (ROOT / "docs" / "tutorial.md").read_text()
     files = dict(re.findall(r"^cat > (\S+) <<'END'\n(.*?)^END$", page, re.MULTILINE | re.DOTALL))
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     overrides = [f"{role}.model={tiny[role]}" for role in ("student", "teacher")]
     overrides.append(f"data.path={tmp_path}/flowers.jsonl")
-    found = check(load(tmp_path / "flowers.yaml", overrides))
-    assert not found.warnings
-    shown = f"  {len(found.train)} training prompts, {len(found.heldout)} held-out prompts\n"
+    plan = check(load(tmp_path / "flowers.yaml", overrides))
+    assert not plan.warnings
+    shown = f"  {len(plan.train)} training prompts, {len(plan.heldout)} held-out prompts\n"
     assert shown in page
     (real,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
     assert Config.model_validate(yaml.safe_load(real)).steps == 300

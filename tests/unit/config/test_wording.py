@@ -1,4 +1,4 @@
-"""Configurations in words."""
+"""Descriptions of configurations."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ def phases(config):
     return [describe_phase(config, name, phase) for name, phase in config.phases]
 
 
-def test_objectives_in_words():
+def test_phases_are_described_with_their_options():
     warmup, main = phases(configuration("x"))
     assert warmup == "warmup, 20 steps: token-level forward KL on the teacher's samples"
     assert main == (
