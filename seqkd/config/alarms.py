@@ -69,8 +69,8 @@ class EntropyFractionConfig(AlarmConfig):
 
 
 class AlarmsConfig(BaseConfig):
-    """Health checks that warn or stop the run. Faults that never occur in a healthy run always stop
-    it."""
+    """Health checks that warn or stop the run. Thresholds apply to the mean over the last five
+    steps. Faults that never occur in a healthy run always stop it."""
 
     truncation_rate: TruncationRateConfig = TruncationRateConfig()
     length_growth: LengthGrowthConfig = LengthGrowthConfig()

@@ -15,7 +15,7 @@ class LearnerConfig(BaseConfig):
     ranks: int = Field(1, ge=1)
     """Number of DeepSpeed ranks, one process each."""
     cpus: int = Field(1, ge=1)
-    """Number of threads per rank."""
+    """Number of CPU cores, and of threads, per rank."""
     gpus: float = Field(0.0, ge=0, le=1)
     """Number of GPUs per rank."""
     zero_stage: Literal[0, 1, 2, 3] = 2

@@ -97,8 +97,8 @@ class SequenceReverseKLConfig(_PolicyGradientConfig):
     position."""
     normalization: Literal["rate", "total", "minillm"] = "minillm"
     """Normalization of the loss. total: nats per sequence, which favors short outputs; rate: nats
-    per token, unbiased; minillm: the future cost is divided by the number of remaining tokens,
-    biased."""
+    per token, exact; minillm: the future cost is divided by the number of remaining tokens, which
+    is biased."""
     future_weight: float = Field(1.0, ge=0, le=1)
     """Weight of the future cost. 0: token level; 1: sequence level."""
     discount: float = Field(1.0, ge=0, le=1)
@@ -222,7 +222,8 @@ class GJSDConfig(_TokenLevelConfig):
 
 class _SkewConfig(_TokenLevelConfig):
     skew: float = Field(0.1, gt=0, lt=1)
-    """Lambda, the weight of the distribution itself in the mixture that it is compared with."""
+    """Mixture weight lambda: the share of the first distribution in the mixture that it is compared
+    with."""
 
     def coefficient(self) -> float:
         return self.skew

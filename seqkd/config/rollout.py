@@ -15,11 +15,11 @@ class RolloutConfig(EngineConfig):
     max_tokens: int = Field(64, ge=1)
     """Maximum number of tokens per completion, including answers from the data set."""
     mask_truncated: bool = False
-    """Exclusion from the loss of sampled completions that were truncated at max_tokens. It biases
-    the loss against long completions. If all completions of a step are truncated, the step uses
+    """Exclusion of sampled completions that were truncated at max_tokens from the loss, which
+    biases it against long completions. If all completions of a step are truncated, the step uses
     all of them."""
     max_off_policy_steps: int = Field(0, ge=0, le=1)
-    """Number of draws by which the sampling student may lag behind the trained student. 1, with
+    """Number of draws by which the sampling student may lag behind the trained student. 1 requires
     placement split: the next draw is sampled and scored while the learner trains."""
     temperature: float = Field(1.0, gt=0)
     """Sampling temperature. Objectives that are expectations under the student require 1."""

@@ -108,8 +108,7 @@ class LocalTeacherConfig(SingleTeacherConfig, ActorsConfig):
     batch_tokens: int = Field(8192, ge=1)
     """Maximum number of tokens that are scored in one engine step."""
     allow_template_mismatch: bool = False
-    """Conversion of the error into a warning if the teacher's chat template differs from the
-    student's."""
+    """Warning instead of an error if the teacher's chat template differs from the student's."""
     generation: EngineConfig = EngineConfig()
     """vLLM engine with which the teacher writes completions. Unset keys are the same as for
     scoring."""
