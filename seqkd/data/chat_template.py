@@ -13,7 +13,7 @@ from seqkd.errors import DataError
 
 
 class Renderer:
-    """Renders messages as the student's input text, and tokenizes it."""
+    """Renderer of messages as the student's input, as text and as tokens."""
 
     def __init__(self, data: DataConfig, tokenizer: Any) -> None:
         self.data, self.tokenizer = data, tokenizer

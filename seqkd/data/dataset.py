@@ -125,7 +125,7 @@ class _Draft:
 
 
 class Reader:
-    """Reads the rows of one source into a table of distinct prompts, and counts what it drops.
+    """Reader of the rows of one source into a table of distinct prompts, with statistics.
 
     If ``longest`` is above 0, every prompt has an answer of at most ``longest`` tokens, which ends
     with ``eos_id`` unless it is truncated. At most the first ``limit`` prompts are kept.

@@ -286,7 +286,7 @@ def test_a_pruned_student_has_adapters_only_in_its_remaining_layers(tiny):
 
 
 class Shapes(TorchDispatchMode):
-    """Records the operations and the shapes of their results."""
+    """Set of the operations that ran and the shapes of their results."""
 
     def __init__(self):
         super().__init__()
