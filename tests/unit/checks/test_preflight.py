@@ -75,7 +75,7 @@ def test_more_top_tokens_than_the_vocabulary_has(config):
 
 
 def test_layers_that_are_not_there(config):
-    with pytest.raises(ConfigError, match=r"drop_layers: \[1, 9\) .* 2 layers"):
+    with pytest.raises(ConfigError, match=r"drop_layers: \[1, 9\] .* 2 layers"):
         check(config("student.init={kind: prune, drop_layers: [1, 9]}"))
 
 

@@ -78,7 +78,7 @@ def test_every_method_is_run_with_every_seed_until_the_budget_is_spent(write):
         ({"methods": {"a": ["missing.yaml"]}}, "methods.a: .*missing.yaml: no such file"),
         ({"overrides": ["steps"]}, "is not of the form key=value"),
         ({"budget": {"kind": "sampled_tokens", "amount": 5}, "methods": {"a": ["sampler=dataset"]}},
-         "methods.a: .*budget.kind 'sampled_tokens' is not spent"),
+         "methods.a: .*budget.kind is 'sampled_tokens', but"),
         ({"budgets": 3}, "budgets: unknown key. Did you mean 'budget'"),
     ],
 )  # fmt: skip
