@@ -22,7 +22,7 @@ class DataConfig(BaseConfig):
     heldout_path: str | None = None
     """Path of the held-out prompts, in the same forms as path. If unset: the same data set."""
     heldout_split: str | None = None
-    """Split with the held-out prompts."""
+    """Split with the held-out prompts. If unset: train, with heldout_path."""
     heldout_fraction: float | None = Field(None, gt=0, lt=1)
     """Share of the conversations to hold out, selected by a hash of the first user message. Use it
     instead of heldout_path and heldout_split."""

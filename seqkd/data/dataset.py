@@ -84,7 +84,7 @@ def _heldout_source(data: DataConfig) -> Source:
         f"data.heldout_{key}",
         data.heldout_path or data.path,
         None if data.heldout_path else data.subset,
-        data.heldout_split or data.split,
+        data.heldout_split or ("train" if data.heldout_path else data.split),
     )
 
 

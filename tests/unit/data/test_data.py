@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 
+import datasets
 import pyarrow as pa
 import pytest
 from pydantic import ValidationError
@@ -422,6 +423,22 @@ def split(tmp_path, tokenizer):
         return read_data(Config.model_validate(config), tokenizer, (EOS,))
 
     return read
+
+
+def test_the_training_split_does_not_apply_to_a_held_out_file(tmp_path, tokenizer):
+    rows = datasets.DatasetDict({"sft": datasets.Dataset.from_list([{"prompt": "a"}])})
+    rows.save_to_disk(tmp_path / "saved")
+    data = {
+        "path": str(tmp_path / "saved"),
+        "split": "sft",
+        "heldout_path": jsonl(tmp_path / "heldout.jsonl", [{"prompt": "b"}]),
+    }
+    config = {**MINIMAL, "data": data, "evaluation": {"prompts": 1}}
+    sides = read_data(Config.model_validate(config), tokenizer, (EOS,))
+    assert [[p.messages[0][1] for p in side] for side in (sides.train, sides.heldout)] == [
+        ["a"],
+        ["b"],
+    ]
 
 
 def conversations(count):
