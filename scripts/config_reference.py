@@ -29,7 +29,7 @@ cannot work are refused. The message names the field, the value and the fix.
 
 - `seqkd train mine.yaml --dry-run` prints the whole configuration with its defaults. Each run saves
   it as [`config.yaml`](run_directory.md#configuration-and-environment).
-- [fault_tolerance.md](fault_tolerance.md#changes-on-resume) lists the keys that a resumed run may
+- [Fault tolerance](fault_tolerance.md#changes-on-resume) lists the keys that a resumed run may
   change.
 - A section with a `kind` accepts the keys of that kind only.
 """
