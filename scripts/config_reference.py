@@ -19,15 +19,19 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 HEAD = """\
 # Configuration
 
-<!-- Written by scripts/config_reference.py from the schema; a test holds the two together. -->
+<!-- Generated from the schema by scripts/config_reference.py; a test compares the two. -->
 
-A run is one YAML file; any key can be overridden on the command line by its dotted path:
-`seqkd train mine.yaml learner.lr=2e-6`. Unknown keys, values out of range and pairs
-that cannot work are refused, each with the field, the value and the fix. `--dry-run` prints the
-whole configuration with its defaults; `config.yaml` of each run holds it. What a resumed run may
-change is in [recovery.md](recovery.md).
+This page lists every key of a run's configuration with its type, default and meaning.
 
-A section that has a `kind` takes the keys of that kind and no others.
+A run is one YAML file. Any key can be overridden on the command line by its dotted path:
+`seqkd train mine.yaml learner.lr=2e-6`. Unknown keys, values out of range and combinations that
+cannot work are refused. The message names the field, the value and the fix.
+
+- `seqkd train mine.yaml --dry-run` prints the whole configuration with its defaults. Each run saves
+  it as [`config.yaml`](run_directory.md#configuration-and-environment).
+- [Fault tolerance](fault_tolerance.md#changes-on-resume) lists the keys that a resumed run may
+  change.
+- A section with a `kind` accepts the keys of that kind only.
 """
 PLAIN = {str: "text", int: "integer", float: "number", bool: "`true`, `false`", NoneType: "`null`"}
 BOUNDS = (("gt", "above"), ("ge", "at least"), ("lt", "below"), ("le", "at most"))

@@ -1,4 +1,4 @@
-"""The files of docs/cluster.md: what can be checked without a cluster."""
+"""Checks of the files in docs/clusters.md that need no cluster."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import yaml
 
 from tests.conftest import ROOT
 
-PAGE = (ROOT / "docs" / "cluster.md").read_text()
+PAGE = (ROOT / "docs" / "clusters.md").read_text()
 STUBS = {
     "srun": 'while [[ $1 == --* ]]; do shift; done; "$@"',
     "hostname": "echo 127.0.0.1",
@@ -28,7 +28,7 @@ STUBS = {
 
 @pytest.fixture
 def job(tmp_path):
-    """The Slurm script with stand-ins of all that it calls, up to where the run has started."""
+    """The Slurm script with stand-ins for the programs that it calls, once the run has started."""
     script = next(b for b in re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL) if "#SBATCH" in b)
     activate = tmp_path / "seqkd" / ".venv" / "bin" / "activate"
     activate.parent.mkdir(parents=True)
@@ -59,7 +59,7 @@ def job(tmp_path):
     process.wait()
 
 
-def test_a_slurm_job_whose_time_is_up_saves_and_is_queued_again(job):
+def test_slurm_job_at_its_time_limit_checkpoints_and_is_requeued(job):
     process, folder = job
     assert (folder / "run").read_text().split() == [
         "token", "train", "mine.yaml", "cluster=127.0.0.1:6379",
@@ -67,25 +67,25 @@ def test_a_slurm_job_whose_time_is_up_saves_and_is_queued_again(job):
     ]  # fmt: skip
     assert re.fullmatch(r"[0-9a-f]{64}\n", (folder / "token").read_text())
     process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 143, "after the run has saved itself"
+    assert process.wait(30) == 143, "the exit code of the stopped run"
     assert (folder / "scontrol").read_text() == "requeue 7\n"
     assert not (folder / "tokens" / "7").exists()
 
 
-def test_ray_up_takes_its_file():
+def test_ray_up_accepts_the_cluster_file():
     from ray.autoscaler._private.util import prepare_config, validate_config
 
     files = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)]
-    (found,) = [file for file in files if "cluster_name" in file]
-    validate_config(prepare_config(found))
+    (cluster,) = [file for file in files if "cluster_name" in file]
+    validate_config(prepare_config(cluster))
 
 
-def test_the_ray_job_asks_for_tokens_and_the_installed_ray():
+def test_ray_job_requests_token_authentication_and_the_installed_ray():
     import ray
 
     files = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)]
-    (found,) = [file for file in files if file.get("kind") == "RayJob"]
-    cluster = found["spec"]["rayClusterSpec"]
+    (job,) = [file for file in files if file.get("kind") == "RayJob"]
+    cluster = job["spec"]["rayClusterSpec"]
     assert cluster["authOptions"] == {"mode": "token"}
     assert cluster["rayVersion"] == ray.__version__
     pods = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]

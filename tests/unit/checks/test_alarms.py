@@ -429,7 +429,7 @@ def test_a_warning_after_the_stop_is_refused(path):  # noqa: F811
 
 
 def test_the_page_has_every_level_with_its_defaults():
-    page = (ROOT / "docs" / "alarms.md").read_text()
+    page = (ROOT / "docs" / "health_checks.md").read_text()
     (text,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
     assert Config.model_validate({**MINIMAL, **yaml.safe_load(text)}).alarms != AlarmsConfig()
     for name, level in AlarmsConfig():
