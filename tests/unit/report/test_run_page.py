@@ -163,7 +163,9 @@ def test_what_is_no_run_directory_is_refused(directory, arguments, capsys):
     names = [name.format(directory.parent) for name in arguments]
     assert main(["report", *names, "--out", str(directory / "page.html")]) == 2
     message = capsys.readouterr().err
-    assert re.match(r"error: .*is not a run directory: .*Name one that seqkd train", message)
+    assert re.match(
+        r"error: .*is not a run directory: .*Pass a directory written by seqkd train", message
+    )
     assert not (directory / "page.html").exists()
 
 

@@ -78,7 +78,7 @@ def test_damage_is_named_wherever_it_is(tmp_path, damage):
     for version in versions:
         file.write_bytes(version)
         with pytest.raises(
-            TeacherCacheError, match=rf"{file.name} is damaged: .*\. Remove it; what"
+            TeacherCacheError, match=rf"{file.name} is damaged: .*\. Remove it; its content"
         ):
             ArrowStore(tmp_path, schema)
 

@@ -50,7 +50,7 @@ def test_a_directory_with_other_files_is_refused(tmp_path):
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "thesis.tex").write_text("")
     for resume in (False, True):
-        with pytest.raises(ConfigError, match="already holds"):
+        with pytest.raises(ConfigError, match="already contains"):
             run_directory.resumption(tmp_path / "x", config(), resume)
 
 
@@ -96,17 +96,17 @@ def test_what_the_next_steps_do_may_change_and_is_another_student(tmp_path):
         ({"objective": {"future_weight": 0.5}}, "objective.future_weight: 1.0 -> 0.5"),
         ({"warmup": {"sampler": "teacher", "steps": 1}}, "warmup.steps: (none) -> 1"),
         ({"teacher": {**MINIMAL["teacher"], "model": "other"}}, "teacher.model:"),
-        ({"steps": 1}, "(only more)"),
+        ({"steps": 1}, "(can only increase)"),
         ({"prompts_per_step": 8}, "prompts_per_step: 4 -> 8"),
     ],
 )
 def test_what_would_make_the_steps_so_far_others_is_refused(tmp_path, changes, line):
     directory = begun(tmp_path, steps=3)
     c = config(runs_dir=str(tmp_path), **{"steps": 3, **changes})
-    with pytest.raises(ConfigError, match="a run of another configuration") as caught:
+    with pytest.raises(ConfigError, match="a run with another configuration") as caught:
         run_directory.resumption(directory, c, resume=True)
     assert line in str(caught.value)
-    assert "Set these as they were, or choose a new name" in str(caught.value)
+    assert "Restore these values, or choose a new name" in str(caught.value)
 
 
 def test_another_data_set_is_refused(tmp_path):
@@ -114,11 +114,11 @@ def test_another_data_set_is_refused(tmp_path):
     same = {"training": table("a", "b"), "held-out": (), "corpus": ()}
     run_directory.refuse_other_data(directory, same)
     for other, found in (
-        (table("a", "c"), "2 then, 2 now, with other content"),
-        (table("b", "a"), "2 then, 2 now, with other content"),
+        (table("a", "c"), "2 then, 2 now, with different content"),
+        (table("b", "a"), "2 then, 2 now, with different content"),
         (table("a"), "2 then, 1 now"),
     ):
-        with pytest.raises(ConfigError, match="the training prompts are not those") as caught:
+        with pytest.raises(ConfigError, match="the training prompts have changed since") as caught:
             run_directory.refuse_other_data(directory, same | {"training": other})
         assert found in str(caught.value)
 
@@ -145,7 +145,7 @@ def test_a_run_under_way_is_not_begun_a_second_time(tmp_path):
     other.start()
     assert ready.wait(60)
     with (
-        pytest.raises(ConfigError, match="is that of a run that is under way"),
+        pytest.raises(ConfigError, match="is in use by a running process"),
         run_directory.lock(tmp_path / "x"),
     ):
         pass
