@@ -237,9 +237,9 @@ def test_what_makes_a_comparison_less_than_it_looks_is_said(tmp_path):
     found = results.read(comparison, entries)
     assert found.problems[:2] == [
         f"sft, seed 0: the run ended after {spent:g} of 25000 learner_tokens.",
-        "token_forward_kl, seed 0: nothing was measured on held-out prompts.",
+        "token_forward_kl, seed 0: not measured on held-out prompts.",
     ]
-    assert found.problems[2].startswith("There is one seed")
+    assert found.problems[2].startswith("There is only one seed")
     assert "token_forward_kl" not in found.tables[0].figures
 
 
@@ -309,7 +309,7 @@ def test_a_run_that_fails_is_said_with_its_first_error(tmp_path, capsys):
     log.write_text("error: of an earlier attempt\n")
     assert not runner.Children().run(entry, "train", "missing.yaml")
     said = capsys.readouterr().out
-    assert "error: seqkd train ended with exit code 2" in said and str(log) in said
+    assert "error: seqkd train failed with exit code 2" in said and str(log) in said
     assert "missing.yaml: no such file" in said and "earlier attempt" not in said
     assert log.read_text().startswith("error: of an earlier attempt")
     assert runner.Children().run(entry, "train", "--help")

@@ -188,7 +188,7 @@ def refused(model):
 def test_what_is_no_bart_is_refused(bart, tiny, tmp_path):
     assert "does not exist" in refused(tmp_path / "nothing")
     assert "has no config.json" in refused(tmp_path)
-    assert "'llama', which is no encoder-decoder" in refused(tiny["student"])
+    assert "'llama', which is not an encoder-decoder" in refused(tiny["student"])
     assert "cannot be loaded" in refused("nobody/no-such-bart")
 
 
@@ -228,4 +228,4 @@ def test_a_tokenizer_that_ends_no_text_is_refused(bart, tmp_path):
 
     bare = copied(bart, tmp_path / "bare")
     tiny_tokenizer().save_pretrained(bare)
-    assert "adds no token that ends a text" in refused(bare)
+    assert "adds no end-of-text token" in refused(bare)

@@ -312,7 +312,7 @@ def test_a_run_that_is_missing_is_named_and_the_rest_is_shown(partly):
 
 def test_one_seed_says_so_and_marks_nothing(tmp_path):
     _, text = made(tmp_path, seeds=(3,))
-    assert "There is one seed: intervals are over prompts only" in text
+    assert "There is only one seed: intervals are over prompts only" in text
     assert figure_table(text, "Forward KL per token")["3. rao_blackwell"][3].endswith(
         "one seed: not tested"
     )
