@@ -55,13 +55,13 @@ class BartScorer:
         if not config.is_encoder_decoder:
             raise ModelError(
                 f"{FIELD}: {model!r} has type {config.model_type!r}, which is not an "
-                "encoder-decoder model. Set a BART checkpoint, such as facebook/bart-large-cnn."
+                "encoder-decoder model. Set it to a BART checkpoint, such as facebook/bart-large-cnn."
             )
         self.tokenizer = load_tokenizer(model, FIELD)
         if not self.tokenizer("").input_ids or self.tokenizer.pad_token_id is None:
             raise ModelError(
                 f"{FIELD}: the tokenizer of {model!r} adds no end-of-text token or has no padding "
-                "token. Set a BART checkpoint with its own tokenizer."
+                "token. Set it to a BART checkpoint with its own tokenizer."
             )
         limits = (getattr(config, "max_position_embeddings", None), self.tokenizer.model_max_length)
         self.max_length: int = min(limit for limit in limits if limit)
@@ -157,13 +157,13 @@ def _load(model: str) -> Any:
         )
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"{FIELD}: {model!r} cannot be loaded: {first_line(error)} Set an encoder-decoder "
+            f"{FIELD}: {model!r} cannot be loaded: {first_line(error)} Set it to an encoder-decoder "
             "checkpoint in safetensors format."
         ) from None
     if missing := sorted(info["missing_keys"]):
         raise ModelError(
             f"{FIELD}: {model!r} has no weights for {missing[0]} and {len(missing) - 1} other "
-            "tensors. Set a complete checkpoint."
+            "tensors. Set it to a complete checkpoint."
         )
     return loaded.eval()
 

@@ -31,7 +31,7 @@ class Language:
         generator = torch.Generator().manual_seed(seed)
         shape = (vocabulary + 1, vocabulary)
         self.theta = torch.randn(shape, generator=generator, dtype=torch.float64)
-        """[V + 1, V] initial parameters of the student, independent of the teacher."""
+        """[V + 1, V] initial parameters of the student, far from the teacher."""
         teacher = torch.randn((vocabulary + 1, *shape), generator=generator, dtype=torch.float64)
         padded = torch.cat([torch.full((len(self.tokens), 2), vocabulary), self.tokens], 1)
         self.last = padded[:, 1:-1]

@@ -47,8 +47,8 @@ class Fit:
     """[K, points] final log-probabilities of the grid cells."""
 
     def steps_to_converge(self, within: float = 0.01) -> Tensor:
-        """Return [K] the first step after which each fit stays within ``within`` nats of its final
-        divergence."""
+        """Return [K] the number of steps after which each fit stays within ``within`` nats of its
+        final divergence."""
         far = (self.divergence - self.divergence[-1]).abs() > within
         numbers = torch.arange(1, len(far) + 1)[:, None]
         return (far * numbers).amax(0)
