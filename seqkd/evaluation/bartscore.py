@@ -55,7 +55,8 @@ class BartScorer:
         if not config.is_encoder_decoder:
             raise ModelError(
                 f"{FIELD}: {model!r} has type {config.model_type!r}, which is not an "
-                "encoder-decoder model. Set it to a BART checkpoint, such as facebook/bart-large-cnn."
+                "encoder-decoder model. Set it to a BART checkpoint, such as "
+                "facebook/bart-large-cnn."
             )
         self.tokenizer = load_tokenizer(model, FIELD)
         if not self.tokenizer("").input_ids or self.tokenizer.pad_token_id is None:
@@ -157,13 +158,13 @@ def _load(model: str) -> Any:
         )
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"{FIELD}: {model!r} cannot be loaded: {first_line(error)} Set it to an encoder-decoder "
-            "checkpoint in safetensors format."
+            f"{FIELD}: {model!r} cannot be loaded: {first_line(error)} Set it to an "
+            "encoder-decoder checkpoint in safetensors format."
         ) from None
     if missing := sorted(info["missing_keys"]):
         raise ModelError(
             f"{FIELD}: {model!r} has no weights for {missing[0]} and {len(missing) - 1} other "
-            "tensors. Set it to a complete checkpoint."
+            "tensors, which would be random. Set it to a complete checkpoint."
         )
     return loaded.eval()
 

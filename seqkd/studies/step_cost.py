@@ -70,9 +70,9 @@ class Chip:
     learn: float
     """Fraction of ``products`` achieved by the learner's passes."""
     read: float
-    """Fraction of ``products`` achieved by an engine in prefill."""
+    """Fraction of ``products`` achieved by an engine that processes many tokens at once."""
     write: float
-    """Fraction of ``memory`` achieved by an engine in decoding."""
+    """Fraction of ``memory`` achieved by an engine that decodes token by token."""
 
 
 @dataclass(frozen=True)

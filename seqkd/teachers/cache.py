@@ -143,7 +143,7 @@ def _open(root: Path, teacher: SingleTeacherConfig, here: bool) -> TeacherCache:
             contents = "; ".join(str(other) for other in recorded.values()) or "nothing"
             raise TeacherCacheError(
                 f"teacher_cache.path: {root} has no entries for the teacher {spec}; it contains "
-                f"{contents:.500}. Configure that teacher, or run seqkd precompute with this "
+                f"{contents:.500}. Configure a recorded teacher, or run seqkd precompute with this "
                 "configuration first."
             )
         directory = named[0]
@@ -232,8 +232,8 @@ class CachedSampler:
         top_p: float = 1.0,
         finished: Finished | None = None,
     ) -> list[Rollout]:
-        """See :class:`seqkd.protocols.Sampler`. ``finished`` is never called, because new
-        completions are ordered after the recorded ones only at the end. A repeated prompt continues
+        """See :class:`seqkd.protocols.Sampler`. ``finished`` is never called, because the order of
+        recorded and new completions is only determined at the end. A repeated prompt continues
         after the completions it has already used; without a teacher, it wraps around to the
         first."""
         stored = self.cache.completions

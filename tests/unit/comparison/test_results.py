@@ -67,7 +67,7 @@ def test_every_method_runs_with_every_seed_and_the_budget(write):
 
 
 @pytest.mark.parametrize(
-    "changes, told",
+    "changes, message",
     [
         ({"baseline": "none"}, "baseline 'none' is not a method. Set it to one of sequence,"),
         ({"seeds": [1, 1]}, r"seeds \[1, 1\] has a duplicate"),
@@ -210,14 +210,14 @@ def test_methods_are_compared_over_common_seeds(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "p, mean, said",
+    "p, mean, expected",
     [(0.2, 1.0, "not significant (p 0.2)"), (0.05, 1.0, "not significant (p 0.05)"),
      (0.049, 1.0, "higher (p 0.049)"), (1e-9, -1.0, "lower (p < 0.001)")],
 )  # fmt: skip
-def test_verdict_of_a_difference(p, mean, printed):
+def test_verdict_of_a_difference(p, mean, expected):
     estimates = {"m": {"f": Estimate(mean, 0, 0, 1.0, (1.0, 2.0))}}
     tables = results.Tables("", 1, [], estimates, estimates, {"m": {"f": p}})
-    assert tables.verdict("m", "f") == printed
+    assert tables.verdict("m", "f") == expected
 
 
 def test_different_prompts_are_refused(tmp_path):
@@ -299,7 +299,7 @@ def test_finished_runs_continue_with_a_larger_budget(finished, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "changes, told",
+    "changes, message",
     [({"overrides": ["learner.lr=0.5"]}, r"learner.lr: .* -> 0.5"),
      ({"overrides": ["rollout.max_tokens=7"]}, r"rollout.max_tokens: .* -> 7")],
 )  # fmt: skip

@@ -239,7 +239,7 @@ def test_costs_match_the_rows(whole):
 
 
 @pytest.mark.parametrize(
-    ("kind", "amount", "said"),
+    ("kind", "amount", "text"),
     [
         ("learner_tokens", 25000, "25\u202f000 trained tokens"),
         ("teacher_tokens", 9, "9 teacher tokens"),

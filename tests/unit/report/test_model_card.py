@@ -163,7 +163,7 @@ def test_local_paths_are_not_hub_names(run, tiny, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("own", "expected"),
+    ("original", "expected"),
     [
         ("---\nlicense: apache-2.0\n---\n# x\n", {"license": "apache-2.0"}),
         (

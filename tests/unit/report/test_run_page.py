@@ -118,7 +118,7 @@ def test_damaged_rows_are_counted_and_omitted(few):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "words"),
     [
         ("evaluation.json", '{"prompts": 3', "evaluation.json: is damaged and omitted"),
         ("evaluation.json", "[]", "evaluation.json: is damaged and omitted"),
@@ -249,7 +249,7 @@ def test_the_stages_by_hand(directory):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "words"),
     [
         ((-0.5, -0.9, -0.1), "−0.5 [−0.9, −0.1], lower"),
         ((0.5, 0.1, 0.9), "+0.5 [+0.1, +0.9], higher"),
@@ -262,7 +262,7 @@ def test_change_with_its_direction(change, words):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "said"), [(3.14159, "3.14 s"), (184, "3 min 4 s"), (7500, "2 h 5 min")]
+    ("seconds", "words"), [(3.14159, "3.14 s"), (184, "3 min 4 s"), (7500, "2 h 5 min")]
 )
 def test_durations(seconds, words):
     assert wording.duration(seconds) == words
