@@ -1,4 +1,4 @@
-"""The runs of a comparison as they leave their directories; always the same."""
+"""Run directories of a comparison with generated, reproducible content."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PROMPTS = 64
 STEPS = WARMUP + MAIN
 EVERY = 15
 AMOUNT = 25000
-"""Learner tokens, which some run spends in fewer steps than another."""
+"""Budget in learner tokens, which runs use up after different numbers of steps."""
 METHODS = {
     "sft": ["sampler=dataset", "objective={kind: sft}"],
     "token_forward_kl": ["sampler=teacher", "objective={kind: token_forward_kl}"],
@@ -24,17 +24,17 @@ METHODS = {
     "default": [],
 }
 OFFSETS = (0.0, 0.01, -0.17, 0.12, 0.2, 0.02, -0.05, 0.3, -0.2, 0.1, -0.11, 0.04, 0.15)
-"""What each method ends above the first, in nats per token."""
+"""Final divergence of each method relative to the first, nats per token."""
 SHARED = np.random.default_rng(7).normal(0, 0.25, PROMPTS)
-"""What makes one prompt harder than another, for every method."""
+"""Difficulty of each prompt, the same for every method."""
 
 
 def write_comparison(parent, methods=METHODS, seeds=(0, 1, 2), missing=(), **changes):
-    """A comparison and its entries; every run is finished but those of ``missing``, (method, seed)
-    each."""
+    """Write a comparison; return it with its entries. All runs are finished except ``missing``,
+    which are (method, seed) pairs."""
     base = configuration("base", extra_terms=[], **changes).model_dump(mode="json")
     (parent / "base.yaml").write_text(yaml.safe_dump(base))
-    given = {
+    plan_file = {
         "name": "study",
         "config": "base.yaml",
         "budget": {"kind": "learner_tokens", "amount": AMOUNT},
@@ -43,7 +43,7 @@ def write_comparison(parent, methods=METHODS, seeds=(0, 1, 2), missing=(), **cha
         "runs_dir": str(parent / "runs"),
     }
     file = parent / "study.yaml"
-    file.write_text(yaml.safe_dump(given, sort_keys=False))
+    file.write_text(yaml.safe_dump(plan_file, sort_keys=False))
     comparison = plan.load(file)
     entries = plan.entries(comparison, file)
     for entry in entries:
@@ -53,17 +53,17 @@ def write_comparison(parent, methods=METHODS, seeds=(0, 1, 2), missing=(), **cha
 
 
 def write_entry(entry, index):
-    """The run of one method and seed, finished by its budget."""
+    """Write the run of one method and seed, which ends when its budget is used up."""
     random = np.random.default_rng([index, entry.seed])
     directory = entry.directory
     directory.mkdir(parents=True)
     rows = [row(random, step, OFFSETS[index]) for step in range(STEPS)]
-    spent = np.cumsum([of[entry.config.budget.kind] for of in rows])
+    spent = np.cumsum([line[entry.config.budget.kind] for line in rows])
     steps = 1 + int(np.argmax(spent >= entry.config.budget.amount))
     rows = rows[:steps]
     files = {
         "config.yaml": dump(entry.config),
-        "metrics.jsonl": "".join(json.dumps(of) + "\n" for of in rows),
+        "metrics.jsonl": "".join(json.dumps(line) + "\n" for line in rows),
         "evaluation.json": json.dumps(evaluation(random, OFFSETS[index], steps)),
         "environment.json": json.dumps(ENVIRONMENT),
         "data.json": json.dumps({"held-out": {"prompts": PROMPTS, "digest": "d1"}}),
@@ -74,7 +74,7 @@ def write_entry(entry, index):
 
 
 def evaluation(random, offset, steps):
-    """evaluation.json with measurements on the way, and every figure prompt by prompt."""
+    """Return evaluation.json with measurements during training and sums of each prompt."""
     taken = {"initial": 0, "warmup": WARMUP}
     taken |= {f"step {s}": s for s in range(EVERY, steps, EVERY) if s != WARMUP} | {"main": steps}
     stages = sorted(taken, key=taken.get)
@@ -84,8 +84,8 @@ def evaluation(random, offset, steps):
         "prompts": PROMPTS,
         "interval": "95 % percentile bootstrap over prompts",
         "figures": {
-            stage: {name: shown(**of) for name, of in found.items()}
-            for stage, found in per_prompt.items()
+            stage: {name: shown(**sums) for name, sums in figures.items()}
+            for stage, figures in per_prompt.items()
         },
         "changes": {},
         "per_prompt": per_prompt,
@@ -94,7 +94,7 @@ def evaluation(random, offset, steps):
 
 
 def ratios(random, step, offset, luck):
-    """By figure the two sums of each prompt."""
+    """Return the two sums of each prompt by figure."""
     progress = math.exp(-step / 18)
     end = (1 - progress) * (offset + luck)
     lengths = np.maximum(1, np.round(30 + 16 * progress + 40 * end + random.normal(0, 6, PROMPTS)))
@@ -121,18 +121,19 @@ def ratios(random, step, offset, luck):
 
 
 def shown(above, below):
-    """A mean as evaluation.json has it."""
+    """Return a mean with its interval as in evaluation.json."""
     mean = sum(above) / sum(below)
     return {"mean": mean, "low": 0.95 * mean, "high": 1.05 * mean}
 
 
 def write_evaluation(directory, name, figures):
-    """What seqkd evaluate leaves: by model, by figure one number a prompt."""
-    found = {
-        model: {figure: {"above": list(v), "below": [1.0] * len(v)} for figure, v in of.items()}
-        for model, of in figures.items()
+    """Write the output of seqkd evaluate. ``figures``: one number per prompt by model and
+    figure."""
+    per_prompt = {
+        model: {figure: {"above": list(v), "below": [1.0] * len(v)} for figure, v in values.items()}
+        for model, values in figures.items()
     }
     file = directory / "evaluation" / name / "evaluation.json"
     file.parent.mkdir(parents=True)
     prompts = len(next(iter(next(iter(figures.values())).values())))
-    file.write_text(json.dumps({"prompts": prompts, "figures": {}, "per_prompt": found}))
+    file.write_text(json.dumps({"prompts": prompts, "figures": {}, "per_prompt": per_prompt}))

@@ -1,4 +1,4 @@
-"""The import graph of the project, and its layers: python -m tests.import_graph [DIRECTORY]"""
+"""Import graph of the project and its layers: python -m tests.import_graph [DIRECTORY]"""
 
 from __future__ import annotations
 
@@ -24,30 +24,30 @@ LAYERS = (
     ("seqkd.cli",),
     ("scripts",),
 )
-"""Lowest first. A module imports modules of its own package and of lower layers."""
+"""Layers, lowest first. A module may import modules of its own package and of lower layers."""
 
 
 def room(module: str) -> str:
-    """The package of a module, or the module itself where it lies directly below seqkd."""
+    """Return the package of a module, or the module itself if it is directly in seqkd."""
     parts = module.split(".")
     return ".".join(parts[:2]) if parts[0] == "seqkd" else parts[0]
 
 
 def layer(module: str) -> int | None:
-    """Index of the layer of a module; None for a module that has none."""
+    """Return the index of the layer of a module; None if it has no layer."""
     places = (i for i, names in enumerate(LAYERS) if room(module) in names)
     return next(places, None)
 
 
 def modules(root: Path) -> dict[str, Path]:
-    """Every module of the project by its dotted name. Empty package files are omitted."""
-    found = {}
+    """Return all modules of the project by dotted name, without empty package files."""
+    files = {}
     for folder in ("seqkd", "actors", "scripts"):
         for file in sorted((root / folder).rglob("*.py")):
             name = ".".join(file.relative_to(root).with_suffix("").parts)
             if len(ast.parse(file.read_text()).body) > 1:
-                found[name.removesuffix(".__init__")] = file
-    return found
+                files[name.removesuffix(".__init__")] = file
+    return files
 
 
 def _executed(node: ast.AST) -> Iterator[ast.AST]:
@@ -57,35 +57,36 @@ def _executed(node: ast.AST) -> Iterator[ast.AST]:
             yield from _executed(child)
 
 
-def imports(file: Path, known: set[str]) -> set[str]:
-    """Modules of ``known`` that a file imports, in functions too, but not for type checkers."""
-    found = set()
+def imports(file: Path, names: set[str]) -> set[str]:
+    """Return the modules of ``names`` that a file imports, including imports in functions and
+    excluding imports for type checkers."""
+    result = set()
     for node in _executed(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            result |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             for alias in node.names:
                 inner = f"{node.module}.{alias.name}"
-                found.add(inner if inner in known else node.module)
-    return found & known
+                result.add(inner if inner in names else node.module)
+    return result & names
 
 
 def graph(root: Path) -> dict[str, set[str]]:
-    """Imports of every module."""
+    """Return the imports of every module."""
     files = modules(root)
     return {name: imports(file, set(files)) - {name} for name, file in files.items()}
 
 
 def rooms(edges: dict[str, set[str]]) -> dict[str, set[str]]:
-    """The same between packages."""
-    found: dict[str, set[str]] = defaultdict(set)
+    """Return the imports between packages."""
+    result: dict[str, set[str]] = defaultdict(set)
     for module, below in edges.items():
-        found[room(module)] |= {room(name) for name in below} - {room(module)}
-    return found
+        result[room(module)] |= {room(name) for name in below} - {room(module)}
+    return result
 
 
 def levels(edges: dict[str, set[str]]) -> int | None:
-    """Length of the longest chain of imports; None where imports form a cycle."""
+    """Return the length of the longest chain of imports; None if imports form a cycle."""
     depth: dict[str, int] = {}
     try:
         for name in TopologicalSorter(edges).static_order():
@@ -96,26 +97,24 @@ def levels(edges: dict[str, set[str]]) -> int | None:
 
 
 def upward(edges: dict[str, set[str]]) -> list[str]:
-    """Imports of a module in a higher layer, or of another package in the same layer."""
-    found = []
+    """Return imports from a higher layer or from another package of the same layer."""
+    result = []
     for name, below in sorted(edges.items()):
         for other in sorted(below):
             here, there = layer(name), layer(other)
             if here is None or there is None or room(name) == room(other):
                 continue
             if there >= here:
-                found.append(f"{name} -> {other}")
-    return found
+                result.append(f"{name} -> {other}")
+    return result
 
 
 def main() -> None:
-    """Print the size of the graph."""
+    """Print the size of the graph and its upward imports."""
     edges = graph(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parents[1])
-    for title, of in (("modules", edges), ("packages", rooms(edges))):
-        depth = levels(of)
-        print(
-            f"{title}: {len(of)}, levels: {depth or 'a cycle'}, edges: {sum(map(len, of.values()))}"
-        )
+    for title, nodes in (("modules", edges), ("packages", rooms(edges))):
+        size, depth = sum(map(len, nodes.values())), levels(nodes) or "a cycle"
+        print(f"{title}: {len(nodes)}, levels: {depth}, edges: {size}")
     print("\n".join(["upward edges: " + str(len(upward(edges))), *upward(edges)]))
 
 

@@ -1,4 +1,4 @@
-"""What is asked of every page: nothing in it runs, and everyone can read it."""
+"""Checks of every report page: it runs and fetches nothing, and it is accessible."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ FORBIDDEN = {"script", "img", "iframe", "object", "embed", "form", "base", "vide
 
 
 class Page(HTMLParser):
-    """Tags with their attributes, and the text of each heading."""
+    """Parsed page: tags with their attributes, and the text of each heading."""
 
     def __init__(self, text):
         super().__init__()
@@ -38,27 +38,28 @@ class Page(HTMLParser):
 
 
 def links(text):
-    """Where it leads to."""
+    """Return the targets of all links."""
     return {attributes["href"] for tag, attributes in Page(text).tags if tag == "a"}
 
 
 def check_that_nothing_runs_or_is_fetched(text):
-    """Only links, which a reader follows, lead anywhere."""
-    found = Page(text)
-    assert not {tag for tag, _ in found.tags} & FORBIDDEN
-    for tag, attributes in found.tags:
+    """Check that links are the only references to other files."""
+    page = Page(text)
+    assert not {tag for tag, _ in page.tags} & FORBIDDEN
+    for tag, attributes in page.tags:
         assert not any(name.startswith("on") for name in attributes), tag
         for name in {"src", "href", "xlink:href"} & attributes.keys():
             inside = attributes[name].startswith("#") or attributes[name] == "data:,"
             assert inside or tag == "a", attributes
     style = re.search(r"<style>(.*?)</style>", text, re.DOTALL)[1]
     assert "url(" not in style and "@import" not in style
-    policy = [a for tag, a in found.tags if a.get("http-equiv") == "Content-Security-Policy"]
+    policy = [a for tag, a in page.tags if a.get("http-equiv") == "Content-Security-Policy"]
     assert policy[0]["content"].startswith("default-src 'none'")
 
 
 def check_plots(text):
-    """Well-formed, told in words, without a color or an id of another; their number."""
+    """Check that plots are well-formed, have descriptions, and have no fixed colors or foreign ids;
+    return their number."""
     plots = re.findall(r'<svg class="plot".*?</svg>', text, re.DOTALL)
     for plot in plots:
         root = ElementTree.fromstring(plot.replace("<svg ", '<svg xmlns:xlink="x" ', 1))
@@ -66,7 +67,9 @@ def check_plots(text):
         assert title.tag == "title" and title.text
         assert description.tag == "desc" and re.search(r"\d", description.text)
         assert root.get("aria-labelledby") == f"{title.get('id')} {description.get('id')}"
-        assert not re.search(r"#[0-9a-f]{6}\b", plot), "a color that knows neither light nor dark"
+        assert not re.search(r"#[0-9a-f]{6}\b", plot), (
+            "a fixed color does not follow light and dark mode"
+        )
         inner = [element.get("id") for element in root.iter() if element.get("id")]
         used = re.findall(r'(?:url\(#|href="#)([^)"]+)', plot)
         assert set(used) <= set(inner)
@@ -76,16 +79,16 @@ def check_plots(text):
 
 
 def check_colors(text):
-    """Known to the style sheet, in light and in dark."""
+    """Check that all colors are defined in the style sheet for light and dark mode."""
     style = re.search(r"<style>(.*?)</style>", text, re.DOTALL)[1]
     light, dark = re.findall(r":root \{(.*?)\}", style, re.DOTALL)
-    used = set(re.findall(r"var\(--([\w-]+)\)", text)) - {"of"}
+    used = set(re.findall(r"var\(--([\w-]+)\)", text)) - {"color"}
     for variables in (light, dark):
         assert used <= set(re.findall(r"--([\w-]+):", variables))
 
 
 def check_headings(text):
-    """They go down one level at a time; level and text of each."""
+    """Check that no heading level is skipped; return the level and text of each heading."""
     headings = Page(text).headings
     levels = [level for level, _ in headings]
     assert levels[0] == 1 and levels.count(1) == 1

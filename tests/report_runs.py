@@ -1,4 +1,4 @@
-"""Run directories as a run leaves them, with everything that a page can show; always the same."""
+"""Run directories with generated, reproducible content for everything that a page shows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ STAGES = {"sync": 0.4, "sample": 3.1, "score": 1.9, "watch": 0.3, "learn": 4.2}
 
 
 def configuration(name, **changes):
-    """That of the quickstart in short, with a term on the data set's answers."""
+    """Return a short version of the quickstart's configuration with a term on the data set's
+    answers."""
     return Config.model_validate(
         {
             "name": name,
@@ -41,7 +42,8 @@ def configuration(name, **changes):
 
 
 def rows(random, offset=0.0):
-    """metrics.jsonl of a warm-up and of a main phase that mixes samples of the teacher in."""
+    """Return the rows of metrics.jsonl of a warm-up and of a main phase with the mixture
+    sampler."""
     return [row(random, step, offset) for step in range(WARMUP + MAIN)]
 
 
@@ -49,7 +51,7 @@ def row(random, step, offset):
     main = step >= WARMUP
     progress = math.exp(-step / 18)
     times = {f"time_{stage}_s": s * random.lognormal(0, 0.12) for stage, s in STAGES.items()}
-    found = {
+    metrics = {
         "step": step,
         "phase": "main" if main else "warmup",
         "sampler": "mixture" if main else "teacher",
@@ -84,7 +86,7 @@ def row(random, step, offset):
     }
     if main:
         mean = random.uniform(0.8, 1.2)
-        found |= {
+        metrics |= {
             "teacher_samples": int(random.integers(1, 6)),
             "mean_weight": mean,
             "effective_sample_size": 12 * mean,
@@ -93,14 +95,14 @@ def row(random, step, offset):
             "dataset/length": 20 + random.normal(0, 1),
             "dataset/student_logprob_per_token": -2.4 + random.normal(0, 0.05),
         }
-    found |= {
-        "sampled_tokens": found["tokens"],
-        "learner_tokens": found["tokens"] + found.get("dataset/tokens", 0),
-        "teacher_tokens": found["tokens"] * (1 if main else 2),
+    metrics |= {
+        "sampled_tokens": metrics["tokens"],
+        "learner_tokens": metrics["tokens"] + metrics.get("dataset/tokens", 0),
+        "teacher_tokens": metrics["tokens"] * (1 if main else 2),
     }
-    if found["skipped"]:
-        found |= {"loss": None, "grad_norm": None, "reverse_kl_per_token": None}
-    return found | {"tokens_per_s": found["tokens"] / found["time_step_s"]}
+    if metrics["skipped"]:
+        metrics |= {"loss": None, "grad_norm": None, "reverse_kl_per_token": None}
+    return metrics | {"tokens_per_s": metrics["tokens"] / metrics["time_step_s"]}
 
 
 def interval(mean, width):
@@ -108,7 +110,8 @@ def interval(mean, width):
 
 
 def evaluation(random, offset=0.0):
-    """evaluation.json with three stages; ``examples`` hold what a page must not run."""
+    """Return evaluation.json with three stages. ``examples`` contain markup that a page must not
+    run."""
     figures = {
         stage: {
             "reverse_kl_per_token": interval(reverse + offset, 0.06),
@@ -191,12 +194,12 @@ ENVIRONMENT = {
 
 
 def write_run(parent, name="mixed", draw=0, offset=0.0, **changes):
-    """A finished run; its directory."""
+    """Write a finished run; return its directory."""
     directory = parent / name
     directory.mkdir(parents=True)
     random = np.random.default_rng(draw)
     (directory / "config.yaml").write_text(dump(configuration(name, **changes)))
-    lines = "".join(json.dumps(of) + "\n" for of in rows(random, offset))
+    lines = "".join(json.dumps(row) + "\n" for row in rows(random, offset))
     (directory / "metrics.jsonl").write_text(lines)
     (directory / "evaluation.json").write_text(json.dumps(evaluation(random, offset)))
     (directory / "environment.json").write_text(json.dumps(ENVIRONMENT))
@@ -204,6 +207,6 @@ def write_run(parent, name="mixed", draw=0, offset=0.0, **changes):
 
 
 def replace_yaml(directory, **changes):
-    """Change keys of its configuration."""
+    """Change keys of a run's configuration."""
     file = directory / "config.yaml"
     file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | changes))

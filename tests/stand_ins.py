@@ -1,5 +1,6 @@
-"""Small stand-ins for what the recipes name on the hub: models with their published
-configurations and next to no weights, rows in the published columns, an endpoint, a recording."""
+"""Small stand-ins for the models and data sets of the recipes: models with their published
+configurations and almost no weights, rows in the published columns, an endpoint and a teacher
+cache."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ import torch
 from safetensors.torch import save
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-WHAT = (
+FIELDS = (
     "hidden_size",
     "intermediate_size",
     "num_hidden_layers",
@@ -33,14 +34,15 @@ QWEN = {
     "Qwen/Qwen3-1.7B": (2048, 6144, 28, 16, 8, 151936, True, 40960),
     "Qwen/Qwen3-8B": (4096, 12288, 36, 32, 8, 151936, False, 40960),
 }
-"""From the published config.json of each."""
+"""Values of :data:`FIELDS` from the published config.json of each model."""
 PARAMETERS = {
     "Qwen/Qwen2.5-1.5B-Instruct": 1_543_714_304,
     "Qwen/Qwen2.5-7B-Instruct": 7_615_616_512,
     "Qwen/Qwen2.5-72B-Instruct": 72_706_203_648,
     "Qwen/Qwen3-8B": 8_190_735_360,
 }
-"""As the hub states them, of the safetensors files; that of Qwen3-1.7B stores its tied head too."""
+"""Parameters in the safetensors files according to the hub. Qwen3-1.7B is not listed, because its
+file also stores the tied head."""
 SPECIAL = {151643: "<|endoftext|>", 151644: "<|im_start|>", 151645: "<|im_end|>"}
 TURNS = (
     "{%- for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
@@ -53,31 +55,32 @@ TEMPLATES = {
     "qwen3": TURNS + "{%- if enable_thinking is defined and enable_thinking is false %}"
     "{{ '<think>\n\n</think>\n\n' }}{%- endif %}{%- endif %}",
 }  # fmt: skip
-"""What of the published templates matters to these prompts."""
+"""Parts of the published chat templates that affect these prompts."""
 
 
 def tokenizer(template):
-    """Bytes, with the special tokens at their published ids."""
+    """Return the files of a byte-level tokenizer with the special tokens at their published ids."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {piece: i for i, piece in enumerate(alphabet)} | {v: k for k, v in SPECIAL.items()}
-    made = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    made.normalizer = normalizers.NFC()
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    made.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL.values()])
+    built = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    built.normalizer = normalizers.NFC()
+    built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    built.decoder = decoders.ByteLevel()
+    built.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL.values()])
     described = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": "<|im_end|>",
         "pad_token": "<|endoftext|>",
         "chat_template": template,
     }
-    return {"tokenizer.json": made.to_str().encode(), "tokenizer_config.json": as_json(described)}
+    return {"tokenizer.json": built.to_str().encode(), "tokenizer_config.json": as_json(described)}
 
 
 def model(name):
-    """Configuration, generation config, tokenizer, and next to no weights."""
+    """Return the files of a model: configuration, generation config, tokenizer, and almost no
+    weights."""
     kind = "qwen3" if "Qwen3" in name else "qwen2"
-    config = dict(zip(WHAT, QWEN[name], strict=True)) | {
+    config = dict(zip(FIELDS, QWEN[name], strict=True)) | {
         "model_type": kind,
         "architectures": [f"{kind.capitalize()}ForCausalLM"],
         "eos_token_id": 151645,
@@ -95,7 +98,7 @@ def model(name):
 
 
 def data_sets():
-    """A few rows in the published columns and layouts."""
+    """Return the files of the data sets: a few rows in the published columns and layouts."""
 
     def chats(word, number):
         roles = ("user", "assistant") * 2
@@ -146,7 +149,7 @@ def as_parquet(rows):
 
 
 class Endpoint(BaseHTTPRequestHandler):
-    """What --dry-run asks of the black box: its models, and how many tokens it read."""
+    """Endpoint with the responses that --dry-run needs: the list of models and token usage."""
 
     def log_message(self, *_):
         pass
@@ -171,7 +174,7 @@ class Endpoint(BaseHTTPRequestHandler):
 
 @contextmanager
 def endpoint() -> Iterator[str]:
-    """Its base URL, on a free port of loopback."""
+    """Serve :class:`Endpoint` on a free port of localhost; yield the base URL."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
@@ -182,7 +185,7 @@ def endpoint() -> Iterator[str]:
 
 
 class Terse:
-    """A teacher that writes two tokens and scores them, and its reader."""
+    """Teacher and sampler with completions of two tokens and constant scores."""
 
     def sample(self, prompts, samples, seed, temperature=1.0, top_p=1.0, finished=None):
         from seqkd.types import Rollout
@@ -208,7 +211,8 @@ class Terse:
 
 
 def record(file, overrides) -> None:
-    """What seqkd precompute leaves of a configuration, from a :class:`Terse` teacher."""
+    """Write the teacher cache of a configuration as seqkd precompute does, with a :class:`Terse`
+    teacher."""
     from seqkd.checks import preflight
     from seqkd.config import run
     from seqkd.teachers.cache import keep_teachers, open_caches, with_caches

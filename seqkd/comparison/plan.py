@@ -1,4 +1,4 @@
-"""The plan of a comparison: its file, and the run of each method and seed."""
+"""Plan of a comparison: its file, and one run per method and seed."""
 
 from __future__ import annotations
 
@@ -19,32 +19,34 @@ from seqkd.storage import run_directory
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 UNLIMITED = 1_000_000
-"""Steps of a run that only its budget ends."""
+"""Value of ``steps`` for runs that end by their budget."""
 
 
 class Comparison(BaseConfig):
-    """Methods and the budget of each run."""
+    """Methods to compare and the budget of each run."""
 
     name: str = Field(pattern=NAME)
-    """Name of the comparison, and of its directory within runs_dir."""
+    """Name of the comparison and of its directory in runs_dir."""
     config: str
-    """Configuration of every method that names no other, relative to this file's directory."""
+    """Base configuration file, relative to the directory of this file. A method can use another
+    one."""
     budget: BudgetConfig
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0, 1, 2), min_length=1)
-    """Seeds with which every method is run."""
+    """Seeds of every method."""
     overrides: tuple[str, ...] = ()
     """Overrides (key=value) of all methods."""
     methods: dict[Annotated[str, StringConstraints(pattern=NAME)], tuple[str, ...]] = Field(
         min_length=1
     )
-    """Overrides (key=value) of each method, applied after those of all methods. A first element
-    without = is the method's configuration."""
+    """Overrides (key=value) of each method, applied after the overrides of all methods. A first
+    element without "=" is the configuration file of the method."""
     baseline: str | None = None
-    """Method that the others are compared with. If unset: the first one."""
+    """Method that the others are compared with. If unset: the first method."""
     evaluate: tuple[str, ...] | None = None
-    """Arguments of seqkd evaluate, which evaluates the student of every run."""
+    """Arguments of seqkd evaluate, which is run on the student of every run. If unset: it is not
+    run."""
     runs_dir: str = "runs"
-    """Directory of the run directories, as in a configuration."""
+    """Directory of the run directories, as in a run configuration."""
 
     @property
     def against(self) -> str:
@@ -65,7 +67,7 @@ class Comparison(BaseConfig):
 
 @dataclass(frozen=True)
 class Entry:
-    """One run of a comparison."""
+    """Run of a comparison."""
 
     method: str
     seed: int
@@ -81,14 +83,15 @@ def load(path: str | Path) -> Comparison:
 
 
 def directory(entries: Sequence[Entry]) -> Path:
-    """Return the directory that holds all runs."""
+    """Return the directory that contains all runs."""
     return entries[0].directory.parent
 
 
 def entries(comparison: Comparison, path: Path) -> list[Entry]:
-    """Return every run, seed by seed, so that methods can be compared early.
+    """Return all runs, ordered by seed so that all methods have a result early.
 
-    ``path`` is the file of the comparison. Raises ConfigError, which names the invalid method.
+    ``path`` is the file of the comparison. Raises ConfigError, whose message starts with the
+    invalid method.
     """
     return [
         Entry(method, seed, tuple(arguments), config, run_directory.locate(config))

@@ -1,4 +1,4 @@
-"""The results of a comparison, as tables and as comparison.json."""
+"""Results of a comparison, as tables and as comparison.json."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ KINDS: tuple[BudgetKind, ...] = get_args(BudgetKind)
 FIRST = ("reverse_kl_per_token", "forward_kl_per_token", "student_length", "student_eos_rate")
 """Figures shown first: length is always reported with divergence."""
 TEACHER, INITIAL = "(teacher)", "(before)"
-"""In place of a method, whose name has no brackets: the teacher of the baseline's runs, and the
-students before training."""
+"""Table rows that are not methods: the teacher and the untrained student of the baseline's runs.
+Names of methods have no brackets."""
 
 ByMethod = dict[str, dict[str, Estimate]]
-"""By method, by figure."""
+"""Estimates by method and figure."""
 
 
 @dataclass(frozen=True)
@@ -38,15 +38,16 @@ class Tables:
     name: str
     prompts: int
     names: list[str]
-    """Figures that any method has, in the order in which they are shown."""
+    """Figures of any method, in display order."""
     figures: ByMethod
     differences: ByMethod
-    """Differences from the baseline, over the seeds that both have."""
+    """Differences from the baseline, over the seeds of both methods."""
     adjusted: dict[str, dict[str, float]]
-    """By method, by figure: p of the difference, Holm-adjusted over the methods."""
+    """p-values of the differences by method and figure, Holm-adjusted over the methods."""
 
     def verdict(self, method: str, figure: str) -> str:
-        """Return whether the difference from the baseline is significant, in words."""
+        """Return the significance of the difference from the baseline as text, for example
+        "lower (p 0.01)"."""
         estimate = self.differences[method][figure]
         if len(estimate.of_seeds) < 2:
             return "one seed: not tested"
@@ -59,23 +60,23 @@ class Tables:
 
 @dataclass(frozen=True)
 class Result:
-    """The runs of a comparison and their tables, as far as the runs have finished."""
+    """Runs of a comparison, with tables of the finished runs."""
 
     comparison: Comparison
     entries: Sequence[Entry]
     runs: dict[tuple[str, int], Run]
     """Started runs by method and seed."""
     tables: list[Tables]
-    """On the held-out prompts, then on each set of prompts of seqkd evaluate."""
+    """Tables on the held-out prompts, then on each prompt set of seqkd evaluate."""
     problems: list[str]
-    """Limitations of the comparison, one line each."""
+    """Incomplete runs and other limitations, one line each."""
 
     def finished(self, method: str) -> dict[int, Run]:
         """Return the finished runs of one method, by seed."""
         return {s: run for (m, s), run in self.runs.items() if m == method and run.over}
 
     def spent(self, method: str) -> dict[str, float]:
-        """Return the means over the finished runs: "steps", and every kind of budget."""
+        """Return mean costs over the finished runs: "steps" and every kind of budget."""
         runs = self.finished(method).values()
         costs = {"steps": [float(run.done) for run in runs]}
         costs |= {kind: [run.spent(kind) for run in runs] for kind in KINDS}
@@ -83,7 +84,7 @@ class Result:
 
 
 def read(comparison: Comparison, entries: Sequence[Entry]) -> Result:
-    """Read the results so far. Raises DataError where the runs cannot be compared."""
+    """Read the results so far. Raises DataError if the runs cannot be compared."""
     started = [e for e in entries if (e.directory / "metrics.jsonl").exists()]
     runs = {(e.method, e.seed): run_reader.read(e.directory) for e in started}
     finished = [e for e in started if runs[e.method, e.seed].over]
@@ -96,10 +97,10 @@ def read(comparison: Comparison, entries: Sequence[Entry]) -> Result:
             held.setdefault(entry.method, {})[entry.seed] = main
             if entry.method == comparison.against:
                 held.setdefault(INITIAL, {})[entry.seed] = ratios["initial"]
-                of_teacher = {f: main[t] for f, t in TEACHER_FIGURES.items() if t in main}
-                held.setdefault(TEACHER, {})[entry.seed] = of_teacher
-    of_methods = [figure for figure in FIGURES if figure not in TEACHER_FIGURES.values()]
-    order = list(dict.fromkeys((*FIRST, *of_methods)))
+                teacher = {f: main[t] for f, t in TEACHER_FIGURES.items() if t in main}
+                held.setdefault(TEACHER, {})[entry.seed] = teacher
+    student_figures = [figure for figure in FIGURES if figure not in TEACHER_FIGURES.values()]
+    order = list(dict.fromkeys((*FIRST, *student_figures)))
     tables = [_tables("held-out prompts", held, order, comparison)] if held else []
     tables += _evaluated(comparison, finished, runs)
     return Result(comparison, entries, runs, tables, list(_problems(comparison, entries, runs)))
@@ -111,7 +112,7 @@ def _tables(
     order: Sequence[str],
     comparison: Comparison,
 ) -> Tables:
-    """Estimate all figures and differences; ``held``: by method, by seed, by figure."""
+    """Estimate all figures and differences from ``held`` (by method, seed and figure)."""
     methods = [m for m in (TEACHER, INITIAL, *comparison.methods) if m in held]
     present = {figure for seeds in held.values() for row in seeds.values() for figure in row}
     names = [figure for figure in order if figure in present]
@@ -145,14 +146,14 @@ def _tables(
 
 
 def _per_prompt(run: Run) -> dict[str, dict[str, Ratio]]:
-    """Return the held-out figures by stage; empty where none were measured."""
+    """Return the held-out figures by stage; empty if none were measured."""
     return run.evaluation.per_prompt if run.evaluation else {}
 
 
 def _evaluated(
     comparison: Comparison, finished: Sequence[Entry], runs: Mapping[tuple[str, int], Run]
 ) -> Iterator[Tables]:
-    """Yield the tables of each set of prompts that seqkd evaluate has measured."""
+    """Yield the tables of each prompt set of seqkd evaluate."""
     sets: dict[str, dict[str, dict[int, dict[str, Ratio]]]] = {}
     for entry in finished:
         for prompts, evaluation in runs[entry.method, entry.seed].evaluated.items():
@@ -177,8 +178,8 @@ def _refuse_other_prompts(finished: Sequence[Entry]) -> None:
         a, b, *_ = (entry.directory for entry in digests.values())
         raise DataError(
             f"{a} and {b} were measured on different held-out prompts, so they cannot be compared. "
-            "Give all methods the same data.heldout_path (or heldout_split, or heldout_fraction), "
-            "data.system, data.max_prompt_tokens and evaluation.prompts."
+            "Use the same data.heldout_path (or heldout_split, or heldout_fraction), data.system, "
+            "data.max_prompt_tokens and evaluation.prompts for all methods."
         )
 
 
@@ -191,7 +192,7 @@ def _problems(
         if run is None or not run.over:
             yield f"{entry.method}, seed {entry.seed}: {run.state if run else 'not started'}."
         elif "main" not in _per_prompt(run):
-            yield f"{entry.method}, seed {entry.seed}: nothing was measured on held-out prompts."
+            yield f"{entry.method}, seed {entry.seed}: not measured on held-out prompts."
         elif (spent := run.spent(budget.kind)) < budget.amount:
             yield (
                 f"{entry.method}, seed {entry.seed}: the run ended after {spent:g} of "
@@ -199,13 +200,13 @@ def _problems(
             )
     if len(comparison.seeds) < 2:
         yield (
-            "There is one seed: intervals are over prompts only, and no difference is tested. Set "
-            "seeds to three or more."
+            "There is only one seed: intervals are over prompts only, and differences are not "
+            "tested. Set three or more seeds."
         )
 
 
 def write(result: Result, directory: Path) -> None:
-    """Write ``comparison.json``. Raises StorageError where it cannot be written."""
+    """Write ``comparison.json``. Raises StorageError if it cannot be written."""
     comparison = result.comparison
     content: dict[str, Any] = {
         "comparison": comparison.model_dump(mode="json"),

@@ -1,4 +1,4 @@
-"""The runs of a comparison: child processes, and what each has left behind."""
+"""Execution of the runs of a comparison in child processes, and the state of each run."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from seqkd.storage import run_directory, run_reader
 
 
 def is_finished(entry: Entry) -> bool:
-    """Return whether a run is over. ConfigError if it was run with another configuration."""
+    """Return whether a run is finished. Raises ConfigError if it has another configuration."""
     resumption = run_directory.resumption(entry.directory, entry.config, resume=True)
     if set(resumption.trajectory) - {"budget.amount"}:
         raise ConfigError(
-            f"{entry.directory} was run with another configuration:\n"
+            f"{entry.directory} is a run with another configuration:\n"
             + "".join(f"  {line}\n" for line in resumption.changes)
-            + "Set these as they were, choose a new name, or remove the directory."
+            + "Restore these values, choose a new name, or remove the directory."
         )
     started = (entry.directory / "metrics.jsonl").exists()
     return started and not resumption.trajectory and run_reader.read(entry.directory).over
@@ -41,15 +41,15 @@ def outcome(entry: Entry) -> str:
 
 
 class Children:
-    """``seqkd`` commands in processes of their own."""
+    """``seqkd`` commands in child processes."""
 
     def __init__(self) -> None:
         self.running: set[subprocess.Popen[bytes]] = set()
         self.lock, self.stopped = threading.Lock(), False
 
     def run(self, entry: Entry, command: str, *arguments: str) -> bool:
-        """Run ``seqkd command`` and wait; return whether it succeeded. Its output is appended to
-        the log next to the run directory."""
+        """Run ``seqkd command`` and wait; return whether it succeeded. The output is appended to
+        the log file next to the run directory. If the command fails, its error is printed."""
         log = entry.directory.with_name(f"{entry.directory.name}.log")
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("a", encoding="utf-8") as out:
@@ -57,7 +57,7 @@ class Children:
             with self.lock:
                 if self.stopped:
                     return False
-                # In a session of its own: Ctrl-C reaches only this process, which stops the others.
+                # A new session, so that Ctrl-C reaches only this process, which stops the children.
                 child = subprocess.Popen(
                     [sys.executable, "-m", "seqkd", command, *arguments],
                     stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
@@ -71,12 +71,12 @@ class Children:
             first = next((i for i, line in enumerate(lines) if line.startswith("error: ")), -3)
             cause = "\n".join(f"  {line}" for line in lines[first:][:8])
             print_message(
-                "error", f"seqkd {command} ended with exit code {code}; its log is {log}\n{cause}"
+                "error", f"seqkd {command} failed with exit code {code}. Log: {log}\n{cause}"
             )
         return code == 0
 
     def stop(self) -> None:
-        """Tell every child to checkpoint and end, and start no other."""
+        """Terminate all children, which save a checkpoint first, and start no new ones."""
         with self.lock:
             self.stopped = True
             for child in self.running:

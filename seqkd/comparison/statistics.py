@@ -1,13 +1,14 @@
 """Means and differences of methods that were run with several seeds on the same prompts.
 
-Runs and prompts are two crossed samples: another seed would have produced another student, and
-other prompts other figures. With R_s the figure of run s of S and u_i the influence of prompt i of
-P on their mean (the delta method for a ratio of sums), the variance of the mean is estimated by
+Runs and prompts are two crossed samples: another seed would give another student, and other
+prompts would give other figures. Let R_s be the figure of run s of S, and u_i the influence of
+prompt i of P on the mean of the figures (delta method for a ratio of sums). The variance of the
+mean is estimated by
 
-    var(u) / P + var(R) / S,
+    var(u) / P + var(R) / S.
 
-which counts the interaction of the two twice and therefore gives slightly wide intervals, as the
-pigeonhole bootstrap does (Owen 2007, arXiv 0712.1111). Degrees of freedom are those of Welch and
+This counts the interaction of runs and prompts twice, so the intervals are slightly wide, as those
+of the pigeonhole bootstrap (Owen 2007, arXiv 0712.1111). The degrees of freedom follow Welch and
 Satterthwaite.
 """
 
@@ -24,26 +25,26 @@ from seqkd.evaluation.intervals import Array, Ratio
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over runs, with its 95 % interval."""
+    """Mean over runs with its 95 % interval."""
 
     mean: float
     low: float
     high: float
     p: float
-    """Two-sided p-value of mean 0, meaningful for differences."""
+    """Two-sided p-value of the hypothesis that the mean is 0; meaningful for differences."""
     of_seeds: tuple[float, ...]
     """[S] mean of each run."""
 
 
 def estimate(runs: Sequence[Ratio]) -> Estimate:
-    """Estimate a figure of one method from [S] runs, one per seed. The interval of a single run is
-    over prompts only."""
+    """Estimate a figure of one method from [S] runs, one per seed. With a single run, the interval
+    is over prompts only."""
     return _estimate(*map(np.array, zip(*map(_linear, runs), strict=True)))
 
 
 def difference(runs: Sequence[Ratio], baseline: Sequence[Ratio]) -> Estimate:
-    """Estimate runs - baseline, paired by seed and by prompt: [S] runs of each, in the same order.
-    Prompts where only one of a pair is defined are dropped from both."""
+    """Estimate runs - baseline, paired by seed and by prompt, from [S] runs of each in the same
+    order. Prompts where the figure is defined for only one run of a pair are dropped."""
     values, influences = [], []
     for run, other in zip(runs, baseline, strict=True):
         both = ((run.below > 0) & (other.below > 0)).astype(float)
@@ -54,8 +55,8 @@ def difference(runs: Sequence[Ratio], baseline: Sequence[Ratio]) -> Estimate:
 
 
 def holm(p: Mapping[str, float]) -> dict[str, float]:
-    """Adjust p-values for the number of tests (Holm 1979): the smallest family-wise level at which
-    each test is significant."""
+    """Adjust p-values for the number of tests (Holm 1979). An adjusted p-value is the smallest
+    family-wise level at which the test is significant."""
     adjusted, highest = {}, 0.0
     for rank, name in enumerate(sorted(p, key=lambda name: p[name])):
         highest = max(highest, min(1.0, (len(p) - rank) * p[name]))
@@ -64,8 +65,8 @@ def holm(p: Mapping[str, float]) -> dict[str, float]:
 
 
 def _linear(ratio: Ratio) -> tuple[float, Array]:
-    """Return the quotient and [P] the influence of each prompt: P times the quotient's first-order
-    change when the weight of that prompt is doubled."""
+    """Return the quotient and [P] the influence of each prompt: P times the first-order change of
+    the quotient when the weight of the prompt is doubled."""
     below = ratio.below.sum()
     value = ratio.above.sum() / below
     return value, (ratio.above - value * ratio.below) * len(ratio.below) / below

@@ -1,1 +1,1 @@
-"""Measurements of a student on prompts that it was not trained on."""
+"""Evaluation of models on held-out prompts."""

@@ -1,8 +1,8 @@
-"""BARTScore (Yuan et al. 2021, arXiv 2106.11520): how probable one text is, given another, under an
-encoder-decoder model.
+"""BARTScore (Yuan et al. 2021, arXiv 2106.11520): the log-probability of one text given another
+under an encoder-decoder model.
 
-``log p(target | source)`` as the mean over the target's tokens in nats, special tokens included, as
-the authors' code has it. Definitions and what the metric hides: docs/evaluation.md.
+``log p(target | source)`` is the mean over the target's tokens in nats, special tokens included, as
+in the authors' code. Definitions and limitations of the metric: docs/evaluation.md.
 """
 
 from __future__ import annotations
@@ -20,51 +20,53 @@ from seqkd.models.loading import expand, first_line, load_tokenizer, read_config
 
 FIELD = "--bart"
 TOKENS = 1024
-"""Padded tokens of one batch, on either side: with BART's vocabulary its logits are 200 MiB."""
+"""Maximum padded tokens of a batch, per side. With BART's vocabulary its logits are 200 MiB."""
 Pair = tuple[tuple[int, ...], tuple[int, ...]]
 """Token ids of source and target."""
 
 
 @dataclass(frozen=True)
 class BartScore:
-    """Nats per token, at most 0. The nearer to 0, the better."""
+    """BARTScore in nats per token, at most 0. Higher (closer to 0) is better."""
 
     precision: PerPrompt
-    """Reference -> sample."""
+    """log p(sample | reference)."""
     recall: PerPrompt
-    """Sample -> reference."""
+    """log p(reference | sample)."""
     f: PerPrompt
-    """The mean of the two."""
+    """Mean of precision and recall."""
     truncated: int
-    """Different texts, among samples and references, that are longer than the model can read."""
+    """Number of distinct samples and references that were truncated to the model's maximum
+    length."""
 
 
 class BartScorer:
-    """An encoder-decoder model with its tokenizer, in float32.
+    """Encoder-decoder model with its tokenizer, in float32.
 
     Args:
-        model: a directory in transformers' format (safetensors) or a hub name.
-        device: where torch puts it.
+        model: directory in transformers format (safetensors) or hub name.
+        device: torch device of the model.
 
-    Raises ModelError, naming ``--bart`` and the value.
+    Raises ModelError, whose message starts with ``--bart`` and the value.
     """
 
     def __init__(self, model: str, device: str = "cpu") -> None:
         config = read_config(model, FIELD)
         if not config.is_encoder_decoder:
             raise ModelError(
-                f"{FIELD}: {model!r} is of type {config.model_type!r}, which is no encoder-decoder "
-                "model. Name a BART checkpoint, such as facebook/bart-large-cnn."
+                f"{FIELD}: {model!r} has type {config.model_type!r}, which is not an "
+                "encoder-decoder model. Set it to a BART checkpoint, such as "
+                "facebook/bart-large-cnn."
             )
         self.tokenizer = load_tokenizer(model, FIELD)
         if not self.tokenizer("").input_ids or self.tokenizer.pad_token_id is None:
             raise ModelError(
-                f"{FIELD}: the tokenizer of {model!r} adds no token that ends a text, or has none "
-                "for padding. Name a BART checkpoint with its own tokenizer."
+                f"{FIELD}: the tokenizer of {model!r} adds no end-of-text token or has no padding "
+                "token. Set it to a BART checkpoint with its own tokenizer."
             )
         limits = (getattr(config, "max_position_embeddings", None), self.tokenizer.model_max_length)
         self.max_length: int = min(limit for limit in limits if limit)
-        """Tokens of a text that the model reads, special tokens included."""
+        """Maximum tokens of a text, special tokens included."""
         self.model = _load(model).to(device)
 
     def score(
@@ -73,15 +75,16 @@ class BartScorer:
         references: Sequence[Sequence[str]],
         tokens: int = TOKENS,
     ) -> BartScore:
-        """BARTScore of samples against references.
+        """Compute the BARTScore of samples against references.
 
         Args:
-            predictions: [P] the samples of each prompt, at least one.
-            references: [P] the reference texts of each prompt, or none.
+            predictions: [P] samples of each prompt, at least one.
+            references: [P] reference texts of each prompt, possibly none.
             tokens: see :data:`TOKENS`; does not change the result.
 
-        A sample's score is that with the reference of the highest F; a prompt's the mean over its
-        samples. A reference of white space alone is none; a prompt without any is left out.
+        Each sample is scored against the reference with the highest F. The score of a prompt is
+        the mean over its samples. References of only white space are ignored, and prompts without
+        references are skipped.
         """
         usable = [[text for text in texts if text.strip()] for texts in references]
         pairs = [
@@ -110,7 +113,7 @@ class BartScorer:
 
     @torch.no_grad()
     def logprobs(self, pairs: Sequence[Pair], tokens: int = TOKENS) -> list[float]:
-        """Mean log-probability of the target's tokens, given the source, of each pair."""
+        """Return the mean log-probability of the target's tokens given the source, per pair."""
         means: dict[Pair, float] = {}
         for batch in _batches(sorted(dict.fromkeys(pairs), key=_size), tokens):
             sources, source_mask = self._padded([source for source, _ in batch])
@@ -125,7 +128,7 @@ class BartScorer:
         return [means[pair] for pair in pairs]
 
     def _encode(self, text: str) -> tuple[tuple[int, ...], bool]:
-        """Token ids that the model can read, and whether the text was cut for it."""
+        """Return token ids of at most the maximum length, and whether the text was truncated."""
         ids = tuple(self.tokenizer(text, verbose=False).input_ids)
         if len(ids) <= self.max_length:
             return ids, False
@@ -133,7 +136,7 @@ class BartScorer:
         return tuple(cut.input_ids), True
 
     def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """[B][T_i] -> [B, T] ids, and which of them are real."""
+        """Pad [B][T_i] token ids to [B, T]; return them with the mask of real tokens."""
         width = max(map(len, rows))
         pad = self.tokenizer.pad_token_id
         ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows])
@@ -155,13 +158,13 @@ def _load(model: str) -> Any:
         )
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"{FIELD}: {model!r} cannot be loaded: {first_line(error)} Name an encoder-decoder "
-            "checkpoint in safetensors."
+            f"{FIELD}: {model!r} cannot be loaded: {first_line(error)} Set it to an "
+            "encoder-decoder checkpoint in safetensors format."
         ) from None
     if missing := sorted(info["missing_keys"]):
         raise ModelError(
-            f"{FIELD}: {model!r} has no weights for {missing[0]} and {len(missing) - 1} others; "
-            "they would be random. Name a complete checkpoint."
+            f"{FIELD}: {model!r} has no weights for {missing[0]} and {len(missing) - 1} other "
+            "tensors, which would be random. Set it to a complete checkpoint."
         )
     return loaded.eval()
 
@@ -171,7 +174,7 @@ def _size(pair: Pair) -> int:
 
 
 def _batches(pairs: Sequence[Pair], tokens: int) -> Iterator[list[Pair]]:
-    """``pairs``, sorted by size, in batches of at most ``tokens`` padded tokens a side."""
+    """Yield batches of at most ``tokens`` padded tokens per side. ``pairs`` are sorted by size."""
     batch: list[Pair] = []
     for pair in pairs:
         if batch and (len(batch) + 1) * _size(pair) > tokens:

@@ -1,6 +1,6 @@
-"""Whether the student knows where the teacher ends.
+"""Calibration of the student's end-of-sequence probability on the teacher's text.
 
-Definitions, sources and what each metric hides: docs/evaluation.md.
+Definitions, sources and limitations of each metric: docs/evaluation.md.
 """
 
 from __future__ import annotations
@@ -17,53 +17,57 @@ from seqkd.evaluation.intervals import Interval, ratio
 Array = np.ndarray
 
 CERTAIN = 1e-7
-"""A probability nearer to 0 or 1 counts as this near in a logarithm: float32 knows no better."""
+"""Probabilities are clipped to [CERTAIN, 1 - CERTAIN] before a logarithm: the precision of
+float32."""
 EDGES = (0.0, 0.001, 0.01, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-"""Of the bins of a reliability table: tenths, the lowest split, since most states are there."""
+"""Edges of the bins of a reliability table: tenths, with the lowest split further, because most
+states are in it."""
 
 
 @dataclass(frozen=True)
 class ReliabilityBin:
-    """States at which the student gives an end a probability from ``low`` to below ``high``."""
+    """States at which the student's end probability is in [``low``, ``high``)."""
 
     low: float
     high: float
-    """The last bin holds 1 as well."""
+    """Upper edge; the last bin includes 1."""
     states: int
     predicted: float
-    """Mean probability of an end."""
+    """Mean end probability of the student."""
     observed: float
-    """Share of the states at which the teacher ended."""
+    """Share of the states at which the teacher's completion ended."""
 
 
 @dataclass(frozen=True)
 class EndCalibration:
-    """The student's probability of ending at each state of the teacher's text, against whether the
-    teacher ended there."""
+    """Student's end probability at each state of the teacher's text, compared with the ends of the
+    teacher's completions."""
 
     states: int
     observed_ends: int
     expected_ends: float
-    """Sum of the student's probabilities."""
+    """Sum of the student's end probabilities."""
     excess_ends: Interval
-    """(expected - observed) per completion; above 0 the student would end too soon."""
+    """(expected - observed) per completion; above 0 the student would end too early."""
     log_loss: Interval
-    """Of the student's probabilities, nats per state."""
+    """Log loss of the student's end probabilities, nats per state."""
     constant_log_loss: float
-    """Of the observed share of ends, said at every state: what knowing nothing costs."""
+    """Log loss of a constant prediction, the observed share of ends, nats per state: the
+    baseline."""
     calibration_error: float
     """Expected calibration error over :data:`EDGES`, 0 to 1."""
     bins: tuple[ReliabilityBin, ...]
-    """Those that hold a state."""
+    """Non-empty bins."""
 
 
 def end_calibration(probabilities: TokenValues, ended: Sequence[bool]) -> EndCalibration:
-    """Reliability of the end of sequence (Guo et al. 2017 for the table and its error).
+    """Compute the calibration of the end of sequence (Guo et al. 2017 for the reliability table
+    and the calibration error).
 
     Args:
-        probabilities: the student's probability, at each state of the teacher's completions, of any
-            token that ends one.
-        ended: [N] True where the teacher's completion ended, with its last token.
+        probabilities: the student's probability of any end-of-sequence token at each state of the
+            teacher's completions.
+        ended: [N] True if the teacher's completion ended with its last token.
     """
     rows = [np.asarray(row, float) for row in probabilities.values]
     marks = [_mark(len(row), end) for row, end in zip(rows, ended, strict=True)]
@@ -88,7 +92,7 @@ def end_calibration(probabilities: TokenValues, ended: Sequence[bool]) -> EndCal
 
 
 def _mark(states: int, end: bool) -> Array:
-    """[T] bool, True where the completion ended."""
+    """Return [T] bool, True at the state where the completion ended."""
     mark = np.zeros(states, bool)
     mark[-1] = end
     return mark

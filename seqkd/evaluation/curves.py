@@ -1,7 +1,8 @@
-"""What changes along a completion: errors that pile up, and where it ends.
+"""Curves along completions: accumulated error (exposure bias) and survival of completions.
 
-Definitions, sources and what each metric hides: docs/evaluation.md. Intervals are 95 % percentile
-bootstraps over prompts with the same draws as :func:`seqkd.evaluation.intervals.ratio`.
+Definitions, sources and limitations of each metric: docs/evaluation.md. Intervals are 95 %
+percentile bootstraps over prompts with the same draws as
+:func:`seqkd.evaluation.intervals.ratio`.
 """
 
 from __future__ import annotations
@@ -17,28 +18,28 @@ from seqkd.evaluation.intervals import Interval, bootstrap
 Array = np.ndarray
 
 FEWEST = 10
-"""Prompts that must have a completion of some length for a curve to go on to it; all of them where
-there are fewer."""
+"""Minimum number of prompts with a completion of length l for a curve to extend to l; with fewer
+prompts, all of them."""
 
 
 @dataclass(frozen=True)
 class TokenValues:
-    """A number at each token of N completions."""
+    """One value per token of N completions."""
 
     values: Sequence[Sequence[float] | Array]
-    """[N][T_i]"""
+    """[N][T_i] values."""
     prompts: Sequence[int]
     """[N] index of each completion's prompt, from 0."""
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """How long N completions are."""
+    """Lengths of N completions."""
 
     tokens: Sequence[int]
-    """[N] tokens, at least 1, the one that ends it included."""
+    """[N] number of tokens, at least 1, including the end-of-sequence token."""
     ended: Sequence[bool]
-    """[N] True where it ended by itself, False where it was cut."""
+    """[N] True if the completion ended with an end-of-sequence token, False if it was cut."""
     prompts: Sequence[int]
     """[N] index of each completion's prompt, from 0."""
 
@@ -52,36 +53,37 @@ class ExcessAt:
 
     length: int
     percent: Interval | None
-    """None where the student makes no error on the teacher's text."""
+    """None if the student makes no error on the teacher's text."""
 
 
 @dataclass(frozen=True)
 class ExposureBias:
-    """Errors of the student along its own text and along the teacher's (Arora et al. 2022).
-    Entry l - 1 of each curve is that of length l."""
+    """Errors of the student on its own text and on the teacher's text (Arora et al. 2022).
+    Entry l - 1 of each curve is the value at length l."""
 
     regret: tuple[float, ...]
-    """R(l), nats: sum up to l of the mean error at each step, on the student's own text."""
+    """R(l), nats: sum over steps up to l of the mean error on the student's own text."""
     expected: tuple[float, ...]
-    """l eps(l), nats: the same on the teacher's text."""
+    """l eps(l), nats: the same sum on the teacher's text."""
     excess: tuple[float | None, ...]
     """ExAccErr(l) = (R(l) - l eps(l)) / (l eps(l)), percent."""
     student_alive: tuple[int, ...]
-    """Completions with a token l, which the step's mean is of."""
+    """Number of student completions with a token l, over which the mean at step l is taken."""
     teacher_alive: tuple[int, ...]
+    """Number of teacher completions with a token l."""
     at: tuple[ExcessAt, ...]
-    """With intervals, at lengths 1, 2, 4, ... and the last."""
+    """Excess with intervals at lengths 1, 2, 4, ... and the last."""
 
 
 def exposure_bias(student: TokenValues, teacher: TokenValues) -> ExposureBias:
-    """Excess accumulated error over length (arXiv 2204.01171).
+    """Compute the excess accumulated error by length (arXiv 2204.01171).
 
     Args:
         student: forward KL(p(.|s) || q(.|s)) at each state of the student's samples, nats.
-        teacher: the same at each state of the teacher's samples on the same prompts.
+        teacher: the same at each state of the teacher's samples for the same prompts.
 
-    A step's mean is over the completions that have it. The curves end at the last length that
-    :data:`FEWEST` prompts reach in both.
+    The mean at a step is over the completions that have this step. The curves end at the last
+    length that :data:`FEWEST` prompts reach in both sets.
     """
     prompts = 1 + max(*student.prompts, *teacher.prompts)
     own, own_alive = _by_step(student, prompts)
@@ -90,7 +92,7 @@ def exposure_bias(student: TokenValues, teacher: TokenValues) -> ExposureBias:
     tables = [table[:, :steps] for table in (own, own_alive, other, other_alive)]
 
     def curves(weights: Array) -> tuple[Array, Array, Array]:
-        """[C, P] -> regret, expected and excess, [C, steps] each."""
+        """Map [C, P] weights to regret, expected and excess, each [C, steps]."""
         own, own_alive, other, other_alive = (weights @ table for table in tables)
         regret = np.cumsum(_quotient(own, own_alive), 1)
         expected = np.cumsum(_quotient(other, other_alive), 1)
@@ -109,48 +111,51 @@ def exposure_bias(student: TokenValues, teacher: TokenValues) -> ExposureBias:
     )
 
 
-# --- where completions end
+# --- ends of completions
 
 
 @dataclass(frozen=True)
 class Survival:
-    """Kaplan-Meier estimate of how long one model's completions are. Cut completions are
-    censored: they would have gone on for an unknown while."""
+    """Kaplan-Meier estimate of the completion length of one model. Cut completions are censored,
+    because their full length is unknown."""
 
     survival: tuple[float, ...]
-    """Entry l: the share of completions longer than l tokens, from l = 0."""
+    """Entry l: share of completions longer than l tokens, from l = 0."""
     hazard: tuple[float, ...]
-    """Entry l - 1: the share of those with a token l that end with it; 0 where there is none."""
+    """Entry l - 1: share of the completions with a token l that end with it; 0 if there are no
+    such completions."""
     restricted_mean: Interval
     """Mean of min(length, horizon), tokens."""
 
 
 @dataclass(frozen=True)
 class EndComparison:
-    """When the student's completions end, beside the teacher's."""
+    """Ends of the student's completions compared with those of the teacher's completions."""
 
     student: Survival
     teacher: Survival
     horizon: int
-    """Tokens up to which both curves are known: the limit, if nothing was cut before it."""
+    """Number of tokens up to which both curves are known: the token limit, if no completion was
+    cut before it."""
     mean_difference: Interval
     """Student's restricted mean minus the teacher's, tokens, paired over prompts."""
     largest_gap: float
-    """Student's survival minus the teacher's where they differ most, -1 to 1."""
+    """Largest difference, student's survival minus the teacher's, -1 to 1."""
     largest_gap_at: int
-    """The length of that, tokens."""
+    """Length at the largest difference, tokens."""
 
 
 def compare_ends(student: Lengths, teacher: Lengths) -> EndComparison:
-    """Kaplan-Meier survival curves (Kaplan and Meier 1958), their restricted means and the largest
-    gap between them (Kolmogorov-Smirnov), up to the length that both curves are known to."""
+    """Compute Kaplan-Meier survival curves (Kaplan and Meier 1958), their restricted means and the
+    largest gap between them (Kolmogorov-Smirnov), up to the length at which both curves are
+    known."""
     prompts = 1 + max(*student.prompts, *teacher.prompts)
     longest = max(*student.tokens, *teacher.tokens)
     horizon = int(min(_known_to(student), _known_to(teacher), longest))
     tables = [_ends(lengths, prompts, horizon) for lengths in (student, teacher)]
 
     def hazards(weights: Array) -> list[Array]:
-        """[C, P] -> [C, horizon] of the student and of the teacher."""
+        """Map [C, P] weights to the hazards of student and teacher, each [C, horizon]."""
         return [
             np.nan_to_num(_quotient(weights @ events, weights @ at_risk))
             for events, at_risk in tables
@@ -180,16 +185,17 @@ def compare_ends(student: Lengths, teacher: Lengths) -> EndComparison:
 
 @dataclass(frozen=True)
 class LengthRates:
-    """Of each of P prompts, the mean over its completions."""
+    """Means over the completions of each of P prompts."""
 
     length: tuple[float, ...]
-    """[P] tokens, the one that ends it included."""
+    """[P] mean tokens, including the end-of-sequence token."""
     ended: tuple[float, ...]
-    """[P] share that ended by themselves."""
+    """[P] share of completions that ended with an end-of-sequence token."""
 
 
 def length_rates(lengths: Lengths) -> LengthRates:
-    """Length and end rate of each prompt, which must all have a completion."""
+    """Compute length and end rate of each prompt. Raises ValueError if a prompt has no
+    completion."""
     counts = np.bincount(lengths.prompts)
     if not counts.all():
         raise ValueError(f"prompt {int(counts.argmin())} of {len(counts)} has no completion")
@@ -202,7 +208,7 @@ def length_rates(lengths: Lengths) -> LengthRates:
 
 
 def _by_step(tokens: TokenValues, prompts: int) -> tuple[Array, Array]:
-    """[P, T] sums of the values at each step, and how many completions have it."""
+    """Return [P, T] sums of the values at each step, and [P, T] numbers of completions with it."""
     longest = max(map(len, tokens.values))
     sums, alive = np.zeros((prompts, longest)), np.zeros((prompts, longest))
     for row, prompt in zip(tokens.values, tokens.prompts, strict=True):
@@ -212,13 +218,14 @@ def _by_step(tokens: TokenValues, prompts: int) -> tuple[Array, Array]:
 
 
 def _reached(alive: Array) -> int:
-    """Steps that enough prompts reach."""
+    """Return the number of steps that at least :data:`FEWEST` prompts reach."""
     reached = (alive > 0).sum(0)
     return int((reached >= min(FEWEST, reached[0])).sum())
 
 
 def _ends(lengths: Lengths, prompts: int, horizon: int) -> tuple[Array, Array]:
-    """[P, horizon] completions that end with each token, and those that have it."""
+    """Return [P, horizon] numbers of completions that end with each token, and of completions that
+    have it."""
     events, at_risk = np.zeros((prompts, horizon)), np.zeros((prompts, horizon))
     rows = zip(lengths.tokens, lengths.ended, lengths.prompts, strict=True)
     for tokens, ended, prompt in rows:
@@ -229,19 +236,20 @@ def _ends(lengths: Lengths, prompts: int, horizon: int) -> tuple[Array, Array]:
 
 
 def _known_to(lengths: Lengths) -> float:
-    """The length that the survival curve is known to: without end where the longest ended."""
+    """Return the length up to which the survival curve is known: infinite if the longest
+    completions were not cut."""
     longest = max(lengths.tokens)
     cut = [not e for n, e in zip(lengths.tokens, lengths.ended, strict=True) if n == longest]
     return longest if any(cut) else math.inf
 
 
 def _survival(hazard: Array) -> Array:
-    """[C, T] -> [C, T + 1], 1 at length 0."""
+    """Map [C, T] hazards to [C, T + 1] survival, 1 at length 0."""
     return np.cumprod(np.pad(1 - hazard, ((0, 0), (1, 0)), constant_values=1), 1)
 
 
 def _quotient(above: Array, below: Array) -> Array:
-    """NaN where ``below`` is 0."""
+    """Return above / below, NaN where ``below`` is 0."""
     quotient = np.full(above.shape, np.nan)
     np.divide(above, below, out=quotient, where=below != 0)
     return quotient
@@ -251,8 +259,8 @@ def _quotient(above: Array, below: Array) -> Array:
 
 
 def _intervals(figures: Callable[[Array], Array], prompts: int) -> list[Interval | None]:
-    """Return K intervals; ``figures`` maps [C, P] weights of the prompts to [C, K]. None where a
-    figure is not defined; resamples in which it is not defined are dropped."""
+    """Return K intervals; ``figures`` maps [C, P] weights of the prompts to [C, K] figures. An
+    undefined figure has None. Resamples in which a figure is undefined are dropped."""
     values, draws = bootstrap(lambda rows: figures(_counts(rows)), prompts)
     return [
         Interval(float(value), *map(float, np.nanpercentile(drawn, (2.5, 97.5))))

@@ -1,8 +1,8 @@
 """Held-out divergences between student and teacher, with intervals over prompts.
 
-Reverse KL is measured on the student's samples and forward KL on the teacher's, both as the sum
-over a sequence of the exact divergence over the vocabulary at each state (Rao-Blackwellised: the
-same mean as the sampled log-ratio, with less variance).
+Reverse KL is measured on the student's samples and forward KL on the teacher's samples. Both are
+sums over a sequence of the exact divergence over the vocabulary at each state (Rao-Blackwellized:
+the same mean as the sampled log-ratio, with less variance).
 """
 
 from __future__ import annotations
@@ -30,45 +30,46 @@ FIGURES: dict[str, tuple[str, str]] = {
     "student_eos_rate": ("student_ended", "sequences"),
     "teacher_eos_rate": ("teacher_ended", "sequences"),
 }
-"""What is reported, as a ratio of two sums. ``nll`` is -log q of the teacher's text: the forward KL
-up to the teacher's entropy, known for every teacher that writes. ``teacher_nll`` is -log p of the
-student's: how likely the teacher finds it."""
+"""Reported figures as ratios of two sums. ``nll`` is -log q of the teacher's text: the forward KL
+up to the teacher's entropy, available for every teacher that generates text. ``teacher_nll`` is
+-log p of the student's text."""
 TEACHER_FIGURES = {"student_length": "teacher_length", "student_eos_rate": "teacher_eos_rate"}
-"""Figures of the student's completions, with those of the teacher's that they should match."""
+"""Figures of the student's completions, with the teacher's figures that they should match."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """A completion for people to read, and what each of its tokens costs."""
+    """Completion for display, with the divergence of each token."""
 
     rollout: Rollout
     costs: tuple[float, ...] = ()
-    """Reverse KL at each token's state, of the teacher's text forward KL; empty where the teacher's
-    distribution is not known."""
+    """Reverse KL at each token's state for the student's text, forward KL for the teacher's; empty
+    if the teacher's distribution is unknown."""
 
 
 @dataclass(frozen=True)
 class Answers:
-    """All that one model wrote, and what the student thinks of it."""
+    """All completions of one model, with the student's measurements on them."""
 
     rollouts: list[Rollout]
     measured: Measured
-    """Divergences only where the teacher's distribution is known."""
+    """Measurements; divergences only if the teacher's distribution is known."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """Sums over the samples of each prompt, [P] each: P prompts in a fixed order."""
+    """Sums over the samples of each of P prompts, in a fixed order."""
 
     sums: dict[str, Array]
-    """By the names that :data:`FIGURES` uses; divergences only where the teacher's distribution is
-    known."""
+    """[P] sums by the names used in :data:`FIGURES`; divergences only if the teacher's distribution
+    is known."""
     student: tuple[Example, ...]
-    """The first sample of each of the first prompts."""
+    """Student's first sample of each of the first prompts."""
     teacher: tuple[Example, ...]
+    """Teacher's first sample of each of the first prompts."""
 
     def ratios(self) -> dict[str, Ratio]:
-        """Every figure that is known (nats, tokens, shares), prompt by prompt."""
+        """Return every available figure (nats, tokens, shares) with its sums per prompt."""
         return {
             figure: Ratio(self.sums[above], self.sums[below])
             for figure, (above, below) in FIGURES.items()
@@ -76,30 +77,33 @@ class Measurement:
         }
 
     def table(self) -> dict[str, Interval]:
-        """The same over all prompts."""
+        """Return every available figure over all prompts."""
         return {figure: ratio.interval() for figure, ratio in self.ratios().items()}
 
 
 class HeldOut:
-    """Measures the student on fixed prompts; the teacher writes and scores its own answers once."""
+    """Measurement of the student on fixed prompts. The teacher's completions are sampled and scored
+    once."""
 
     def __init__(
         self, workers: Workers, prompts: Sequence[Prompt], samples: int, seed: int, shown: int = 0
     ) -> None:
-        """``shown``: prompts whose first completions are kept for people to read."""
+        """Sample and score the teacher's completions. The first completions of the first ``shown``
+        prompts are kept for display."""
         self.workers, self.prompts, self.seed, self.shown = workers, prompts, seed, shown
         self.samples = [samples] * len(prompts)
         self.teacher_rollouts = workers.teacher_sampler.sample(prompts, self.samples, seed)
         scores = self._scores(self.teacher_rollouts)
-        # Copied: what is read in place takes room in Ray's object store for as long as it is held.
+        # Copied, because tensors that are read in place occupy Ray's object store until released.
         self.teacher_scores = {i: score.map_tensors(Tensor.clone) for i, score in scores.items()}
 
     def measure(self) -> Measurement:
-        """The student as it is now; the same random numbers every time."""
+        """Measure the current student, with the same random numbers at every call."""
         return aggregate_by_prompt(self.prompts, *self.answers(), self.shown)
 
     def answers(self, ends: tuple[int, ...] = ()) -> tuple[Answers, Answers]:
-        """The student's own and the teacher's; ``ends`` as in :class:`seqkd.protocols.Learner`."""
+        """Return the completions of the student and of the teacher; ``ends`` as in
+        :meth:`seqkd.protocols.Learner.measure`."""
         self.workers.sync()
         rollouts = self.workers.student.sample(self.prompts, self.samples, self.seed)
         scored = self.workers.distribution and self.workers.live_teacher
@@ -120,11 +124,11 @@ class HeldOut:
 def aggregate_by_prompt(
     prompts: Sequence[Prompt], student: Answers, teacher: Answers, shown: int = 0
 ) -> Measurement:
-    """All samples, as many of the one as of the other, to sums over those of each prompt; of the
-    first ``shown`` prompts the first samples are kept."""
+    """Sum all measurements over the samples of each prompt. Student and teacher must have the same
+    number of samples. The first samples of the first ``shown`` prompts are kept for display."""
 
     def sums(answers: Answers, values: dict[str, float]) -> Array:
-        """[P] of ``values`` by sample id."""
+        """Return [P] sums of ``values``, which are by sample id."""
         totals = dict.fromkeys((p.prompt_id for p in prompts), 0.0)
         for rollout in answers.rollouts:
             totals[rollout.prompt_id] += values[rollout.sample_id]
@@ -148,7 +152,8 @@ def aggregate_by_prompt(
 
 
 def totals(answers: Answers, name: str) -> dict[str, float]:
-    """Sum over each completion's tokens, by sample id; empty where it is not known."""
+    """Return the sum of a statistic over each completion's tokens, by sample id; empty if the
+    statistic is unavailable."""
     return {
         sample_id: sum(values[name])
         for sample_id, values in answers.measured.items()

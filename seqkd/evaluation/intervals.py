@@ -9,14 +9,14 @@ import numpy as np
 
 RESAMPLES = 10_000
 CHUNK = 500
-"""Resamples that are evaluated at once."""
+"""Number of resamples that are evaluated at once."""
 
 Array = np.ndarray
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with its 95 % bootstrap interval over prompts."""
+    """Mean with its 95 % bootstrap interval over prompts."""
 
     mean: float
     low: float
@@ -27,18 +27,19 @@ class Interval:
 
     @property
     def verdict(self) -> str:
-        """Whether the interval of a difference excludes 0, in words."""
+        """Text that reports whether the interval of a difference excludes 0."""
         return "excludes 0" if self.low > 0 or self.high < 0 else "includes 0"
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """A figure as the quotient of two sums over prompts."""
+    """Figure as the quotient of two sums over prompts."""
 
     above: Array
-    """[P]"""
+    """[P] summands of the numerator."""
     below: Array
-    """[P] 0 at prompts where the figure is not defined; these are dropped."""
+    """[P] summands of the denominator; 0 at prompts where the figure is undefined, which are
+    dropped."""
 
     def interval(self) -> Interval:
         """Return the quotient with a percentile bootstrap over prompts."""
@@ -60,7 +61,7 @@ def ratio(numerator: Array, denominator: Array) -> Interval:
 
 
 def paired_change(before: Ratio, after: Ratio) -> Interval:
-    """Return after - before over the prompts where both are defined, resampled together."""
+    """Return after - before over the prompts where both are defined, with paired resampling."""
     both = (before.below > 0) & (after.below > 0)
     sums = [side[both] for side in (before.above, before.below, after.above, after.below)]
 
@@ -72,13 +73,14 @@ def paired_change(before: Ratio, after: Ratio) -> Interval:
 
 
 def bootstrap(statistic: Callable[[Array], Array], prompts: int) -> tuple[Array, Array]:
-    """Evaluate a statistic on all prompts and on resamples of them, the same at every call.
+    """Evaluate a statistic on all prompts and on resamples of them. The resamples are the same at
+    every call.
 
     Args:
-        statistic: [C, P] prompt indices -> [C, ...] the statistic of each row of indices.
+        statistic: maps [C, P] prompt indices to [C, ...] the statistic of each row of indices.
 
     Returns:
-        [...] the statistic of all prompts, and [RESAMPLES, ...] those of the resamples.
+        [...] the statistic of all prompts, and [RESAMPLES, ...] the statistics of the resamples.
     """
     picks = np.random.default_rng(0).integers(0, prompts, (RESAMPLES, prompts))
     draws = [statistic(picks[low : low + CHUNK]) for low in range(0, RESAMPLES, CHUNK)]

@@ -19,13 +19,13 @@ from seqkd.types import Prompt
 
 @dataclass(frozen=True)
 class PromptSet:
-    """The prompts of an evaluation, with their references."""
+    """Prompts of an evaluation with their references."""
 
     prompts: list[Prompt]
     references: list[Sequence[str]]
-    """Answers from the data set, possibly none, of each prompt."""
+    """Answers from the data set for each prompt, possibly none."""
     decode: Callable[[Sequence[int]], str]
-    """Token ids to text, without special tokens."""
+    """Decoder from token ids to text, without special tokens."""
 
 
 def figures_json(
@@ -107,19 +107,19 @@ def render(evaluation: Mapping[str, Any]) -> str:
 def _curve_lines(curves: Mapping[str, Any]) -> Iterator[str]:
     ends = curves["ends"]
     yield (
-        f"longer than the teacher's by {Interval(**ends['mean_difference'])} tokens "
-        f"(up to {ends['horizon']}; share still generating {ends['largest_gap']:+.3g} at "
-        f"{ends['largest_gap_at']} tokens)"
+        f"mean length difference from the teacher {Interval(**ends['mean_difference'])} tokens "
+        f"(up to {ends['horizon']} tokens); largest difference in the share still generating "
+        f"{ends['largest_gap']:+.3g} at {ends['largest_gap_at']} tokens"
     )
     if "end_calibration" in curves:
         calibration = curves["end_calibration"]
         yield (
-            f"on the teacher's text it expects {calibration['expected_ends']:.3g} ends where there "
-            f"are {calibration['observed_ends']} "
+            f"expected ends on the teacher's text {calibration['expected_ends']:.3g}, observed "
+            f"{calibration['observed_ends']} "
             f"(calibration error {calibration['calibration_error']:.3g})"
         )
     if "exposure_bias" in curves and (last := curves["exposure_bias"]["at"][-1])["percent"]:
         yield (
-            f"excess accumulated error on its own text {Interval(**last['percent'])} % at "
-            f"{last['length']} tokens"
+            f"excess accumulated error on the student's own text {Interval(**last['percent'])} % "
+            f"at {last['length']} tokens"
         )

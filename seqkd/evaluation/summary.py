@@ -1,4 +1,4 @@
-"""The held-out figures of a run: evaluation.json and its text form."""
+"""Held-out figures of a run: evaluation.json and its text form."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def _pairs(stages: list[str]) -> list[tuple[str, str]]:
 
 
 def stage_label(stage: str) -> str:
-    """Return the words for a measurement, named after what preceded it: "after warmup"."""
+    """Return the label of a measurement, for example "before" or "after warmup"."""
     return "before" if stage == "initial" else f"after {stage}"
 
 
@@ -108,15 +108,16 @@ def _example(
 
 
 def _tokens(shown: Example, tokenizer: Any) -> list[tuple[str, float | None]]:
-    """Return each token's own text with its divergence. A character of several tokens belongs to
-    the last of them."""
-    ids, cells, told = shown.rollout.completion_ids, [], ""
+    """Return the text of each token with its divergence. A character that spans several tokens is
+    assigned to the last of them."""
+    ids, cells, shown_text = shown.rollout.completion_ids, [], ""
     costs = shown.costs or (None,) * len(ids)
     for end, cost in enumerate(costs, 1):
         text = tokenizer.decode(ids[:end])
-        whole = text if not text.endswith("\N{REPLACEMENT CHARACTER}") or end == len(ids) else told
-        cells.append((whole[len(told) :], cost))
-        told = whole
+        partial = text.endswith("\N{REPLACEMENT CHARACTER}") and end < len(ids)
+        whole = shown_text if partial else text
+        cells.append((whole[len(shown_text) :], cost))
+        shown_text = whole
     return cells
 
 
@@ -131,7 +132,7 @@ def _wrapped(who: str, text: str) -> str:
 
 
 def closing(directory: Path, stage_seconds: Mapping[str, float], seconds: float) -> str:
-    """Return the last lines of a run: time by stage, and paths."""
+    """Return the last lines of a run: time by stage and paths."""
     stages = ", ".join(f"{stage} {spent:.0f} s" for stage, spent in stage_seconds.items())
     adapter = directory / "student_adapter"
     return (
@@ -145,7 +146,7 @@ def closing(directory: Path, stage_seconds: Mapping[str, float], seconds: float)
 
 
 Token = tuple[str, float | None]
-"""Text and divergence in nats; None where it is not known."""
+"""Text and divergence in nats; None if the divergence is unknown."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ class Completions:
     prompt: str
     completions: dict[str, str]
     tokens: dict[str, list[Token]]
-    """By author, for completions with known per-token divergences."""
+    """Tokens by author, for completions with known per-token divergences."""
 
 
 @dataclass(frozen=True)
@@ -165,16 +166,16 @@ class Evaluation:
     prompts: int
     interval: str
     figures: dict[str, dict[str, Interval]]
-    """By stage ("initial" first), by figure."""
+    """Intervals by stage ("initial" first) and figure."""
     changes: dict[str, dict[str, Interval]]
-    """By figure, by "before -> after"; paired over prompts."""
+    """Changes, paired over prompts, by figure and "before -> after"."""
     per_prompt: dict[str, dict[str, Ratio]]
-    """Sums of each prompt, by stage, by figure."""
+    """Sums of each prompt by stage and figure."""
     examples: list[Completions]
 
 
 def number(row: Mapping[str, Any], key: str) -> float | None:
-    """Return a number of a row; None where it is missing or not finite."""
+    """Return a number of a row; None if it is missing or not finite."""
     value = row.get(key)
     finite = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     return float(value) if finite else None  # type: ignore[arg-type]
@@ -194,7 +195,7 @@ def read_figures(file: Path) -> Evaluation:
 
 
 def ratios(rows: Mapping[str, Any]) -> dict[str, Ratio]:
-    """Read what :meth:`seqkd.evaluation.intervals.Ratio.plain` wrote, by figure."""
+    """Read ratios by figure, as written by :meth:`seqkd.evaluation.intervals.Ratio.plain`."""
     return {
         name: Ratio(np.array(sums["above"], dtype=float), np.array(sums["below"], dtype=float))
         for name, sums in rows.items()

@@ -1,6 +1,6 @@
-"""All figures of the completions of several models, side by side.
+"""Figures of the completions of several models, side by side.
 
-Definitions, units and what each figure hides: docs/evaluation.md.
+Definitions, units and limitations of each figure: docs/evaluation.md.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ FIGURES = (
     "bartscore_f", "bartscore_precision", "bartscore_recall", "length", "ended", "repetition",
     "distinct1", "distinct2", "distinct3", "self_bleu",
 )  # fmt: skip
-"""Rows of the table in order: names of the figures in evaluation.json."""
+"""Rows of the table in order, by their names in evaluation.json."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class ModelOutputs:
 
     answers: Answers
     on_teacher: Answers | None = None
-    """The teacher's completions as this student measures them; None for the teacher itself and
-    without a teacher."""
+    """Teacher's completions as measured by this student; None for the teacher itself and without a
+    teacher."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Figures:
     """Figures of all prompts together, without an interval."""
 
     def table(self) -> dict[str, Interval]:
-        """Return every known figure."""
+        """Return every available figure."""
         intervals = {name: ratio.interval() for name, ratio in self.ratios.items()}
         if (nll := intervals.pop("nll_per_token", None)) is not None:
             intervals["perplexity"] = Interval(*map(math.exp, asdict(nll).values()))
@@ -76,8 +76,8 @@ def figures(
     """
     groups = by_prompt(written.answers.rollouts, prompts)
     texts = [[decode(without_eos(r)) for r in group] for group in groups]
-    of_reference = rouge(texts, references)
-    text = {name: getattr(of_reference, name) for name in ("rouge1", "rouge2", "rougeL")}
+    rouge_scores = rouge(texts, references)
+    text = {name: getattr(rouge_scores, name) for name in ("rouge1", "rouge2", "rougeL")}
     if bart is not None:
         scored = bart.score(texts, references)
         text |= {
@@ -86,8 +86,8 @@ def figures(
     rates = length_rates(_lengths(written.answers, prompts))
     text |= {"length": per_prompt(rates.length), "ended": per_prompt(rates.ended)}
     text |= {"repetition": repeated(groups), "self_bleu": self_bleu(texts)}
-    said = [without_eos(r) for r in written.answers.rollouts]
-    shares = {f"distinct{n}": distinct(said, n) for n in (1, 2, 3)}
+    token_ids = [without_eos(r) for r in written.answers.rollouts]
+    shares = {f"distinct{n}": distinct(token_ids, n) for n in (1, 2, 3)}
     whole = {name: share for name, share in shares.items() if share is not None}
     ratios = {}
     if written.on_teacher is not None:
@@ -104,7 +104,7 @@ def figures(
 
 
 def changes(before: Figures, after: Figures) -> dict[str, Interval]:
-    """Return after - before of every figure with a value per prompt, prompts resampled together."""
+    """Return after - before for every figure with a value per prompt, with paired resampling."""
     both = [name for name in FIGURES if name in before.ratios.keys() & after.ratios.keys()]
     pairs = {name: (before.ratios[name], after.ratios[name]) for name in both}
     return {
@@ -113,8 +113,8 @@ def changes(before: Figures, after: Figures) -> dict[str, Interval]:
 
 
 def curves(written: ModelOutputs, prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """Of one student, as plain data: exposure bias, and where its completions end beside the
-    teacher's; what is not known is left out."""
+    """Compute the curves of one student as plain data: the ends of its completions compared with
+    the teacher's, and exposure bias and end calibration if they are available."""
     assert written.on_teacher is not None
     teacher_text, own_text = written.answers, written.on_teacher
     curves_json: dict[str, Any] = {

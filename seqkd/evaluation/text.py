@@ -1,6 +1,6 @@
-"""How close samples are to reference texts, and how much they differ among themselves.
+"""Text metrics: similarity of samples to reference texts, diversity and repetition.
 
-Definitions, sources and what each metric hides: docs/evaluation.md.
+Definitions, sources and limitations of each metric: docs/evaluation.md.
 """
 
 from __future__ import annotations
@@ -22,28 +22,29 @@ ROUGE = ("rouge1", "rouge2", "rougeL")
 
 @dataclass(frozen=True)
 class PerPrompt:
-    """A metric at the prompts where it is defined: D of all prompts, in their order."""
+    """Metric at the D prompts where it is defined, in the order of the prompts."""
 
     values: tuple[float, ...]
     """[D] mean over the samples of each prompt."""
     prompts: tuple[int, ...]
-    """[D] which prompts these are."""
+    """[D] indices of these prompts."""
     left_out: int
-    """Prompts where the metric is not defined."""
+    """Number of prompts where the metric is undefined."""
 
     def interval(self) -> Interval | None:
-        """Mean over prompts with its bootstrap interval; None where no prompt is left."""
+        """Return the mean over prompts with its bootstrap interval; None if the metric is undefined
+        at every prompt."""
         return self.ratio().interval() if self.values else None
 
     def ratio(self) -> Ratio:
-        """The same over all prompts."""
+        """Return the metric as a ratio over all prompts."""
         above, below = np.zeros((2, len(self.values) + self.left_out))
         above[list(self.prompts)], below[list(self.prompts)] = self.values, 1.0
         return Ratio(above, below)
 
 
 def per_prompt(values: Sequence[float | None]) -> PerPrompt:
-    """[P] values of all prompts, None where not defined."""
+    """Convert [P] values of all prompts, None where the metric is undefined."""
     present = [(i, value) for i, value in enumerate(values) if value is not None]
     return PerPrompt(
         tuple(float(value) for _, value in present),
@@ -53,7 +54,7 @@ def per_prompt(values: Sequence[float | None]) -> PerPrompt:
 
 
 def column(rows: Sequence[Sequence[float] | None], i: int) -> PerPrompt:
-    """The ``i``-th of several values of each of [P] prompts, None where not defined."""
+    """Convert the ``i``-th value of each of [P] rows, None where the metrics are undefined."""
     return per_prompt([None if row is None else row[i] for row in rows])
 
 
@@ -67,18 +68,18 @@ class Rouge:
 
 
 def rouge(predictions: Sequence[Sequence[str]], references: Sequence[Sequence[str]]) -> Rouge:
-    """ROUGE-1, -2 and -L (Lin 2004) by the rouge_score package with its Porter stemmer.
+    """Compute ROUGE-1, -2 and -L (Lin 2004) with the rouge_score package and its Porter stemmer.
 
     Args:
-        predictions: [P] the samples of each prompt, at least one.
-        references: [P] the reference texts of each prompt, or none.
+        predictions: [P] samples of each prompt, at least one.
+        references: [P] reference texts of each prompt, possibly none.
 
-    A sample's score is that with the best of the references, for each variant apart (rouge_score's
-    ``score_multi``); a prompt's the mean over its samples. A sample without words has 0. A
-    reference without words (to ROUGE: runs of a-z and 0-9) is none; a prompt without any is left
-    out.
+    Each sample is scored against the best reference, separately for each variant (rouge_score's
+    ``score_multi``). The score of a prompt is the mean over its samples. A sample without words
+    scores 0. References without words (in ROUGE, runs of a-z and 0-9) are ignored, and prompts
+    without references are skipped.
     """
-    from rouge_score.rouge_scorer import RougeScorer  # a second, which a run need not wait for
+    from rouge_score.rouge_scorer import RougeScorer  # takes a second, so imported only if used
     from rouge_score.tokenizers import DefaultTokenizer
 
     scorer = RougeScorer(list(ROUGE), use_stemmer=True)
@@ -94,12 +95,12 @@ def rouge(predictions: Sequence[Sequence[str]], references: Sequence[Sequence[st
 
 
 def self_bleu(samples: Sequence[Sequence[str]]) -> PerPrompt:
-    """Self-BLEU (Zhu et al. 2018), 0 to 100: BLEU of each sample against the other samples of the
-    same prompt, mean over samples. Sentence BLEU by sacrebleu: up to 4-grams, as far as a text has
-    them (effective order), 13a tokens, exponential smoothing.
+    """Compute Self-BLEU (Zhu et al. 2018), 0 to 100: the BLEU of each sample against the other
+    samples of the same prompt, averaged over samples. Sentence BLEU by sacrebleu: up to 4-grams, or
+    fewer for shorter texts (effective order), 13a tokenization, exponential smoothing.
 
     Args:
-        samples: [P] texts of each prompt. A prompt with one sample is left out.
+        samples: [P] texts of each prompt. Prompts with one sample are skipped.
     """
     from sacrebleu.metrics.bleu import BLEU
 
@@ -117,28 +118,28 @@ def self_bleu(samples: Sequence[Sequence[str]]) -> PerPrompt:
 
 
 def distinct(completions: Sequence[Sequence[int]], n: int) -> float | None:
-    """distinct-n (Li et al. 2016), 0 to 1: different n-grams over all n-grams of all completions,
-    in token ids; none reaches over two completions. None where all are shorter than n.
+    """Compute distinct-n (Li et al. 2016), 0 to 1: the number of distinct n-grams of token ids over
+    the number of all n-grams, within completions. None if all completions are shorter than n.
 
     Args:
-        completions: token ids, without the token that ends them (:func:`without_eos`).
+        completions: token ids without the end-of-sequence token (:func:`without_eos`).
     """
     grams = [tuple(ids[i : i + n]) for ids in completions for i in range(len(ids) - n + 1)]
     return len(set(grams)) / len(grams) if grams else None
 
 
 def without_eos(rollout: Rollout) -> tuple[int, ...]:
-    """The completion's token ids without the end-of-sequence token."""
+    """Return the completion's token ids without the end-of-sequence token."""
     ids = rollout.completion_ids
     return ids[:-1] if rollout.finish_reason == "stop" else ids
 
 
 def repeated(rollouts: Sequence[Sequence[Rollout]]) -> PerPrompt:
-    """:func:`seqkd.evaluation.text.repetition` (4-grams, 0 to 1) of the completions of each prompt.
+    """Compute :func:`repetition` (4-grams, 0 to 1) of the completions of each prompt.
 
     Args:
-        rollouts: [P] the completions of each prompt. A prompt whose completions are all shorter
-            than 4 tokens is left out.
+        rollouts: [P] completions of each prompt. Prompts whose completions are all shorter than 4
+            tokens are skipped.
     """
     return per_prompt(
         [
@@ -153,8 +154,8 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def repetition(rollouts: Sequence[Rollout], n: int = 4) -> float:
-    """Share of the completions' n-grams that occurred before in the same completion; 0 where all
-    are shorter."""
+    """Compute the share of n-grams that occurred earlier in the same completion; 0 if all
+    completions are shorter than n."""
     seen = repeated = 0
     for rollout in rollouts:
         ids = rollout.completion_ids

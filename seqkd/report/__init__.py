@@ -1,4 +1,4 @@
-"""Runs and comparisons as one HTML page that needs no network, script or font."""
+"""Reports of runs and comparisons: one HTML page without network access, scripts or fonts."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from seqkd.storage.run_reader import read
 def write(directories: Sequence[Path], out: Path, refresh: float | None = None) -> bool:
     """Write the page of these run directories; return whether all runs are finished.
 
-    Until then a page with ``refresh`` reloads itself every ``refresh`` seconds. Raises DataError
-    where a directory is no run's, StorageError where the page cannot be written.
+    If a run is not finished, the page reloads itself every ``refresh`` seconds. Raises DataError if
+    a directory is not a run directory, StorageError if the page cannot be written.
     """
     runs = [read(directory) for directory in directories]
     over = all(run.over for run in runs)

@@ -1,4 +1,4 @@
-"""The page of a comparison of methods."""
+"""Report page of a comparison of methods."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ EVALUATED = (*FIRST[:2], "rougeL", "bartscore_f", "length", "ended")
 """Figures of seqkd evaluate that are shown first."""
 ARROWS = {"higher": "↑", "lower": "↓"}
 """Marks of a significant difference, by the first word of its verdict."""
-OTHERS = {TEACHER: "the teacher", INITIAL: "before training"}
-"""Rows of a table that are no method."""
+OTHERS = {TEACHER: "teacher", INITIAL: "before training"}
+"""Labels of the table rows that are not methods."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One method in the table of a figure."""
+    """Row of one method in the table of a figure."""
 
     head: Key | str
-    """A name where it is the teacher or the untrained student."""
+    """Key of the method, or the label of the teacher or the untrained student."""
     estimate: Estimate | None
     difference: Estimate | None
     verdict: str
     arrow: str
-    """Empty where the difference is not significant."""
+    """Mark of a significant difference; empty if it is not significant."""
     baseline: bool
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure of all methods; its intervals have a common axis from ``low`` to ``high``."""
+    """Figure of all methods. Its intervals have a common axis from ``low`` to ``high``."""
 
     name: str
     first: bool
-    """Whether it is shown unfolded and in the overview."""
+    """True if the figure is expanded and part of the overview."""
     rows: list[Row]
     low: float
     high: float
@@ -54,7 +54,7 @@ class Figure:
     teacher: Estimate | None
 
     def at(self, value: float) -> float:
-        """Return the place of a value on the axis in percent."""
+        """Return the position of a value on the axis in percent."""
         return round(4 + 92 * (value - self.low) / ((self.high - self.low) or 1), 2)
 
     @property
@@ -67,7 +67,7 @@ class Figure:
 
 
 def write(result: Result, out: Path) -> None:
-    """Write the page. Raises StorageError where it cannot be written."""
+    """Write the page. Raises StorageError if it cannot be written."""
     save(render(result, out.parent), out)
 
 
@@ -106,7 +106,7 @@ def render(result: Result, place: Path) -> str:
 
 
 def methods(result: Result) -> dict[str, Key]:
-    """Return how each method is named and drawn, in their order."""
+    """Return the label and style of each method, in the order of the plan."""
     names = result.comparison.methods
     return {name: Key(index, f"{index + 1}. {name}") for index, name in enumerate(names)}
 
@@ -125,14 +125,14 @@ def facts(result: Result, keys: dict[str, Key]) -> dict[str, str]:
 
 
 def budget(config: BudgetConfig) -> str:
-    """Return the budget in words: "30 000 trained tokens"."""
+    """Return the budget as text, for example "30 000 trained tokens"."""
     if config.kind == "seconds":
         return f"{wording.duration(config.amount)} of training steps"
     return f"{wording.count(config.amount)} {metric(config.kind).label}"
 
 
 def figures(tables: Tables, result: Result, keys: dict[str, Key]) -> Iterator[Figure]:
-    """Yield the figures of one set of prompts, those that are shown first at the beginning."""
+    """Yield the figures of one set of prompts; the figures of the overview come first."""
     order = FIRST if tables is result.tables[0] else EVALUATED
     baseline = result.comparison.against
     for name in sorted(tables.names, key=lambda name: name not in order):
@@ -171,7 +171,7 @@ def costs(result: Result, keys: dict[str, Key]) -> Table:
 
 
 def _quality(result: Result, keys: dict[str, Key]) -> Iterator[tuple[str, list[Panel]]]:
-    """Yield the first figures against every cost, the budget first."""
+    """Yield plots of the first figures against every cost, the kind of the budget first."""
     kind = result.comparison.budget.kind
     runs = {key: list(result.finished(name).values()) for name, key in keys.items()}
     axes: list[CostAxis] = [kind, "steps", *(k for k in KINDS if k not in (kind, "prompts"))]
@@ -185,10 +185,10 @@ def _quality(result: Result, keys: dict[str, Key]) -> Iterator[tuple[str, list[P
 def _notes(result: Result) -> Iterator[str]:
     over = sum(run.over for run in result.runs.values())
     if over < len(result.entries):
-        yield f"{over} of {len(result.entries)} runs are finished; all figures are from those."
+        yield f"{over} of {len(result.entries)} runs are finished. Figures are of finished runs."
     yield from result.problems
     baseline = result.comparison.against
     if not result.finished(baseline):
-        yield f"No run of the baseline, {baseline}, is finished: nothing can be compared yet."
+        yield f"No run of the baseline {baseline} is finished, so there are no differences yet."
     for run in result.runs.values():
         yield from (f"{run.name}: {problem}" for problem in run.problems)

@@ -1,4 +1,4 @@
-"""Series over the steps of a run: columns, cumulative costs, smooth curves, held-out figures."""
+"""Data of plots: metrics by step, cumulative costs, smoothed curves, held-out figures."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from seqkd.storage.run_reader import Run
 
 Array = np.ndarray
 CostAxis = Literal["steps"] | BudgetKind
-"""The horizontal axis of a plot: steps, or a kind of cost."""
+"""Horizontal axis of a plot: steps or a kind of cost."""
 POINTS = 300
-"""The largest number of points of a curve."""
+"""Maximum number of points of a curve."""
 
 
 def column(rows: Sequence[Row], key: str) -> Array:
-    """Return [N] values of a metric, nan where it is not known."""
+    """Return [N] values of a metric, NaN where it is missing."""
     values = [number(row, key) for row in rows]
     return np.array([np.nan if v is None else v for v in values], dtype=float)
 
 
 def spent(run: Run, on: CostAxis) -> Array:
-    """Return [N + 1] the cumulative cost before each row and after the last, seconds in minutes."""
+    """Return [N + 1] the cumulative cost before each row and after the last. Seconds are converted
+    to minutes."""
     if on == "steps":
         return np.array([row["step"] for row in run.rows] + [run.done], dtype=float)
     each = np.array(run.costs(on)) / (60 if on == "seconds" else 1)
@@ -35,29 +36,31 @@ def spent(run: Run, on: CostAxis) -> Array:
 
 
 def spent_before(run: Run, on: CostAxis, step: float | Array) -> Array:
-    """Return the cumulative cost before steps, which need not be those of the rows."""
+    """Return the cumulative cost before ``step``, interpolated between rows."""
     return np.asarray(np.interp(step, spent(run, "steps"), spent(run, on)))
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One metric over one phase, [M] each."""
+    """Curve of one metric over one phase, M points."""
 
     x: Array
+    """[M] position on the horizontal axis."""
     low: Array
+    """[M] minimum over the steps of a point."""
     high: Array
-    """The least and the greatest value of the steps that a point stands for."""
+    """[M] maximum over the steps of a point."""
     y: Array
-    """Moving mean, or the mean of the steps that a point stands for."""
+    """[M] moving mean, or the mean over the steps of a point."""
     window: int
     """Number of steps in a mean."""
 
 
 def curves(run: Run, key: str, x: Array) -> Iterator[Curve]:
-    """Yield one curve per phase, over the rows where the metric is known.
+    """Yield one curve per phase over the rows that have the metric.
 
-    ``x`` [N] is the place of each row. With up to :data:`POINTS` rows the mean is a centered one
-    over about a tenth of the phase; with more, each point stands for several steps.
+    ``x`` [N] is the position of each row. With up to :data:`POINTS` rows, the curve is a centered
+    moving mean over about a tenth of the phase. With more rows, each point combines several steps.
     """
     values = column(run.rows, key)
     steps = np.array([row["step"] for row in run.rows])
@@ -82,7 +85,7 @@ def curves(run: Run, key: str, x: Array) -> Iterator[Curve]:
 
 
 def moving_mean(values: Array, half: int) -> Array:
-    """Return [N] the mean of each value and up to ``half`` values on either side."""
+    """Return [N] the mean of each value with up to ``half`` values on either side."""
     sums = np.concatenate([[0.0], np.cumsum(values)])
     index = np.arange(len(values))
     first, last = np.maximum(index - half, 0), np.minimum(index + half + 1, len(values))
@@ -90,8 +93,9 @@ def moving_mean(values: Array, half: int) -> Array:
 
 
 def paths(runs: Sequence[Run], figure: str, on: CostAxis) -> tuple[Array, list[Array]] | None:
-    """Return [2, M] the means over the runs at the measurements that all of them have, and [2, N]
-    all measurements of each run: cost and held-out figure. None where no run has the figure."""
+    """Return costs and held-out figures of several runs: [2, M] means over the runs at the
+    measurements that all runs have, and [2, N] all measurements of each run. None if no run has the
+    figure."""
     measured = []
     for run in runs:
         stages = sorted((step, s, row) for s, (step, row) in run.figures.items() if figure in row)

@@ -1,4 +1,4 @@
-"""The model card of a distilled student: README.md next to its weights, in the hub's format."""
+"""Model card of a distilled student: README.md next to its weights, in the hub's format."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def write(run: Path, config: Config, evaluation: Mapping[str, Any] | None) -> No
         license=license_.get("license"),
         pruned=isinstance(config.student.init, PruneInitConfig),
         samplers=SAMPLERS,
-        tokens=learnt_tokens(run / "metrics.jsonl"),
+        tokens=trained_tokens(run / "metrics.jsonl"),
         version=version("seqkd"),
         yaml=yaml.safe_dump(_shaping_options(config), sort_keys=False, allow_unicode=True),
     )
@@ -57,8 +57,8 @@ def write(run: Path, config: Config, evaluation: Mapping[str, Any] | None) -> No
 
 
 def metadata(config: Config, license_: Mapping[str, Any]) -> ModelCardData:
-    """Front matter of the card. The hub has no relation for pruning: a pruned student is a finetune
-    of its source with a tag."""
+    """Return the front matter of the card. The hub has no relation for pruning, so a pruned student
+    is a finetune of its source with the tag "pruned"."""
     base = hub_name(config.student.model)
     data = config.data
     paths = (data.path, data.heldout_path, data.corpus_path)
@@ -82,7 +82,7 @@ def hub_name(name: str) -> str | None:
 
 
 def license_of(model: str) -> dict[str, str]:
-    """License fields of the model's own card; empty if there is no card or no license in it."""
+    """Return the license fields of the model's own card; empty if there is no card or license."""
     from transformers.utils.hub import cached_file
 
     try:
@@ -104,8 +104,8 @@ def license_of(model: str) -> dict[str, str]:
     return {key: str(fields[key]) for key in LICENSE if fields.get(key)}
 
 
-def learnt_tokens(metrics: Path) -> Counter[str]:
-    """Count the completion tokens in the loss, by sampler, without those of skipped steps."""
+def trained_tokens(metrics: Path) -> Counter[str]:
+    """Count the completion tokens in the loss by sampler, excluding skipped steps."""
     tokens: Counter[str] = Counter()
     for row in read_rows(metrics)[0]:
         if row.get("skipped"):
@@ -118,8 +118,8 @@ def learnt_tokens(metrics: Path) -> Counter[str]:
 
 
 def _shaping_options(config: Config) -> dict[str, Any]:
-    """Every value that shapes the student, without those that say where and how the run was
-    carried out."""
+    """Return every option that affects the student, without the options that only affect
+    execution."""
 
     def shaping(value: Any) -> Any:
         if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""What pages share: templates, tables, and the settings that differ between configurations."""
+"""Common parts of report pages: templates, tables and differences between configurations."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from seqkd.storage.run_directory import flat
 
 
 class Table(NamedTuple):
-    """A table; the first cell of each row is its head."""
+    """Table of a page. The first cell of each row is its heading."""
 
     label: str
     heads: Sequence[str | Key]
@@ -43,7 +43,7 @@ def render(template: str, **values: Any) -> str:
 
 
 def save(text: str, out: Path) -> None:
-    """Write the page atomically. Raises StorageError where it cannot be written."""
+    """Write the page atomically. Raises StorageError if it cannot be written."""
     with disk_errors(out):
         atomic_write(out, text)
 
@@ -51,14 +51,14 @@ def save(text: str, out: Path) -> None:
 def figure_table(
     label: str, figures: Mapping[Any, Mapping[str, Any]], names: Sequence[str]
 ) -> Table:
-    """Return a row per figure and a column per stage, model or run."""
+    """Return a table with a row per figure and a column per stage, model or run."""
     present = [name for name in names if any(name in column for column in figures.values())]
     rows = [[labeled(name), *(column.get(name) for column in figures.values())] for name in present]
     return Table(label, ["Figure", *figures], rows)
 
 
 def change_table(evaluation: Evaluation, between: Callable[[str], str]) -> Table:
-    """Return a row per paired change; ``between`` puts the names of the pair into words."""
+    """Return a table with a row per paired change; ``between`` formats the names of the pair."""
     rows = [
         [labeled(name), between(pair), wording.change(change)]
         for name, pairs in evaluation.changes.items()
@@ -69,10 +69,10 @@ def change_table(evaluation: Evaluation, between: Callable[[str], str]) -> Table
 
 
 def differing(configs: Sequence[Config | None], keys: Sequence[Key]) -> Table:
-    """Return the settings that differ between configurations.
+    """Return a table of the settings that differ between configurations.
 
-    Omitted are the name and directory of a run, keys within a section that another configuration
-    does not have, and options that exist for one kind only and have one value there.
+    These settings are omitted: the name and directory of a run, keys within a section that another
+    configuration does not have, and options that exist for one kind only and have only one value.
     """
     settings = [flat(config) if config else {} for config in configs]
 
@@ -87,13 +87,13 @@ def differing(configs: Sequence[Config | None], keys: Sequence[Key]) -> Table:
     def implied(name: str) -> bool:
         parts = name.split(".")[:-1]
         above = {".".join(parts[: i + 1]) for i in range(len(parts))}
-        of_one_kind = f"{'.'.join(parts)}.kind" in rows and len(set(rows[name]) - {"–"}) == 1
-        return bool(above & rows.keys()) or of_one_kind
+        single_kind = f"{'.'.join(parts)}.kind" in rows and len(set(rows[name]) - {"–"}) == 1
+        return bool(above & rows.keys()) or single_kind
 
     cells = [[name, *row] for name, row in rows.items() if not implied(name)]
     return Table("Differences between the configurations", ["Key", *keys], cells)
 
 
 def shared(values: Sequence[Any]) -> Any:
-    """Return the value that all have in common, else None."""
+    """Return the value if all values are equal, else None."""
     return values[0] if all(value == values[0] for value in values) else None

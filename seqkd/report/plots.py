@@ -1,4 +1,4 @@
-"""The plots of a page: metrics over steps or cost, held-out figures over cost, stage times."""
+"""Plots of a page: metrics over steps or cost, held-out figures over cost, stage times."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ SECTIONS = {
     ),
     "Mixture with the teacher": ("teacher_samples", "mean_weight", "effective_sample_size"),
 }  # fmt: skip
-"""Metrics of metrics.jsonl with a plot of their own over the steps."""
+"""Metrics of metrics.jsonl that are plotted over steps, by heading."""
 HELD_OUT = {
     "reverse_kl_per_token": "reverse_kl_per_token",
     "forward_kl_per_token": "forward_kl_per_token",
     "length": "student_length",
     "eos_rate": "student_eos_rate",
 }
-"""Metrics with the figure that is the same on held-out prompts."""
+"""Metrics with the corresponding held-out figure."""
 COSTS: tuple[CostAxis, ...] = ("learner_tokens", "seconds")
-"""Axes of the divergences in addition to the steps."""
+"""Additional horizontal axes for the divergences."""
 
 
 def axis_title(on: CostAxis) -> str:
@@ -46,7 +46,7 @@ def axis_title(on: CostAxis) -> str:
 
 
 def curve_panels(runs: Sequence[Run]) -> Iterator[tuple[str, list[Panel]]]:
-    """Yield headings with their plots; headings without any are omitted."""
+    """Yield headings with their plots; headings without plots are omitted."""
     plotted: dict[str, list[tuple[str, CostAxis]]] = {
         heading: [(name, "steps") for name in names] for heading, names in SECTIONS.items()
     }
@@ -59,7 +59,7 @@ def curve_panels(runs: Sequence[Run]) -> Iterator[tuple[str, list[Panel]]]:
 
 
 def curve_panel(runs: Sequence[Run], name: str, on: CostAxis = "steps") -> Panel | None:
-    """Plot one metric of all runs; None where no run has it."""
+    """Plot one metric of all runs; None if no run has it."""
     lines = list(_lines(runs, name))
     if not lines:
         return None
@@ -77,12 +77,12 @@ def curve_panel(runs: Sequence[Run], name: str, on: CostAxis = "steps") -> Panel
 
 
 def cost_panel(figure: str, methods: Mapping[Key, Sequence[Run]], on: CostAxis) -> Panel | None:
-    """Plot a held-out figure of each method against a cost: seeds thin, their mean thick; None
-    where no run has the figure."""
+    """Plot a held-out figure of each method against a cost: thin lines for seeds, a thick line for
+    their mean. None if no run has the figure."""
     lines = {key: curves for key, runs in methods.items() if (curves := paths(runs, figure, on))}
     if not lines:
         return None
-    runs = [run for of_method in methods.values() for run in of_method]
+    runs = [run for seeds in methods.values() for run in seeds]
     with plot(f"{figure}-{on}".replace("_", "-"), f"{title(figure)}, {axis_title(on)}") as drawn:
         for key, ((x, y), seeds) in lines.items():
             for seed in seeds if len(seeds) > 1 else ():
@@ -98,8 +98,8 @@ def cost_panel(figure: str, methods: Mapping[Key, Sequence[Run]], on: CostAxis) 
 
 
 def stage_panel(name: str, run: str, steps: Array, stages: Mapping[str, Array]) -> Panel:
-    """Plot the seconds per step ([N] by stage), stacked; with many steps each point is the mean of
-    several."""
+    """Plot the stacked seconds per step, [N] by stage. With many steps, each point is the mean of
+    several steps."""
     parts = np.array_split(np.arange(len(steps)), min(len(steps), POINTS))
     edges = np.array([*(steps[part[0]] for part in parts), steps[-1] + 1])
     base = np.zeros(len(parts))
@@ -116,8 +116,8 @@ def stage_panel(name: str, run: str, steps: Array, stages: Mapping[str, Array]) 
 
 
 def _lines(runs: Sequence[Run], name: str) -> Iterator[tuple[Run, str, Key]]:
-    """Yield the lines of a plot with their columns: of several runs those of the phases' own
-    samplers, of a single run those of every sampler."""
+    """Yield the lines of a plot with their columns. With several runs, these are the columns of the
+    phases' own samplers. With a single run, these are the columns of all samplers."""
     for index, run in enumerate(runs):
         columns = dict.fromkeys(key for row in run.rows for key in row)
         keyed = [
@@ -129,16 +129,18 @@ def _lines(runs: Sequence[Run], name: str) -> Iterator[tuple[Run, str, Key]]:
             yield from ((run, key, Key(index, run.name)) for key in keyed if key == name)
             continue
         for number, key in enumerate(keyed):
-            sampler = key.rpartition("/")[0] or "the phase's own"
-            yield run, key, Key(number, f"{sampler} samples")
+            sampler = key.rpartition("/")[0]
+            label = f"{sampler} samples" if sampler else "samples of the phase's sampler"
+            yield run, key, Key(number, label)
 
 
 def _curves(drawn: Plot, run: Run, source: str, key: Key, on: CostAxis) -> None:
-    """Draw every step faintly, the mean over it, and skipped steps as crosses."""
+    """Draw every step with a faint line, the mean with a thick line, and skipped steps as
+    crosses."""
     phases = list(curves(run, source, spent(run, on)[:-1]))
     color, axes = key.line["color"], drawn.axes
     for curve in phases:
-        if (curve.low < curve.high).any():  # each point stands for several steps
+        if (curve.low < curve.high).any():  # each point combines several steps
             axes.fill_between(curve.x, curve.low, curve.high, color=color, alpha=0.2, linewidth=0)
         elif curve.window > 1:
             axes.plot(curve.x, curve.low, color=color, alpha=0.4, linewidth=0.8)
@@ -180,12 +182,13 @@ def _teacher(drawn: Plot, runs: Sequence[Run], figure: str) -> None:
     if values:
         style = {"color": COLOR["muted"], "linewidth": 1.2, "dashes": (4, 3)}
         drawn.axes.axhline(values[-1].mean, **style)
-        drawn.description += f"The teacher: {values[-1]}. "
+        drawn.description += f"Teacher: {values[-1]}. "
 
 
 def _frame(drawn: Plot, runs: Sequence[Run], on: CostAxis, values: Array, unit: str) -> str:
-    """Set scale, limits and ticks, and shade every other phase where all runs share them. Positive
-    values over two orders of magnitude get a log scale, which the returned unit names."""
+    """Set scale, limits and ticks. Shade every other phase if all runs have the same phases.
+    Positive values that span two orders of magnitude have a log scale, which is added to the
+    returned unit."""
     values = values[np.isfinite(values)]
     if values.min() > 0 and values.max() / values.min() > 100:
         drawn.axes.set_yscale("log")
@@ -214,5 +217,5 @@ def _ticks(drawn: Plot, on: CostAxis, low: float, high: float) -> None:
     logarithmic = axes.get_yscale() == "log"
     axes.yaxis.set_major_locator(LogLocator(numticks=5) if logarithmic else MaxNLocator(5))
     axes.yaxis.set_minor_formatter(NullFormatter())
-    # One form for all numbers: superscripts would need a font that the page does not have.
+    # The same format for all numbers: superscripts would need a font that the page does not have.
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.5g}"))

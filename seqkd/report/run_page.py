@@ -1,4 +1,4 @@
-"""The page of one run, or of several runs side by side."""
+"""Report page of one run, or of several runs side by side."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HEADLINES = (
 
 
 def render(runs: Sequence[Run], refresh: float | None) -> str:
-    """Return the page of the runs; it reloads itself every ``refresh`` seconds."""
+    """Return the page of the runs, which reloads itself every ``refresh`` seconds if set."""
     keys = [Key(index, f"{index + 1}. {run.name}") for index, run in enumerate(runs)]
     return page.render(
         "run.html",
@@ -65,7 +65,7 @@ def facts(run: Run) -> dict[str, str]:
 
 
 def headlines(run: Run) -> dict[str, tuple[Interval, Interval, list[str]]]:
-    """Return the first figures before and after training, with details in words."""
+    """Return the first figures before and after training, with lines of details."""
     if not run.figures or run.evaluation is None:
         return {}
     stages = [(stage, row) for stage, (_, row) in run.figures.items()]
@@ -86,7 +86,8 @@ def headlines(run: Run) -> dict[str, tuple[Interval, Interval, list[str]]]:
 
 
 def held_out(run: Run) -> list[Table]:
-    """Return the figures before, between and after the phases, and the paired changes."""
+    """Return tables of the figures before, between and after the phases, and of the paired
+    changes."""
     if run.evaluation is None:
         return []
     figures: Mapping[str | Key, Any] = {
@@ -101,7 +102,7 @@ def held_out(run: Run) -> list[Table]:
 
 
 def last_figures(runs: Sequence[Run], keys: Sequence[Key]) -> Table:
-    """Return the last measurement of each run."""
+    """Return a table of the last measurement of each run."""
     last = [[row for _, row in run.figures.values()][-1:] or [{}] for run in runs]
     figures: dict[str | Key, Any] = {key: row for key, (row,) in zip(keys, last, strict=True)}
     names = list(dict.fromkeys((*HEADLINES, *heldout.FIGURES)))
@@ -123,8 +124,8 @@ def evaluated(run: Run) -> dict[str, tuple[int, list[Table]]]:
 
 
 def stage_seconds(run: Run) -> tuple[Array, dict[str, Array]]:
-    """Return [N] the steps whose time is known and the seconds of each stage in them; the remainder
-    of a step is "other"."""
+    """Return [N] the steps with recorded time, and [N] the seconds of each stage. The remaining
+    time of a step is "other"."""
     total = column(run.rows, "time_step_s")
     recorded = np.isfinite(total)
     steps = np.array([row["step"] for row in run.rows], dtype=float)[recorded]
@@ -163,7 +164,7 @@ def _phases(run: Run) -> list[str]:
 
 
 def _notes(runs: Sequence[Run]) -> Iterator[str]:
-    """Yield what is missing, one line each."""
+    """Yield one line per missing or damaged part of the runs."""
     for run in runs:
         notes = list(run.problems)
         if not run.rows and not run.problems:
@@ -171,7 +172,7 @@ def _notes(runs: Sequence[Run]) -> Iterator[str]:
         if run.evaluation is None:
             notes.append("There are no held-out figures.")
         elif set(run.evaluation.figures) - set(run.figures):
-            notes.append("evaluation.json is from an earlier end of this run, which was extended.")
+            notes.append("evaluation.json is from before this run was extended.")
         if run.environment is None:
             notes.append("There is no environment.json: the software versions are unknown.")
         yield from (f"{run.name}: {note}" if len(runs) > 1 else note for note in notes)

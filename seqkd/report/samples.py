@@ -1,4 +1,4 @@
-"""Completions side by side, each token on a background that deepens with its divergence."""
+"""Completions side by side; the background color of each token shows its divergence."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from seqkd.report.wording import printable
 from seqkd.storage.run_reader import Run
 
 BOUNDS = (0.1, 0.5, 1.0, 2.0, 4.0)
-"""Nats at which the next deeper color begins."""
+"""Lower bounds of the colors, nats."""
 
 Shown = dict[str, tuple[str, list[Token]]]
-"""Text and tokens of each completion by its author; no tokens where divergences are not known."""
+"""Text and tokens of each completion by author; no tokens if the divergences are unknown."""
 
 
 def side_by_side(runs: Mapping[str, Run]) -> list[tuple[str, Shown]]:
-    """Return each held-out prompt of the first run that has any, with its completions.
+    """Return the held-out prompts of the first run that has any, with completions.
 
-    A single run shows all its completions; several runs show the teacher's (of the first run) and
-    each final student's, by the name of the run.
+    With a single run, these are all its completions. With several runs, these are the completions
+    of the first run's teacher and of each run's final student, by the name of the run.
     """
     by_run = {name: run.evaluation.examples for name, run in runs.items() if run.evaluation}
     prompts = next(filter(None, by_run.values()), [])
@@ -46,7 +46,7 @@ def _shown(example: Completions, who: str) -> tuple[str, list[Token]]:
 
 
 def level(kl: float | None) -> str:
-    """Return the style class of a divergence in nats; empty where it is not known."""
+    """Return the style class of a divergence in nats; empty if it is unknown."""
     return "" if kl is None else f"kl-{sum(kl >= bound for bound in BOUNDS)}"
 
 
@@ -58,5 +58,5 @@ def legend() -> list[tuple[str, str]]:
 
 
 def visible(token: str) -> str:
-    """Return a token with marks for line ends and for parts of a multi-token character."""
+    """Return a token with marks for line breaks and for parts of a multi-token character."""
     return printable(token).replace("\n", "↵\n") or "·"

@@ -1,4 +1,4 @@
-"""Small plots as inline SVG: text stays text, and colors are variables of the style sheet."""
+"""Small plots as inline SVG with text elements; colors are variables of the style sheet."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from typing import Any
 from markupsafe import Markup
 
 WIDTH, HEIGHT = 380, 216
-"""Size of a plot in SVG units, about as many pixels on the page."""
+"""Size of a plot in SVG units, which are about one pixel on the page."""
 SERIES = 6
 """Number of colors of curves."""
 DASHES = ("solid", (0, (4.5, 2)), (0, (1.2, 1.5)))
-"""Line styles of the first curves, and of those after each repetition of the colors."""
+"""Line styles: the first for the first :data:`SERIES` curves, the next for the next ones."""
 _NAMES = ("ink", "muted", "line", "band", "paper", *(f"series-{i}" for i in range(1, SERIES + 1)))
-# matplotlib needs colors, the page needs variables: these codes stand for them in between.
+# matplotlib requires colors and the page uses variables: these placeholder colors are replaced.
 _CODES = {f"#0102{index:02x}": name for index, name in enumerate(_NAMES, 3)}
 COLOR = {name: code for code, name in _CODES.items()}
 """matplotlib color of each variable of the style sheet."""
@@ -27,30 +27,30 @@ COLOR = {name: code for code, name in _CODES.items()}
 
 @dataclass(frozen=True)
 class Key:
-    """How a run, a method or a stage is named and drawn."""
+    """Label and style of a run, a method or a stage."""
 
     index: int
     label: str
 
     @property
     def variable(self) -> str:
-        """Its color as a variable of the style sheet."""
+        """Color as a variable of the style sheet."""
         return f"series-{self.index % SERIES + 1}"
 
     @property
     def dash(self) -> int:
-        """Index of its line style in :data:`DASHES`."""
+        """Index of the line style in :data:`DASHES`."""
         return self.index // SERIES % len(DASHES)
 
     @property
     def line(self) -> dict[str, Any]:
-        """Its line in matplotlib's terms."""
+        """Line properties for matplotlib."""
         return {"color": COLOR[self.variable], "linestyle": DASHES[self.dash]}
 
 
 @dataclass(frozen=True)
 class Panel:
-    """A finished plot with its title."""
+    """Finished plot with its title."""
 
     title: str
     unit: str
@@ -61,19 +61,19 @@ class Panel:
 
 @dataclass
 class Plot:
-    """A plot while it is drawn."""
+    """Plot that is being drawn."""
 
     axes: Any
-    """matplotlib's."""
+    """Axes of matplotlib."""
     description: str = ""
-    """What the plot shows, in words."""
+    """Text description for screen readers."""
     svg: Markup = field(default_factory=Markup)
-    """Empty until the plot is done."""
+    """Finished plot; empty while it is drawn."""
 
 
 @contextmanager
 def plot(name: str, title: str) -> Iterator[Plot]:
-    """Yield empty axes to draw on; ``name`` is unique in the page, ``title`` is for screen
+    """Yield an empty plot to draw on. ``name`` must be unique in the page; ``title`` is for screen
     readers."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -130,5 +130,5 @@ def _inline(text: str, name: str, title: str, description: str) -> Markup:
 
 
 def _short(attribute: str) -> str:
-    """Return an attribute with coordinates rounded to what can be seen."""
+    """Return an attribute with coordinates truncated to two decimals, which is not visible."""
     return " " + re.sub(r"(\d\.\d\d)\d+", r"\1", " ".join(attribute.split()))

@@ -1,4 +1,4 @@
-"""Numbers and texts as a page shows them."""
+"""Format of numbers and texts on a page."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def count(number: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return for example "2 h 5 min", "3 min 4 s", "12.3 s"."""
+    """Return a duration as text, for example "2 h 5 min", "3 min 4 s" or "12.3 s"."""
     if seconds < 60:
         return f"{seconds:.3g} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -22,7 +22,7 @@ def duration(seconds: float) -> str:
 
 
 def change(interval: Interval) -> str:
-    """Return a paired change with the conclusion from its interval."""
+    """Return a paired change with its direction, or "not significant"."""
     if interval.low > 0 or interval.high < 0:
         return f"{signed(interval)}, {'lower' if interval.high < 0 else 'higher'}"
     return f"{signed(interval)}, not significant"
@@ -35,11 +35,11 @@ def signed(interval: Interval) -> str:
 
 
 def between(pair: str) -> str:
-    """Return the two measurements of a change: "before → after main"."""
+    """Return the two measurements of a change, for example "before → after main"."""
     return " → ".join(stage_label(name) for name in pair.split(" -> "))
 
 
 def printable(text: str) -> str:
-    """Return the text with the code of each control character in its place."""
+    """Return the text with each control character replaced by its code."""
     codes = [code for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"]
     return text.translate({code: f"\\x{code:02x}" for code in codes})

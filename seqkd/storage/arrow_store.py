@@ -22,14 +22,14 @@ ABANDONED_S = 24 * 3600.0
 
 
 class ArrowStore:
-    """A directory of Arrow files with one schema, whose first column is ``address``.
+    """Directory of Arrow files with one schema, whose first column is ``address``.
 
     Several processes may add files. A file is complete or absent. Its name ends with the digest of
-    its content, which is checked when the directory is opened. A process sees the files that were
-    there when it opened the directory, and its own.
+    its content, which is checked when the directory is opened. A process sees the files that
+    existed when it opened the directory, and the files it adds.
 
-    TeacherCacheError names a damaged file. With ``damaged="drop"``, for a directory used by one
-    process only, a damaged file is skipped instead and named in ``dropped``.
+    Raises TeacherCacheError if a file is damaged. With ``damaged="drop"``, for a directory used by
+    one process only, damaged files are skipped and listed in ``dropped``.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class ArrowStore:
         return [_row(*place) for place in self.places[address][first:last]]
 
     def append(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Add rows, which are on disk when this returns. Raises StorageError."""
+        """Append rows; they are on disk when this returns. Raises StorageError."""
         if not rows:
             return
         content = _content(rows, self.schema)
@@ -93,7 +93,7 @@ class ArrowStore:
 
     def _remove(self, gone: set[Path]) -> None:
         for file in gone:
-            with suppress(OSError):  # a file that stays does no harm
+            with suppress(OSError):  # a leftover file is harmless
                 file.unlink()
         self._files = [file for file in self._files if file not in gone]
         kept = {a: [p for p in places if p[0] not in gone] for a, places in self.places.items()}
@@ -130,7 +130,7 @@ def _checked(file: Path, schema: pa.Schema) -> pa.Table:
     except OSError as error:
         raise _damaged(file, str(error)) from None
     if not file.stem.endswith(f"-{digest}"):
-        raise _damaged(file, f"its content has digest {digest}, unlike its name")
+        raise _damaged(file, f"the digest of its content, {digest}, is not the one in its name")
     table = _table(file)
     if table.schema != schema:
         raise _damaged(file, f"its columns are {', '.join(table.column_names)}")
@@ -147,13 +147,13 @@ def _table(file: Path) -> pa.Table:
 
 def _damaged(file: Path, why: str) -> TeacherCacheError:
     return TeacherCacheError(
-        f"{file} is damaged: {' '.join(why.split()):.200}. Remove it; what it held will be "
+        f"{file} is damaged: {' '.join(why.split()):.200}. Remove it; its content will be "
         "requested again."
     )
 
 
 def _remove_abandoned(directory: Path, age_s: float) -> None:
     for partial in directory.glob("*.partial"):
-        with suppress(OSError):  # another process may remove it too, or the disk be read-only
+        with suppress(OSError):  # another process may remove it too, or the disk is read-only
             if time.time() - partial.stat().st_mtime >= age_s:
                 partial.unlink()

@@ -1,7 +1,7 @@
 """Checkpoints on disk: directories ``step-00000010`` that are complete or absent.
 
-A manifest holds the size and the digest of every file. It distinguishes a complete checkpoint from
-what a killed process or a damaged disk left behind.
+A manifest stores the size and the digest of every file. It distinguishes a complete checkpoint from
+one that a killed process did not finish or a damaged disk has corrupted.
 """
 
 from __future__ import annotations
@@ -19,19 +19,20 @@ from seqkd.errors import CheckpointError
 from seqkd.files import atomic_directory, file_digest
 
 STATE, MANIFEST = "state.json", "manifest.json"
-UNFINISHED = "is unfinished."
+UNFINISHED = "is incomplete."
 NAME = re.compile(r"step-([0-9]{8,})(|\.old|\.partial)")
-"""Name of a checkpoint, of a checkpoint that is being replaced, or of an unfinished one."""
+"""Name of a checkpoint, of a checkpoint that is being replaced, or of an incomplete one."""
 
 
 def save(
     root: Path, step: int, write: Callable[[Path], None], state: dict[str, Any], keep_last: int
 ) -> Path:
-    """Save a checkpoint at ``root/step-XXXXXXXX``. ``write`` puts the files into the directory that
-    it receives. An existing checkpoint of this step is replaced. Of this and the earlier
-    checkpoints, the last ``keep_last`` are kept. One process at a time may save below ``root``.
+    """Save a checkpoint at ``root/step-XXXXXXXX``. ``write`` writes the files into the directory
+    that it receives. An existing checkpoint of this step is replaced. Of this and the earlier
+    checkpoints, the last ``keep_last`` are kept. Only one process at a time may save below
+    ``root``.
 
-    Raises StorageError; earlier checkpoints are kept.
+    Raises StorageError; earlier checkpoints are kept in that case.
     """
     final = root / f"step-{step:08d}"
     with atomic_directory(final) as partial:
@@ -44,8 +45,9 @@ def save(
 
 
 def newest(root: Path) -> tuple[Path | None, dict[str, Any], list[str]]:
-    """Find the newest complete checkpoint. Returns its path, its state, and a line for each later
-    checkpoint that is not complete; None and an empty state if there is no complete checkpoint.
+    """Find the newest complete checkpoint. Returns its path, its state, and one line for each later
+    checkpoint that is incomplete or damaged. The path is None and the state is empty if there is no
+    complete checkpoint.
     """
     skipped: list[str] = []
     for path in _checkpoints(root):
@@ -70,7 +72,7 @@ def load_state(path: Path) -> dict[str, Any]:
     """Read the state that was passed to :func:`save`. Raises CheckpointError."""
     state = _read_json(path, STATE)
     if not isinstance(state, dict):
-        raise CheckpointError(f"{path}: {STATE} is damaged: it holds no keys.")
+        raise CheckpointError(f"{path}: {STATE} is damaged: it is not a JSON object.")
     return state
 
 
@@ -82,7 +84,7 @@ def _manifest(directory: Path) -> dict[str, dict[str, Any]]:
 
 
 def _files(directory: Path) -> dict[str, Path]:
-    """All files except the manifest, by their paths below ``directory``. Raises OSError."""
+    """Return all files except the manifest, by their paths below ``directory``. Raises OSError."""
     files = {str(p.relative_to(directory)): p for p in directory.rglob("*") if p.is_file()}
     return {name: files[name] for name in sorted(files) if name != MANIFEST}
 
@@ -93,7 +95,7 @@ def _verify(path: Path) -> None:
         raise CheckpointError(f"{path}: {UNFINISHED}")
     manifest = _read_json(path, MANIFEST)
     if not isinstance(manifest, dict) or STATE not in manifest:
-        raise CheckpointError(f"{path}: {MANIFEST} is damaged: it does not name {STATE}.")
+        raise CheckpointError(f"{path}: {MANIFEST} is damaged: it does not list {STATE}.")
     try:
         files = _files(path)
         for name, expected in manifest.items():
@@ -101,7 +103,10 @@ def _verify(path: Path) -> None:
                 raise CheckpointError(f"{path}: {name!r:.80} is missing.")
             file = files[name]
             if expected != {"bytes": file.stat().st_size, "xxh3": file_digest(file)}:
-                raise CheckpointError(f"{path}: {name!r:.80} is damaged: another size or digest.")
+                raise CheckpointError(
+                    f"{path}: {name!r:.80} is damaged: its size or digest differs from the "
+                    "manifest."
+                )
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error}.") from None
 
@@ -116,7 +121,8 @@ def _read_json(path: Path, name: str) -> Any:
 
 
 def _checkpoints(root: Path) -> list[Path]:
-    """All paths with the name of a checkpoint: latest step first, finished before unfinished."""
+    """Return all paths with the name of a checkpoint: latest step first, complete before
+    incomplete."""
     try:
         names = [match for name in os.listdir(root) if (match := NAME.fullmatch(name))]
     except FileNotFoundError:
@@ -129,8 +135,8 @@ def _checkpoints(root: Path) -> list[Path]:
 
 
 def _remove_older(root: Path, step: int, keep_last: int) -> None:
-    """Remove what is no longer needed once ``step`` is saved. Later steps stay: the run returned to
-    an earlier step because they are damaged, and will replace them."""
+    """Remove checkpoints that are no longer needed once ``step`` is saved. Later steps are kept:
+    they are damaged, so the run returned to an earlier step and will replace them."""
     earlier = [path for path in _checkpoints(root) if _step(path) <= step]
     whole: dict[int, Path] = {}
     for path in earlier:

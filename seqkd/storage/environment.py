@@ -16,7 +16,7 @@ PACKAGES = (
 
 
 def describe() -> dict[str, Any]:
-    """Describe the machine that drives the run; its actors may be on other machines."""
+    """Describe the machine of the driver process; the actors may run on other machines."""
     import torch
 
     return {

@@ -14,7 +14,7 @@ Row = dict[str, Any]
 def read_rows(file: Path) -> tuple[list[Row], int]:
     """Return the rows, steps ascending, and the number of damaged lines.
 
-    A last line without its line end is still being written and is ignored. Raises OSError.
+    A last line without a newline is still being written and is ignored. Raises OSError.
     """
     *lines, _ = file.read_text(encoding="utf-8", errors="replace").split("\n")
     rows: list[Row] = []

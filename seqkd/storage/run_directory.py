@@ -1,4 +1,4 @@
-"""The run directory: where it is, that it holds one run only, and what a resumed run may change."""
+"""The run directory: its location, its lock, and the changes that a resumed run may make."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from seqkd.errors import ConfigError
 from seqkd.files import atomic_write
 
 PACKAGED = "working_dir_files"
-"""A folder in the path of every working directory that Ray unpacks for a job."""
+"""Folder in the path of every working directory that Ray unpacks for a job."""
 STARTUP_FILES = (
     "config.yaml", "data.json", "environment.json", "evaluation.json", "lock", "report.html",
     "student_initial", "student_initial.partial", "student_initial.old", "tensorboard", "trackers",
     "replay_log",
 )  # fmt: skip
-"""What a run writes before its first step: a start that failed there may be tried again."""
+"""Files that a run writes before its first step. A directory with only these files may be reused,
+so a failed start can be repeated."""
 EXECUTION_KEYS = {
     "name", "runs_dir", "trackers", "cluster", "placement", "examples", "every_steps", "actors",
     "cpus", "gpus", "ranks", "zero_stage", "gradient_checkpointing", "compile",
@@ -29,33 +30,35 @@ EXECUTION_KEYS = {
     "kv_cache_gib", "gpu_memory_utilization", "max_num_seqs", "enforce_eager", "batch_tokens",
     "base_url", "api_key_env", "concurrency", "timeout_s", "max_retries",
 }  # fmt: skip
-"""Keys that say how a run is carried out, in whatever section; and every key of SECTIONS."""
+"""Keys, in any section, that affect how a run is executed and not what it computes."""
 SECTIONS = ("checkpoints", "recovery", "alarms")
+"""Sections whose keys all affect execution only."""
 TRAJECTORY_KEYS = {
     "steps", "budget", "budget.kind", "budget.amount", "learner.lr", "learner.schedule",
     "learner.lr_warmup_steps", "learner.min_lr_ratio", "learner.betas",
     "learner.weight_decay", "learner.max_grad_norm", "learner.precision",
     "rollout.precision",
 }  # fmt: skip
-"""Fields that change what the next steps do, which a user may want under way."""
+"""Keys that change the following steps and may be changed when a run is resumed."""
 
 
 @dataclass(frozen=True)
 class Resumption:
-    """State of the run directory that a start finds."""
+    """State of the run directory at the start of a command."""
 
     exists: bool
-    """Whether the run has begun before; else it begins now."""
+    """True if the run has started before; False if it starts now."""
     changes: tuple[str, ...] = ()
-    """A line for each changed field."""
+    """One line per changed key."""
     trajectory: tuple[str, ...] = ()
-    """Changed fields that change what the next steps do, so that samples drawn since the last
-    checkpoint are those of another student."""
+    """Changed keys that change the following steps. Samples drawn since the last checkpoint are
+    then those of another student."""
 
 
 def locate(config: Config) -> Path:
-    """``runs_dir/name``. A relative ``runs_dir`` is taken from the working directory; within a
-    job whose working directory is a copy that Ray will delete, from ~/seqkd."""
+    """Return the path ``runs_dir/name``. A relative ``runs_dir`` is relative to the working
+    directory. In a Ray job, whose working directory is a temporary copy, it is relative to
+    ~/seqkd."""
     runs = Path(config.runs_dir).expanduser()
     if not runs.is_absolute() and PACKAGED in Path.cwd().parts:
         runs = Path.home() / "seqkd" / runs
@@ -63,7 +66,7 @@ def locate(config: Config) -> Path:
 
 
 def refuse_used(directory: Path) -> None:
-    """ConfigError where another run, or anything else, is already there."""
+    """Raise ConfigError if the directory contains another run or any other files."""
     entries = directory.iterdir() if directory.is_dir() else ()
     metrics = directory / "metrics.jsonl"
     if any(
@@ -71,14 +74,15 @@ def refuse_used(directory: Path) -> None:
         for path in entries
     ):
         raise ConfigError(
-            f"name: {directory} already holds another run. Choose a new name=…, or remove it; "
-            "to go on with it, use --resume."
+            f"name: {directory} already contains another run. Choose a new name=…, remove the "
+            "directory, or continue the run with --resume."
         )
 
 
 @contextmanager
 def lock(directory: Path) -> Iterator[None]:
-    """Make the directory, and keep other processes from it while the block runs."""
+    """Create the directory and lock it against other processes while the block runs. Raises
+    ConfigError if another process has locked it."""
     with _written(directory):
         directory.mkdir(parents=True, exist_ok=True)
         lock = (directory / "lock").open("w")
@@ -87,7 +91,7 @@ def lock(directory: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(
-                f"name: {directory} is that of a run that is under way. Stop it first, or choose "
+                f"name: {directory} is in use by a running process. Stop that run first, or choose "
                 "a new name=…."
             ) from None
         except OSError:  # a file system without locks
@@ -96,7 +100,7 @@ def lock(directory: Path) -> Iterator[None]:
 
 
 def under_way(directory: Path) -> bool | None:
-    """Whether a process holds the directory; None where its file system does not tell."""
+    """Return whether a process has locked the directory; None if its file system has no locks."""
     try:
         with (directory / "lock").open() as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -118,8 +122,10 @@ def initialize(directory: Path, config: Config, data: Mapping[str, Sequence[Any]
 
 
 def resumption(directory: Path, config: Config, resume: bool) -> Resumption:
-    """What a start, told to ``resume`` or not, finds in the directory. ConfigError where there is a
-    run that it may not begin anew, or whose steps so far would not be those of ``config``."""
+    """Compare the directory with ``config`` at the start of a command, with or without ``resume``.
+
+    Raises ConfigError if the directory contains a run and ``resume`` is false, or if ``config``
+    differs in keys that would have changed the steps taken so far."""
     file = directory / "config.yaml"
     if not resume or not file.exists():
         refuse_used(directory)
@@ -131,34 +137,34 @@ def resumption(directory: Path, config: Config, resume: bool) -> Resumption:
     free = [key for key in changed if _operation(key)]
     refused = [lines[key] for key in changed if key not in trajectory and key not in free]
     if before["steps"] > config.steps:
-        refused.append(f"{lines['steps']} (only more)")
+        refused.append(f"{lines['steps']} (can only increase)")
     if refused:
         raise ConfigError(
-            f"--resume: {directory} is a run of another configuration:\n"
+            f"--resume: {directory} is a run with another configuration:\n"
             + "".join(f"  {line}\n" for line in refused)
-            + "Set these as they were, or choose a new name=…."
+            + "Restore these values, or choose a new name=…."
         )
     return Resumption(True, tuple(lines.values()), tuple(trajectory))
 
 
 def refuse_other_data(directory: Path, data: Mapping[str, Sequence[Any]]) -> None:
-    """ConfigError unless ``data`` is what the run in ``directory`` began with: its steps are
-    counted through the prompts in their order."""
+    """Raise ConfigError if ``data`` differs from the data that the run in ``directory`` started
+    with. The position of a run is a step count through the prompts in their order."""
     file = directory / "data.json"
     try:
         before = json.loads(file.read_text(encoding="utf-8"))
         before = {name: before[name] for name in data}
     except (OSError, ValueError, KeyError, TypeError):
         raise ConfigError(
-            f"--resume: {file}, which says what data the run began with, is missing or damaged. "
+            f"--resume: {file}, the fingerprint of the run's data, is missing or damaged. "
             "Choose a new name=…."
         ) from None
     for name, now in _fingerprint(data).items():
         if now != before[name]:
             raise ConfigError(
-                f"--resume: data: the {name} prompts are not those with which {directory} began: "
-                f"{before[name]['prompts']} then, {now['prompts']} now, with other content. Put "
-                "the data set back as it was, or choose a new name=…."
+                f"--resume: data: the {name} prompts have changed since {directory} started: "
+                f"{before[name]['prompts']} then, {now['prompts']} now, with different content. "
+                "Restore the data set, or choose a new name=…."
             )
 
 
@@ -170,7 +176,7 @@ def _fingerprint(data: Mapping[str, Sequence[Any]]) -> dict[str, dict[str, Any]]
 
 
 def flat(config: Config) -> dict[str, Any]:
-    """Every value of a configuration by its dotted path."""
+    """Return every value of a configuration by its dotted path."""
 
     def walk(value: Any, path: str) -> Iterator[tuple[str, Any]]:
         if not isinstance(value, dict) or not value:
@@ -197,5 +203,5 @@ def _written(directory: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ConfigError(
-            f"runs_dir: {directory} cannot be written: {error.strerror}. Name another directory."
+            f"runs_dir: {directory} cannot be written: {error.strerror}. Set another directory."
         ) from None

@@ -1,4 +1,4 @@
-"""A run directory read for reports; missing or damaged files are listed as problems."""
+"""Reader of run directories for reports; missing or damaged files are listed as problems."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that a report shows of a run."""
+    """Content of a run directory that reports show."""
 
     directory: Path
     name: str
@@ -49,9 +49,9 @@ class Run:
     problems: list[str]
     """One line for every file that could not be read."""
     held: bool | None
-    """Whether a process is running in the directory; None where locks do not tell."""
+    """True if a process has locked the directory; None if its file system has no locks."""
     written: datetime | None
-    """When metrics.jsonl was last written to."""
+    """Time of the last write to metrics.jsonl."""
 
     @property
     def done(self) -> int:
@@ -60,7 +60,7 @@ class Run:
 
     @property
     def spans(self) -> list[Span]:
-        """The phases: as configured, or as recorded where a budget ends them."""
+        """Phases as configured, or as recorded in metrics.jsonl if a budget ends them."""
         if self.config is None or self.config.budget:
             named = groupby(self.rows, lambda row: str(row.get("phase", "")))
             steps = [(name, [row["step"] for row in rows]) for name, rows in named]
@@ -73,13 +73,13 @@ class Run:
 
     @property
     def total(self) -> int | None:
-        """Steps of all phases; None where a budget determines them."""
+        """Steps of all phases; None if a budget determines them."""
         return self.spans[-1].end if self.config and not self.config.budget else None
 
     @property
     def figures(self) -> dict[str, tuple[int, dict[str, Interval]]]:
-        """Held-out figures by stage, each with the steps taken before it. Stages beyond the
-        recorded steps, which an extended run still has from its earlier end, are omitted."""
+        """Held-out figures by stage, with the number of steps before each stage. Stages after the
+        recorded steps are omitted; an extended run has them from its earlier end."""
         taken = {"initial": 0} | {span.name: span.end for span in self.spans}
         figures = self.evaluation.figures if self.evaluation else {}
         taken |= {stage: int(stage[5:]) for stage in figures if re.fullmatch(r"step \d+", stage)}
@@ -91,8 +91,8 @@ class Run:
 
     @property
     def over(self) -> bool:
-        """Whether the run is finished: no process is running, every step is taken and, where the
-        configuration asks for it, the final student is measured."""
+        """True if the run is finished: no process is running, every step is taken, and the final
+        student is measured if the configuration requires it."""
         if self.held or not self.rows:
             return False
         if self.config is None:
@@ -102,14 +102,14 @@ class Run:
 
     @property
     def trained(self) -> bool:
-        """Whether every step is taken, as far as the configuration tells."""
+        """True if every configured step is taken or the budget is spent."""
         steps = sum(phase.steps for _, phase in self.config.phases) if self.config else None
         budget = self.config.budget if self.config else None
         spent = budget is not None and self.spent(budget.kind) >= budget.amount
         return spent or self.done == steps
 
     def costs(self, kind: BudgetKind) -> list[float]:
-        """[N] cost of each row; see :class:`seqkd.config.lifecycle.BudgetConfig`."""
+        """Return [N] the cost of each row; see :class:`seqkd.config.lifecycle.BudgetConfig`."""
         key = "time_step_s" if kind == "seconds" else kind
         return [number(row, key) or 0.0 for row in self.rows]
 
@@ -137,11 +137,11 @@ class Run:
 
 
 def read(directory: Path) -> Run:
-    """Read a run directory. Raises DataError where it is none."""
+    """Read a run directory. Raises DataError if ``directory`` is not a run directory."""
     if not any((directory / name).is_file() for name in ("config.yaml", metrics_file.NAME)):
         raise DataError(
-            f"{directory}: is not a run directory: it holds neither config.yaml nor metrics.jsonl. "
-            "Name one that seqkd train has made, such as runs/quickstart."
+            f"{directory} is not a run directory: it contains neither config.yaml nor "
+            "metrics.jsonl. Pass a directory written by seqkd train, such as runs/quickstart."
         )
     problems: list[str] = []
 
@@ -196,12 +196,12 @@ def _environment(file: Path) -> dict[str, Any]:
 
 
 def write_evaluation(directory: Path, evaluation: dict[str, Any]) -> None:
-    """Write ``evaluation.json``. Raises StorageError where it cannot be written."""
+    """Write ``evaluation.json``. Raises StorageError if it cannot be written."""
     file = directory / "evaluation.json"
     with disk_errors(file):
         atomic_write(file, json.dumps(evaluation, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_evaluation(directory: Path) -> dict[str, Any]:
-    """Return what :func:`write_evaluation` wrote."""
+    """Read the content written by :func:`write_evaluation`."""
     return dict(json.loads((directory / "evaluation.json").read_text(encoding="utf-8")))

@@ -1,1 +1,1 @@
-"""Studies on problems small enough to be exact, and of the estimators on real models."""
+"""Studies of the objectives on problems with exact solutions and on real models."""

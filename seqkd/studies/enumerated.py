@@ -1,7 +1,7 @@
 """Languages small enough to enumerate, so that expectations over sequences are exact.
 
-Token 0 ends a sequence, and sequences are cut at the horizon. The student is a bigram model, so
-that states share parameters. The teacher is a trigram model, so that no student matches it.
+Token 0 ends a sequence, and sequences are cut at the horizon. The student is a bigram model, so its
+states share parameters. The teacher is a trigram model, so no student can match it.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ EOS = 0
 
 
 class Language:
-    """A teacher over all N sequences of at most T tokens, and the student as a function of its
-    parameters ``theta``: [V + 1, V] logits of the next token given the last one (V: none yet), in
-    float64."""
+    """Teacher over all N sequences of at most T tokens, and the student as a function of its
+    parameters ``theta``: [V + 1, V] float64 logits of the next token given the last token. Row V is
+    for the first token."""
 
     def __init__(self, seed: int, vocabulary: int = 3, horizon: int = 4) -> None:
         self.vocabulary, self.horizon = vocabulary, horizon
@@ -31,7 +31,7 @@ class Language:
         generator = torch.Generator().manual_seed(seed)
         shape = (vocabulary + 1, vocabulary)
         self.theta = torch.randn(shape, generator=generator, dtype=torch.float64)
-        """Parameters of a student far from the teacher."""
+        """[V + 1, V] initial parameters of the student, far from the teacher."""
         teacher = torch.randn((vocabulary + 1, *shape), generator=generator, dtype=torch.float64)
         padded = torch.cat([torch.full((len(self.tokens), 2), vocabulary), self.tokens], 1)
         self.last = padded[:, 1:-1]
@@ -55,11 +55,11 @@ class Language:
         )
 
     def student(self, theta: Tensor) -> Tensor:
-        """Return [N] q(y)."""
+        """Return [N] student probabilities q(y)."""
         return self._sampled(self.log_q(theta)).sum(1).exp()
 
     def teacher(self) -> Tensor:
-        """Return [N] p(y)."""
+        """Return [N] teacher probabilities p(y)."""
         return self._sampled(self.log_p).sum(1).exp()
 
     def total(self, theta: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ class Language:
         return (log_q.exp() * (log_q - log_p)).sum()
 
     def length(self, theta: Tensor) -> Tensor:
-        """Return E_q[L]."""
+        """Return the expected length E_q[L]."""
         return (self.student(theta) * self.lengths).sum()
 
     def rate(self, theta: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ class Language:
         return self.total(theta) / self.length(theta)
 
     def counts(self, theta: Tensor, sequences: int = 1) -> Counts:
-        """Return counts of ``sequences`` sequences, with exact expectations as estimates."""
+        """Return the counts for ``sequences`` sequences, with exact expectations as estimates."""
         with torch.no_grad():
             q, stats = self.student(theta)[:, None], self.stats(theta)
             assert stats.reverse_kl is not None
@@ -95,7 +95,7 @@ class Language:
 
 
 def gradient(function: Callable[[Tensor], Tensor], theta: Tensor) -> Tensor:
-    """Return d function / d theta."""
+    """Return the gradient of ``function`` at ``theta``."""
     theta = theta.clone().requires_grad_()
     return torch.autograd.grad(function(theta), theta)[0]
 

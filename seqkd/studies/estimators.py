@@ -1,5 +1,5 @@
-"""The estimators on enumerated languages: the exact bias, direction and variance of each, and the
-students that they train to convergence."""
+"""Study of the estimators on enumerated languages: exact bias, direction and variance, and the
+students after training to convergence."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from seqkd.studies.enumerated import Language, gradient
 from seqkd.types import Counts, TokenStats
 
 CHUNK = 256
-"""Tuples of samples per chunk."""
+"""Number of sample tuples per chunk."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One estimator of the gradient of ``definition``."""
+    """Estimator of the gradient of ``definition``, a method of :class:`Language`."""
 
     name: str
     unbiased: bool
@@ -63,18 +63,18 @@ ROWS = (
 
 @dataclass(frozen=True)
 class Quality:
-    """An estimator compared with the exact gradient."""
+    """Quality of an estimator compared with the exact gradient."""
 
     bias: float
     """Largest absolute component of the expected estimate minus the exact gradient."""
     cosine: float
     """Cosine of the expected estimate and the exact gradient."""
     variance: float
-    """Trace of the covariance, times the number of sequences used."""
+    """Trace of the covariance times the number of sequences used."""
 
 
 def quality(language: Language, theta: Tensor, row: Row) -> Quality:
-    """Compute the exact quality by enumerating all tuples of ``row.samples`` sequences."""
+    """Compute the exact quality by enumeration of all tuples of ``row.samples`` sequences."""
     exact = gradient(getattr(language, row.definition), theta).flatten()
     mean, square = torch.zeros_like(exact), 0.0
     for chance, gradients in _gradients(language, theta, row):
@@ -88,10 +88,11 @@ def quality(language: Language, theta: Tensor, row: Row) -> Quality:
 
 
 def _gradients(language: Language, theta: Tensor, row: Row) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield ([n] probabilities, [n, P] gradients in ``theta``) of all tuples, chunk by chunk.
+    """Yield ([n] probabilities, [n, P] gradients with respect to ``theta``) of all tuples, in
+    chunks.
 
-    A surrogate depends on ``theta`` only through the log-probs and divergences of its tokens. Their
-    derivatives are computed once, for all tokens of the language, and combined here.
+    A surrogate loss depends on ``theta`` only through the log-probs and divergences of its tokens.
+    Their derivatives are computed once for all tokens of the language and combined here.
     """
     stats = language.stats(theta)
     jacobian = {
@@ -101,7 +102,7 @@ def _gradients(language: Language, theta: Tensor, row: Row) -> Iterator[tuple[Te
         for name in ("student_logprob", "reverse_kl")
     }
     counts = language.counts(theta, row.samples)
-    if row.function is not sequence_reverse_kl:  # per sequence, like the others
+    if row.function is not sequence_reverse_kl:  # normalize per sequence, like sequence_reverse_kl
         counts = replace(counts, tokens=float(row.samples))
     q = language.student(theta)
     tuples = torch.tensor(list(product(range(len(q)), repeat=row.samples)))
@@ -153,14 +154,15 @@ def describe(language: Language, theta: Tensor) -> Outcome:
 
 
 def warm_up(language: Language) -> Tensor:
-    """Return the ``theta`` of least forward KL to the teacher over whole sequences, the limit of
-    training on teacher samples."""
+    """Return the ``theta`` with the lowest forward KL to the teacher over whole sequences, which is
+    the limit of training on teacher samples."""
     p = language.teacher()
     return descend(language.theta, lambda theta: -(p * language.student(theta).log()).sum())
 
 
 def train(language: Language, row: Row, start: Tensor) -> Tensor:
-    """Return ``theta`` after descent along the exact expectation of the estimated gradient."""
+    """Return ``theta`` after gradient descent with the exact expectation of the estimated
+    gradient."""
 
     def expected_loss(theta: Tensor) -> Tensor:
         stats, q = language.stats(theta), language.student(theta.detach())
@@ -172,7 +174,7 @@ def train(language: Language, row: Row, start: Tensor) -> Tensor:
 
 
 def descend(start: Tensor, loss: Callable[[Tensor], Tensor], steps: int = 1500) -> Tensor:
-    """Run ``steps`` of Adam, with a rate that falls linearly from 0.03 to 0."""
+    """Run ``steps`` of Adam with a learning rate that decays linearly from 0.03 to 0."""
     theta = start.clone().requires_grad_()
     optimizer = torch.optim.Adam([theta], lr=0.03)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
@@ -185,5 +187,5 @@ def descend(start: Tensor, loss: Callable[[Tensor], Tensor], steps: int = 1500) 
 
 
 def teacher_length(language: Language) -> float:
-    """Return E_p[L]."""
+    """Return the expected length E_p[L] of the teacher."""
     return (language.teacher() * language.lengths).sum().item()

@@ -12,13 +12,14 @@ from seqkd.objectives import token_forward_kl, token_reverse_kl
 GRID = torch.linspace(-15, 15, 3001, dtype=torch.float64)
 """Points at which densities are summed. The mass outside is below 1e-9 for all fits shown."""
 WIDTH = (GRID[1] - GRID[0]).item()
+"""Width of a grid cell."""
 DIVERGENCES = {"forward": token_forward_kl, "reverse": token_reverse_kl}
 TEACHER = (
     torch.tensor([[-3.0, 2.5]], dtype=torch.float64),
     torch.tensor([[0.8, 1.2]], dtype=torch.float64).log(),
     torch.tensor([[0.6, 0.4]], dtype=torch.float64).log(),
 )
-"""Means, log standard deviations and log weights of the two modes, [1, 2] each."""
+"""Teacher's means, log standard deviations and log weights of the two modes, [1, 2] each."""
 
 
 def log_density(means: Tensor, log_scales: Tensor, weights: Tensor) -> Tensor:
@@ -35,18 +36,19 @@ class Fit:
     """K fits from K starting points."""
 
     divergence: Tensor
-    """[steps + 1, K] nats, before each step and after the last."""
+    """[steps + 1, K] divergence before each step and after the last, nats."""
     means: Tensor
-    """[K, C]"""
+    """[K, C] means of the components."""
     scales: Tensor
-    """[K, C]"""
+    """[K, C] standard deviations of the components."""
     shares: Tensor
-    """[K, C]"""
+    """[K, C] weights of the components."""
     log_density: Tensor
     """[K, points] final log-probabilities of the grid cells."""
 
     def steps_to_converge(self, within: float = 0.01) -> Tensor:
-        """Return [K] first steps from which the fits stay within so many nats of their end."""
+        """Return [K] the number of steps after which each fit stays within ``within`` nats of its
+        final divergence."""
         far = (self.divergence - self.divergence[-1]).abs() > within
         numbers = torch.arange(1, len(far) + 1)[:, None]
         return (far * numbers).amax(0)
@@ -62,7 +64,7 @@ def fit(kind: str, means: Tensor, log_scales: Tensor, steps: int = 2000, lr: flo
         divergence = DIVERGENCES[kind](log_density(*parameters), log_p)
         path.append(divergence.detach())
         optimizer.zero_grad()
-        divergence.sum().backward()  # rows are independent, and Adam works by element
+        divergence.sum().backward()  # rows are independent, and Adam is elementwise
         optimizer.step()
     with torch.no_grad():
         density = log_density(*parameters)

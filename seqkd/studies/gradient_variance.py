@@ -1,5 +1,5 @@
-"""The estimators on a real teacher and student: the variance of their gradients over prompts, for
-the same completions."""
+"""Study of the estimators on a real teacher and student: the variance of their gradients over
+prompts, on the same completions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from seqkd.objectives import OBJECTIVES
 from seqkd.types import Counts, Divergence, Prompt, Rollout, TeacherScore, TokenStats, add_padded
 
 SKETCH = 2**16
-"""Length of the random projection of a gradient. Squared norms are unbiased, with a relative error
+"""Length of the random projection of a gradient. Squared norms are unbiased with a relative error
 of about sqrt(2 / SKETCH)."""
 
 ESTIMATORS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -46,18 +46,19 @@ NAMES = ("student_logprob", "teacher_logprob", "reverse_kl", Divergence("token_r
 
 @dataclass(frozen=True)
 class Variance:
-    """Variance of one estimator's gradient, from all samples of a prompt, per sequence."""
+    """Variance over prompts of an estimator's gradient, which is per sequence and computed from all
+    samples of a prompt."""
 
     variance: float
     """Trace of the covariance over prompts."""
     signal: float
-    """Squared norm of the mean gradient, corrected for the variance of that mean."""
+    """Squared norm of the mean gradient, corrected for the variance of the mean."""
     seconds: float
     """Seconds of the backward pass of one prompt."""
 
 
 def sample(model: Any, prompt: Prompt, samples: int, tokens: int, eos: int) -> list[Rollout]:
-    """Return completions by plain ancestral sampling."""
+    """Sample completions by ancestral sampling."""
     ids = torch.tensor([prompt.token_ids] * samples)
     output = model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, eos_token_id=eos,
@@ -79,7 +80,8 @@ def sample(model: Any, prompt: Prompt, samples: int, tokens: int, eos: int) -> l
 def costs_by_position(
     student: Any, teacher: Any, groups: Sequence[list[Rollout]]
 ) -> tuple[Tensor, Tensor]:
-    """Return [T] sums of KL_t over completions, and [T] numbers of completions with a token t."""
+    """Return [T] sums over completions of the reverse KL at position t, and [T] numbers of
+    completions with a token t."""
     module, head = StudentModel(student), head_of(teacher)
     costs = survival = None
     with torch.no_grad():
@@ -103,7 +105,7 @@ def measure(
     seconds = dict.fromkeys(ESTIMATORS, 0.0)
     for batch in batches:
         size = len(batch.loss_mask)
-        # All losses per sequence, so that they are comparable.
+        # All losses are normalized per sequence, so that they are comparable.
         counts = Counts(size, tokens=size, rate=rate, length=1.0)
         _, values = module(batch, NAMES, head)
         stats = as_token_stats(batch, values, Divergence("token_reverse_kl"))
@@ -118,7 +120,7 @@ def measure(
 
 
 class Sketch:
-    """A random projection of the gradient of all of a model's parameters (count sketch)."""
+    """Random projection (count sketch) of the gradient with respect to all parameters."""
 
     def __init__(self, model: nn.Module, seed: int) -> None:
         self.parameters = [p for p in model.parameters() if p.requires_grad]

@@ -1,5 +1,5 @@
-"""A 64 x 64 softmax layer without bias, learned from teacher layers of several ranks under either
-KL."""
+"""Distillation of a 64 x 64 softmax layer without bias from teacher layers of several ranks, with
+forward or reverse KL."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class Path:
     """Distances between student and teacher before each step and after the last, [steps + 1]."""
 
     distribution: Tensor
-    """Mean L2 distance of the two output distributions on unseen inputs."""
+    """Mean L2 distance between the output distributions on unseen inputs."""
     weights: Tensor
-    """L2 distance of the weights relative to the norm of the teacher's weights, both without the
-    mean over outputs, which softmax ignores."""
+    """L2 distance between the weights relative to the norm of the teacher's weights. The mean over
+    outputs is subtracted from both, because softmax is invariant to it."""
 
 
 def teacher(rank: int, generator: torch.Generator, logit_scale: float = 3.0) -> Tensor:
@@ -36,7 +36,8 @@ def teacher(rank: int, generator: torch.Generator, logit_scale: float = 3.0) -> 
 def train(
     kind: str, rank: int, seed: int, optimizer: str, lr: float, steps: int, batch: int = 256
 ) -> Path:
-    """Learn a teacher of ``rank``. Teacher, start and inputs are the same for both kinds."""
+    """Train a student on a teacher of ``rank``. Teacher, initial student and inputs are the same
+    for both kinds of KL."""
     generator = torch.Generator().manual_seed(seed)
     target = teacher(rank, generator)
     student = (0.1 * torch.randn(SIZE, SIZE, generator=generator)).requires_grad_()

@@ -1,7 +1,7 @@
-"""The cost of a step by arithmetic: products, bytes from memory, bytes over links, and the schedule
+"""Cost model of an optimizer step: matrix products, memory traffic, link traffic, and the schedule
 of the stages. docs/scaling.md compares it with measurements.
 
-Not counted: host time between kernels, the sampling of a token from its logits, failures.
+Not included: host time between kernels, sampling of tokens from logits, failures.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class Shape:
         return self.vocabulary * self.width
 
     def attended(self, tokens: float, length: float) -> float:
-        """Return the operations of forward attention if each token sees ``length`` others."""
+        """Return the operations of forward attention if each token attends to ``length``
+        tokens."""
         return 4.0 * self.layers * self.heads * self.head_width * tokens * length
 
     def cached(self, length: float, number: int) -> float:
@@ -49,32 +50,34 @@ class Shape:
 
 @dataclass(frozen=True)
 class Chip:
-    """A GPU, or the cores of a processor."""
+    """GPU, or the cores of a CPU."""
 
     name: str
     products: float
-    """Operations per second of a large matrix product."""
+    """Throughput of large matrix products, operations per second."""
     memory: float
-    """Bytes per second, read or written."""
+    """Memory bandwidth, bytes per second."""
     link: float
-    """Bytes per second between chips, for gradients."""
+    """Bandwidth between chips for gradients, bytes per second."""
     moved: float
-    """Bytes per second of weights from the learner into an engine, with digests."""
+    """Throughput of weights from the learner into an engine, including digests, bytes per
+    second."""
     driver: float
-    """Bytes per second of teacher scores from scorers through the driver to learner ranks."""
+    """Throughput of teacher scores from scorers through the driver to learner ranks, bytes per
+    second."""
     number: int
     """Bytes per weight or state value."""
     learn: float
-    """Share of ``products`` that the learner's passes reach."""
+    """Fraction of ``products`` achieved by the learner's passes."""
     read: float
-    """Share of ``products`` that an engine reaches when it reads many tokens at once."""
+    """Fraction of ``products`` achieved by an engine that processes many tokens at once."""
     write: float
-    """Share of ``memory`` that an engine reaches when it writes token by token."""
+    """Fraction of ``memory`` achieved by an engine that decodes token by token."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """The work of one step."""
+    """Workload of one step."""
 
     prompts: int
     samples: int
@@ -97,11 +100,12 @@ class Work:
 
     @property
     def fed(self) -> float:
-        """Tokens that a model reads, with the prompt of each completion."""
+        """Tokens of all completions with their prompts."""
         return self.completion_tokens + self.sequences * self.prompt
 
     def lengths(self) -> np.ndarray:
-        """Return [prompts, samples] tokens, where every token ends with the same probability."""
+        """Return [prompts, samples] completion lengths, if every token ends the completion with the
+        same probability."""
         uniform = np.random.default_rng(0).random((self.prompts, self.samples))
 
         def draw(ending: float) -> np.ndarray:
@@ -117,7 +121,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Plan:
-    """A step and the chips it runs on."""
+    """Workload, models and the assignment of chips."""
 
     name: str
     student: Shape
@@ -126,21 +130,23 @@ class Plan:
     work: Work
     engines: int
     scorers: int
-    """Chips that score; an engine takes ``engine_chips``."""
+    """Number of chips that score."""
     ranks: int
+    """Number of learner ranks, one chip each."""
     engine_chips: int = 1
+    """Chips per engine."""
     teacher_chips: int = 1
     """Chips per copy of the teacher."""
     seats: int = 256
-    """Maximum sequences that an engine writes at once."""
+    """Maximum number of concurrent sequences of an engine."""
     recomputed: bool = False
-    """Whether the learner computes activations twice to save memory."""
+    """True if the learner recomputes activations to save memory (gradient checkpointing)."""
     batch_tokens: int = 8192
 
 
 @dataclass(frozen=True)
 class Stages:
-    """Seconds of each stage by itself, by term."""
+    """Seconds of each stage without overlap, by term."""
 
     sample: dict[str, float]
     score: dict[str, float]
@@ -163,7 +169,7 @@ def stages(plan: Plan) -> Stages:
     written = plan.chip.memory * chip.write * plan.engine_chips
     weights = student.body + student.head
     together = min(plan.seats, work.sequences / plan.engines)
-    tokens = _finished(plan).max()  # of the seat that writes longest, one after the other
+    tokens = _finished(plan).max()  # decoding steps of the longest seat
     reading = 2 * student.body * work.prompts * work.prompt + student.attended(
         work.prompts * work.prompt, work.prompt / 2
     )
@@ -173,7 +179,7 @@ def stages(plan: Plan) -> Stages:
     sampling = {
         "products of prompts": reading / (plan.engines * plan.engine_chips)
         / (chip.products * chip.read),
-        # The products of a token overlap with the load of the weights from memory.
+        # The products of a token overlap with loading the weights from memory.
         "weights from memory": tokens * streamed,
         "products of tokens": tokens * max(0.0, products - streamed),
         "keys and values from memory": tokens
@@ -207,8 +213,9 @@ def stages(plan: Plan) -> Stages:
 
 
 def _finished(plan: Plan) -> np.ndarray:
-    """Return [prompts, samples] tokens that a seat of an engine has written, one after the other,
-    at the end of each completion. Engines take completions in order."""
+    """Return [prompts, samples] the number of tokens that a seat of an engine has generated at the
+    end of each completion. A seat generates one completion at a time; engines start completions in
+    order."""
     lengths = plan.work.lengths()
     ends = np.zeros_like(lengths)
     for engine in range(plan.engines):
@@ -225,17 +232,17 @@ class Schedule:
     """Seconds of a step under each schedule."""
 
     sequential: float
-    """One stage after the other."""
+    """All stages in sequence."""
     split: float
     """Scoring in parallel with sampling (placement: split)."""
     prefetched: float
     """Loading, sampling and scoring also in parallel with learning (max_off_policy_steps: 1)."""
     hidden: float
-    """Share of scoring that ``split`` hides behind sampling."""
+    """Fraction of scoring time that ``split`` overlaps with sampling."""
 
 
 def schedule(plan: Plan) -> Schedule:
-    """Return the seconds of a step whose stages overlap as in the training loop."""
+    """Return the seconds of a step with the overlap of the training loop."""
     costs = stages(plan)
     sample, score, driver, sync, learn = (costs.seconds(name) for name in NAMES)
     work = plan.work
@@ -257,7 +264,7 @@ def schedule(plan: Plan) -> Schedule:
 
 
 def best(plan: Plan, chips: int, least_ranks: int = 1) -> Plan:
-    """Return the split of ``chips`` between the roles with the shortest prefetched step."""
+    """Return the assignment of ``chips`` to roles with the shortest prefetched step."""
     splits = [
         replace(plan, engines=engines, scorers=scorers, ranks=ranks)
         for scorers in range(plan.teacher_chips, chips, plan.teacher_chips)

@@ -1,5 +1,5 @@
-"""The error of keeping a teacher's k most probable tokens and the rest as one event: in the
-divergence, and in its gradient with respect to the student's last hidden states."""
+"""Error of keeping only a teacher's k most probable tokens and the remaining tokens as one event:
+in the divergence, and in its gradient with respect to the student's last hidden states."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ class Kept:
     """Results for the k most probable tokens of the teacher."""
 
     k: int
-    """0 for the whole distribution."""
+    """Number of tokens; 0 for the full distribution."""
     bytes: int
     """Bytes per token on disk."""
     tail: float
-    """Mean probability of all other tokens."""
+    """Mean total probability of all other tokens."""
     divergence: dict[str, float]
     """Mean over tokens of reverse and forward KL, nats."""
     gradient_error: dict[str, float]
-    """|g_k - g| / |g| of the gradient of that mean."""
+    """Relative error |g_k - g| / |g| of the gradient of this mean."""
 
 
 def measure(

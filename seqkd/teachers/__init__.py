@@ -1,1 +1,1 @@
-"""Teachers behind an endpoint, and the cache of what teachers wrote and scored."""
+"""The teacher behind an endpoint, and the cache of teacher completions and scores."""

@@ -1,11 +1,11 @@
-"""What a teacher wrote and scored, on disk, so that nothing is asked of it twice.
+"""On-disk cache of a teacher's completions and scores, so that nothing is requested twice.
 
-Completions and scores are addressed by what they answer: token ids and sampling settings, below a
-directory for the teacher's own identity. A live run takes from the cache what is there and adds
-what is not. Under ``sampler: teacher_cache`` a run reads the cache alone (score first, train
-later), and the same code runs on the same values. The cache keeps the teacher's output head and
-tokenizer too, so that its checkpoint need not be there. The student's own samples are not kept:
-they do not recur (but for a while, by :mod:`seqkd.training.replay_log`).
+Completions and scores are addressed by a hash of the request (token ids and sampling settings),
+in a directory for each teacher identity. A live run reads existing entries from the cache and adds
+missing ones. With ``sampler: teacher_cache``, a run only reads the cache (score first, train
+later); the same code runs on the same values. The cache also stores the teacher's output head and
+tokenizer, so the teacher's checkpoint is not required. Student samples are not stored, because
+they do not recur (:mod:`seqkd.training.replay_log` stores them temporarily).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ COMPLETIONS = pa.schema(
 )
 TENSORS = {"hidden": None, "logprobs": torch.float32, "top_ids": torch.int32,
            "top_logprobs": torch.float32}  # fmt: skip
-"""The fields of a score and their types on disk; hidden states have the teacher's precision."""
+"""Fields of a score and their types on disk; hidden states have the teacher's precision."""
 SCORES = pa.schema(
     [
         ("address", pa.string()),
@@ -57,7 +57,7 @@ SCORES = pa.schema(
 
 
 class TeacherCache:
-    """One teacher's completions and scores."""
+    """Completions and scores of one teacher."""
 
     def __init__(
         self, directory: Path, precision: str, damaged: Literal["refuse", "drop"] = "refuse"
@@ -69,27 +69,27 @@ class TeacherCache:
 
     @property
     def teacher(self) -> str:
-        """A model directory with the teacher's configuration, tokenizer and output head alone."""
+        """Model directory with only the teacher's configuration, tokenizer and output head."""
         return str(self.directory / "teacher")
 
     def read_score(self, address: str, sample_id: str) -> TeacherScore:
-        """The score under ``address``, as that of ``sample_id``."""
+        """Read the score under ``address`` as the score of ``sample_id``."""
         (row,) = self.scores.rows(address, 0, 1)
         tokens = row["tokens"].as_py()
         tensors: dict[str, Any] = {n: self._tensor(n, row[n], tokens) for n in TENSORS}
         return TeacherScore(sample_id, **tensors)
 
     def add_scores(self, scores: Sequence[tuple[str, TeacherScore]]) -> None:
-        """Keep scores, each with its address."""
+        """Store (address, score) pairs."""
         self.scores.append([self._score_row(address, score) for address, score in scores])
 
     def commit(self) -> None:
-        """What was added so far is right."""
+        """Keep everything added so far."""
         self.completions.commit()
         self.scores.commit()
 
     def rollback(self) -> None:
-        """Remove what was added since it was last right."""
+        """Remove everything added since the last commit."""
         self.completions.rollback()
         self.scores.rollback()
 
@@ -106,14 +106,17 @@ class TeacherCache:
     def _tensor(self, name: str, value: Any, tokens: int) -> Tensor | None:
         if not value.is_valid:
             return None
-        # A copy: the file is mapped read-only.
+        # Copied, because the file is mapped read-only.
         flat = torch.frombuffer(bytearray(value.as_buffer()), dtype=self._dtype(name))
         return flat if name == "logprobs" else flat.view(tokens, -1)
 
 
 def open_caches(config: Config, teacher_here: bool) -> tuple[Config, dict[str, TeacherCache]]:
-    """The caches of ``config``'s teachers, by name; none where no path is set. Without a teacher
-    the returned configuration has the recorded one in place of the checkpoint."""
+    """Open the caches of all teachers, by name; empty if ``teacher_cache.path`` is unset.
+
+    Without ``teacher_here``, the returned configuration names the recorded model directory of each
+    local teacher instead of its checkpoint. Raises TeacherCacheError.
+    """
     if config.teacher_cache is None:
         return config, {}
     root = Path(config.teacher_cache.path).expanduser().absolute()
@@ -133,18 +136,18 @@ def _open(root: Path, teacher: SingleTeacherConfig, here: bool) -> TeacherCache:
     identity, spec = identify_teacher(teacher, here), teacher.describe()
     directory = root / identity if identity else None
     if not here and not (directory and (directory / "teacher.json").exists()):
-        # The checkpoint is elsewhere, and its name is all there is to go by.
+        # The checkpoint is not on this machine, so only its name can be matched.
         recorded = {file.parent: _description(file) for file in sorted(root.glob("*/teacher.json"))}
         named = [path for path, other in recorded.items() if other == spec]
         if identity or len(named) != 1:
-            held = "; ".join(str(other) for other in recorded.values()) or "nothing at all"
+            contents = "; ".join(str(other) for other in recorded.values()) or "nothing"
             raise TeacherCacheError(
-                f"teacher_cache.path: {root} holds nothing of the teacher {spec}; it holds "
-                f"{held:.500}. Name that teacher, or run seqkd precompute with this "
+                f"teacher_cache.path: {root} has no entries for the teacher {spec}; it contains "
+                f"{contents:.500}. Configure a recorded teacher, or run seqkd precompute with this "
                 "configuration first."
             )
         directory = named[0]
-    assert directory is not None, "a checkpoint that must be here has an identity"
+    assert directory is not None, "a required checkpoint has an identity"
     return TeacherCache(directory, teacher.precision)
 
 
@@ -153,18 +156,18 @@ def _description(file: Path) -> dict[str, str]:
         description = json.loads(file.read_text(encoding="utf-8"))
         if isinstance(description, dict):
             return description
-        error: object = "it holds no keys"
+        error: object = "it is not a JSON object"
     except (OSError, ValueError, RecursionError) as caught:
         error = caught
     raise TeacherCacheError(
-        f"teacher_cache.path: {file} is damaged: {error!s:.200}. Remove it; "
-        "seqkd precompute with the same configuration writes it again."
+        f"teacher_cache.path: {file} is damaged: {error!s:.200}. Remove it and run "
+        "seqkd precompute with the same configuration."
     )
 
 
 def identify_teacher(teacher: SingleTeacherConfig, here: bool) -> str | None:
-    """Name of the teacher's directory: a hash of its weights, or of how it is reached. None where
-    its checkpoint is not on this machine and need not be ``here``."""
+    """Return the name of the teacher's directory: a hash of its weights, or of its endpoint and
+    model name. None if the checkpoint is not on this machine and ``here`` is false."""
     spec = teacher.describe()
     if teacher.local:
         digest = checkpoint_digest(teacher.model, download=here)
@@ -175,7 +178,8 @@ def identify_teacher(teacher: SingleTeacherConfig, here: bool) -> str | None:
 
 
 def keep_teachers(config: Config, caches: Mapping[str, TeacherCache]) -> None:
-    """Write down whose caches they are, with the head and tokenizer that reading them takes."""
+    """Write the description, output head and tokenizer of each teacher into its cache. Raises
+    StorageError."""
     for name, cache in caches.items():
         teacher, description = config.teachers[name], cache.directory / "teacher.json"
         if description.exists():
@@ -195,8 +199,8 @@ def with_caches(
     vocabulary: int,
     caches: Mapping[str, TeacherCache],
 ) -> Workers:
-    """Return ``workers`` with the caches in front of the teachers, or in their place where no
-    teacher is loaded."""
+    """Return ``workers`` with a cache in front of each teacher, or in place of a teacher that is
+    not loaded."""
     samplers, teachers = dict(workers.teacher_samplers), dict(workers.teachers)
     live = workers.live_teacher
     for name, cache in caches.items():
@@ -210,7 +214,7 @@ def with_caches(
 
 
 class CachedSampler:
-    """The teacher's completions: recorded ones first, in order, then new ones, which are kept."""
+    """Teacher completions: recorded ones first, in order, then new ones, which are stored."""
 
     def __init__(
         self, inner: Sampler | None, cache: TeacherCache, settings: Sequence[object]
@@ -228,10 +232,10 @@ class CachedSampler:
         top_p: float = 1.0,
         finished: Finished | None = None,
     ) -> list[Rollout]:
-        """See :class:`seqkd.protocols.Sampler`; ``finished`` is told of none, for what is drawn
-        gets its place among the recorded ones at the end. A prompt that comes again takes the
-        completions after those that it took before; without a teacher it starts again after the
-        last."""
+        """See :class:`seqkd.protocols.Sampler`. ``finished`` is never called, because the order of
+        recorded and new completions is only determined at the end. A repeated prompt continues
+        after the completions it has already used; without a teacher, it wraps around to the
+        first."""
         stored = self.cache.completions
         places = []
         missing: Counter[str] = Counter()
@@ -267,7 +271,7 @@ class CachedSampler:
         ]
 
     def position(self) -> dict[str, int]:
-        """Return how many completions were taken so far, by address."""
+        """Return the number of completions used so far, by address."""
         return dict(self.taken)
 
     def restore(self, position: Mapping[str, int]) -> None:
@@ -275,18 +279,18 @@ class CachedSampler:
         self.taken = Counter(position)
 
     def address(self, prompt: Prompt, temperature: float, top_p: float) -> str:
-        """Of the completions of ``prompt`` that are drawn so."""
+        """Return the address of the completions of ``prompt`` with these sampling settings."""
         return address_of([prompt.token_ids, self.settings, float(temperature), float(top_p)])
 
     def usage(self) -> dict[str, int]:
-        """What was asked of an endpoint so far, and how many completions were there already."""
+        """Return the requests to an endpoint so far, and the number of reused completions."""
         return {**(self.inner.usage() if self.inner else {}), "reused": self.reused}
 
 
 class StoredTeacher:
-    """A teacher in front of which stored scores stand: the base of the cache and of the replay log.
+    """Teacher behind stored scores: base class of the cache and of the replay log.
 
-    Scores are addressed by the tokens that they are of and by their form (:func:`score_form`).
+    Scores are addressed by the scored tokens and by their form (:func:`score_form`).
     """
 
     def __init__(
@@ -313,7 +317,7 @@ class StoredTeacher:
 
 
 class CachedTeacher(StoredTeacher):
-    """Scores from the cache, and new ones, which are kept unless the student wrote the text."""
+    """Scores from the cache and new scores, which are stored except those of student samples."""
 
     reused = 0
 
@@ -337,19 +341,21 @@ class CachedTeacher(StoredTeacher):
         }
 
     def usage(self) -> dict[str, int]:
-        """Return what an endpoint was asked for, and how many scores were read from the cache."""
+        """Return the requests to an endpoint so far, and the number of scores read from the
+        cache."""
         return {**super().usage(), "reused_scores": self.reused}
 
 
 def sampling_settings(
     teacher: SingleTeacherConfig, max_tokens: int, stop_ids: tuple[int, ...]
 ) -> list[object]:
-    """What else a completion of the teacher depends on: other settings, other addresses."""
+    """Return the settings that a teacher completion depends on and that are part of its
+    address."""
     return [max_tokens, stop_ids, teacher.writing_precision]
 
 
 def score_form(teacher: SingleTeacherConfig, vocabulary: int) -> str:
-    """What kind of score it is: one of another kind has another address."""
+    """Return the kind of score, which is part of its address."""
     if teacher.scores == "hidden":
         return teacher.scores
     top_k = f"{teacher.top_k} " if teacher.scores == "top_k" else ""
@@ -357,7 +363,7 @@ def score_form(teacher: SingleTeacherConfig, vocabulary: int) -> str:
 
 
 def bytes_per_token(teacher: SingleTeacherConfig) -> int:
-    """What the score of one completion token takes on disk."""
+    """Return the size on disk of the score of one completion token."""
     if teacher.scores == "top_k":
         return 4 + 4 * teacher.top_k + 4 * (teacher.top_k + 1)
     if teacher.scores != "hidden":
@@ -369,7 +375,7 @@ def bytes_per_token(teacher: SingleTeacherConfig) -> int:
 def _missing_error(cache: TeacherCache, what: str) -> TeacherCacheError:
     return TeacherCacheError(
         f"teacher_cache.path: {cache.directory} lacks {what}. Run seqkd precompute with "
-        "the same configuration; what is there already is kept."
+        "the same configuration; existing entries are kept."
     )
 
 
@@ -400,7 +406,7 @@ def _as_rollout(prompt: Prompt, row: dict[str, Any]) -> Rollout:
 
 
 def address_of(value: Any) -> str:
-    """A name for what ``value`` (plain data) asks: the same for the same."""
+    """Return the address of a request: a hash of ``value`` (plain data)."""
     return hashlib.blake2b(json.dumps(value).encode(), digest_size=16).hexdigest()
 
 

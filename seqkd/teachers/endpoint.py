@@ -1,5 +1,5 @@
-"""A teacher behind an OpenAI-compatible endpoint, through the openai package, which keeps to
-rate-limit headers and repeats failed requests with growing, jittered pauses."""
+"""Client of a teacher behind an OpenAI-compatible endpoint. It uses the openai package, which
+respects rate-limit headers and retries failed requests with jittered exponential backoff."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ from seqkd.errors import ActorError, ModelError
 T = TypeVar("T")
 
 ROUNDING = 1e-5
-"""How far above 0 rounding may put the log-prob of a certain token."""
+"""Largest log-prob above 0 that is accepted as a rounding error."""
 LOWEST = -9999.0
-"""What vLLM's server writes for minus infinity, which JSON does not have."""
+"""Value that vLLM's server writes for minus infinity, which JSON does not have."""
 BY_ID = {"return_tokens_as_token_ids": True}
-"""vLLM's option: a token comes back as "token_id:17", since its text may be that of another."""
+"""vLLM's option to return tokens as "token_id:17", since several tokens may have the same text."""
 NEUTRAL = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
-"""vLLM's options that a served checkpoint's own defaults would otherwise set."""
+"""vLLM's options that would otherwise take the defaults of the served checkpoint."""
 
 
 class Unreadable(ValueError):
-    """An answer that lacks what was asked for; asked for again."""
+    """Invalid response; the request is repeated."""
 
 
 UNREADABLE = (ValueError, TypeError, AttributeError, IndexError)
-"""What reading an answer raises that is not one of this interface."""
+"""Exceptions of parsing a response that does not follow the interface."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """One completion to ask for."""
+    """Request for one completion."""
 
     messages: tuple[tuple[str, str], ...]
-    """(role, content), for the chat interface."""
+    """(role, content) pairs for the chat API."""
     prompt: str | tuple[int, ...]
-    """For the completions interface. To token ids, the completion comes as token ids too."""
+    """Prompt for the completions API. Given as token ids, the completion has token ids too."""
     seed: int
 
 
@@ -53,21 +53,21 @@ class Reply:
 
     text: str
     ended: bool
-    """Whether the teacher stopped by itself; False at the token limit."""
+    """True if the teacher ended the completion; False if it was cut at the token limit."""
     token_ids: tuple[int, ...] = ()
-    """With the token that ended it; empty unless the prompt was token ids."""
+    """Tokens, including the end-of-sequence token; empty unless the prompt was token ids."""
     logprobs: tuple[float, ...] = ()
-    """Of ``token_ids``, as the endpoint gives them: of its model at temperature 1."""
+    """Log-probs of ``token_ids`` as returned by the endpoint: of its model at temperature 1."""
 
 
 @dataclass(frozen=True)
 class Scored:
-    """What the model thinks of a sequence of S tokens, at the states before tokens 1 to S - 1."""
+    """Log-probs for a sequence of S tokens, at the states before tokens 1 to S - 1."""
 
     logprobs: list[float]
-    """[S - 1] of the token that follows."""
+    """[S - 1] log-prob of the next token."""
     top: list[list[tuple[int, float]]]
-    """[S - 1][k] token and log-prob, the most probable first; k may be 0."""
+    """[S - 1][k] token and log-prob, most probable first; k may be 0."""
 
 
 @dataclass(frozen=True)
@@ -78,38 +78,40 @@ class _Call(Generic[T]):
 
 
 def key_of(config: EndpointTeacherConfig) -> str:
-    """The key from the environment. A server on this machine needs none; ModelError elsewhere."""
+    """Return the key from the environment. Raises ModelError if it is missing, except for a server
+    on this machine, or invalid."""
     key = os.environ.get(config.api_key_env, "").strip()
     if not (key.isascii() and key.isprintable()):
         raise ModelError(
-            f"teacher.api_key_env: what {config.api_key_env} holds is no key: it has characters "
-            "that an HTTP header cannot carry. Set it to the key alone."
+            f"teacher.api_key_env: the value of {config.api_key_env} has characters that are not "
+            "allowed in an HTTP header. Set it to the key only."
         )
     if key:
         return key
     if urlsplit(config.base_url).hostname in ("127.0.0.1", "localhost", "::1"):
-        return "not-needed"  # the openai package wants one
+        return "not-needed"  # the openai package requires a key
     raise ModelError(
         f"teacher.api_key_env: the environment variable {config.api_key_env} is not set. Set it "
-        f"to the key of {config.base_url}, or name another variable."
+        f"to the key for {config.base_url}, or configure another variable."
     )
 
 
 def same_model(served: str, asked: str) -> bool:
-    """Whether two names mean one model; some endpoints put an owner before it."""
+    """Return whether two names refer to the same model; some endpoints prepend an owner."""
     return served == asked or served.endswith(f"/{asked}")
 
 
 class EndpointClient:
-    """Asks an endpoint, ``config.concurrency`` requests at a time, and counts what they cost.
+    """Client that sends up to ``config.concurrency`` requests at a time and counts their usage.
 
-    Everything it returns is in order and whole: an answer that cannot be read is asked for again,
-    and ActorError is raised where one has failed for good."""
+    Results are in the order of the requests. An invalid response is requested again. Raises
+    ActorError if a request fails permanently, ModelError if another model responds."""
 
     def __init__(self, config: EndpointTeacherConfig, key: str) -> None:
         self.config, self.key = config, key
         self.used: Counter[str] = Counter()
-        """requests, unreadable (answers, asked for again), prompt_tokens, completion_tokens."""
+        """Counts of requests, unreadable (invalid responses, requested again), prompt_tokens and
+        completion_tokens."""
 
     def complete(
         self,
@@ -119,20 +121,21 @@ class EndpointClient:
         top_p: float,
         stop_ids: Sequence[int] = (),
     ) -> list[Reply]:
-        """A completion for each request; ``stop_ids`` end those that come as token ids."""
+        """Return a completion for each request. ``stop_ids`` end completions of token-id
+        prompts."""
         options = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
         return self._run([self._completion(r, options, stop_ids) for r in requests])
 
     def prompt_tokens(self, requests: Sequence[Request]) -> list[int]:
-        """How many tokens of each prompt the model read."""
+        """Return the number of prompt tokens that the model read for each request."""
         calls = [self._completion(request, {"max_tokens": 1}, ()) for request in requests]
         return self._run([_Call(call.api, call.body, _read_prompt_tokens) for call in calls])
 
     def score(self, sequences: Sequence[Sequence[int]], top_k: int) -> list[Scored]:
-        """Log-probs of each sequence of token ids, through the completions interface."""
+        """Return log-probs of each sequence of token ids, through the completions API."""
 
         def call(ids: Sequence[int]) -> _Call[Scored]:
-            # One log-prob even where none but the token's own is wanted: 0 means none to some.
+            # Some servers return no log-probs at all for logprobs=0, so at least 1 is requested.
             body = {"prompt": list(ids), "echo": True, "logprobs": max(1, top_k), "max_tokens": 1}
             body |= {"temperature": 1.0, "extra_body": BY_ID}
             return _Call("completions", body, lambda answer: _read_scores(answer, ids, top_k))
@@ -174,8 +177,8 @@ class EndpointClient:
             try:
                 async with asyncio.TaskGroup() as group:
                     tasks = [group.create_task(one(call)) for call in calls]
-            except BaseExceptionGroup as failed:  # the first; the others were cancelled for it
-                raise failed.exceptions[0] from None
+            except BaseExceptionGroup as failed:
+                raise failed.exceptions[0] from None  # the first error cancelled the other tasks
         return [task.result() for task in tasks]
 
     async def _answer(self, client: Any, call: _Call[T]) -> T:
@@ -192,24 +195,24 @@ class EndpointClient:
                 problem = error
                 self.used["unreadable"] += 1
                 await asyncio.sleep(min(8.0, 0.1 * 2**attempt) * random.uniform(0.5, 1))
-            except openai.OpenAIError as error:  # the client has already repeated what it may
+            except openai.OpenAIError as error:  # the client has already used up its retries
                 raise ActorError(
                     f"teacher endpoint {self._where()}: {cause(error, self.key)}"
                 ) from None
         raise ActorError(
-            f"teacher endpoint {self._where()}: its answers cannot be read: "
-            f"{cause(problem, self.key)}"
+            f"teacher endpoint {self._where()}: invalid response: {cause(problem, self.key)}"
         )
 
     def _account(self, answer: Any) -> None:
-        """Count what the answer cost; ModelError where another model gave it."""
+        """Count the tokens of a response. Raises ModelError if another model responded."""
         if answer.usage is not None:
             self.used["prompt_tokens"] += answer.usage.prompt_tokens
             self.used["completion_tokens"] += answer.usage.completion_tokens
         if answer.model and not same_model(answer.model, self.config.model):
             raise ModelError(
-                f"teacher.model: {self.config.model!r} was asked for, but {answer.model!r} answers "
-                f"at {self.config.base_url}. Set teacher.model to it if that is the one you mean."
+                f"teacher.model: {self.config.model!r} was requested, but {self.config.base_url} "
+                f"serves {answer.model!r}. Set teacher.model to the served model, or change "
+                "teacher.base_url."
             )
 
     def _where(self) -> str:
@@ -230,7 +233,7 @@ def _reply(text: Any, reason: Any) -> Reply:
     if not isinstance(text, str) or reason not in ("stop", "length"):
         raise Unreadable(f"text {text!r:.40}, finish_reason {reason!r}")
     if not text and reason == "length":
-        raise Unreadable("no text, and cut")
+        raise Unreadable("empty text with finish_reason 'length'")
     return Reply(text, reason == "stop")
 
 
@@ -246,8 +249,8 @@ def _read_tokens(answer: Any, prompt: int, stop_ids: Sequence[int]) -> Reply:
 def _read_prompt_tokens(answer: Any) -> int:
     if answer.usage is None or not isinstance(answer.usage.prompt_tokens, int):
         raise Unreadable(
-            "it does not say how many prompt tokens it read, so that nobody could see it truncate "
-            "them. Use a server that reports usage."
+            "it does not report the number of prompt tokens, so truncated prompts could not be "
+            "detected. Use a server that reports usage."
         )
     return answer.usage.prompt_tokens
 
@@ -258,35 +261,35 @@ def _read_scores(answer: Any, ids: Sequence[int], top_k: int) -> Scored:
     if echoed[:size] != list(ids):
         raise Unreadable(
             f"it scored {len(echoed)} tokens that do not begin with the {size} sent. Use a server "
-            "that echoes a prompt of token ids as it is, or set teacher.scores to none."
+            "that echoes prompts of token ids unchanged, or set teacher.scores to none."
         )
     values = list(map(_logprob, logprobs[1:size]))
     if len(values) < size - 1 or not any(values):
-        what = "every log-prob is 0" if values else "it has no log-probs"
-        raise Unreadable(f"{what}, for {size} tokens. Set teacher.scores to none.")
+        what = "every log-prob is 0" if values else "there are no log-probs"
+        raise Unreadable(f"{what} for {size} tokens. Set teacher.scores to none.")
     return Scored(values, [_top(entries, top_k) for entries in top[1:size]] if top_k else [])
 
 
 def _read_logprobs(answer: Any, prompt: int) -> tuple[list[int], list[Any], list[Any]]:
-    """Token ids, their log-probs and the most probable tokens, as they came."""
+    """Return token ids, their log-probs and the most probable tokens, unconverted."""
     (choice,) = answer.choices
     read = answer.usage.prompt_tokens if answer.usage else prompt
     if read != prompt:
         raise Unreadable(
-            f"it read {read} of {prompt} prompt tokens. Raise the context of the server, or lower "
-            "data.max_prompt_tokens."
+            f"it read {read} of {prompt} prompt tokens. Increase the server's context length, or "
+            "decrease data.max_prompt_tokens."
         )
     logprobs = choice.logprobs
     if logprobs is None or not logprobs.token_logprobs or not logprobs.tokens:
         raise Unreadable(
-            "it gives no log-probs. Use a server that does (vLLM: echo with logprobs), or set "
-            "teacher.scores to none."
+            "it returns no log-probs. Use a server that returns them (vLLM: echo with logprobs), "
+            "or set teacher.scores to none."
         )
     lists = (logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs or ())
     if len(set(map(len, lists))) > 1:
         raise Unreadable(
-            f"it gives {len(logprobs.tokens)} tokens, {len(logprobs.token_logprobs)} log-probs and "
-            f"{len(logprobs.top_logprobs or ())} lists of the most probable tokens. Set "
+            f"it returns {len(logprobs.tokens)} tokens, {len(logprobs.token_logprobs)} log-probs "
+            f"and {len(logprobs.top_logprobs or ())} lists of the most probable tokens. Set "
             "teacher.scores to none."
         )
     return [_token(t) for t in logprobs.tokens], logprobs.token_logprobs, logprobs.top_logprobs
@@ -296,8 +299,8 @@ def _token(text: str) -> int:
     name, _, number = text.partition(":")
     if name != "token_id" or not number.isdigit():
         raise Unreadable(
-            f"it names tokens by text ({text!r:.20}), which can be that of several. Use a server "
-            "with return_tokens_as_token_ids (vLLM), or set teacher.scores to none."
+            f"it returns tokens as text ({text!r:.20}), which is ambiguous. Use a server with "
+            "return_tokens_as_token_ids (vLLM), or set teacher.scores to none."
         )
     return int(number)
 
@@ -309,24 +312,24 @@ def _logprob(value: Any) -> float:
 
 
 def _top(entries: dict[str, Any], top_k: int) -> list[tuple[int, float]]:
-    """The ``top_k`` most probable; the token itself may have been added to them."""
+    """Return the ``top_k`` most probable tokens; servers may add the sampled token."""
     pairs = [(_token(text), _logprob(value)) for text, value in entries.items()]
     pairs = sorted(pairs, key=lambda pair: -pair[1])[:top_k]
     if len(pairs) < top_k:
         raise Unreadable(
-            f"it names {len(pairs)} tokens at a state, fewer than teacher.top_k = {top_k}. Lower "
-            "that, or raise the limit of the server (vLLM: --max-logprobs)."
+            f"it returns {len(pairs)} tokens per state, fewer than teacher.top_k = {top_k}. "
+            "Decrease teacher.top_k, or increase the server's limit (vLLM: --max-logprobs)."
         )
     total = math.fsum(math.exp(value) for _, value in pairs)
     if total > 1.001:
         raise Unreadable(
-            f"the most probable tokens have probabilities that sum to {total:.4g}. Set "
+            f"the probabilities of the most probable tokens sum to {total:.4g}. Set "
             "teacher.scores to none."
         )
     return pairs
 
 
 def cause(error: BaseException, key: str) -> str:
-    """One line, without the key; of a connection error, what the socket said."""
+    """Describe an error in one line without the key; a connection error by its socket error."""
     inner = " ".join(str(error.__cause__ or error).replace(key, "***").split())
     return inner if isinstance(error, Unreadable) else f"{type(error).__name__}: {inner:.200}"

@@ -67,7 +67,7 @@ def test_a_killed_driver_leaves_nothing_running_and_ctrl_c_saves(tiny_config, tm
     second = start(tiny_config, tmp_path, "--resume")
     others = reach(second, run, len(rows(run)) + 2)
     refused = start(tiny_config, tmp_path, "--resume")
-    assert "is that of a run that is under way" in refused.communicate(timeout=180)[0]
+    assert "is in use by a running process" in refused.communicate(timeout=180)[0]
     assert refused.returncode == 2
     os.killpg(second.pid, signal.SIGINT)
     printed, _ = second.communicate(timeout=180)

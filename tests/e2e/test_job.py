@@ -107,7 +107,7 @@ def test_teacher_sampled_and_a_used_directory(head, environment, tiny_config, tm
     assert all(0 < r["mixture/effective_sample_size"] <= 16 for r in rows)
     again = submit(head, environment, tiny_config, *overrides)
     assert again.returncode != 0
-    assert "already holds another run" in again.stdout + again.stderr
+    assert "already contains another run" in again.stdout + again.stderr
 
 
 def test_student_equal_to_teacher_has_nothing_to_learn(
@@ -146,7 +146,7 @@ def test_scoring_first_and_training_later_is_the_live_run(
     check_python_api(
         environment, tmp_path, *common, "sampler=teacher", "teacher_cache=null", "name=live"
     )
-    refused(direct(environment, *two_step), "holds nothing of the teacher", "seqkd precompute")
+    refused(direct(environment, *two_step), "has no entries for the teacher", "seqkd precompute")
     succeeds(direct(environment, *two_step, command="precompute"))
     shutil.rmtree(teacher)
     succeeds(direct(environment, *two_step))
@@ -188,7 +188,7 @@ def check_python_api(environment, runs, *arguments):
     }
     assert {"initial", "main"} == result["figures"].keys()
     assert (directory / "report.html").is_file()
-    assert "already holds another run" in error
+    assert "already contains another run" in error
 
 
 def test_scoring_the_rows_answers_first_in_two_goes(head, environment, tiny_config, tiny, tmp_path):
@@ -362,7 +362,7 @@ def test_dry_run_lists_every_finding_and_starts_nothing(environment, tiny_config
     assert "rollout 0: 4096 threads" in done.stdout
     lines = done.stdout.splitlines()
     for finding in (
-        "already holds another run",
+        "already contains another run",
         "'/nowhere' does not exist",
         "needs 4096 CPU cores",
     ):

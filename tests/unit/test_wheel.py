@@ -1,4 +1,4 @@
-"""The wheel has everything that an installation without the checkout needs."""
+"""The wheel contains everything that an installation without the checkout needs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.conftest import ROOT
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """Built from a copy, as the build writes into its directory."""
+    """Build the wheel from a copy, because the build writes into its directory."""
     copy, out = tmp_path_factory.mktemp("copy"), tmp_path_factory.mktemp("wheel")
     for name in ("seqkd", "actors", "scripts", "tests", "pyproject.toml", "README.md", "LICENSE"):
         source = ROOT / name
@@ -32,7 +32,7 @@ def wheel(tmp_path_factory):
         yield opened
 
 
-def test_every_file_of_the_packages_is_in_it(wheel):
+def test_wheel_has_every_file_of_the_packages(wheel):
     expected = {
         str(file.relative_to(ROOT))
         for package in ("seqkd", "actors")
@@ -45,7 +45,7 @@ def test_every_file_of_the_packages_is_in_it(wheel):
     assert any(name.startswith("seqkd/report/templates/") for name in names)
 
 
-def test_it_has_one_command_and_the_version_of_the_package(wheel):
+def test_wheel_has_one_command_and_the_version_of_the_package(wheel):
     files = {name.rpartition("/")[2]: wheel.read(name).decode() for name in wheel.namelist()
              if ".dist-info/" in name and not name.endswith("/")}  # fmt: skip
     scripts = ConfigParser()

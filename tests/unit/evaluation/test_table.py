@@ -1,4 +1,4 @@
-"""The table of an evaluation, on completions whose figures can be worked out by hand."""
+"""Table of an evaluation, on completions whose figures can be computed by hand."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def decode(ids):
 
 
 def written(texts, costs, **stats):
-    """``texts``: by prompt, the samples' token ids; each token costs so much of every statistic."""
+    """Return completions. ``texts``: token ids of the samples by prompt. Every token has the same
+    value of each statistic, times ``costs``."""
     rollouts, measured = [], {}
     for prompt, samples in zip(PROMPTS, texts, strict=True):
         for i, ids in enumerate(samples):
@@ -42,23 +43,23 @@ STUDENT = [[(5, 6, END), (7, END)], [(6, 6, 6, 6), (6, END)]]
 
 def student(costs=1.0):
     stats = {"reverse_kl": 2.0, "forward_kl": 3.0, "student_logprob": -1.0, "teacher_logprob": -4.0}
-    ours = written(STUDENT, costs, **stats)
-    theirs = written(TEACHER, costs, end_logprob=math.log(0.5), **stats)
-    return ModelOutputs(ours, theirs)
+    student_answers = written(STUDENT, costs, **stats)
+    teacher_answers = written(TEACHER, costs, end_logprob=math.log(0.5), **stats)
+    return ModelOutputs(student_answers, teacher_answers)
 
 
 def test_every_figure_by_hand():
-    found = figures(student(), PROMPTS, REFERENCES, decode, None)
-    table = {name: interval.mean for name, interval in found.table().items()}
+    result = figures(student(), PROMPTS, REFERENCES, decode, None)
+    table = {name: interval.mean for name, interval in result.table().items()}
     assert table["reverse_kl_per_token"] == 2.0
     assert table["reverse_kl_per_sequence"] == 2.0 * 11 / 4  # 3 + 2 + 4 + 2 tokens
     assert table["forward_kl_per_sequence"] == 3.0 * 11 / 4  # 2 + 4 + 2 + 3
     assert table["teacher_nll_per_token"] == 4.0
     assert table["perplexity"] == pytest.approx(math.e)
-    # Prompt b has no reference; both samples of a have one that says the same.
+    # Prompt b has no reference; each sample of prompt a equals a reference.
     assert table["rouge1"] == table["rougeL"] == 100
-    assert table["rouge2"] == 50  # one word has no pair of words
-    assert found.ratios["rouge1"].below.tolist() == [1, 0]
+    assert table["rouge2"] == 50  # a single word has no bigram
+    assert result.ratios["rouge1"].below.tolist() == [1, 0]
     assert table["length"] == ((3 + 2) / 2 + (4 + 2) / 2) / 2
     assert table["ended"] == (1 + 0.5) / 2
     assert table["distinct1"] == 3 / 8  # red green blue, green four times, green
@@ -67,9 +68,9 @@ def test_every_figure_by_hand():
     assert not {"bartscore_f"} & table.keys()
 
 
-def test_the_teacher_has_the_figures_of_its_text():
-    theirs = student().on_teacher
-    table = figures(ModelOutputs(theirs), PROMPTS, REFERENCES, decode, None).table()
+def test_figures_of_the_teacher():
+    teacher_answers = student().on_teacher
+    table = figures(ModelOutputs(teacher_answers), PROMPTS, REFERENCES, decode, None).table()
     assert table["teacher_nll_per_token"].mean == 4.0
     assert table["length"].mean == ((2 + 4) / 2 + (2 + 3) / 2) / 2
     assert not {"reverse_kl_per_token", "perplexity"} & table.keys()
@@ -78,33 +79,33 @@ def test_the_teacher_has_the_figures_of_its_text():
 def test_changes_are_paired():
     before = figures(student(2.0), PROMPTS, REFERENCES, decode, None)
     after = figures(student(1.0), PROMPTS, REFERENCES, decode, None)
-    found = changes(before, after)
-    assert found["reverse_kl_per_token"].mean == found["reverse_kl_per_token"].high == -2.0
-    assert (found["rouge1"].mean, found["rouge1"].low, found["rouge1"].high) == (0, 0, 0)
-    assert "perplexity" not in found
+    result = changes(before, after)
+    assert result["reverse_kl_per_token"].mean == result["reverse_kl_per_token"].high == -2.0
+    assert (result["rouge1"].mean, result["rouge1"].low, result["rouge1"].high) == (0, 0, 0)
+    assert "perplexity" not in result
 
 
-def test_changes_are_of_the_prompts_that_both_have():
+def test_changes_use_prompts_where_both_are_defined():
     before = Ratio(np.array([4.0, 0.0, 9.0]), np.array([2.0, 0.0, 1.0]))
     after = Ratio(np.array([3.0, 5.0, 0.0]), np.array([3.0, 1.0, 0.0]))
-    found = changes(Figures({"rouge1": before}, {}), Figures({"rouge1": after}, {}))
-    assert found == {"rouge1": Interval(-1.0, -1.0, -1.0)}
+    result = changes(Figures({"rouge1": before}, {}), Figures({"rouge1": after}, {}))
+    assert result == {"rouge1": Interval(-1.0, -1.0, -1.0)}
     nowhere = Ratio(np.array([0.0, 5.0, 0.0]), np.array([0.0, 1.0, 0.0]))
     assert changes(Figures({"rouge1": before}, {}), Figures({"rouge1": nowhere}, {})) == {}
 
 
-def test_curves_know_what_they_are_given():
-    found = curves(student(), PROMPTS)
-    assert found["exposure_bias"]["excess"][0] == 0, "the same error on both texts"
-    ends = found["end_calibration"]
+def test_curves_contain_the_available_statistics():
+    result = curves(student(), PROMPTS)
+    assert result["exposure_bias"]["excess"][0] == 0, "the same error on both texts"
+    ends = result["end_calibration"]
     assert (ends["states"], ends["observed_ends"]) == (11, 3)
     assert ends["expected_ends"] == pytest.approx(0.5 * 11)
-    assert found["ends"]["student"]["survival"][0] == 1
+    assert result["ends"]["student"]["survival"][0] == 1
     without = ModelOutputs(written(STUDENT, 1.0), written(TEACHER, 1.0))
     assert curves(without, PROMPTS).keys() == {"ends"}
 
 
-def test_the_table_has_a_column_a_model_and_a_dash_where_nothing_is_known():
+def test_table_has_a_column_per_model_and_a_dash_for_missing_figures():
     table = {
         "teacher": figures(
             ModelOutputs(student().on_teacher), PROMPTS, REFERENCES, decode, None

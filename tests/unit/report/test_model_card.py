@@ -1,4 +1,4 @@
-"""The exported student: what transformers does with the directory, and what its card says."""
+"""The exported student: loading with transformers, and the model card."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TEXT = "What is rain for?"
 
 @pytest.fixture
 def exported(tiny, tmp_path):
-    """Exports the tiny student with another generation config; None for none at all."""
+    """Function that exports the tiny student with a generation config, or without one if None."""
 
     def export_with(generation):
         source = tmp_path / "source"
@@ -44,17 +44,17 @@ def exported(tiny, tmp_path):
 
 
 def greedy(directory, **options):
-    """Tokens that the model writes by its own generation config, but for sampling."""
+    """Return tokens generated with the model's generation config, without sampling."""
     model = AutoModelForCausalLM.from_pretrained(directory)
     inputs = AutoTokenizer.from_pretrained(directory)(TEXT, return_tensors="pt")
     written = model.generate(**inputs, do_sample=False, max_new_tokens=12, **options)
     return written[0, inputs["input_ids"].shape[1] :].tolist()
 
 
-def test_it_ends_where_completions_of_the_run_ended(exported, tiny):
-    """At an id of generation_config.json as well as at the tokenizer's end of sequence."""
+def test_generation_ends_at_the_tokens_of_the_run(exported, tiny):
+    """Generation ends at an id of generation_config.json and at the tokenizer's EOS token."""
     words = greedy(tiny["student"], eos_token_id=320)
-    assert 0 not in words, "the tokenizer's own"
+    assert 0 not in words, "the tokenizer's EOS token"
     last = words[5]
     student = exported({"eos_token_id": [last], "pad_token_id": 1})
     assert GenerationConfig.from_pretrained(student).eos_token_id == [last, 0]
@@ -65,25 +65,25 @@ def test_it_ends_where_completions_of_the_run_ended(exported, tiny):
     ("generation", "kept"),
     [
         ({"do_sample": True, "temperature": 0.7, "top_k": 20, "pad_token_id": 7}, {}),
-        # transformers refuses to save this one, and published models have it
+        # transformers refuses to save this config, but published models have it
         ({"temperature": 0.6, "top_p": 0.9}, {"pad_token_id": 1}),
         (None, {"pad_token_id": 1}),
     ],
 )  # fmt: skip
-def test_defaults_of_sampling_are_kept(exported, generation, kept):
+def test_sampling_defaults_are_kept(exported, generation, kept):
     student = exported(generation)
     written = json.loads((student / "generation_config.json").read_text())
     written.pop("transformers_version")
     assert written == {"eos_token_id": [0], **(generation or {}), **kept}
 
 
-def test_the_padding_is_the_end_where_there_is_none(tiny, tmp_path):
+def test_padding_defaults_to_the_end_token(tiny, tmp_path):
     source = tmp_path / "source"
     shutil.copytree(tiny["student"], source)
     (source / "generation_config.json").write_text('{"eos_token_id": 5}')
-    told = json.loads((source / "tokenizer_config.json").read_text())
-    told["pad_token"] = None
-    (source / "tokenizer_config.json").write_text(json.dumps(told))
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    settings["pad_token"] = None
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
     model = load_causal_lm(str(source), "float32", "student.model")
     export(model, None, tmp_path / "student", str(source))
     assert GenerationConfig.from_pretrained(tmp_path / "student").pad_token_id == 5
@@ -110,7 +110,7 @@ def config(**changes):
 
 
 def measurement(seed):
-    """Sums of 6 prompts."""
+    """Return random sums of 6 prompts."""
     generator = np.random.default_rng(seed)
     names = ("reverse_kl", "forward_kl", "nll", "student_tokens", "teacher_tokens")
     sums = {name: generator.uniform(1, 9, 6) for name in names}
@@ -120,7 +120,7 @@ def measurement(seed):
 
 @pytest.fixture
 def run(tmp_path):
-    """A run directory at its end: metrics of two phases, and a student."""
+    """Directory of a finished run: metrics of two phases and a student."""
     (tmp_path / "student").mkdir()
     rows = [
         {"step": 0, "sampler": "teacher", "tokens": 100, "teacher_prompt_tokens": 7},
@@ -137,9 +137,9 @@ def written(run, config, evaluation=None):
     return ModelCard.load(run / "student" / "README.md")
 
 
-def test_the_hub_reads_its_front_matter(run):
-    known = written(run, config(student={"model": "Qwen/Qwen2.5-1.5B-Instruct"})).data.to_dict()
-    assert known == {
+def test_front_matter_is_readable_by_the_hub(run):
+    metadata = written(run, config(student={"model": "Qwen/Qwen2.5-1.5B-Instruct"})).data.to_dict()
+    assert metadata == {
         "base_model": "Qwen/Qwen2.5-1.5B-Instruct",
         "base_model_relation": "finetune",
         "datasets": ["HuggingFaceH4/ultrachat_200k"],
@@ -149,21 +149,21 @@ def test_the_hub_reads_its_front_matter(run):
     }
 
 
-def test_a_path_of_this_machine_is_no_name_on_the_hub(run, tiny, tmp_path):
+def test_local_paths_are_not_hub_names(run, tiny, tmp_path):
     (tmp_path / "rows.jsonl").write_text("")
     local = config(
         student={"model": tiny["student"], "init": {"kind": "prune", "drop_layers": [0, 1]}},
         data={"path": str(tmp_path / "rows.jsonl"), "heldout_path": "other.jsonl"},
     )
     card = written(run, local)
-    known = card.data.to_dict()
-    assert known.keys() == {"library_name", "pipeline_tag", "tags"}
-    assert known["tags"] == ["distillation", "pruned", "seqkd"]
+    metadata = card.data.to_dict()
+    assert metadata.keys() == {"library_name", "pipeline_tag", "tags"}
+    assert metadata["tags"] == ["distillation", "pruned", "seqkd"]
     assert "`student` (a local directory) without decoder layers [0, 1)" in card.text
 
 
 @pytest.mark.parametrize(
-    ("own", "expected"),
+    ("original", "expected"),
     [
         ("---\nlicense: apache-2.0\n---\n# x\n", {"license": "apache-2.0"}),
         (
@@ -176,18 +176,18 @@ def test_a_path_of_this_machine_is_no_name_on_the_hub(run, tiny, tmp_path):
         (None, {}),
     ],
 )
-def test_the_license_is_what_the_student_s_own_card_says(run, tiny, tmp_path, own, expected):
+def test_license_is_from_the_original_card(run, tiny, tmp_path, original, expected):
     source = tmp_path / "source"
     shutil.copytree(tiny["student"], source)
-    if own is not None:
-        (source / "README.md").write_text(own)
+    if original is not None:
+        (source / "README.md").write_text(original)
     card = written(run, config(student={"model": str(source)}))
-    known = card.data.to_dict()
-    assert {k: v for k, v in known.items() if k.startswith("license")} == expected
-    assert ("not stated" in card.text) == (not expected)
+    metadata = card.data.to_dict()
+    assert {k: v for k, v in metadata.items() if k.startswith("license")} == expected
+    assert ("not specified" in card.text) == (not expected)
 
 
-def test_its_table_has_the_figures_of_the_evaluation(run, tokenizer):
+def test_table_has_the_figures_of_the_evaluation(run, tokenizer):
     stages = {"initial": measurement(0), "warmup": measurement(1), "main": measurement(2)}
     evaluation = evaluation_json(stages, ["prompt"] * 6, tokenizer, 0)
     card = written(run, config(), json.loads(json.dumps(evaluation)))
@@ -196,15 +196,15 @@ def test_its_table_has_the_figures_of_the_evaluation(run, tokenizer):
     assert [head.strip("| ") for head in heads] == ["", "before", "after warmup", "after main"]
     assert rows.keys() == {labeled(figure) for figure in evaluation["figures"]["main"]}
     for stage, column in (("initial", 0), ("warmup", 1), ("main", 2)):
-        for figure, known in evaluation["figures"][stage].items():
+        for figure, interval in evaluation["figures"][stage].items():
             numbers = re.findall(r"[\d.]+", rows[labeled(figure)][column])
             assert [float(n) for n in numbers] == pytest.approx(
-                [known["mean"], known["low"], known["high"]], rel=5e-3
+                [interval["mean"], interval["low"], interval["high"]], rel=5e-3
             )
     assert "On 6 held-out prompts" in card.text
 
 
-def test_it_says_how_the_student_was_made(run):
+def test_card_describes_the_training(run):
     text = written(run, config()).text
     for words in (
         f"seqkd {version('seqkd')}",
@@ -221,28 +221,28 @@ def test_it_says_how_the_student_was_made(run):
         assert words in text, words
 
 
-def test_its_configuration_shapes_the_student_and_tells_no_address(run):
+def test_configuration_in_the_card_omits_execution_keys(run):
     teacher = {"kind": "openai", "model": "big", "base_url": "https://inner.example/v1"}
     card = written(run, config(teacher=teacher, sampler="teacher", objective=None, extra_terms=[]))
     block = re.search(r"```yaml\n(.*?)```", card.text, re.DOTALL)
-    given = yaml.safe_load(block[1])
-    assert given["learner"]["lr"] == 2e-6 and given["warmup"]["steps"] == 3
-    assert given["objective"] == {"kind": "sequence_forward_kl"}
-    assert "inner.example" not in card.text and "runs_dir" not in given
+    options = yaml.safe_load(block[1])
+    assert options["learner"]["lr"] == 2e-6 and options["warmup"]["steps"] == 3
+    assert options["objective"] == {"kind": "sequence_forward_kl"}
+    assert "inner.example" not in card.text and "runs_dir" not in options
 
 
-def test_its_example_runs(run, tiny, monkeypatch, capsys):
-    """The Python of the card, in the directory that the card is in."""
+def test_example_in_the_card_runs(run, tiny, monkeypatch, capsys):
+    """The Python example runs in the directory of the card."""
     shutil.copytree(tiny["student"], run / "student", dirs_exist_ok=True)
     text = written(run, config(rollout={"max_tokens": 5})).text
     code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
     monkeypatch.chdir(run / "student")
     torch.manual_seed(0)
-    known = {}
-    exec(code, known)
-    assert known["output"].shape[1] <= known["inputs"]["input_ids"].shape[1] + 5
+    names = {}
+    exec(code, names)
+    assert names["output"].shape[1] <= names["inputs"]["input_ids"].shape[1] + 5
     assert capsys.readouterr().out.strip()
 
 
-def test_a_student_whose_directory_was_moved_has_no_license_to_state(tmp_path):
+def test_moved_student_directory_has_no_license(tmp_path):
     assert model_card.license_of(str(tmp_path / "moved")) == {}

@@ -1,4 +1,4 @@
-"""A row that was acknowledged is there once and whole, or what is damaged is named."""
+"""Acknowledged rows are stored exactly once, and damaged files are detected."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ def row(address, size=100):
 
 
 def value(shards, address):
-    (found,) = shards.rows(address, 0, shards.count(address))
-    return found["value"].as_py()
+    (stored,) = shards.rows(address, 0, shards.count(address))
+    return stored["value"].as_py()
 
 
 def files(directory):
     return sorted(directory.glob("*.arrow"))
 
 
-def test_rows_are_read_back_in_the_order_in_which_they_were_added(tmp_path):
+def test_rows_are_read_in_insertion_order(tmp_path):
     first, second = ArrowStore(tmp_path, SCHEMA), ArrowStore(tmp_path, SCHEMA)
     for number in range(3):
         first.append([{"address": "a", "value": bytes([number])}, row("b")])
-    second.append([{"address": "a", "value": b"other"}])  # counts as the first did
+    second.append([{"address": "a", "value": b"other"}])  # the same file number as the first
     assert second.count("a") == 1
     again = ArrowStore(tmp_path, SCHEMA)
     values = [r["value"].as_py() for r in again.rows("a", 0, 4)]
@@ -58,7 +58,7 @@ def test_equal_rows_of_two_writers_are_both_kept(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "append", "zero", "name", "columns"])
-def test_damage_is_named_wherever_it_is(tmp_path, damage):
+def test_damaged_file_is_detected_at_any_position(tmp_path, damage):
     filled(tmp_path)
     (file,) = files(tmp_path)
     content = file.read_bytes()
@@ -78,24 +78,24 @@ def test_damage_is_named_wherever_it_is(tmp_path, damage):
     for version in versions:
         file.write_bytes(version)
         with pytest.raises(
-            TeacherCacheError, match=rf"{file.name} is damaged: .*\. Remove it; what"
+            TeacherCacheError, match=rf"{file.name} is damaged: .*\. Remove it; its content"
         ):
             ArrowStore(tmp_path, schema)
 
 
-def test_a_damaged_file_can_be_left_out(tmp_path):
+def test_damaged_file_can_be_dropped(tmp_path):
     filled(tmp_path, appends=3)
     damaged = files(tmp_path)[2]
     damaged.write_bytes(damaged.read_bytes()[:-1])
     shards = ArrowStore(tmp_path, SCHEMA, damaged="drop")
     assert shards.dropped == [damaged.name]
     assert sorted(shards.places) == ["0/0", "0/1", "1/0", "1/1"]
-    assert shards.position == 3, "above the damaged one too"
+    assert shards.position == 3, "above the damaged file"
     shards.append([row("2/0")])
     assert value(ArrowStore(tmp_path, SCHEMA, damaged="drop"), "2/0") == row("2/0")["value"]
 
 
-def test_numbers_go_on_after_the_highest_and_old_files_can_be_removed(tmp_path):
+def test_file_numbers_increase_and_old_files_can_be_pruned(tmp_path):
     shards = filled(tmp_path, appends=4)
     assert shards.position == 4
     kept = files(tmp_path)[3]
@@ -109,7 +109,7 @@ def test_numbers_go_on_after_the_highest_and_old_files_can_be_removed(tmp_path):
     assert files(tmp_path)[1].name.startswith("00000004-")
 
 
-def test_what_a_killed_writer_left_is_removed_and_what_one_writes_is_not(tmp_path):
+def test_abandoned_files_are_removed_and_current_ones_kept(tmp_path):
     filled(tmp_path)
     old, new = tmp_path / "00000001-a.partial", tmp_path / "00000001-b.partial"
     for partial in (old, new):
@@ -141,7 +141,7 @@ def writer(directory, *arguments):
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
 
 
-def test_a_writer_that_is_killed_at_any_moment_loses_nothing_that_it_acknowledged(tmp_path):
+def test_killed_writer_loses_no_acknowledged_row(tmp_path):
     moments, acknowledged = random.Random(0), []
     for kill in range(12):
         with writer(tmp_path, str(kill)) as process:
@@ -155,13 +155,13 @@ def test_a_writer_that_is_killed_at_any_moment_loses_nothing_that_it_acknowledge
     names = {address.partition("/")[0] for address in shards.places}
     assert set(acknowledged) <= names
     assert len(acknowledged) > 12
-    assert len(names - set(acknowledged)) <= 12, "at most the one that each was at"
+    assert len(names - set(acknowledged)) <= 12, "at most one unacknowledged append per writer"
     for name in names:
         for address in (f"{name}/0", f"{name}/1"):
             assert value(shards, address) == row(address, 200_000)["value"], address
 
 
-def test_a_disk_that_is_full_is_said_and_keeps_what_was_written(tmp_path):
+def test_full_disk_raises_and_keeps_written_rows(tmp_path):
     with writer(tmp_path, "w", "1000000") as process:
         output, errors = process.communicate()
     assert output.split() == ["w-0", "w-1"]
@@ -171,7 +171,7 @@ def test_a_disk_that_is_full_is_said_and_keeps_what_was_written(tmp_path):
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_a_place_that_cannot_be_written_is_said(tmp_path):
+def test_unwritable_directory_raises(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match=r"file/.*cannot be written: Not a directory"):
         ArrowStore(tmp_path / "file" / "below", SCHEMA).append([row("a")])

@@ -1,4 +1,4 @@
-"""The newest whole checkpoint is found, whatever was killed, damaged or full."""
+"""The newest complete checkpoint is found after kills, damage and full disks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def content(name, step, size):
 
 
 def put(root, step, keep_last=9, size=1000):
-    """A checkpoint whose files tell by their content of which step they are."""
+    """Save a checkpoint whose file content depends on the step."""
 
     def write(directory):
         for name in ("weights.bin", "optimizer/rank0.bin", "optimizer/rank1.bin"):
@@ -58,15 +58,15 @@ def test_a_checkpoint_is_read_back_with_its_state(tmp_path):
     assert manifest["w"] == {"bytes": 3, "xxh3": "78af5f94892f3950"}  # of XXH3_64bits("abc")
 
 
-def test_without_any_there_is_no_checkpoint(tmp_path):
+def test_directory_without_checkpoints(tmp_path):
     (tmp_path / "notes").touch()
     for root in (tmp_path, tmp_path / "missing"):
         assert newest(root) == (None, {}, [])
-    with pytest.raises(CheckpointError, match=r"notes: cannot be read"):  # as with no permission
+    with pytest.raises(CheckpointError, match=r"notes: cannot be read"):  # like missing permissions
         newest(tmp_path / "notes")
 
 
-def test_the_last_ones_are_kept(tmp_path):
+def test_last_checkpoints_are_kept(tmp_path):
     for step in (2, 4, 6, 100_000_000, 7):
         put(tmp_path, step, keep_last=2)
     assert names(tmp_path) == ["step-00000006", "step-00000007", "step-100000000"]
@@ -74,7 +74,7 @@ def test_the_last_ones_are_kept(tmp_path):
     assert (path.name, state) == ("step-100000000", {"step": 100_000_000})
 
 
-def test_what_killed_processes_left_is_removed_by_the_next(tmp_path):
+def test_leftovers_of_killed_processes_are_removed(tmp_path):
     put(tmp_path, 2)
     (tmp_path / "step-00000003.partial").mkdir()
     (tmp_path / "step-00000004.partial" / "optimizer").mkdir(parents=True)
@@ -88,11 +88,11 @@ DAMAGES = {
     "no manifest": lambda p: (p / "manifest.json").unlink(),
     "manifest is not JSON": lambda p: (p / "manifest.json").write_bytes(b"\xff{"),
     "manifest is nested": lambda p: (p / "manifest.json").write_text("[" * 200_000),
-    "manifest names nothing": lambda p: (p / "manifest.json").write_text("{}"),
+    "manifest is empty": lambda p: (p / "manifest.json").write_text("{}"),
     "manifest is a list": lambda p: (p / "manifest.json").write_text('["state.json"]'),
     "manifest is a directory": lambda p: ((p / "manifest.json").unlink(),
                                           (p / "manifest.json").mkdir()),
-    "manifest names another file": lambda p: name_in_manifest(p, "../../\0", {}),
+    "manifest lists another file": lambda p: name_in_manifest(p, "../../\0", {}),
     "file missing": lambda p: (p / "optimizer/rank1.bin").unlink(),
     "file cut": lambda p: (p / "weights.bin").write_bytes((p / "weights.bin").read_bytes()[:-1]),
     "bit flipped": lambda p: flip(p / "optimizer/rank0.bin"),
@@ -114,7 +114,7 @@ def name_in_manifest(path, name, value):
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=list(DAMAGES))
-def test_one_that_is_not_whole_is_skipped_with_a_reason(tmp_path, damage):
+def test_damaged_checkpoint_is_skipped_with_a_reason(tmp_path, damage):
     put(tmp_path, 5)
     damage(put(tmp_path, 10))
     path, state, (line,) = newest(tmp_path)
@@ -124,7 +124,7 @@ def test_one_that_is_not_whole_is_skipped_with_a_reason(tmp_path, damage):
 
 
 @pytest.mark.parametrize("text", ["[1]", "not JSON"])
-def test_a_state_that_is_none_is_skipped_though_its_digest_fits(tmp_path, text):
+def test_invalid_state_with_a_valid_digest_is_skipped(tmp_path, text):
     put(tmp_path, 5)
     state = put(tmp_path, 10) / "state.json"
     state.write_text(text)
@@ -135,7 +135,7 @@ def test_a_state_that_is_none_is_skipped_though_its_digest_fits(tmp_path, text):
     assert "step-00000010: state.json is damaged" in line
 
 
-def test_a_saved_step_is_replaced(tmp_path):
+def test_existing_step_is_replaced(tmp_path):
     put(tmp_path, 3, size=500)
     flip(put(tmp_path, 6) / "weights.bin")
     path = put(tmp_path, 6)
@@ -144,7 +144,7 @@ def test_a_saved_step_is_replaced(tmp_path):
     assert names(tmp_path) == ["step-00000003", "step-00000006"]
 
 
-def test_a_damaged_later_one_does_not_push_out_what_is_saved_before_it(tmp_path):
+def test_damaged_later_checkpoint_does_not_evict_earlier_ones(tmp_path):
     put(tmp_path, 5)
     flip(put(tmp_path, 10) / "weights.bin")
     path = put(tmp_path, 6, keep_last=1)
@@ -152,7 +152,7 @@ def test_a_damaged_later_one_does_not_push_out_what_is_saved_before_it(tmp_path)
     assert names(tmp_path) == ["step-00000006", "step-00000010"]
 
 
-def test_a_kill_between_the_two_names_of_a_replacement_loses_nothing(tmp_path, monkeypatch):
+def test_kill_between_the_two_renames_of_a_replacement(tmp_path, monkeypatch):
     put(tmp_path, 3)
     put(tmp_path, 6, size=500)
     real = os.rename
@@ -185,7 +185,7 @@ if limit:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 for number in range(first, first + 10**6):
-    step = number // 2  # each is saved once more, in place of itself
+    step = number // 2  # each step is saved twice, so it replaces itself
     put(root, step, keep_last=2, size=300_000)
     print(step, flush=True)
 """
@@ -197,7 +197,7 @@ def saver(root, first=0, limit=0):
                             text=True)  # fmt: skip
 
 
-def test_a_save_that_is_killed_at_any_moment_loses_no_checkpoint(tmp_path):
+def test_killed_save_loses_no_checkpoint(tmp_path):
     moments, last = random.Random(0), 0
     for _ in range(12):
         with saver(tmp_path, 2 * last) as process:
@@ -214,7 +214,7 @@ def test_a_save_that_is_killed_at_any_moment_loses_no_checkpoint(tmp_path):
     assert len(names(tmp_path)) == 2
 
 
-def test_a_file_that_the_disk_refuses_is_said_and_keeps_what_was_saved(tmp_path):
+def test_write_error_raises_and_keeps_earlier_checkpoints(tmp_path):
     path = put(tmp_path, 5)
     with saver(tmp_path, first=20, limit=200_000) as process:
         _, errors = process.communicate()
@@ -227,17 +227,17 @@ def test_a_file_that_the_disk_refuses_is_said_and_keeps_what_was_saved(tmp_path)
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of one MiB."""
+    """File system of one MiB."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
     if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting takes root")
+        pytest.skip("mounting requires root")
     yield disk
     subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-def test_a_full_disk_is_said_and_keeps_what_was_saved(small_disk):
+def test_full_disk_raises_and_keeps_earlier_checkpoints(small_disk):
     path = put(small_disk, 5, size=100_000)
     with pytest.raises(StorageError, match=r"No space left on device\. Previously saved files"):
         put(small_disk, 10, size=300_000)
@@ -247,7 +247,7 @@ def test_a_full_disk_is_said_and_keeps_what_was_saved(small_disk):
 
 
 @pytest.mark.parametrize("writer", ["torch", "safetensors"])
-def test_a_full_disk_is_said_where_a_library_raises_an_error_of_its_own(small_disk, writer):
+def test_full_disk_errors_of_libraries(small_disk, writer):
     import torch
     from safetensors.torch import save_file
 
@@ -259,7 +259,7 @@ def test_a_full_disk_is_said_where_a_library_raises_an_error_of_its_own(small_di
     assert names(small_disk) == []
 
 
-def test_a_defect_in_writing_is_no_full_disk_and_leaves_nothing_half(tmp_path):
+def test_other_errors_propagate_and_leave_no_files(tmp_path):
     def write(directory):
         (directory / "half").touch()
         raise RuntimeError("a defect")

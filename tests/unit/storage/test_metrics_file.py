@@ -1,4 +1,4 @@
-"""metrics.jsonl is read in one place: whole rows in order, and a count of what is damaged."""
+"""Reading metrics.jsonl: valid rows in order, and the number of damaged lines."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_rows_in_the_order_of_their_steps(tmp_path, text, steps, damaged):
     assert [row["step"] for row in rows] == steps and lost == damaged
 
 
-def test_bytes_that_are_no_text_damage_their_line_alone(tmp_path):
+def test_invalid_bytes_damage_only_their_line(tmp_path):
     file = tmp_path / "metrics.jsonl"
     file.write_bytes(b'{"step": 0}\n\xff\xfe\n{"step": 1, "loss": null}\n')
     assert read_rows(file) == ([{"step": 0}, {"step": 1, "loss": None}], 1)

@@ -1,4 +1,4 @@
-"""Where a run is, that it is alone there, and what a resumed one may change."""
+"""The run directory: location, lock, and allowed changes of a resumed run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def table(*answers):
 
 
 def begun(tmp_path, data=None, **changes):
-    """The directory of a run with some rows of metrics."""
+    """Create a run directory with rows of metrics."""
     c = config(runs_dir=str(tmp_path), **changes)
     directory = run_directory.locate(c)
     with run_directory.lock(directory):
@@ -36,7 +36,7 @@ def begun(tmp_path, data=None, **changes):
     return directory
 
 
-def test_a_used_directory_is_refused_unless_the_run_goes_on(tmp_path):
+def test_used_directory_is_refused_without_resume(tmp_path):
     directory = begun(tmp_path)
     c = config(runs_dir=str(tmp_path))
     with pytest.raises(ConfigError, match=r"another run\. Choose a new name.*--resume"):
@@ -50,16 +50,16 @@ def test_a_directory_with_other_files_is_refused(tmp_path):
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "thesis.tex").write_text("")
     for resume in (False, True):
-        with pytest.raises(ConfigError, match="already holds"):
+        with pytest.raises(ConfigError, match="already contains"):
             run_directory.resumption(tmp_path / "x", config(), resume)
 
 
-def test_resuming_what_has_not_begun_begins(tmp_path):
-    found = run_directory.resumption(tmp_path / "x", config(), resume=True)
-    assert not found.exists
+def test_resuming_an_empty_directory_starts_a_run(tmp_path):
+    resumption = run_directory.resumption(tmp_path / "x", config(), resume=True)
+    assert not resumption.exists
 
 
-def test_how_a_run_is_carried_out_may_change(tmp_path):
+def test_execution_keys_may_change(tmp_path):
     directory = begun(tmp_path)
     c = config(
         runs_dir=str(tmp_path),
@@ -71,19 +71,19 @@ def test_how_a_run_is_carried_out_may_change(tmp_path):
         placement="split",
         prompts_per_step=4,
     )
-    found = run_directory.resumption(directory, c, resume=True)
-    assert not found.trajectory
-    assert "learner.ranks: 1 -> 2" in found.changes
-    assert "checkpoints.every_steps: 100 -> 7" in found.changes
+    resumption = run_directory.resumption(directory, c, resume=True)
+    assert not resumption.trajectory
+    assert "learner.ranks: 1 -> 2" in resumption.changes
+    assert "checkpoints.every_steps: 100 -> 7" in resumption.changes
 
 
-def test_what_the_next_steps_do_may_change_and_is_another_student(tmp_path):
+def test_trajectory_keys_may_change_and_are_reported(tmp_path):
     directory = begun(tmp_path)
     changes = {"learner": {"lr": 0.5}, "steps": MINIMAL["steps"] + 5}
     c = config(runs_dir=str(tmp_path), **changes)
-    found = run_directory.resumption(directory, c, resume=True)
-    assert sorted(found.trajectory) == ["learner.lr", "steps"]
-    assert "learner.lr: 1e-05 -> 0.5" in found.changes
+    resumption = run_directory.resumption(directory, c, resume=True)
+    assert sorted(resumption.trajectory) == ["learner.lr", "steps"]
+    assert "learner.lr: 1e-05 -> 0.5" in resumption.changes
 
 
 @pytest.mark.parametrize(
@@ -96,35 +96,35 @@ def test_what_the_next_steps_do_may_change_and_is_another_student(tmp_path):
         ({"objective": {"future_weight": 0.5}}, "objective.future_weight: 1.0 -> 0.5"),
         ({"warmup": {"sampler": "teacher", "steps": 1}}, "warmup.steps: (none) -> 1"),
         ({"teacher": {**MINIMAL["teacher"], "model": "other"}}, "teacher.model:"),
-        ({"steps": 1}, "(only more)"),
+        ({"steps": 1}, "(can only increase)"),
         ({"prompts_per_step": 8}, "prompts_per_step: 4 -> 8"),
     ],
 )
-def test_what_would_make_the_steps_so_far_others_is_refused(tmp_path, changes, line):
+def test_changes_of_earlier_steps_are_refused(tmp_path, changes, line):
     directory = begun(tmp_path, steps=3)
     c = config(runs_dir=str(tmp_path), **{"steps": 3, **changes})
-    with pytest.raises(ConfigError, match="a run of another configuration") as caught:
+    with pytest.raises(ConfigError, match="a run with another configuration") as caught:
         run_directory.resumption(directory, c, resume=True)
     assert line in str(caught.value)
-    assert "Set these as they were, or choose a new name" in str(caught.value)
+    assert "Restore these values, or choose a new name" in str(caught.value)
 
 
-def test_another_data_set_is_refused(tmp_path):
+def test_changed_data_set_is_refused(tmp_path):
     directory = begun(tmp_path, {"training": table("a", "b"), "held-out": (), "corpus": ()})
     same = {"training": table("a", "b"), "held-out": (), "corpus": ()}
     run_directory.refuse_other_data(directory, same)
-    for other, found in (
-        (table("a", "c"), "2 then, 2 now, with other content"),
-        (table("b", "a"), "2 then, 2 now, with other content"),
+    for other, message in (
+        (table("a", "c"), "2 then, 2 now, with different content"),
+        (table("b", "a"), "2 then, 2 now, with different content"),
         (table("a"), "2 then, 1 now"),
     ):
-        with pytest.raises(ConfigError, match="the training prompts are not those") as caught:
+        with pytest.raises(ConfigError, match="the training prompts have changed since") as caught:
             run_directory.refuse_other_data(directory, same | {"training": other})
-        assert found in str(caught.value)
+        assert message in str(caught.value)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", None])
-def test_a_lost_description_of_the_data(tmp_path, content):
+def test_missing_or_damaged_data_fingerprint(tmp_path, content):
     directory = begun(tmp_path)
     (directory / "data.json").unlink()
     if content is not None:
@@ -133,7 +133,7 @@ def test_a_lost_description_of_the_data(tmp_path, content):
         run_directory.refuse_other_data(directory, {"training": table("a")})
 
 
-def test_a_run_under_way_is_not_begun_a_second_time(tmp_path):
+def test_running_directory_is_locked(tmp_path):
     ready, done = multiprocessing.Event(), multiprocessing.Event()
 
     def first():
@@ -145,17 +145,17 @@ def test_a_run_under_way_is_not_begun_a_second_time(tmp_path):
     other.start()
     assert ready.wait(60)
     with (
-        pytest.raises(ConfigError, match="is that of a run that is under way"),
+        pytest.raises(ConfigError, match="is in use by a running process"),
         run_directory.lock(tmp_path / "x"),
     ):
         pass
-    other.kill()  # whatever ends it, the lock goes with it
+    other.kill()  # the lock is released however the process ends
     other.join()
     with run_directory.lock(tmp_path / "x"):
         pass
 
 
-def test_within_a_packaged_job_runs_go_home(tmp_path, monkeypatch):
+def test_relative_runs_dir_in_a_ray_job_is_in_the_home_directory(tmp_path, monkeypatch):
     packaged = tmp_path / "working_dir_files" / "pkg"
     packaged.mkdir(parents=True)
     monkeypatch.chdir(packaged)
@@ -184,12 +184,12 @@ def rows(recorder, first, last):
 
 @pytest.fixture
 def recorder(tmp_path):
-    made = Recorder(tmp_path, config())
-    yield made
-    made.close()
+    instance = Recorder(tmp_path, config())
+    yield instance
+    instance.close()
 
 
-def test_metrics_go_on_without_gap_or_repetition(recorder, tmp_path):
+def test_metrics_continue_without_gaps_or_duplicates(recorder, tmp_path):
     recorder.rewind(0)
     recorder.begin("main", config())
     rows(recorder, 0, 5)
@@ -201,7 +201,7 @@ def test_metrics_go_on_without_gap_or_repetition(recorder, tmp_path):
     assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == list(range(6))
 
 
-def test_of_damaged_rows_the_whole_ones_are_left(recorder, tmp_path):
+def test_rewind_drops_damaged_rows(recorder, tmp_path):
     recorder.rewind(0)
     recorder.begin("main", config())
     rows(recorder, 0, 4)
@@ -213,7 +213,7 @@ def test_of_damaged_rows_the_whole_ones_are_left(recorder, tmp_path):
     assert [row["step"] for row in recorder.rewind(4)] == [0, 2, 3]
 
 
-def test_what_is_no_number_is_written_as_null(recorder, tmp_path):
+def test_non_finite_numbers_are_written_as_null(recorder, tmp_path):
     recorder.rewind(0)
     recorder.begin("main", config())
     row = ROW | {"grad_norm": float("nan"), "loss": float("inf")}
@@ -222,7 +222,7 @@ def test_what_is_no_number_is_written_as_null(recorder, tmp_path):
     assert row["grad_norm"] is None and row["loss"] is None
 
 
-def test_without_tensorboard_the_run_goes_on(tmp_path):
+def test_run_continues_without_tensorboard(tmp_path):
     (tmp_path / "tensorboard").write_text("in its way")
     out = io.StringIO()
     recorder = Recorder(tmp_path, config(), out)

@@ -1,4 +1,4 @@
-"""What a teacher said once is never asked again, and is read back as it was said."""
+"""The teacher cache: every request is made once, and stored results are restored exactly."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PROMPTS = [Prompt(f"p{i}", (i, 9), f"prompt {i}") for i in range(4)]
 
 
 class Sampler:
-    """At an engine's endpoint: a completion is told by how many came before it."""
+    """Sampler whose completions contain their number."""
 
     def __init__(self):
         self.calls, self.number = [], 0
@@ -48,7 +48,7 @@ class Sampler:
 
 
 class Teacher:
-    """At a scorer's endpoint, in one of the three forms."""
+    """Teacher with scores in one of the three forms."""
 
     def __init__(self, form="logprobs"):
         self.form, self.scored = form, []
@@ -77,7 +77,7 @@ def sampler(inner, cache):
     return CachedSampler(inner, cache, [32, (0,), "float32"])
 
 
-def test_recorded_completions_come_first_and_only_the_rest_is_asked_for(tmp_path):
+def test_only_missing_completions_are_requested(tmp_path):
     inner = Sampler()
     first = sampler(inner, cache(tmp_path)).sample(PROMPTS[:2], [2, 1], 0)
     again = sampler(inner, cache(tmp_path))
@@ -87,20 +87,20 @@ def test_recorded_completions_come_first_and_only_the_rest_is_asked_for(tmp_path
     assert [r.completion_ids[0] for r in more] == [4, 5, 6]
     assert again.usage() == {"requests": 2, "reused": 3}
     other = sampler(inner, cache(tmp_path))
-    assert len(other.sample(PROMPTS[:1], [3], 7)) == 3, "in the order in which they were drawn"
+    assert len(other.sample(PROMPTS[:1], [3], 7)) == 3, "recorded completions are reused in order"
     assert len(inner.calls) == 2
     sampler(inner, cache(tmp_path)).sample(PROMPTS[:1], [1], 7, temperature=0.5)
-    assert inner.calls[2:] == [{"p0": 1}], "other settings are other completions"
+    assert inner.calls[2:] == [{"p0": 1}], "other settings have other completions"
 
 
-def test_the_same_prompt_twice_in_a_step_gets_different_completions(tmp_path):
+def test_repeated_prompt_has_different_completions(tmp_path):
     inner = Sampler()
     drawn = sampler(inner, cache(tmp_path)).sample([PROMPTS[0], PROMPTS[0]], [2, 2], 0)
     assert inner.calls == [{"p0": 4}]
     assert [r.completion_ids[0] for r in drawn] == [1, 2, 3, 4]
 
 
-def test_without_a_teacher_completions_begin_anew_and_a_lack_is_said(tmp_path):
+def test_without_a_teacher_completions_wrap_around_and_missing_ones_raise(tmp_path):
     recorded = sampler(Sampler(), cache(tmp_path)).sample(PROMPTS[:1], [4], 0)
     alone = sampler(None, cache(tmp_path))
     drawn = [alone.sample(PROMPTS[:1], [2], seed) for seed in range(3)]
@@ -112,23 +112,23 @@ def test_without_a_teacher_completions_begin_anew_and_a_lack_is_said(tmp_path):
 
 
 @pytest.mark.parametrize("form", ["hidden", "top_k", "logprobs"])
-def test_a_score_is_read_back_as_it_was_given_and_never_asked_for_twice(tmp_path, form):
+def test_scores_are_restored_exactly_and_requested_once(tmp_path, form):
     rollouts = Sampler().sample(PROMPTS, [1] * 4, 0)
     inner = Teacher(form)
-    given = CachedTeacher(inner, cache(tmp_path), form).score(rollouts)
+    scores = CachedTeacher(inner, cache(tmp_path), form).score(rollouts)
     again = CachedTeacher(inner, cache(tmp_path), form)
     assert again.missing(rollouts) == []
     read = again.score([*reversed(rollouts), rollouts[0]])
     assert inner.scored == [r.sample_id for r in rollouts]
     for rollout in rollouts:
         for name in ("hidden", "logprobs", "top_ids", "top_logprobs"):
-            a, b = (getattr(s[rollout.sample_id], name) for s in (given, read))
+            a, b = (getattr(s[rollout.sample_id], name) for s in (scores, read))
             assert (a is None and b is None) or (a.dtype == b.dtype and torch.equal(a, b)), name
     CachedTeacher(inner, cache(tmp_path), "another form").score(rollouts)
     assert len(inner.scored) == 8
 
 
-def test_the_same_answer_to_another_prompt_is_another_text(tmp_path):
+def test_same_completion_of_another_prompt_is_scored_separately(tmp_path):
     first = Sampler().sample(PROMPTS[:1], [1], 0)[0]
     other = replace(first, sample_id="other", prompt_ids=(5, 6))
     inner = Teacher()
@@ -136,7 +136,7 @@ def test_the_same_answer_to_another_prompt_is_another_text(tmp_path):
     assert inner.scored == [first.sample_id, "other"]
 
 
-def test_one_text_under_two_names_is_scored_once(tmp_path):
+def test_same_text_with_two_sample_ids_is_scored_once(tmp_path):
     first = Sampler().sample(PROMPTS[:1], [1], 0)[0]
     twin = replace(first, sample_id="twin")
     inner = Teacher()
@@ -145,7 +145,7 @@ def test_one_text_under_two_names_is_scored_once(tmp_path):
     assert {s.sample_id for s in scores.values()} == {first.sample_id, "twin"}
 
 
-def test_what_the_student_wrote_is_scored_and_not_kept(tmp_path):
+def test_scores_of_student_samples_are_not_stored(tmp_path):
     rollout = Rollout("p", "s", (1,), (2, 3), None, "student", 3, "stop")
     inner = Teacher()
     for _ in range(2):
@@ -154,7 +154,7 @@ def test_what_the_student_wrote_is_scored_and_not_kept(tmp_path):
     assert not list((tmp_path / "j").rglob("*.arrow"))
 
 
-def test_states_of_a_half_precision_teacher_take_two_bytes(tmp_path):
+def test_bfloat16_states_are_stored_in_two_bytes(tmp_path):
     rollouts = Sampler().sample(PROMPTS[:1], [1], 0)
     CachedTeacher(Teacher("hidden"), cache(tmp_path, "bfloat16"), "hidden").score(rollouts)
     (row,) = cache(tmp_path, "bfloat16").scores.rows(
@@ -163,7 +163,7 @@ def test_states_of_a_half_precision_teacher_take_two_bytes(tmp_path):
     assert len(row["hidden"].as_buffer()) == 2 * 8 * 2
 
 
-def test_a_file_that_is_not_whole_is_not_read_and_a_damaged_one_is_named(tmp_path):
+def test_partial_files_are_ignored_and_damaged_files_raise(tmp_path):
     j = cache(tmp_path)
     sampler(Sampler(), j).sample(PROMPTS[:1], [1], 0)
     (file,) = (tmp_path / "j").rglob("*.arrow")
@@ -175,7 +175,7 @@ def test_a_file_that_is_not_whole_is_not_read_and_a_damaged_one_is_named(tmp_pat
         cache(tmp_path)
 
 
-def test_a_full_disk_is_said_and_leaves_no_half_file(tmp_path, monkeypatch):
+def test_full_disk_raises_and_leaves_no_partial_file(tmp_path, monkeypatch):
     def full(_):
         raise OSError(28, "No space left on device")
 
@@ -186,7 +186,7 @@ def test_a_full_disk_is_said_and_leaves_no_half_file(tmp_path, monkeypatch):
     assert not [p for p in (tmp_path / "j").rglob("*") if p.is_file()]
 
 
-# --- whose cache it is
+# --- identity of the teacher
 
 
 def config(tiny, tmp_path, **changes):
@@ -200,13 +200,15 @@ def config(tiny, tmp_path, **changes):
     return Config.model_validate(MINIMAL | base | changes)
 
 
-def test_other_weights_or_another_precision_are_another_teacher(tiny, tmp_path):
+def test_teacher_identity_depends_on_weights_and_precision(tiny, tmp_path):
     def directory(model, **changes):
         teacher = {"kind": "vllm", "model": model, **changes}
         return open_caches(config(tiny, tmp_path, teacher=teacher), True)[1][""].directory
 
     copy = shutil.copytree(tiny["teacher"], tmp_path / "copy")
-    assert directory(str(copy)) == directory(tiny["teacher"]), "a name is not an identity"
+    assert directory(str(copy)) == directory(tiny["teacher"]), (
+        "the identity does not depend on the name"
+    )
     weights = copy / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
@@ -215,11 +217,11 @@ def test_other_weights_or_another_precision_are_another_teacher(tiny, tmp_path):
     assert directory(tiny["teacher"], precision="bfloat16") != directory(tiny["teacher"])
 
 
-def test_the_recorded_teacher_stands_in_for_a_checkpoint_that_is_elsewhere(tiny, tmp_path):
+def test_recorded_teacher_replaces_a_missing_checkpoint(tiny, tmp_path):
     moved = str(shutil.copytree(tiny["teacher"], tmp_path / "moved"))
     there = config(tiny, tmp_path, teacher={"kind": "vllm", "model": moved})
     with pytest.raises(
-        TeacherCacheError, match=r"holds nothing of the teacher .*moved.* nothing at all"
+        TeacherCacheError, match=r"has no entries for the teacher .*moved.* contains nothing"
     ):
         open_caches(there, teacher_here=False)
     keep_teachers(there, open_caches(there, teacher_here=True)[1])
@@ -230,11 +232,11 @@ def test_the_recorded_teacher_stands_in_for_a_checkpoint_that_is_elsewhere(tiny,
     assert resolved.teacher.model == j.teacher != moved
     assert torch.equal(load_head(j.teacher, "float32").weight, head.weight)
     other = config(tiny, tmp_path, teacher={"kind": "vllm", "model": tiny["student"]})
-    with pytest.raises(TeacherCacheError, match=r"it holds .*moved"):
+    with pytest.raises(TeacherCacheError, match=r"it contains .*moved"):
         open_caches(other, teacher_here=False)
 
 
-def test_what_a_run_will_read_is_counted_before_it_starts(tiny, tmp_path):
+def test_missing_entries_are_counted_before_a_run_starts(tiny, tmp_path):
     c = config(tiny, tmp_path, steps=2, prompts_per_step=1, rollout={"samples_per_prompt": 1})
     checked = SimpleNamespace(
         train=PROMPTS[:2], heldout=PROMPTS[2:3], corpus=[], stop_ids=(0,), vocabulary=320
