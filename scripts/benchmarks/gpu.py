@@ -125,7 +125,7 @@ def teacher(repetitions: int) -> list[Row]:
             body(input_ids=ids, use_cache=False)
 
     for repetition in range(repetitions + 1):
-        scoring, floor = _seconds(lambda: states.of(sequences)), _seconds(bare)
+        scoring, floor = _seconds(lambda: states.compute(sequences)), _seconds(bare)
         reference = _product_rate()
         if repetition:
             speed.add(tokens / scoring, tokens / floor)

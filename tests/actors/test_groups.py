@@ -221,7 +221,7 @@ def test_a_stopped_rank_is_found_by_its_heartbeat(learner):
 
 def test_a_call_that_never_ends_is_a_hang(learner):
     learner.control.recovery = SOON.model_copy(update={"stall_s": 1.0})
-    with pytest.raises(LearnerLost, match=r"has not ended within recovery\.stall_s = 1 s"):
+    with pytest.raises(LearnerLost, match=r"has not finished within recovery\.stall_s = 1 s"):
         ask(learner, "hang", "pid")
 
 

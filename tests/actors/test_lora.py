@@ -339,7 +339,7 @@ def test_the_state_of_other_adapters_is_refused(one, tiny, tmp_path, field, then
     with pytest.raises(ModelError) as caught:
         learner.restore(str(tmp_path), 1)
     assert str(caught.value) == (
-        f"{changed}: was saved with student.lora.{field}: {then}, where the student has {now}. "
+        f"{changed}: was saved with student.lora.{field}: {then}, but the student has {now}. "
         "Resume with the student and the checkpoint of the same run."
     )
     same(published(learner), before)
@@ -351,8 +351,8 @@ def test_neither_has_a_student_without_adapters_that_of_one_with(one, start, tin
     whole = start(tiny, lora=None, ranks=1, zero_stage=0)
     whole.save(str(tmp_path))
     for restored, state, message in (
-        (whole, directory, r"student\.lora\.alpha: 12, where the student has \(none\)"),
-        (learner, tmp_path, r"student\.lora\.alpha: \(none\), where the student has 12"),
+        (whole, directory, r"student\.lora\.alpha: 12, but the student has \(none\)"),
+        (learner, tmp_path, r"student\.lora\.alpha: \(none\), but the student has 12"),
     ):
         with pytest.raises(ModelError, match=message):
             restored.restore(str(state), 1)

@@ -56,7 +56,7 @@ def test_a_comparison_that_is_stopped_goes_on_to_its_tables(tiny_config, tmp_pat
     done = subprocess.run(command(file), cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
     assert rows(runs / "sequence-3")[: len(before)] == before
-    assert "going on after step" in (runs / "sequence-3.log").read_text()
+    assert "resuming after step" in (runs / "sequence-3.log").read_text()
     found = json.loads((runs / "comparison.json").read_text())
     for method in ("sequence", "teacher"):
         (run,) = found["runs"][method].values()

@@ -318,7 +318,7 @@ def test_a_stopped_job_goes_on_where_it_was(head, environment, tiny_config, tmp_
     done = submit(head, environment, tiny_config, *changed)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "changed: learner.ranks: 1 -> 2" in done.stdout
-    assert f"going on after step {steps}" in done.stdout
+    assert f"resuming after step {steps}" in done.stdout
     assert [row["step"] for row in metrics(run_of)] == list(range(80))
 
 

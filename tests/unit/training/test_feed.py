@@ -194,7 +194,7 @@ def test_a_draw_that_fails_beside_the_learner_ends_the_run_after_its_step(tmp_pa
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
     second = World(tmp_path, config=STALE)
     second.finish()
-    assert "going on after step 4" in second.out.getvalue()
+    assert "resuming after step 4" in second.out.getvalue()
     assert len(left(tmp_path)[0]) == 6
 
 

@@ -293,7 +293,7 @@ def test_a_phase_ends_with_a_checkpoint_and_can_be_prolonged(quiet, tmp_path):
     longer = CONFIG.model_copy(update={"steps": CONFIG.steps + 2})
     second = World(tmp_path, config=longer)
     second.finish()
-    assert f"going on after step {len(quiet.left[0])}" in second.out.getvalue()
+    assert f"resuming after step {len(quiet.left[0])}" in second.out.getvalue()
     assert [row["step"] for row in left(tmp_path)[0]] == list(range(len(quiet.left[0]) + 2))
     drawn = [what[1] for what in second.asked if what[0] == "student" and what[1] != "h"]
     first = [what[1] for what in quiet.world.asked if what[0] in ("student", "teacher")]
@@ -336,7 +336,7 @@ def test_a_run_without_a_whole_checkpoint_does_not_begin_anew(tmp_path):
     rows = (tmp_path / "metrics.jsonl").read_text()
     for state in tmp_path.glob("checkpoints/*/state.json"):
         state.write_text("{}")
-    with pytest.raises(CheckpointError, match="no checkpoint is whole"):
+    with pytest.raises(CheckpointError, match="no checkpoint is intact"):
         World(tmp_path).finish()
     assert (tmp_path / "metrics.jsonl").read_text() == rows
 
@@ -351,7 +351,7 @@ def test_told_to_stop_it_saves_what_was_learnt_and_goes_on_from_there(quiet, tmp
     assert (tmp_path / "checkpoints" / f"step-{steps:08d}").is_dir()
     second = World(tmp_path)
     second.finish()
-    assert f"going on after step {steps}" in second.out.getvalue()
+    assert f"resuming after step {steps}" in second.out.getvalue()
     assert left(tmp_path) == quiet.left
 
 
@@ -361,7 +361,7 @@ def test_in_the_middle_of_a_draw_there_is_no_checkpoint_but_the_replay_log(quiet
     world = World(tmp_path, last, Stopped(signal.SIGTERM))
     with pytest.raises(Stopped):
         world.finish()
-    assert "the last checkpoint is that of step" in world.out.getvalue()
+    assert "the last checkpoint is at step" in world.out.getvalue()
     World(tmp_path).finish()
     assert left(tmp_path) == quiet.left
 
