@@ -397,7 +397,7 @@ def test_what_the_top_tokens_leave_is_never_nothing(peer):
 def test_a_token_that_the_student_does_not_have(peer):
     scorer = ApiScorer()
     scorer.start(config(peer, scores="top_k", **SCORING), "key", 20)
-    with pytest.raises(ModelError, match=r"names token \d+ .* student\.model has 20"):
+    with pytest.raises(ModelError, match=r"returned token \d+ .* student\.model has only 20"):
         scorer.score(rollouts(1))
 
 
