@@ -111,7 +111,7 @@ class TrainingState:
             then, now = saved.get(key, "(none)"), self.identity.get(key, "(none)")
             if then != now:
                 raise ModelError(
-                    f"{file}: was saved with {key} {then}, but the student has {now}. Resume with "
+                    f"{file}: was saved with {key}: {then}, but the student has {now}. Resume with "
                     "the student and the checkpoint of the same run."
                 )
 

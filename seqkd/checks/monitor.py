@@ -1,4 +1,4 @@
-"""Checks in every step of a run, described in docs/health_checks.md."""
+"""Checks in every step of a run: see docs/health_checks.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Records of a run: metrics.jsonl, trackers, and one console line per step."""
+"""What a run tells: metrics.jsonl, its trackers, and one line a step for the person watching."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 
 class Recorder:
-    """Writer of a run's metrics, closed by the caller. Each row of metrics.jsonl is on disk before
-    the next step begins."""
+    """Writes a run's metrics as they come; closed by the caller. Each row of metrics.jsonl is on
+    disk before the next step begins."""
 
     def __init__(self, directory: Path, config: Config, out: TextIO | None = None) -> None:
         self.out = out or sys.stdout
@@ -38,8 +38,8 @@ class Recorder:
         self.trackers = Trackers(directory, config, self.note)
 
     def rewind(self, step: int) -> list[Row]:
-        """Continue with ``step``. Later rows and an incomplete last row are removed. Returns the
-        remaining rows."""
+        """Go on with ``step``: later rows, and one that was not written to its end, are cut off.
+        Returns the rows that are left."""
         self._close_file()
         with disk_errors(self.path):
             rows = read_rows(self.path)[0] if self.path.exists() else []
@@ -50,7 +50,7 @@ class Recorder:
         return rows
 
     def note(self, text: str) -> None:
-        """Print a line."""
+        """A line for the person watching."""
         self._line(text, keep=True)
 
     def begin(self, name: str, phase: PhaseConfig) -> None:
@@ -59,7 +59,7 @@ class Recorder:
         self.note(describe_phase(self.config, name, phase))
 
     def step(self, step: int, row: dict[str, Any], costs: Cost, clock: Clock, steps: int) -> None:
-        """Record optimizer step ``step`` of about ``steps``.
+        """Record one optimizer step of about ``steps``.
 
         ``row`` is from :func:`seqkd.training.step_metrics.step_metrics`, ``costs`` from
         :func:`seqkd.training.budget.cost`.
@@ -84,18 +84,18 @@ class Recorder:
         self._line(self._progress(row, step + 1, steps), keep=step + 1 == steps)
 
     def held_out(self, step: int, measured: Measurement) -> None:
-        """Send a held-out measurement after ``step`` steps to the trackers."""
+        """Show what was measured on held-out prompts after ``step`` steps."""
         figures = {f"heldout/{name}": interval.mean for name, interval in measured.table().items()}
         self.trackers.log(step, figures)
 
     def close(self) -> None:
-        """Flush and close all files and trackers."""
+        """Flush and close every file and tracker."""
         self._close_file()
         self.trackers.close()
 
     def _close_file(self) -> None:
         if self.file is not None:
-            with suppress(OSError):  # a failed write was already reported
+            with suppress(OSError):  # a row that could not be written was said when it was
                 self.file.close()
 
     def _progress(self, row: dict[str, Any], done: int, steps: int) -> str:
@@ -128,6 +128,6 @@ class Recorder:
 
 
 def _finite(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Replace non-finite numbers, which JSON cannot represent, by null."""
+    """With null in place of what JSON has no number for."""
     lost = [k for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)]
     return {**row, **dict.fromkeys(lost)}

@@ -243,9 +243,9 @@ def test_a_failing_tracker_does_not_stop_the_run(registered, tmp_path, cls, reas
     for step in range(3):
         recorder.step(step, ROW, COSTS, Clock(), 1)
     recorder.close()
-    output = recorder.out.getvalue()
-    assert output.count(f"warning: wandb failed: {reason}. The run continues without wandb.") == 1
-    assert output.count("warning") == 1
+    said = recorder.out.getvalue()
+    assert said.count(f"warning: wandb failed: {reason}. The run continues without wandb.") == 1
+    assert said.count("warning") == 1
     assert (
         Recording.instances[-1].values("loss")
         == board(tmp_path)["loss"]
