@@ -46,7 +46,7 @@ def measure(file: str, repetitions: int, device: str = "cpu") -> Iterator[Row]:
         name = f"V = {vocabulary:,}, T = {tokens:,}"
         whole = min(tokens, WHOLE[device])
         times = "" if whole == tokens else f", {whole:,} tokens, times {tokens // whole}"
-        seconds = Row(section, f"{name}: time", "s", f"whole logits{compiled}{times}", 1.0)
+        seconds = Row(section, f"{name}: time", "s", f"full logits{compiled}{times}", 1.0)
         limit = 0.1 if tokens == 8192 else None
         memory = Row(section, f"{name}: peak memory", "GiB", "one [T, V] float32 tensor", limit)
         for _ in range(repetitions):

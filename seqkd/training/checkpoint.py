@@ -76,8 +76,8 @@ class Checkpoints:
 
     def restore(self) -> Restored:
         """Restore the learner, the caches and the replay log from the newest valid checkpoint, or
-        reset them to the start of the run if there is no checkpoint. Raises CheckpointError if there
-        are checkpoints but none is valid."""
+        reset them to the start of the run if there is no checkpoint. Raises CheckpointError if
+        there are checkpoints but none is valid."""
         path, state, skipped = checkpoint_dir.newest(self.directory)
         damaged = [line for line in skipped if not line.endswith(checkpoint_dir.UNFINISHED)]
         if path is None and damaged:

@@ -185,7 +185,7 @@ def caught(run, fault):
 
 
 @pytest.mark.parametrize("scores", ["hidden", "top_k", "logprobs"])
-def test_healthy_actors_raise_nothing(run, scores):
+def test_healthy_actors_raise_no_fault(run, scores):
     run = run(scores)
     assert [run.step() for _ in range(6)] == [[]] * 6
 

@@ -223,7 +223,7 @@ def test_scoring_a_fixed_sequence(engine, model):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_published_file_is_read_as_it_was(dtype):
+def test_a_published_file_is_read_unchanged(dtype):
     """safetensors reads tensors of any shape and memory layout, from a file that had other
     content."""
     base = torch.arange(12.0).view(3, 4).to(dtype)

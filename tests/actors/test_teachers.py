@@ -61,7 +61,7 @@ def start(local_ray, tiny):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_whole_distribution(start, tiny, rollouts, kind):
+def test_the_full_distribution(start, tiny, rollouts, kind):
     """Hidden states and head give the same log-probs as a plain forward pass at all positions."""
     scores = TeacherGroup(start(kind, "hidden")).score(rollouts)
     model = load_causal_lm(tiny["teacher"], "float32", "model")

@@ -174,7 +174,7 @@ def test_three_in_ten_requests_fail(failing, tiny, tmp_path, overrides, scored, 
     assert faults.keys() == {None, *Failing.faults}
     answered = Counter(asked(body) for body, fault in posts if fault is None)
     scores = Counter(asked(body) for body, fault in posts if fault is None and body.get("echo"))
-    assert set(map(asked, (body for body, _ in posts))) == set(answered), "nothing is lost"
+    assert set(map(asked, (body for body, _ in posts))) == set(answered), "no request is lost"
     assert scores.total() == scored
     # The checks before the run score one text twice on purpose, and each step scores the probe.
     assert Counter(scores.values()) == (Counter({3: 1, 2: 1, 1: scored - 5}) if scored else {})
@@ -242,9 +242,7 @@ def test_scores_agree_with_those_of_a_local_model(server, tiny, prompts):
         (["sampler=teacher", "teacher.model=other"], ("'other' is not served", "'black-box'")),
     ],
 )
-def test_unsupported_options_of_a_black_box_are_refused(
-    server, tiny, tmp_path, overrides, texts
-):
+def test_unsupported_options_of_a_black_box_are_refused(server, tiny, tmp_path, overrides, texts):
     done = train(tiny, tmp_path, server, *overrides)
     assert done.returncode == 2, done.stdout + done.stderr
     for text in texts:

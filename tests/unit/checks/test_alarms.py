@@ -105,7 +105,7 @@ class World:
         return str(caught.value)
 
 
-def test_a_healthy_run_raises_nothing():
+def test_a_healthy_run_raises_no_fault():
     world = World()
     for stepped in (False, True, True):
         world.check(stepped)

@@ -508,7 +508,7 @@ def test_another_model_under_the_right_name(peer, tokenizer):
 def test_a_model_that_knows_nothing(peer, tokenizer):
     # Truth be told by every token, yet no more than noise below what would be noticed.
     peer.law = lambda ids: (0.01 * distribution(ids)).log_softmax(-1)
-    with pytest.raises(ModelError, match=r"within 0\.1 of -ln 320 = -5\.768, as of a model without"):
+    with pytest.raises(ModelError, match=r"within 0\.1 of -ln 320 = -5\.768, as of a model"):
         check(peer, tokenizer)
 
 
