@@ -1,1 +1,1 @@
-"""The processes: Ray actors that hold vLLM engines, teachers and DeepSpeed ranks."""
+"""Ray actors: vLLM engines, teachers and DeepSpeed ranks."""

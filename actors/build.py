@@ -1,4 +1,4 @@
-"""Configuration -> running actors."""
+"""Start of the actors that a configuration requires."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from seqkd.workers import Workers
 
 @contextmanager
 def connect(config: Config, verbose: bool) -> Iterator[None]:
-    """Join the cluster that ``config`` or the job names, or start one on this machine."""
+    """Connect to the cluster of ``config`` or of the Ray job, or start one on this machine."""
     import ray
 
-    # A job's driver finds its cluster by itself; RAY_ADDRESS is set for it.
+    # Ray sets RAY_ADDRESS for the driver of a job.
     address = config.cluster or os.environ.get("RAY_ADDRESS") or "local"
     options: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
     try:
@@ -48,7 +48,7 @@ def connect(config: Config, verbose: bool) -> Iterator[None]:
 
 
 def _reach(address: str) -> None:
-    """OSError unless something listens at host:port; Ray itself would retry for minutes."""
+    """Raise OSError if nothing listens at host:port. Ray itself would retry for minutes."""
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if colon and port.isdigit():
         socket.create_connection((host, int(port)), timeout=10).close()
@@ -58,19 +58,19 @@ def _no_cluster(address: str, error: Exception) -> ResourceError:
     text = " ".join(str(error).split())
     if "token" in text.lower() or "auth" in type(error).__name__.lower():
         return ResourceError(
-            f"cluster: {address!r} wants an authentication token and none was found. Set "
-            "RAY_AUTH_MODE=token, with the cluster's token in ~/.ray/auth_token or "
+            f"cluster: {address!r} requires an authentication token, but none was found. Set "
+            "RAY_AUTH_MODE=token, and store the cluster's token in ~/.ray/auth_token or "
             f"RAY_AUTH_TOKEN. ({text})"
         )
     return ResourceError(
-        f"cluster: no Ray cluster answers at {address!r}. Start one with `ray start --head`, "
-        "name another address, or leave cluster out to run on this machine. If it is there and "
-        f"wants an authentication token, set RAY_AUTH_MODE=token. ({text})"
+        f"cluster: no Ray cluster answers at {address!r}. Start one with `RAY_AUTH_MODE=token ray "
+        "start --head`, set cluster to another address, or unset it to run on this machine. If the "
+        f"cluster requires an authentication token, set RAY_AUTH_MODE=token. ({text})"
     )
 
 
 def check_resources(config: Config, roles: set[placement.Role] | None = None) -> None:
-    """ResourceError where the cluster could never hold the plan."""
+    """Raise ResourceError if the cluster has fewer resources than the run needs."""
     import ray
 
     have = ray.cluster_resources()
@@ -85,8 +85,8 @@ def workers(
     roles: set[placement.Role] | None,
     control: Control,
 ) -> Iterator[Workers]:
-    """Start every actor of the plan (of what ``config`` needs, or of ``roles``), wait until each is
-    ready, and free all of it at the end."""
+    """Start the actors of ``roles`` (if None, of all roles that ``config`` needs), wait until all
+    are ready, and free their resources at the end."""
     from ray.util.placement_group import placement_group, remove_placement_group
 
     plan = placement.plan(config, roles)
@@ -94,8 +94,8 @@ def workers(
     try:
         if not group.wait(timeout_seconds=60):
             raise ResourceError(
-                f"cluster: no node has {_largest(plan.bundles)} free. Wait for the other jobs, or "
-                "set placement to split so that the roles may be on different nodes."
+                f"cluster: no node has {_largest(plan.bundles)} free. Wait for other jobs to end, "
+                "or set placement to split to allow different nodes for the roles."
             )
         with _started(config, plan, group, student_path, checked, control) as crew:
             yield crew
@@ -113,7 +113,7 @@ def _started(
     control: Control,
 ) -> Iterator[Workers]:
     def pool(role: placement.Role, teacher: str, actors: _Actors) -> Pool:
-        """Return the processes of a role, with the means to replace them."""
+        """Return the pool of a role's processes."""
         cls, places = remote(actors.cls), plan.role(role, teacher)
 
         def create(index: int) -> Any:
@@ -135,7 +135,7 @@ def _started(
     try:
         starting = [p.ask("start", [p.starting] * len(p.actors)) for p in pools]
         if learner:
-            with suppress(LearnerLost):  # it is started again below
+            with suppress(LearnerLost):  # ready() starts it again
                 learner.begin()
         for started in starting:
             started()
@@ -173,7 +173,7 @@ def _assemble_workers(
 def _learner(
     config: Config, plan: placement.Plan, group: Any, student_path: str, control: Control
 ) -> LearnerGroup | None:
-    """Return the group of ranks, not started, or None if the plan has none."""
+    """Return the group of ranks without starting it, or None if the plan has no ranks."""
     from actors.learner import LearnerRank
 
     cls, places = remote(LearnerRank), plan.role("learner")
@@ -238,7 +238,7 @@ TEACHER_ACTORS: dict[str, Callable[[Any, StudentConfig, Checked], tuple[_Actors,
     "hf": _local_teacher,
     "openai": _endpoint_teacher,
 }
-"""By teacher kind, the actors that score and the actors that write."""
+"""Functions by teacher kind that return the scoring and the sampling actors."""
 
 
 def _largest(bundles: tuple[dict[str, float], ...]) -> str:

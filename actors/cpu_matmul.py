@@ -1,8 +1,8 @@
-"""float32 matrix products on AMD processors by oneDNN instead of MKL.
+"""float32 matrix products by oneDNN instead of MKL on AMD processors.
 
 torch computes float32 products with MKL, which uses AVX-512 only on Intel processors. On AMD
 processors oneDNN, which is part of torch, is twice as fast (docs/benchmarks.md). torch has no
-setting for this: ``torch.backends.mkldnn`` and ``torch.set_float32_matmul_precision`` choose oneDNN
+setting for this: ``torch.backends.mkldnn`` and ``torch.set_float32_matmul_precision`` select oneDNN
 only together with a lower precision (TF32 or bfloat16).
 """
 
@@ -19,15 +19,15 @@ from torch import Tensor
 
 CPUS = Path("/proc/cpuinfo")
 SMALLEST = 2**20
-"""Number of multiplications below which the choice does not matter."""
+"""Number of multiplications below which torch's own kernel is kept."""
 SLICE_ELEMENTS = 2**22
-"""Elements computed at a time of a product that is written to an existing tensor: they fit into the
+"""Slice size in elements for products that are written to an existing tensor. A slice fits into the
 processor's cache."""
 
 
 @cache
 def use_onednn() -> Any:
-    """Use oneDNN in this process from now on if it is faster. The result must be kept."""
+    """Use oneDNN in this process if it is faster. The caller must keep the result."""
     if (
         CPUS.exists()
         and "AuthenticAMD" in CPUS.read_text()
@@ -40,7 +40,7 @@ def use_onednn() -> Any:
 
 
 def install() -> Any:
-    """Replace torch's kernels for as long as the returned library lives."""
+    """Replace torch's kernels for the lifetime of the returned library."""
     library = torch.library.Library("aten", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns about the replacement

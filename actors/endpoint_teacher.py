@@ -1,5 +1,4 @@
-"""A teacher behind an HTTP endpoint, at the places of an engine that samples and of one that
-scores."""
+"""Actors that sample from and score with a teacher behind an HTTP endpoint."""
 
 from __future__ import annotations
 
@@ -17,20 +16,20 @@ from seqkd.teachers.endpoint import EndpointClient, Reply, Request, Scored
 from seqkd.types import Prompt, Rollout, TeacherScore
 
 SMALLEST_TAIL = 2.0**-23
-"""What the k most probable tokens leave is 1 minus their sum, known to float32's resolution at 1.
-A tail of nothing would make a reverse KL infinite."""
+"""Smallest tail probability. The tail is 1 minus the sum of the top-k probabilities, exact to
+float32's resolution at 1. A tail of zero would make a reverse KL infinite."""
 
 
 class ApiSampler:
-    """Asks an endpoint for completions. They come as the student's tokens where the endpoint has
-    them (the completions interface, for a teacher that scores), else as text to be tokenized."""
+    """Sampler of completions from an endpoint. A teacher that scores returns the student's token
+    ids (completions interface). Other teachers return text, which is tokenized here."""
 
     def __init__(self, stop_ids: tuple[int, ...]) -> None:
         self.stop_ids = stop_ids
 
     def start(self, config: EndpointTeacherConfig, key: str, tokenizer_from: str) -> None:
-        """Load the student's tokenizer. Apart from the constructor, so that a failure keeps its
-        cause; ``key`` comes from the driver's environment."""
+        """Load the student's tokenizer. This is separate from the constructor so that a failure
+        keeps its cause. ``key`` is the API key from the driver's environment."""
         self.client = EndpointClient(config, key)
         self.by_id = config.scores != "none"
         self.tokenizer: Any = load_tokenizer(tokenizer_from, "student.model")
@@ -46,19 +45,20 @@ class ApiSampler:
         temperature: float,
         top_p: float,
     ) -> Iterator[tuple[int, int, Rollout]]:
-        """``samples[i]`` completions of prompt i: (i, which of them, it). ``seeds[i]`` is passed
-        on, and means what the endpoint makes of it."""
+        """Yield ``samples[i]`` completions per prompt i as (i, index, completion). ``seeds[i]`` is
+        passed to the endpoint, which may ignore it."""
         asked = [(place, index) for place, number in enumerate(samples) for index in range(number)]
         requests = [
             Request(prompts[i].messages, self._prompt(prompts[i]), seeds[i] + n) for i, n in asked
         ]
         replies = self.client.complete(requests, max_tokens, temperature, top_p, self.stop_ids)
-        own = temperature == top_p == 1  # else the log-probs are not of what drew the tokens
+        # Otherwise the endpoint's log-probs are not those of the sampling distribution.
+        own = temperature == top_p == 1
         for (i, n), reply in zip(asked, replies, strict=True):
             yield i, n, self._rollout(prompts[i], seeds[i] + n, reply, max_tokens, own)
 
     def usage(self) -> dict[str, int]:
-        """What the endpoint was asked for so far."""
+        """Return the usage counts of the endpoint so far."""
         return dict(self.client.used)
 
     def _prompt(self, prompt: Prompt) -> str | tuple[int, ...]:
@@ -70,7 +70,8 @@ class ApiSampler:
         ids = list(reply.token_ids)
         if not ids:
             ids = self.tokenizer(reply.text, add_special_tokens=False).input_ids
-            # A completion that was cut has no end: to give it one would teach to stop mid-sentence.
+            # A truncated completion gets no end-of-sequence token: training on one would teach the
+            # student to stop in the middle of a sentence.
             ids = [*ids, self.eos_id] if reply.ended else ids
         return Rollout(
             prompt_id=prompt.prompt_id,
@@ -86,23 +87,23 @@ class ApiSampler:
 
 
 class ApiScorer:
-    """Asks an endpoint what it thinks of completions, token by token."""
+    """Scorer of completions by an endpoint, per token."""
 
     def start(self, config: EndpointTeacherConfig, key: str, vocabulary: int) -> None:
-        """Apart from the constructor, as with the other actors; the student has ``vocabulary``
-        tokens. The served model's distribution is over its own, padding included."""
+        """Create the client. The student has ``vocabulary`` tokens. The served model's distribution
+        covers its own vocabulary, including padding."""
         self.client, self.vocabulary = EndpointClient(config, key), vocabulary
         self.top_k = config.top_k if config.scores == "top_k" else 0
 
     def score(self, rollouts: list[Rollout]) -> list[TeacherScore]:
-        """One score a rollout, in order."""
+        """Return one score per rollout, in order."""
         scored = self.client.score(
             [[*r.prompt_ids, *r.completion_ids] for r in rollouts], self.top_k
         )
         return [self._score(r, s) for r, s in zip(rollouts, scored, strict=True)]
 
     def usage(self) -> dict[str, int]:
-        """What the endpoint was asked for so far."""
+        """Return the usage counts of the endpoint so far."""
         return dict(self.client.used)
 
     def _score(self, rollout: Rollout, scored: Scored) -> TeacherScore:
@@ -114,9 +115,9 @@ class ApiScorer:
         ids = [[token for token, _ in pairs] for pairs in top]
         if (largest := max(map(max, ids))) >= self.vocabulary:
             raise ModelError(
-                f"teacher.scores: the endpoint names token {largest} among the most probable, but "
-                f"student.model has {self.vocabulary}. Lower teacher.top_k, or set teacher.scores "
-                "to logprobs."
+                f"teacher.scores: the endpoint returned token {largest} among the most probable, "
+                f"but student.model has only {self.vocabulary} tokens. Lower teacher.top_k, or set "
+                "teacher.scores to logprobs."
             )
         values = [[value for _, value in pairs] for pairs in top]
         rows = [[*row, _tail(row)] for row in values]

@@ -1,4 +1,4 @@
-"""Many actors behind one protocol."""
+"""Groups of actors behind the protocols of :mod:`seqkd.protocols`."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from seqkd.types import (
 )
 
 SETTLE_S = 5.0
-"""After one rank has failed, how long the others may take to fail as well."""
+"""Time that the other ranks have to fail after one rank has failed."""
 
 
 class RolloutGroup:
-    """Engines with the same weights; prompts are distributed evenly."""
+    """Engines with the same weights. Prompts are distributed evenly."""
 
     def __init__(self, pool: Pool, max_tokens: int, learner: LearnerGroup | None = None) -> None:
         self.pool, self.max_tokens, self.learner = pool, max_tokens, learner
@@ -58,7 +58,9 @@ class RolloutGroup:
         def arrived(engine: int, completion: tuple[int, int, Rollout]) -> None:
             place, index, rollout = completion
             at = engine + place * engines, index
-            if at not in drawn:  # else of an engine that was lost: that one may be scored
+            # A repeated completion comes from the replacement of a lost engine. The first one is
+            # kept, because it may already be scored.
+            if at not in drawn:
                 drawn[at] = rollout
                 if finished:
                     finished(rollout)
@@ -91,7 +93,9 @@ class RolloutGroup:
 
     def load(self, version: WeightVersion) -> None:
         """See :class:`seqkd.protocols.StudentSampler`."""
-        self.loaded = version  # has overwritten the one before: a new engine needs this one
+        # Set first: publishing overwrote the previous weights, so an engine replaced during the
+        # load needs this version.
+        self.loaded = version
         self._load(version, range(len(self.pool.actors)))
         self.policy_version = version.policy_version
 
@@ -100,7 +104,7 @@ class RolloutGroup:
         self.policy_version = self.loaded = None
 
     def _load_again(self, index: int) -> None:
-        """What the others of the group have, into a new engine."""
+        """Load the group's current weights into a new engine."""
         if self.loaded is not None:
             self._load(self.loaded, [index])
 
@@ -134,7 +138,7 @@ class RolloutGroup:
 
 
 class TeacherGroup:
-    """Copies of one teacher; rollouts are distributed by length."""
+    """Copies of one teacher. Rollouts are distributed by length."""
 
     def __init__(self, pool: Pool, name: str = "") -> None:
         self.pool, self.name = pool, name
@@ -150,8 +154,8 @@ class TeacherGroup:
         missing = [r.sample_id for r in rollouts if r.sample_id not in scores]
         if missing:
             raise ActorError(
-                f"teacher scoring: {len(missing)} rollouts came back without a score. Run with "
-                "--verbose for the teacher's own log."
+                f"teacher scoring: {len(missing)} rollouts were returned without a score. Run with "
+                "--verbose to see the teacher's log."
             )
         return scores
 
@@ -161,7 +165,7 @@ class TeacherGroup:
 
 
 class LearnerGroup:
-    """The DeepSpeed ranks. They only work together: when one is lost, all are."""
+    """DeepSpeed ranks. If one rank is lost, all ranks are restarted."""
 
     def __init__(
         self,
@@ -171,17 +175,19 @@ class LearnerGroup:
         tokenizer_from: str,
         control: Control | None = None,
     ) -> None:
-        """``create()`` makes the processes, ``start(rank, master, *starting)`` the ranks."""
+        """Set up the group without starting it. ``create()`` returns the actors, whose
+        ``start(rank, master, *starting)`` makes them ranks."""
         self.create, self.starting, self.control = create, starting, control or Control()
         self.layout, self.tokenizer_from = Layout(micro_batch_tokens), tokenizer_from
         self.ranks: list[Any] = []
         self.starts: list[Any] = []
         self.policy_version = 0
         self.is_consistent = True
-        """Whether every rank is at the same step, so that the group may be saved."""
+        """True if all ranks are at the same step, so that the group may be saved."""
 
     def begin(self) -> None:
-        """Make the processes and begin to start them; LearnerLost where the first one is gone."""
+        """Create the actors and start them without waiting. Raises LearnerLost if the first actor
+        is lost."""
         self.ranks, self.starts = self.create(), []
         try:
             (master,) = self._results("start", [self.ranks[0].rendezvous.remote()])
@@ -192,7 +198,7 @@ class LearnerGroup:
         self.policy_version, self.is_consistent = 0, True
 
     def ready(self) -> None:
-        """Wait until every rank is; a group that is lost on the way is started again."""
+        """Wait until all ranks are ready. A group that is lost while starting is started again."""
         raised = ""
         while True:
             try:
@@ -212,11 +218,11 @@ class LearnerGroup:
         self.ready()
 
     def kill(self) -> None:
-        """End every rank, also one that waits for a dead one."""
+        """End all ranks, including ranks that wait for a dead rank."""
         import ray
 
         for rank in self.ranks:
-            with suppress(Exception):  # it may be long gone
+            with suppress(Exception):  # the actor may already be dead
                 ray.kill(rank)
         self.ranks, self.starts = [], []
 
@@ -233,16 +239,16 @@ class LearnerGroup:
             )
             for index, rank in enumerate(self.ranks)
         ]
-        del assigned  # what was sent is in Ray's object store
+        del assigned  # Ray's object store has a copy
         self.is_consistent = False
         results: list[StepResult] = self._results("step", refs, self.control.check_after_grace)
         self.is_consistent = True
         self.policy_version += 1
-        of_parts = zip(*(result.parts for result in results), strict=True)
+        by_part = zip(*(result.parts for result in results), strict=True)
         return StepResult(
             loss=sum(r.loss for r in results),
             grad_norm=results[0].grad_norm,
-            parts=tuple(sum(of_part, PartResult()) for of_part in of_parts),
+            parts=tuple(sum(ranks, PartResult()) for ranks in by_part),
             skipped=results[0].skipped,
         )
 
@@ -255,11 +261,11 @@ class LearnerGroup:
         refs = [rank.measure.remote(b, ends) for rank, b in zip(self.ranks, assigned, strict=True)]
         measured = {}
         for part, values in zip(plan, self._results("measuring", refs), strict=True):
-            for micro_batch, of_batch in zip(part, values, strict=True):
+            for micro_batch, statistics in zip(part, values, strict=True):
                 for row, rollout in enumerate(micro_batch):
                     length = len(rollout.completion_ids)
                     measured[rollout.sample_id] = {
-                        name: value[row, :length].tolist() for name, value in of_batch.items()
+                        name: value[row, :length].tolist() for name, value in statistics.items()
                     }
         return measured
 
@@ -270,7 +276,8 @@ class LearnerGroup:
         return version
 
     def published_bytes(self, version: WeightVersion) -> Any:
-        """Reference to the published file in Ray's object store, whatever the learner does."""
+        """Return a reference to the bytes of the published file, even while the learner is
+        running a step."""
         return self.ranks[0].published_bytes.options(concurrency_group=READING).remote(version)
 
     def export(self, directory: str) -> None:
@@ -279,7 +286,7 @@ class LearnerGroup:
 
     def save(self, directory: str) -> None:
         """See :class:`seqkd.protocols.Learner`."""
-        self._each("save", directory, check=lambda: None)  # as long as it takes
+        self._each("save", directory, check=lambda: None)  # never interrupted
 
     def restore(self, directory: str, policy_version: int) -> None:
         """See :class:`seqkd.protocols.Learner`."""
@@ -287,7 +294,7 @@ class LearnerGroup:
         self.policy_version = policy_version
 
     def alive(self) -> None:
-        """LearnerLost if it is not."""
+        """Raise LearnerLost if a rank is not alive."""
         self._results("heartbeat", [is_alive(rank) for rank in self.ranks])
 
     def _each(
@@ -299,14 +306,14 @@ class LearnerGroup:
     def _results(
         self, what: str, refs: Sequence[Any], check: Callable[[], None] | None = None
     ) -> list[Any]:
-        """What every rank answers. LearnerLost with the first cause where one is lost: a death
-        before the errors with which the others notice it."""
+        """Return the results of all ranks. Raises LearnerLost with the root cause if a rank is
+        lost. The death of a rank takes precedence over the errors that it causes in others."""
         calls = Calls(f"learner {what}", self.control, check, starting=what == "start")
         for index, (rank, ref) in enumerate(zip(self.ranks, refs, strict=False)):
             calls.add(index, rank, ref)
         results: list[Any] = [None] * len(refs)
         failures: list[Failure] = []
-        while calls.under_way:
+        while calls.pending:
             ended = calls.next(SETTLE_S if failures else None)
             if ended is None:
                 break
@@ -322,7 +329,7 @@ class LearnerGroup:
         return results
 
     def _shard(self, rollouts: Sequence[Rollout], scores: Scores) -> list[list[TrainBatch]]:
-        """Each rank's micro-batches."""
+        """Return the micro-batches of each rank."""
         filler = min(rollouts, key=lambda r: len(r.prompt_ids) + len(r.completion_ids))
         return [
             [pack(micro_batch, scores, filler, self.layout) for micro_batch in part]
@@ -340,5 +347,5 @@ def _usage(pool: Pool) -> dict[str, int]:
 
 
 def _seed(text: str) -> int:
-    """A sampling seed for one prompt, unrelated between samplers, steps and prompts."""
+    """Return a sampling seed for one prompt, independent between samplers, steps and prompts."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "big") >> 1

@@ -1,4 +1,4 @@
-"""From a device to this process's memory."""
+"""Copies from a device to host memory."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from torch import Tensor
 
 
 def to_host(tensor: Tensor) -> Tensor:
-    """The tensor itself on a CPU; from a GPU a copy in page-locked memory, where it arrives many
-    times as fast as in other memory. It is whole after :func:`wait_for_copies`."""
+    """Return a tensor in host memory. A CPU tensor is returned without a copy. A GPU tensor is
+    copied asynchronously to page-locked memory, which is many times as fast as other memory. The
+    copy is complete after :func:`wait_for_copies`."""
     tensor = tensor.detach()
     if tensor.device.type != "cuda":
         return tensor.cpu()
@@ -17,6 +18,6 @@ def to_host(tensor: Tensor) -> Tensor:
 
 
 def wait_for_copies(device: torch.device | str) -> None:
-    """Wait for every copy from ``device``."""
+    """Wait for all copies from ``device``."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)

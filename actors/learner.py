@@ -1,4 +1,4 @@
-"""One DeepSpeed rank: statistics, objective, optimizer step, measuring, publishing, exporting."""
+"""DeepSpeed rank: statistics, objective, optimizer step, measuring, publishing, exporting."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ class LearnerRank:
     def __init__(
         self, config: LearnerConfig, lora: LoraConfig | None = None, seed: int = 0
     ) -> None:
-        """With ``lora`` adapters learn, which begin as ``seed`` says, and all else stays."""
+        """Create the rank. With ``lora``, only adapters are trained; ``seed`` initializes them."""
         self.config, self.lora, self.seed = config, lora, seed
         self.device = "cuda" if config.gpus else "cpu"
         self.teacher_heads: dict[str, OutputHead] = {}
         self.policy_version = 0
         self.published: BinaryIO | None = None
-        """What publishing writes to."""
+        """File that weights are published to."""
 
     def rendezvous(self) -> tuple[str, int]:
-        """Address and free port of this rank, for the others to meet at."""
+        """Return the address and a free port of this rank, at which the ranks connect."""
         import ray
 
         with socket.socket() as probe:
@@ -61,9 +61,12 @@ class LearnerRank:
         model: str,
         teachers: Mapping[str, tuple[str, str]],
     ) -> int:
-        """Join the group and load the student; ``teachers`` has, by the name of each teacher that
-        gives hidden states, the model whose output head is kept here, frozen, and its precision.
-        Returns :func:`seqkd.learner.student.prefix_sharing_factor` the student."""
+        """Join the group and load the student.
+
+        ``teachers`` contains (model, precision) by the name of each teacher that returns hidden
+        states. The output heads of these models are loaded here, frozen. Returns the student's
+        :func:`seqkd.learner.student.prefix_sharing_factor`.
+        """
         import deepspeed
 
         self.rank = rank
@@ -74,8 +77,8 @@ class LearnerRank:
             "LOCAL_RANK": "0",
             "WORLD_SIZE": str(self.config.ranks),
         }
-        # DeepSpeed would compile an operator that only its inference uses. Killed on the way, the
-        # compilation leaves a lock for which every later process waits without end.
+        # DeepSpeed would compile an operator that only inference uses. If the compilation is
+        # killed, it leaves a lock for which all later processes wait forever.
         deepspeed.ops.__compatible_ops__ = {}
         deepspeed.init_distributed("nccl" if self.config.gpus else "gloo", verbose=False)
         if not self.config.gpus:
@@ -90,7 +93,7 @@ class LearnerRank:
             student.gradient_checkpointing_enable()  # type: ignore[operator]
         if self.config.compile:
             for layer in layers_of(student):
-                layer.compile(dynamic=True)  # micro-batches are of many shapes
+                layer.compile(dynamic=True)  # micro-batches have many shapes
         module = StudentModel(student, self.config.compile)
         self.engine, *_ = deepspeed.initialize(
             model=module,
@@ -98,10 +101,11 @@ class LearnerRank:
             config=deepspeed_config(self.config),
         )
         if self.config.ranks == 1 and not self.config.zero_stage:
-            # DeepSpeed would copy every gradient to a buffer and back, with no other rank's to add.
+            # DeepSpeed would copy every gradient to a buffer and back, although there is no other
+            # rank to add gradients of.
             self.engine.enable_backward_allreduce = False
         if self.config.zero_stage == 3:
-            # The head is read by the wrapper, outside the layer that owns it.
+            # The wrapper reads the head outside the layer that owns it.
             layer = student.get_output_embeddings()  # type: ignore[operator]
             for parameter in layer.parameters():
                 deepspeed.zero.register_external_parameter(module, parameter)
@@ -114,7 +118,8 @@ class LearnerRank:
         return sharing
 
     def step(self, parts: list[RankPart], lr: float) -> StepResult:
-        """One optimizer step on this rank's micro-batches. The result's sums are this rank's."""
+        """Take an optimizer step on this rank's micro-batches. The sums of the result are those of
+        this rank only."""
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         self.engine.train()
@@ -125,8 +130,8 @@ class LearnerRank:
             batch = to_device(batch, self.device)
             names, head = stat_names(batch, part.terms), self._head(batch)
             loss, stats = self.engine(batch, names, head, partial(part.loss, batch))
-            # DeepSpeed averages over ranks; the loss already divides by global counts. One that is
-            # not finite makes the factor NaN, and so the whole gradient on every rank.
+            # DeepSpeed averages over ranks, but the loss already divides by global counts. A
+            # non-finite loss makes the factor NaN, and therefore the gradient on all ranks.
             self.engine.backward(loss * (self.config.ranks + 0 * loss.detach()))
             total += float(loss)
             results[index] += part_result(batch, stats, part.weight(batch, stats))
@@ -137,8 +142,9 @@ class LearnerRank:
     def measure(
         self, micro_batches: list[TrainBatch], ends: tuple[int, ...] = ()
     ) -> list[dict[str, Tensor]]:
-        """[B, T] every statistic that the teacher's scores allow, a dict a micro-batch; with
-        ``ends`` (see :class:`seqkd.protocols.Learner`) "end_logprob"."""
+        """Return all statistics that the teacher's scores allow, of shape [B, T] each, in one dict
+        per micro-batch. With ``ends`` (see :class:`seqkd.protocols.Learner`) also
+        "end_logprob"."""
         extra = (EndLogprob(ends),) if ends else ()
         self.engine.eval()
         results = []
@@ -155,8 +161,8 @@ class LearnerRank:
         return results
 
     def publish(self) -> WeightVersion | None:
-        """Write the weights for the engines over the previous ones, which every engine has taken
-        in; every rank takes part, rank 0 returns the version."""
+        """Publish the weights for the engines. They overwrite the previous weights, which all
+        engines have loaded. Must be called on all ranks; only rank 0 returns the version."""
         import ray
 
         state = self._gathered()
@@ -169,12 +175,12 @@ class LearnerRank:
         return weight_sync.publish(state, self.policy_version, self.published, node)
 
     def published_bytes(self, version: WeightVersion) -> bytes:
-        """The published file, for engines on other nodes."""
+        """Return the bytes of the published file, for engines on other nodes."""
         return weight_sync.read_bytes(version)
 
     def export(self, directory: str, tokenizer_from: str) -> None:
-        """Write a model directory that transformers and vLLM load as it is, with adapters merged;
-        and the adapters alone to ``<directory>_adapter``."""
+        """Write a model directory that transformers and vLLM can load. With LoRA, adapters are
+        merged, and are also written separately to ``<directory>_adapter``."""
         state = self._gathered()
         if self.rank == 0:
             with disk_errors(Path(directory)):
@@ -184,11 +190,11 @@ class LearnerRank:
                 export(self.engine.module.model, state, Path(directory), tokenizer_from)
 
     def save(self, directory: str) -> None:
-        """Write this rank's share of the training state; every rank takes part."""
+        """Write this rank's share of the training state. Must be called on all ranks."""
         self.state.save(Path(directory), self.rank, self.config.ranks)
 
     def restore(self, directory: str, policy_version: int) -> None:
-        """Go on from a saved state; every rank takes part."""
+        """Continue from a saved state. Must be called on all ranks."""
         self.state.restore(Path(directory))
         self.policy_version = policy_version
 
@@ -196,10 +202,10 @@ class LearnerRank:
         return self.teacher_heads.get(batch.teacher)
 
     def _update(self) -> tuple[float, bool]:
-        """The gradient's norm; and whether that is not finite, in which case no rank takes the step
-        and weights and moments stay as they were."""
+        """Return the gradient norm, and True if it is not finite. In that case all ranks skip the
+        step, and weights and moments do not change."""
         if self.config.zero_stage or self.config.precision != "float32":
-            self.engine.step()  # skips by itself
+            self.engine.step()  # skips a non-finite step by itself
             return float(self.engine.get_global_grad_norm()), bool(self.engine.optimizer.overflow)
         grads = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads).item()
@@ -210,7 +216,7 @@ class LearnerRank:
         return norm, skipped
 
     def _gathered(self) -> dict[str, Tensor]:
-        """Whole weights by parameter name, on the CPU of rank 0; empty elsewhere."""
+        """Return full weights by parameter name, in host memory. Empty on ranks other than 0."""
         import deepspeed
 
         state = {}
@@ -219,7 +225,7 @@ class LearnerRank:
             with deepspeed.zero.GatheredParameters(partitioned, enabled=bool(partitioned)):
                 if self.rank == 0:
                     state[name] = to_host(parameter)
-                    if partitioned:  # what was gathered is gone after this block
+                    if partitioned:  # gathered weights are freed after this block
                         wait_for_copies(self.device)
                         state[name] = state[name].clone()
         wait_for_copies(self.device)
@@ -227,7 +233,7 @@ class LearnerRank:
 
 
 def deepspeed_config(config: LearnerConfig) -> dict[str, Any]:
-    """DeepSpeed's own configuration. Accumulation is driven by the rank, so it is 1 here."""
+    """Return DeepSpeed's configuration. The rank itself controls accumulation, so it is 1 here."""
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,

@@ -1,4 +1,4 @@
-"""A Ray head of this machine, for the quickstart, benchmarks and tests."""
+"""Ray head on this machine, for the quickstart, benchmarks and tests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from seqkd.errors import ResourceError
 
 RAY = str(Path(sys.executable).parent / "ray")
 ENVIRONMENT = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
-"""For a head and its clients: token authentication on, usage statistics off."""
+"""Environment for a head and its clients: token authentication on, usage statistics off."""
 
 
 @dataclass(frozen=True)
@@ -32,24 +32,25 @@ class Head:
 
 @contextmanager
 def local_head(environment: Mapping[str, str], *options: str) -> Iterator[Head]:
-    """Run a Ray head while the block runs; ``options`` are those of ``ray start``.
+    """Run a Ray head for the duration of the block. ``options`` are passed to ``ray start``.
 
-    It uses free ports, so that it neither disturbs nor is stopped with another Ray on this machine.
-    Its job server listens on loopback; Ray's own ports listen on every interface, behind the token.
-    ResourceError if it does not start.
+    The head uses free ports, so it does not interfere with another Ray on this machine. The job
+    server listens on loopback only. Ray's other ports listen on all interfaces and require the
+    token. Raises ResourceError if the head does not start.
     """
-    token = [RAY, "get-auth-token", "--generate"]  # keeps an existing token
+    token = [RAY, "get-auth-token", "--generate"]  # an existing token is kept
     subprocess.run(token, env=environment, check=True, capture_output=True)
     cluster, jobs, client = free_ports(3)
-    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as folder:  # sockets: a short path
+    # A short path, because the paths of sockets have a length limit.
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as folder:
         command = [
             *(RAY, "start", "--head", "--block", "--disable-usage-stats"),
             *("--node-ip-address=127.0.0.1", f"--port={cluster}"),
             *("--dashboard-host=127.0.0.1", f"--dashboard-port={jobs}"),
             f"--ray-client-server-port={client}",
-            # The default port of the agent that accepts jobs is fixed, so a second Ray lacks one.
+            # The default port of the job agent is fixed, so a second Ray could not use it.
             "--dashboard-agent-listen-port=0",
-            # With a shared one, a job would run in the Ray of this machine that started last.
+            # With a shared directory, a job would run in the Ray that was started last.
             f"--temp-dir={folder}",
             *options,
         ]
@@ -71,7 +72,7 @@ def local_head(environment: Mapping[str, str], *options: str) -> Iterator[Head]:
 
 
 def free_ports(number: int) -> list[int]:
-    """Return ``number`` different TCP ports of loopback on which nothing listens."""
+    """Return ``number`` different free TCP ports on loopback."""
     sockets = [socket.socket() for _ in range(number)]
     try:
         for probe in sockets:

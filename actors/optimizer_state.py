@@ -1,9 +1,9 @@
-"""A learner's training state in safetensors files: whole tensors by parameter name.
+"""Training state of a learner in safetensors files: full tensors by parameter name.
 
-What was saved by any number of ranks, ZeRO stage and precision is restored into any other. Rank i
-of n writes the parameters i, i + n, i + 2n, ... to a file of its own: for each its fp32 master
-weight and both moments of AdamW. What is frozen is not in it; of adapters, the identity of what
-they belong to is.
+A state saved with any number of ranks, ZeRO stage and precision can be restored with any other.
+Rank i of n writes the parameters i, i + n, i + 2n, ... to its own file. A parameter has three
+tensors: the float32 master weight and both AdamW moments. Frozen parameters are not saved. With
+adapters, the files also contain the identity of the base model.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from seqkd.errors import ModelError
 MASTER = "master"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STEPS = "optimizer_steps"
-"""In each file's metadata: how often AdamW has stepped, which corrects the moments' bias."""
+"""Metadata key for the number of AdamW steps, which determines the bias correction of moments."""
 
 
 class TrainingState:
-    """Master weights and AdamW's state behind whatever DeepSpeed made of the optimizer."""
+    """Uniform access to master weights and AdamW state in all ZeRO stages and precisions."""
 
     def __init__(self, engine: Any, zero_stage: int, identity: Mapping[str, str]) -> None:
-        """``identity`` has, by field of the configuration, what a saved state must have been of;
-        nothing where the state itself is the whole student."""
+        """Read the state of ``engine``. ``identity`` contains, by configuration field, the values
+        that a saved state must match. It is empty if the state contains the whole student."""
         self.identity = dict(identity)
         self.optimizer, self.zero_stage = engine.optimizer, zero_stage
         self.adamw = getattr(engine.optimizer, "optimizer", engine.optimizer)
@@ -41,14 +41,14 @@ class TrainingState:
             name: p for name, p in engine.module.model.named_parameters() if p.requires_grad
         }
         self.masters: dict[Parameter, Tensor] = {}
-        if not zero_stage:  # whole on every rank; the parameter itself in float32
+        if not zero_stage:  # every rank has full masters; in float32 these are the parameters
             low = getattr(engine.optimizer, "fp16_groups", None)
             high = [group["params"] for group in self.adamw.param_groups]
             self.masters = dict(zip(chain(*(low or high)), chain(*high), strict=True))
         self._begin()
 
     def _begin(self) -> None:
-        """Make the state that AdamW would make in its first step, so that it is always there."""
+        """Create the state that AdamW otherwise creates in its first step."""
         flat = self.optimizer.fp32_partitioned_groups_flat if self.zero_stage == 3 else None
         for master in flat or chain(*(group["params"] for group in self.adamw.param_groups)):
             moments = {key: torch.zeros_like(master) for key in MOMENTS}
@@ -57,7 +57,8 @@ class TrainingState:
             self.optimizer._lazy_init_hp_params_optimizer_state()
 
     def save(self, directory: Path, rank: int, ranks: int) -> None:
-        """Write this rank's share of the tensors, durably. Every rank takes part."""
+        """Write this rank's share of the tensors and sync it to disk. Must be called on all
+        ranks."""
         tensors = {}
         for index, (name, parameter) in enumerate(self.parameters.items()):
             for key in (MASTER, *MOMENTS):
@@ -70,7 +71,8 @@ class TrainingState:
             os.fsync(written.fileno())
 
     def restore(self, directory: Path) -> None:
-        """Put the saved state in place; ModelError, and nothing changed, where it does not fit."""
+        """Restore a saved state. Raises ModelError, without changing anything, if the state does
+        not fit the student."""
         files = self._find(directory)
         for name, parameter in self.parameters.items():
             for key in (MASTER, *MOMENTS):
@@ -85,31 +87,32 @@ class TrainingState:
         return [state["step"] for state in self.adamw.state.values()]
 
     def _find(self, directory: Path) -> dict[str, Path]:
-        """The file of each tensor."""
+        """Return the file of each tensor."""
         files = {}
         for file in sorted(directory.glob("learner-*.safetensors")):
             with safe_open(file, framework="pt") as reader:
                 self._check_identity(file, reader.metadata() or {})
-                for tensor in reader.keys():  # noqa: SIM118 (a reader is no mapping)
+                for tensor in reader.keys():  # noqa: SIM118 (a reader is not a mapping)
                     files[tensor] = file
                     self._check(file, tensor, reader.get_slice(tensor).get_shape())
         for name in self.parameters:
             for key in (MASTER, *MOMENTS):
                 if f"{key}/{name}" not in files:
                     raise ModelError(
-                        f"{directory}/learner-*.safetensors: no {key} of {name}, which the student "
-                        "has. Resume with the student and the checkpoint of the same run."
+                        f"{directory}/learner-*.safetensors: {key} of the student's parameter "
+                        f"{name} is missing. Resume with the student and the checkpoint of the "
+                        "same run."
                     )
         return files
 
     def _check_identity(self, file: Path, saved: Mapping[str, str]) -> None:
-        """ModelError where the saved state is of another student than this one."""
+        """Raise ModelError if the saved state belongs to another student."""
         for key in sorted({*self.identity, *saved} - {STEPS}):
             then, now = saved.get(key, "(none)"), self.identity.get(key, "(none)")
             if then != now:
                 raise ModelError(
-                    f"{file}: was saved with {key}: {then}, where the student has {now}. Resume "
-                    "with the student and the checkpoint of the same run."
+                    f"{file}: was saved with {key}: {then}, but the student has {now}. Resume with "
+                    "the student and the checkpoint of the same run."
                 )
 
     def _check(self, file: Path, tensor: str, shape: list[int]) -> None:
@@ -117,14 +120,14 @@ class TrainingState:
         parameter = self.parameters.get(name)
         expected = None if parameter is None else getattr(parameter, "ds_shape", parameter.shape)
         if expected is None or list(expected) != shape:
-            has = "has none" if expected is None else f"has {list(expected)}"
+            has = "does not have it" if expected is None else f"has {list(expected)}"
             raise ModelError(
-                f"{file}: {name} of shape {shape}, where the student {has}. Resume with the "
-                "student and the checkpoint of the same run."
+                f"{file}: {name} has shape {shape}, but the student {has}. Resume with the student "
+                "and the checkpoint of the same run."
             )
 
     def _whole(self, parameter: Parameter, key: str) -> Tensor:
-        """One float32 tensor of ``parameter``'s shape; every rank takes part."""
+        """Return a float32 tensor of ``parameter``'s full shape. Must be called on all ranks."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         if not self.zero_stage:
@@ -141,7 +144,8 @@ class TrainingState:
         return master if key == MASTER else self.adamw.state[master][key]
 
     def _put(self, parameter: Parameter, key: str, value: Tensor) -> None:
-        """Set what :meth:`_whole` gets, and with a master weight the one that the model uses."""
+        """Set the tensor that :meth:`_whole` returns. A master weight is also copied to the model's
+        own parameter."""
         import deepspeed
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
@@ -162,8 +166,8 @@ class TrainingState:
 
 
 def _set_partition(parameter: Parameter, key: str, value: Tensor) -> None:
-    """This rank's part of a whole tensor. DeepSpeed's own way from whole tensors does not know the
-    padding of those that the ranks do not divide."""
+    """Set this rank's partition of a full tensor. DeepSpeed's own function does not handle the
+    padding of tensors whose size is not divisible by the number of ranks."""
     from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
     size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Every resource request: how many processes, which cores and GPUs each gets, and their threads."""
+"""Resource requests: number of processes, and the cores, GPUs and threads of each process."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from seqkd.errors import ResourceError
 
 Role = Literal["learner", "rollout", "teacher", "teacher_sampler"]
 PROCESS = "SEQKD_PROCESS"
-"""Environment variable in which each process has its name: role, teacher, index."""
+"""Environment variable that contains the process's name: role, teacher, index."""
 
 KEEP_FREED = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**28)}
-"""For glibc, in a process that computes on CPU cores: what was freed last stays with it, up to 256
-MiB. Else temporaries of some MiB go back to the kernel, which clears pages for the next ones."""
+"""glibc settings for processes that compute on CPU cores: up to 256 MiB of freed memory are kept.
+By default, temporaries of a few MiB are returned to the kernel, which must clear the pages of the
+next ones."""
 
 NO_AOT = {"VLLM_USE_AOT_COMPILE": "0"}
-"""For vLLM on CPU cores: what it compiles ahead of time and saves it cannot load again (0.32), so
-each start compiles again. Without that it finds torch's own cache."""
+"""vLLM setting for CPU cores. vLLM 0.32 cannot load its own ahead-of-time compiled code again, so
+each start would compile again. Without ahead-of-time compilation it finds torch's cache."""
 
 KEYS: dict[Role, tuple[str, str]] = {
     "learner": ("learner", "ranks"),
@@ -40,14 +41,14 @@ class ActorPlan:
     threads: int
     gpus: float
     share: float
-    """CPU cores requested from Ray; below ``threads`` where roles take turns."""
+    """CPU cores requested from Ray. Less than ``threads`` if roles run alternately."""
     bundle: int
-    """Index of the placement-group bundle it is scheduled in."""
+    """Index of the placement-group bundle of the process."""
     teacher: str = ""
-    """Name of its teacher, if there are several."""
+    """Name of the teacher, if there are several teachers."""
 
     def options(self, group: Any) -> dict[str, Any]:
-        """Ray actor options, with thread counts from the request that placed the actor."""
+        """Return Ray actor options. The number of threads follows from the resource request."""
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         return {
@@ -60,14 +61,14 @@ class ActorPlan:
         }
 
     def environment(self) -> dict[str, str]:
-        """Set before the process imports torch."""
+        """Return environment variables that must be set before the process imports torch."""
         threads = str(self.threads)
         return {
             PROCESS: f"{self.role} {self.teacher}".strip() + f" {self.index}",
             "OMP_NUM_THREADS": threads,
             "MKL_NUM_THREADS": threads,
             "TOKENIZERS_PARALLELISM": "false",
-            # Workers of an engine are its own affair; within the actor there is one process.
+            # vLLM's engine core runs inside the actor, not in a separate process.
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "VLLM_NO_USAGE_STATS": "1",
@@ -78,21 +79,21 @@ class ActorPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """All processes of a run and the bundles they are scheduled in."""
+    """Processes of a run and their placement-group bundles."""
 
     actors: tuple[ActorPlan, ...]
     bundles: tuple[dict[str, float], ...] = field(default_factory=tuple)
 
     def role(self, role: Role, teacher: str | None = None) -> tuple[ActorPlan, ...]:
-        """The processes of one role, of one teacher or of all, in order."""
+        """Return the processes of a role in order, for one teacher or, if None, for all."""
         return tuple(a for a in self.actors if a.role == role and teacher in (None, a.teacher))
 
     def needs(self, resource: str) -> float:
-        """Total of "CPU" or "GPU" over the bundles."""
+        """Return the total of "CPU" or "GPU" over the bundles."""
         return sum(bundle.get(resource, 0.0) for bundle in self.bundles)
 
     def check(self, cpus: float, gpus: float, where: str) -> None:
-        """ResourceError unless ``cpus`` and ``gpus`` cover the plan."""
+        """Raise ResourceError unless ``cpus`` and ``gpus`` are enough for the plan."""
         for resource, have, noun, key in (
             ("CPU", cpus, "CPU cores", "cpus"),
             ("GPU", gpus, "GPUs", "gpus"),
@@ -100,7 +101,7 @@ class Plan:
             need = self.needs(resource)
             if need > have:
                 raise ResourceError(
-                    f"the plan needs {need:g} {noun}, but {where} has {have:g}. Lower "
+                    f"the run needs {need:g} {noun}, but {where} has {have:g}. Lower "
                     + " or ".join(self._largest(key))
                     + (
                         ", or set placement to colocated."
@@ -110,25 +111,25 @@ class Plan:
                 )
 
     def _largest(self, key: str) -> list[str]:
-        """The configuration keys of the role that asks for the most."""
+        """Return the configuration keys of the roles that need the most."""
         totals = {
             role: sum(a.threads if key == "cpus" else a.gpus for a in self.role(role))
             for role in KEYS
         }
         most = max(totals.values())
         return [
-            f"{section}.{key} or {section}.{count} (now {most:g} together)"
+            f"{section}.{key} or {section}.{count} (now {most:g} in total)"
             for role, (section, count) in KEYS.items()
             if totals[role] == most
         ]
 
 
 def needed(config: Config) -> set[Role]:
-    """Return the roles that some phase or the held-out evaluation calls."""
+    """Return the roles that the phases and the held-out evaluation use."""
     terms = [term for _, phase in config.phases for term in phase.terms]
     samplers = [SAMPLERS[name] for name in config.samplers]
     measured = config.evaluation.prompts > 0
-    asked = measured and not config.two_step  # else the teacher cache has what the teacher said
+    asked = measured and not config.two_step  # otherwise the teacher cache has its answers
     roles: set[Role] = {"learner"}
     if measured or any(sampler.on_student for sampler in samplers):
         roles.add("rollout")
@@ -146,7 +147,7 @@ def needed(config: Config) -> set[Role]:
 
 
 def recording(config: Config) -> set[Role]:
-    """Return the roles that fill the cache which sampler=teacher_cache reads."""
+    """Return the roles that fill the cache for sampler=teacher_cache."""
     terms = [t for _, phase in config.phases for t in phase.terms if SAMPLERS[t.sampler].recorded]
     measured = config.evaluation.prompts > 0 and config.two_step
     roles: set[Role] = set()
@@ -160,11 +161,12 @@ def recording(config: Config) -> set[Role]:
 
 
 Spec = tuple[Role, str, ActorsConfig]
-"""Role, name of the teacher, and its processes."""
+"""Role, teacher name, and process configuration."""
 
 
 def plan(config: Config, roles: set[Role] | None = None) -> Plan:
-    """Return the processes and bundles of ``roles``, or of the roles that ``config`` needs."""
+    """Return the processes and bundles of ``roles``, or if None of the roles that ``config``
+    needs."""
     chosen = needed(config) if roles is None else roles
     learner = ActorsConfig(
         actors=config.learner.ranks, cpus=config.learner.cpus, gpus=config.learner.gpus
@@ -177,7 +179,7 @@ def plan(config: Config, roles: set[Role] | None = None) -> Plan:
 
 
 def _split(specs: list[Spec]) -> Plan:
-    """Each process has cores of its own."""
+    """Return a plan in which each process has its own cores."""
     actors = [
         ActorPlan(role, index, spec.cpus, spec.gpus, spec.cpus, bundle, name)
         for bundle, (role, name, spec, index) in enumerate(_processes(specs))
@@ -186,14 +188,16 @@ def _split(specs: list[Spec]) -> Plan:
 
 
 def _colocated(specs: list[Spec]) -> Plan:
-    """One bundle, as large as the hungriest role: stages run one after the other, so each role may
-    use all of its threads while the others wait. GPUs are only shared by asking for fractions."""
+    """Return a plan with one bundle, as large as the role that needs the most cores. Stages run one
+    after the other, so each role can use all its threads while the others wait. GPUs are shared
+    only if roles request fractions of them."""
     processes = _processes(specs)
     totals: Counter[Role] = Counter()
     for role, _, spec, _ in processes:
         totals[role] += spec.cpus
     cores = max(totals.values())
-    share = int(cores / len(processes) * 1000) / 1000  # Ray keeps four decimals; never round up
+    # Ray keeps four decimals. Round down, so that the shares fit into the bundle.
+    share = int(cores / len(processes) * 1000) / 1000
     actors = tuple(
         ActorPlan(role, index, spec.cpus, spec.gpus, share, 0, name)
         for role, name, spec, index in processes

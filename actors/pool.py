@@ -1,5 +1,8 @@
-"""Calls on actors, watched: a death, a hang or an exception is noticed, its cause named, and the
-actor replaced. The only place that waits for Ray."""
+"""Supervised calls on actors.
+
+Deaths, hangs and exceptions of actors are detected, reported with their cause, and the actor is
+replaced. All waiting for Ray happens in this module.
+"""
 
 from __future__ import annotations
 
@@ -15,17 +18,17 @@ from seqkd.errors import ActorError, SeqkdError
 from seqkd.training.control import TICK_S, Control
 
 UNUSUAL_S = 60.0
-"""So long a process may take to come up before that is said."""
+"""Startup time of a process after which a message is printed."""
 REAPING_S = 60.0
 """Longest wait for the nodes of a cluster to end their processes."""
 HEALTH = "health"
-"""Concurrency group of the heartbeat: a thread that answers while the actor is at work."""
+"""Concurrency group of the heartbeat. Its thread answers while the actor is busy."""
 READING = "reading"
-"""That of reading what the actor has published, likewise."""
+"""Concurrency group for reading published weights. Its thread answers while the actor is busy."""
 
 
 def remote(cls: type) -> Any:
-    """``cls`` as a class of actors that can be watched."""
+    """Return ``cls`` as a Ray actor class that can be supervised."""
     import ray
 
     watched: Any = ray.remote
@@ -34,23 +37,23 @@ def remote(cls: type) -> Any:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a call has no result."""
+    """Reason why a call has no result."""
 
     cause: SeqkdError
     gone: bool
-    """Whether the process is dead or does not answer; else it raised."""
+    """True if the process is dead or does not answer, False if it raised an error."""
     hung: bool = False
-    """Whether it does not answer, so that it may be there still."""
+    """True if the process does not answer but may still exist."""
 
     @property
     def for_the_user(self) -> bool:
-        """Whether it was raised for the user to mend; then no new process helps."""
+        """True if the user must fix the cause, so that a new process does not help."""
         return not self.gone and type(self.cause) is not ActorError
 
 
 @dataclass(frozen=True)
 class Arrived:
-    """One of the results of a call that gives several, as they come."""
+    """Single result of a call that yields several results."""
 
     value: Any
 
@@ -63,11 +66,11 @@ class _Call:
     beat: Any = None
     asked: float = 0.0
     came_up: bool = False
-    said: bool = False
+    reported: bool = False
 
 
 class Calls:
-    """Calls under way. Their results come one by one, as they end."""
+    """Pending calls, whose results are returned one by one in the order of arrival."""
 
     def __init__(
         self,
@@ -76,41 +79,42 @@ class Calls:
         check: Callable[[], None] | None = None,
         starting: bool = False,
     ) -> None:
-        """``check`` raises where they are not to be waited for any longer. A process that is
-        ``starting`` may wait for a place before it can answer at all."""
+        """Create an empty set of calls. ``check`` raises if waiting must end. Processes that are
+        ``starting`` may wait for resources before they can answer."""
         self.what, self.control, self.check = what, control, check or control.check
         self.starting = starting
-        self.under_way: dict[Any, _Call] = {}
+        self.pending: dict[Any, _Call] = {}
 
     def add(self, index: int, actor: Any, ref: Any) -> None:
-        """Watch ``ref``, a call on ``actor``."""
-        self.under_way[ref] = _Call(actor, index, time.monotonic(), came_up=not self.starting)
+        """Supervise ``ref``, a call on ``actor``."""
+        self.pending[ref] = _Call(actor, index, time.monotonic(), came_up=not self.starting)
 
     def next(self, timeout: float | None = None) -> tuple[int, Any] | None:
-        """Index, and result or :class:`Failure`, of the next call that ends; None after
-        ``timeout`` seconds. What the actor raises for the user comes as it is. Of a call that
-        gives several results, each :class:`Arrived`, and None at its end."""
+        """Return the index and the result or :class:`Failure` of the next call that ends, or None
+        after ``timeout`` seconds. The cause of a failure that the user must fix is the actor's own
+        exception. A call that yields several results returns each as :class:`Arrived`, and a result
+        of None at its end."""
         import ray
 
         begun = time.monotonic()
         while timeout is None or time.monotonic() - begun < timeout:
             self.check()
-            done, _ = ray.wait(list(self.under_way), timeout=TICK_S)
+            done, _ = ray.wait(list(self.pending), timeout=TICK_S)
             if done:
                 result = self._next(done[0])
-                call = self.under_way[done[0]]
+                call = self.pending[done[0]]
                 if not isinstance(result, Arrived):
-                    del self.under_way[done[0]]
+                    del self.pending[done[0]]
                 return call.index, result
-            for ref, call in self.under_way.items():
-                if silence := self._silence(call):
-                    del self.under_way[ref]
-                    cause = ActorError(f"{self.what}: process {call.index} {silence}.")
+            for ref, call in self.pending.items():
+                if problem := self._hang(call):
+                    del self.pending[ref]
+                    cause = ActorError(f"{self.what}: process {call.index} {problem}.")
                     return call.index, Failure(cause, gone=True, hung=True)
         return None
 
     def _next(self, ref: Any) -> Any:
-        """The result of a call that has one; of a generator's its next."""
+        """Return the result of a call, or the next result of a generator."""
         from ray import ObjectRefGenerator
 
         if not isinstance(ref, ObjectRefGenerator):
@@ -137,13 +141,13 @@ class Calls:
         except RayError as error:
             return Failure(ActorError(f"{self.what} died: {_why(error)}"), gone=True)
 
-    def _silence(self, call: _Call) -> str | None:
-        """What is wrong with an actor that has not answered yet; None where it is at work."""
+    def _hang(self, call: _Call) -> str | None:
+        """Return a description of the hang of an actor, or None if it is still running."""
         import ray
 
         now, recovery = time.monotonic(), self.control.recovery
         if now - call.begun > recovery.stall_s:
-            return f"has not ended within recovery.stall_s = {recovery.stall_s:g} s"
+            return f"has not finished within recovery.stall_s = {recovery.stall_s:g} s"
         if call.beat is None:
             call.beat, call.asked = is_alive(call.actor), now
         elif ray.wait([call.beat], timeout=0)[0]:
@@ -152,27 +156,31 @@ class Calls:
                 call.beat = None
         elif call.came_up and now - call.asked > recovery.heartbeat_s:
             return f"has not answered for recovery.heartbeat_s = {recovery.heartbeat_s:g} s"
-        elif not call.came_up and not call.said and now - call.begun > UNUSUAL_S:
-            self.control.say(f"{self.what}: process {call.index} still waits for a place.")
-            call.said = True
+        elif not call.came_up and not call.reported and now - call.begun > UNUSUAL_S:
+            self.control.say(f"{self.what}: process {call.index} is still waiting for resources.")
+            call.reported = True
         return None
 
 
 def is_alive(actor: Any) -> Any:
-    """A reference that is there as soon as the actor's process answers, whatever it is doing."""
+    """Return a reference that is ready as soon as the actor's process answers, even if it is
+    busy."""
     return actor.__ray_call__.options(concurrency_group=HEALTH).remote(_nothing)
 
 
 def kill_orphans(names: Sequence[str]) -> None:
-    """End the processes of this job that were started under ``names``, on every node. Ray itself
-    does not end one that hangs before it has come up once, and would keep its place for it. Those
-    of another Ray on the same machine, whose jobs have the same numbers, have another raylet."""
+    """End the processes of this job that were started under ``names``, on all nodes.
+
+    Ray does not end a process that hangs during startup, and keeps its resources reserved.
+    Processes of another Ray on the same machine may have the same job id, so the raylet is compared
+    too.
+    """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     job = ray.get_runtime_context().get_job_id()
 
-    def there() -> None:
+    def kill_on_node() -> None:
         import psutil
 
         own = {"RAY_JOB_ID": job, "RAY_RAYLET_PID": os.environ["RAY_RAYLET_PID"]}
@@ -182,7 +190,7 @@ def kill_orphans(names: Sequence[str]) -> None:
                 if environment.get(PROCESS) in names and own.items() <= environment.items():
                     process.kill()
 
-    task: Any = ray.remote(num_cpus=0, max_retries=0)(there)
+    task: Any = ray.remote(num_cpus=0, max_retries=0)(kill_on_node)
     nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
     refs = [
         task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote()
@@ -192,20 +200,20 @@ def kill_orphans(names: Sequence[str]) -> None:
 
 
 def _nothing(actor: Any) -> None:
-    """Run in the actor: that it runs is the answer."""
+    """Do nothing in the actor. Returning at all proves that the actor is alive."""
 
 
 def _why(error: Exception) -> str:
-    """What Ray's long report says of the cause."""
+    """Return the cause from Ray's long report."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     reason = next((line for line in lines if "because" in line), lines[0])
     if "worker process has died" in reason:
-        return "its process was killed (by a person, or by the system for its memory) or crashed."
+        return "its process crashed or was killed (by a user, or by the system if out of memory)."
     return reason.removeprefix("The actor is dead because ")
 
 
 class Pool:
-    """Processes that do the same, each replaced where it is lost."""
+    """Interchangeable processes that are replaced when lost."""
 
     def __init__(
         self,
@@ -216,14 +224,16 @@ class Pool:
         starting: tuple[Any, ...] = (),
         paid: bool = False,
     ) -> None:
-        """``create(i)`` makes a process in the place of process i, which ``start(*starting)`` makes
-        ready; without it nothing is replaced. ``paid``: they ask an endpoint and count it."""
+        """Create the pool. ``create(i)`` returns a replacement of process i, whose
+        ``start(*starting)`` makes it ready. If unset, processes are not replaced. ``paid`` means
+        that the processes call an endpoint and count its usage."""
         self.name, self.actors, self.paid = name, list(actors), paid
         self.control, self.create, self.starting = control or Control(), create, starting
         self.on_replaced: Callable[[int], None] = lambda index: None
-        """Brings a new process to where the others are, once it has started."""
+        """Called with the index of a replacement after its start, to bring it up to date."""
         self.raise_root_cause: Callable[[], None] = lambda: None
-        """Raises what else is lost, where that is the cause: then none of these is replaced."""
+        """Raises if the loss of another component is the root cause, so that no process of this
+        pool is replaced."""
 
     def ask(
         self,
@@ -232,8 +242,9 @@ class Pool:
         what: str = "",
         arrived: Callable[[int, Any], None] = lambda index, value: None,
     ) -> Callable[[], list[Any]]:
-        """Call ``method`` on every process that has arguments, and return at once; what is
-        returned waits for the results, None where nothing was asked. See :meth:`stream`."""
+        """Call ``method`` on every process that has arguments, without waiting. Returns a function
+        that waits and returns the results, with None for processes without arguments. For
+        ``arrived`` see :meth:`stream`."""
         calls = Calls(f"{self.name} {what or method}", self.control, starting=method == "start")
         for index, call in enumerate(arguments):
             if call is not None:
@@ -243,7 +254,7 @@ class Pool:
     def call(
         self, method: str, arguments: Sequence[tuple[Any, ...] | None], what: str = ""
     ) -> list[Any]:
-        """:meth:`ask` and wait."""
+        """Call :meth:`ask` and wait for the results."""
         return self.ask(method, arguments, what)()
 
     def stream(
@@ -253,8 +264,9 @@ class Pool:
         arrived: Callable[[int, Any], None],
         what: str = "",
     ) -> None:
-        """Call a generator on every process that has arguments; ``arrived(i, value)`` is told what
-        process i gives, at once. What a lost process had given comes again from the next one."""
+        """Call a generator on every process that has arguments. ``arrived(i, value)`` is called
+        with each value of process i as soon as it arrives. If a process is lost, its replacement
+        yields its values again."""
         self.ask(method, arguments, what, arrived)()
 
     def each(self, method: str, *arguments: Any, what: str = "") -> list[Any]:
@@ -262,7 +274,7 @@ class Pool:
         return self.call(method, [arguments] * len(self.actors), what)
 
     def kill(self) -> None:
-        """End every process, also one that hangs."""
+        """End all processes, including hung ones."""
         import ray
 
         for actor in self.actors:
@@ -281,7 +293,7 @@ class Pool:
     ) -> list[Any]:
         results: list[Any] = [None] * len(arguments)
         raised: dict[int, str] = {}
-        while calls.under_way:
+        while calls.pending:
             ended = calls.next()
             assert ended is not None
             index, result = ended
@@ -292,15 +304,15 @@ class Pool:
                 results[index] = result
                 continue
             self._replace(index, result, raised)
-            if method != "start":  # else it has been started just now
+            if method != "start":  # _replace has already started it
                 call = arguments[index]
                 assert call is not None
                 self._call(calls, index, method, call)
         return results
 
     def _replace(self, index: int, failure: Failure, raised: dict[int, str]) -> None:
-        """A new process in the place of a lost one. What is the user's to mend, or is raised a
-        second time by a fresh process, is raised here."""
+        """Replace a lost process. Raises the cause if the user must fix it, or if a new process
+        fails with the same error again."""
         import ray
 
         while True:
@@ -312,7 +324,7 @@ class Pool:
             if not failure.gone:
                 raised[index] = str(cause)
             self.control.restart(f"{self.name} {index}", cause)
-            with suppress(Exception):  # it may be long gone
+            with suppress(Exception):  # the actor may already be dead
                 ray.kill(self.actors[index])
             if failure.hung:
                 kill_orphans([f"{self.name} {index}"])

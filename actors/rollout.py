@@ -1,4 +1,4 @@
-"""A vLLM engine that samples: the student's, with weights that change, or the teacher's."""
+"""vLLM engine that samples from the student, with changing weights, or from the teacher."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from seqkd.types import Prompt, Rollout, Source, WeightVersion
 
 
 class RolloutActor:
-    """Samples completions and says with which log-probability each token was drawn."""
+    """Sampler of completions with the log-probability of each sampled token."""
 
     def __init__(self, stop_ids: tuple[int, ...], source: Source) -> None:
         self.stop_ids = list(stop_ids)
@@ -19,7 +19,8 @@ class RolloutActor:
         self.policy_version = 0
 
     def start(self, model: str, engine: EngineConfig, max_model_len: int) -> None:
-        """Build the engine. Apart from the constructor, so that a failure keeps its cause."""
+        """Build the engine. This is separate from the constructor so that a failure keeps its
+        cause."""
         self.llm = build_engine(model, engine, max_model_len)
 
     def sample(
@@ -31,12 +32,12 @@ class RolloutActor:
         temperature: float,
         top_p: float,
     ) -> Iterator[tuple[int, int, Rollout]]:
-        """``samples[i]`` completions of prompt i, fixed by ``seeds[i]``: (i, which of them, it) as
-        soon as it is finished."""
+        """Yield ``samples[i]`` completions per prompt i as (i, index, completion), each as soon as
+        it is finished. ``seeds[i]`` determines the samples."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        self.llm.reset_prefix_cache()  # what a draw gives depends on nothing but the draw
+        self.llm.reset_prefix_cache()  # the result must not depend on earlier calls
         engine = self.llm.llm_engine
         asked = [(place, index) for place, number in enumerate(samples) for index in range(number)]
         for request, (place, index) in enumerate(asked):
@@ -77,19 +78,19 @@ class RolloutActor:
         )
 
     def node(self) -> str:
-        """Id of the Ray node this engine is on."""
+        """Return the id of this engine's Ray node."""
         import ray
 
         return str(ray.get_runtime_context().get_node_id())
 
     def load(self, version: WeightVersion, data: bytes | None) -> None:
-        """Take in published weights."""
+        """Load published weights."""
         weight_sync.load(self.llm, version, data)
         self.policy_version = version.policy_version
 
     def logprobs(self, token_ids: list[int]) -> list[float]:
-        """log-probability of token_ids[1:], each after the ones before it, under the engine. vLLM
-        computes prompt log-probs anew, whatever its prefix cache holds."""
+        """Return the log-probs of ``token_ids[1:]``, each given the tokens before it. vLLM does not
+        use its prefix cache for prompt log-probs."""
         from vllm import SamplingParams
 
         params = SamplingParams(max_tokens=1, temperature=1.0, prompt_logprobs=0, detokenize=False)
@@ -101,7 +102,7 @@ class RolloutActor:
 
 
 def build_engine(model: str, engine: EngineConfig, max_model_len: int, **options: Any) -> Any:
-    """A vLLM engine on token ids alone; ``options`` go to ``vllm.LLM``."""
+    """Return a vLLM engine without a tokenizer. ``options`` are passed to ``vllm.LLM``."""
     from vllm import LLM
 
     memory: dict[str, Any] = (
@@ -115,12 +116,12 @@ def build_engine(model: str, engine: EngineConfig, max_model_len: int, **options
         "max_num_seqs": engine.max_num_seqs,
         "enforce_eager": engine.eager,
         "tensor_parallel_size": engine.tensor_parallel_size,
-        # Within a placement group vLLM would choose Ray and ask for a bundle of its own per GPU.
+        # Within a placement group vLLM would choose Ray and request another bundle per GPU.
         "distributed_executor_backend": "mp" if engine.tensor_parallel_size > 1 else None,
         "skip_tokenizer_init": True,
         # A checkpoint's own sampling defaults (top-p, penalties) would change the distribution.
         "generation_config": "vllm",
-        # The log-prob under the distribution that really drew the token.
+        # Log-probs under the sampling distribution, after temperature and top-p.
         "logprobs_mode": "processed_logprobs",
         "worker_extension_cls": "actors.weight_sync.VerifiedReload",
         "trust_remote_code": False,

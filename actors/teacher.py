@@ -1,4 +1,4 @@
-"""Teachers that score: the states before every completion token, by vLLM or by transformers."""
+"""Scoring teachers: hidden states before each completion token, by vLLM or transformers."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from seqkd.types import Rollout, TeacherScore
 
 
 class TeacherActor:
-    """Scores rollouts with one frozen model."""
+    """Scorer of rollouts with one frozen model."""
 
     def start(self, config: LocalTeacherConfig, max_model_len: int, vocabulary: int) -> None:
-        """Load the model. Apart from the constructor, so that a failure keeps its cause. Scores are
-        over the first ``vocabulary`` tokens: what is beyond is padding of one of the two models."""
+        """Load the model. This is separate from the constructor so that a failure keeps its cause.
+        Scores cover the first ``vocabulary`` tokens. Any further rows are padding of one of the two
+        models."""
         self.top_k = config.top_k if config.scores == "top_k" else 0
         self.states: VllmStates | HfStates = STATES[config.kind](config, max_model_len)
         self.head: OutputHead | None = None
@@ -31,8 +32,8 @@ class TeacherActor:
             self.head = self.states.head().first(vocabulary)
 
     def score(self, rollouts: list[Rollout]) -> list[TeacherScore]:
-        """One score a rollout, in order."""
-        hidden = self.states.of([batching.fed_tokens(r) for r in rollouts])
+        """Return one score per rollout, in order."""
+        hidden = self.states.compute([batching.fed_tokens(r) for r in rollouts])
         return [
             self._score(r, states[batching.state_span(r)])
             for r, states in zip(rollouts, hidden, strict=True)
@@ -61,18 +62,18 @@ class VllmStates:
             expand(config.model),
             config,
             max_model_len,
-            skip_tokenizer_init=False,  # the pooling runner insists on one
+            skip_tokenizer_init=False,  # the pooling runner requires a tokenizer
             runner="pooling",
             convert="embed",
             pooler_config=PoolerConfig(task="token_embed", use_activation=False),
-            # Every token's state is wanted: none may be skipped as cached or come in pieces.
+            # The states of all tokens are needed, so none may be skipped as cached.
             enable_prefix_caching=False,
             enable_chunked_prefill=False,
             max_num_batched_tokens=max(config.batch_tokens, max_model_len),
         )
 
-    def of(self, sequences: list[list[int]]) -> list[Tensor]:
-        """[S_i, H] a sequence."""
+    def compute(self, sequences: list[list[int]]) -> list[Tensor]:
+        """Return hidden states of shape [S_i, H] per sequence."""
         outputs = self.llm.encode(
             [{"prompt_token_ids": ids} for ids in sequences],
             pooling_task="token_embed",
@@ -81,7 +82,7 @@ class VllmStates:
         return [output.outputs.data for output in outputs]
 
     def head(self) -> Any:
-        """The output head these states belong to."""
+        """Return the output head for these states."""
         return load_head(self.config.model, self.config.precision)
 
 
@@ -90,7 +91,7 @@ class HfStates:
 
     def __init__(self, config: HfTeacherConfig, max_model_len: int) -> None:
         self.batch_tokens = max(config.batch_tokens, max_model_len)
-        # Over as many GPUs as the actor has; on the CPU where it has none.
+        # "auto" distributes the model over all GPUs of the actor, or uses the CPU.
         self.model = load_causal_lm(config.model, config.precision, "teacher.model", "auto")
         self.device = next(self.model.parameters()).device
         if self.device.type == "cpu":
@@ -98,8 +99,9 @@ class HfStates:
         check_head(self.model, "teacher.model")
 
     @torch.inference_mode()
-    def of(self, sequences: list[list[int]]) -> list[Tensor]:
-        """[S_i, H] a sequence; sequences of similar length share a forward pass."""
+    def compute(self, sequences: list[list[int]]) -> list[Tensor]:
+        """Return hidden states of shape [S_i, H] per sequence. Sequences of similar length share a
+        forward pass."""
         order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
         states: list[Tensor] = [torch.empty(0)] * len(sequences)
         while order:
@@ -114,7 +116,7 @@ class HfStates:
         return states
 
     def head(self) -> Any:
-        """The output head these states belong to."""
+        """Return the output head for these states."""
         return head_of(self.model)
 
 

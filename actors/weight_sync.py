@@ -1,11 +1,14 @@
-"""Learner -> rollout weights. The only file that knows vLLM's reload interface.
+"""Weight sync from the learner to the rollout engines.
 
-The learner writes one safetensors file into anonymous memory, which ends with the process; every
-engine on that node reads it there, an engine elsewhere gets the file's bytes through Ray's object
-store and holds them likewise. The next weights are written over the last ones, whose memory the
-system would otherwise take back and clear anew, which takes longer than writing does. Each tensor's
-digest is compared as vLLM takes it in. That proves what arrived, not what the engine computes with:
-the log-prob gap of each step (metrics.jsonl) shows that.
+The learner writes one safetensors file into anonymous memory, which is freed when its process ends.
+Engines on the same node read it there. Engines on other nodes receive its bytes through Ray's
+object store, also into anonymous memory. New weights overwrite the previous ones. Otherwise the
+system would free and clear the memory, which takes longer than writing it.
+
+Each tensor's digest is compared while vLLM loads it. This verifies what arrived, but not what the
+engine computes with. The log-prob gap of each step (metrics.jsonl) verifies the latter.
+
+This is the only module that uses vLLM's reload interface.
 """
 
 from __future__ import annotations
@@ -27,24 +30,26 @@ from seqkd.errors import SyncError
 from seqkd.types import WeightVersion
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
-"""By what safetensors calls them: the learner's precisions."""
+"""Names of the learner's precisions in safetensors."""
 
 
 def memory_file() -> BinaryIO:
-    """A file that is in memory alone, and gone when it is closed or this process ends, however."""
+    """Return a file in memory that is freed when it is closed or when this process ends."""
     return os.fdopen(os.memfd_create("seqkd-weights"), "wb")
 
 
 def path_of(file: BinaryIO) -> str:
-    """Where the processes of this user on this node find an open :func:`memory_file`."""
+    """Return the path by which this user's processes on this node can open a
+    :func:`memory_file`."""
     return f"/proc/{os.getpid()}/fd/{file.fileno()}"
 
 
 def publish(
     state: dict[str, Tensor], policy_version: int, file: BinaryIO, node_id: str
 ) -> WeightVersion:
-    """Write ``state`` to ``file``, over what it had, to be left alone until every engine has taken
-    it in: as safetensors, whose own writer puts a new file in the place of the one it is given."""
+    """Write ``state`` to ``file`` in the safetensors format, overwriting its content. The file must
+    not change until all engines have loaded it. safetensors' own writer is not used, because it
+    replaces the file instead of overwriting it."""
     header, end = {}, 0
     for name, tensor in state.items():
         start, end = end, end + tensor.nbytes
@@ -59,7 +64,7 @@ def publish(
     file.write(len(text).to_bytes(8, "little") + text)
     digests = {}
     for name, tensor in state.items():
-        content = _bytes(tensor)  # of a tensor on a GPU a copy
+        content = _bytes(tensor)  # copies a GPU tensor
         file.write(content)
         digests[name] = xxhash.xxh3_128_hexdigest(content)
     file.truncate()
@@ -67,14 +72,14 @@ def publish(
 
 
 def read_bytes(version: WeightVersion) -> bytes:
-    """The published file, for engines on other nodes."""
+    """Return the bytes of the published file, for engines on other nodes."""
     return Path(version.path).read_bytes()
 
 
 def load(engine: Any, version: WeightVersion, data: bytes | None) -> None:
-    """Put ``version`` into a vLLM engine and forget what it cached of the old weights.
+    """Load ``version`` into a vLLM engine and reset its prefix cache.
 
-    ``data`` is the file's content where the engine is on another node than the learner.
+    ``data`` is the file's content if the engine is not on the learner's node, else None.
     """
     with ExitStack() as stack:
         path = version.path
@@ -93,16 +98,16 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def digest(tensor: Tensor) -> str:
-    """xxh3-128 of a tensor's bytes."""
+    """Return the xxh3-128 digest of a tensor's bytes."""
     return xxhash.xxh3_128_hexdigest(_bytes(tensor))
 
 
 class VerifiedReload:
-    """Mixed into vLLM's workers (``worker_extension_cls``)."""
+    """Extension of vLLM's workers (``worker_extension_cls``)."""
 
     def load_verified(self, path: str, digests: dict[str, str]) -> None:
-        """Reload the model's weights from ``path``; SyncError unless every tensor of ``digests``
-        arrives with that content."""
+        """Reload the model's weights from ``path``. Raises SyncError unless all tensors of
+        ``digests`` arrive with the same digests."""
         arrived: set[str] = set()
 
         def tensors() -> Iterator[tuple[str, Tensor]]:
@@ -111,10 +116,10 @@ class VerifiedReload:
                 def verified(name: str) -> tuple[str, Tensor]:
                     tensor = reader.get_tensor(name)
                     if digest(tensor) != digests.get(name):
-                        raise SyncError(f"weight sync: {name} differs from what the learner sent.")
+                        raise SyncError(f"weight sync: {name} differs from the learner's tensor.")
                     return name, tensor
 
-                # While vLLM takes one in the next are read and verified.
+                # The next tensors are read and verified while vLLM loads one.
                 for name, tensor in ahead.map(verified, reader.keys()):
                     arrived.add(name)
                     yield name, tensor
@@ -125,8 +130,12 @@ class VerifiedReload:
             raise SyncError(f"weight sync: {sorted(missing)[0]} did not arrive in the engine.")
 
     def _repack_heads(self) -> None:
-        """A CPU engine computes logits from a packed copy of the head, which vLLM's reload leaves
-        as it was where the head is tied to the embedding: logits of the old weights, silently."""
+        """Repack the output head of a CPU engine.
+
+        A CPU engine computes logits from a packed copy of the head. vLLM's reload does not update
+        this copy if the head is tied to the embedding, so logits would silently use the old
+        weights.
+        """
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
         from vllm.platforms import current_platform
 

@@ -1,7 +1,7 @@
 """Measure speed and memory on this machine: python -m scripts.benchmark [SECTION ...]
 
-Each measurement alternates with its reference, so that a slower or busier machine changes both:
-compare the ratios. Run nothing else at the same time.
+Each measurement alternates with its reference, so that the load of the machine affects both.
+Compare the ratios. Run nothing else at the same time.
 """
 
 from __future__ import annotations
@@ -31,16 +31,17 @@ SECTIONS = {
     "driver": "driver.measure",
     "gpu": "gpu.measure",
 }
-"""Functions (configuration file, repetitions) -> rows, below scripts/benchmarks."""
+"""Functions in scripts/benchmarks that map (configuration file, repetitions) to rows."""
 ON_CORES = [section for section in SECTIONS if section != "gpu"]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Return the exit code: 0 done, 2 a message names the fix."""
+    """Return the exit code: 0 for success, 2 for an error that the user can fix."""
     parser = argparse.ArgumentParser(
         description="Measure speed and memory on this machine, each next to a reference.",
-        epilog="The models are those of the quickstart: scripts/prepare_quickstart.py writes them. "
-        "trl and trl-bf16 need the extra: pip install -e .[benchmark]",
+        epilog="The benchmarks use the models of the quickstart, which "
+        "scripts/prepare_quickstart.py writes. trl and trl-bf16 require the extra: "
+        "pip install -e .[benchmark]",
     )
     parser.add_argument(
         "sections",
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def measure(sections: Iterable[str], config: str, repetitions: int, out: Path) -> int:
-    """Measure section after section; ``out`` holds all rows so far at any time."""
+    """Measure all sections. After each row, all rows so far are written to ``out``."""
     quiet()
     from seqkd.storage import environment
 

@@ -1,4 +1,4 @@
-"""Write docs/configuration.md with all keys of the schema: python scripts/config_reference.py"""
+"""Write docs/configuration.md from the schema: python scripts/config_reference.py"""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def shown_type(annotation: Any, metadata: tuple[Any, ...] | list[Any] = ()) -> s
 
 
 def shown_default(name: str, field: FieldInfo) -> str:
-    """Render a default as YAML; the empty string for a section, whose keys have defaults."""
+    """Render a default as YAML, or an empty string for a section, whose keys have defaults."""
     if name in FILLED:
         return FILLED[name]
     if field.is_required():
@@ -95,7 +95,7 @@ def docstring(model: type[BaseModel]) -> str:
 
 
 class Reference:
-    """Sections in the order in which keys refer to them, each schema once."""
+    """Sections in the order in which keys refer to them. Each schema appears once."""
 
     def __init__(self) -> None:
         self.sections: list[tuple[int, str, str, list[str]]] = []
@@ -104,7 +104,8 @@ class Reference:
         """Heading under which a schema is described."""
 
     def section(self, level: int, heading: str, path: str, model: type[BaseModel]) -> None:
-        """Describe ``model``, whose keys begin with ``path``, then the schemas of its keys."""
+        """Add a section for ``model``, whose keys begin with ``path``, and sections for the schemas
+        of its keys."""
         self.place[model] = heading
         later: list[tuple[str, type[BaseModel]]] = []
         rows = list(self._rows(path, model, later))
@@ -116,8 +117,8 @@ class Reference:
     def _rows(
         self, path: str, model: type[BaseModel], later: list[tuple[str, type[BaseModel]]]
     ) -> Iterator[str]:
-        """Yield a row per key, ``kind`` and required keys first. Append schemas with a section of
-        their own to ``later``."""
+        """Yield one row per key, ``kind`` and required keys first. Schemas that get their own
+        section are appended to ``later``."""
         fields = sorted(
             model.model_fields.items(),
             key=lambda item: (item[0] != "kind", item[0] in FILLED or not item[1].is_required()),
@@ -151,13 +152,13 @@ class Reference:
 
 
 def selects_keys(model: type[BaseModel]) -> bool:
-    """Return whether the ``kind`` of a schema selects between schemas with different keys."""
+    """Return True if the ``kind`` of a schema selects between schemas with different keys."""
     kind = model.model_fields.get("kind")
     return kind is not None and not kind.is_required()
 
 
 def small(model: type[BaseModel]) -> bool:
-    """Return whether the keys of a schema are listed in the table of its parent."""
+    """Return True if the keys of a schema are listed in the table of its parent."""
     return len(model.model_fields) <= 2
 
 

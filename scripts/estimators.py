@@ -1,6 +1,6 @@
-"""Measure the estimators of the sequence-level reverse KL: on enumerated languages their exact bias
-and variance, and the students that each trains; with --student and --teacher, the variance of their
-gradients on real models."""
+"""Measure the estimators of the sequence-level reverse KL. On enumerated languages: their exact
+bias and variance, and the students that they train. With --student and --teacher: the variance of
+their gradients on real models."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PROMPTS = Path("~/.cache/seqkd/data/chat_train.jsonl").expanduser()
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print every table; write the figures."""
+    """Print the tables and write the figures."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog="Example: python -m scripts.estimators --student runs/quickstart/student "
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--groups", type=int, default=24, help="(c): prompts of the quickstart")
     args = parser.parse_args(argv)
     if bool(args.student) != bool(args.teacher):
-        parser.error("--student and --teacher: (c) compares two models. Name both, or neither.")
+        parser.error("--student and --teacher: set both or neither.")
     if args.student:
         real_models(args.student, args.teacher, args.groups)
         return 0
@@ -82,7 +82,8 @@ def bias_and_variance(out: Path) -> None:
 
 
 def trained_students(out: Path) -> None:
-    """Measure (b): what each objective trains a warmed-up student to, on several languages."""
+    """Measure (b): the results of training a warmed-up student with each objective, on several
+    languages."""
     import numpy as np
 
     from seqkd.studies.enumerated import Language
@@ -122,7 +123,7 @@ def trained_students(out: Path) -> None:
 
 
 def real_models(student_path: str, teacher_path: str, number: int) -> None:
-    """Measure (c): the same completions of a real student through every estimator."""
+    """Measure (c): all estimators on the same completions of a real student."""
     import torch
     import transformers
 

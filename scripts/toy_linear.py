@@ -1,5 +1,5 @@
-"""Learn a 64 x 64 softmax layer from teacher layers of several ranks, under forward and reverse KL:
-how far the distributions and the weights are from the teacher's, step by step."""
+"""Train a 64 x 64 softmax layer on teacher layers of several ranks, under forward and reverse KL.
+Prints the distances of distributions and weights from the teacher's by step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LABELS = {"distribution": "L2 of distributions", "weights": "relative L2 of weig
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the table and write the figure, both divergences on the same teachers and inputs."""
+    """Print the table and write the figure. Both divergences use the same teachers and inputs."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/toy_linear"), help="for the figure")
     parser.add_argument("--seeds", type=int, default=8)

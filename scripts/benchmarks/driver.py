@@ -1,4 +1,4 @@
-"""The driver process: its memory over many steps, and teacher states on their way to a rank."""
+"""Benchmark of the driver: memory over many steps, and transfer of teacher states to a rank."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from seqkd.learner.batching import Layout, pack, partition
 from seqkd.types import Rollout, TeacherScore
 
 SEQUENCES, PROMPT, TOKENS, WIDTH = 128, 32, 256, 2048
-"""256 MiB of float32 states."""
+"""Shape of the states: 256 MiB in float32."""
 LAYOUT = Layout(8192)
 
 
@@ -26,7 +26,7 @@ def measure(file: str, repetitions: int) -> list[Row]:
 
 
 class Scorer:
-    """Stand-in for a teacher, whose scores cost nothing to compute."""
+    """Stand-in for a teacher that returns scores without computing them."""
 
     def score(self, rollouts: list[Rollout]) -> list[TeacherScore]:
         """Return states of the right size."""
@@ -44,7 +44,7 @@ class Rank:
 
 
 def transfer(repetitions: int) -> Row:
-    """Measure bytes per second through TeacherGroup, packing, and the call of a rank."""
+    """Measure bytes per second through TeacherGroup, packing, and a call of a rank."""
     row = Row("driver", "teacher's states to the learner", "GB/s", "one copy in memory",
               higher_is_better=True)  # fmt: skip
     tokens, logprobs = tuple(range(TOKENS)), (0.0,) * TOKENS

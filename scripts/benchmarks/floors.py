@@ -1,4 +1,4 @@
-"""Lower bounds of a learner's step: the bare passes of its student, and products with heads."""
+"""Lower bounds of a learner's step: bare passes of the student, and products with heads."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def learn(
     model: Any, batches: Sequence[tuple[Tensor, Tensor]], heads: Sequence[Tensor], tokens: int,
     chunk: int,
 ) -> None:  # fmt: skip
-    """Run the body of ``model`` forward and backward; multiply ``tokens`` states, ``chunk`` at a
-    time, with each of ``heads``, and twice more with the first as its backward pass does."""
+    """Run the body of ``model`` forward and backward. Then multiply ``tokens`` states, ``chunk`` at
+    a time, by each of ``heads``, and twice more by the first, as in its backward pass."""
     for ids, mask in batches:
         last_hidden(model, ids.to(model.device), mask.to(model.device)).sum().backward()
     head, widest = heads[0], max(heads, key=lambda weight: weight.shape[1])

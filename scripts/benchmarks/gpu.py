@@ -1,6 +1,8 @@
-"""A GPU of this machine, without Ray and vLLM and with random weights: the losses, the learner of a
-student with the shape of Qwen2.5-1.5B, scoring by a teacher as wide as Qwen2.5-7B, and the
-learner's side of weight sync."""
+"""Benchmarks on a GPU of this machine, without Ray and vLLM and with random weights.
+
+Measured are the losses, the learner of a student with the shape of Qwen2.5-1.5B, scoring by a
+teacher as wide as Qwen2.5-7B, and the learner's side of weight sync.
+"""
 
 from __future__ import annotations
 
@@ -43,9 +45,9 @@ PRODUCT = 8192
 
 
 def measure(file: str, repetitions: int) -> Iterator[Row]:
-    """Measure everything on the GPU; raise ConfigError if there is none."""
+    """Measure everything on the GPU. Raises ConfigError if there is no GPU."""
     if not torch.cuda.is_available():
-        raise ConfigError("section 'gpu': torch finds no GPU on this machine. Omit the section.")
+        raise ConfigError("section 'gpu': torch found no GPU on this machine. Omit the section.")
     yield from objectives.measure(file, repetitions, "cuda")
     yield from learner(repetitions)
     yield from teacher(repetitions)
@@ -79,7 +81,7 @@ def learner(repetitions: int) -> list[Row]:
 
     separate, shared, batches = part(0), part(shared_tokens), floors.micro_batches(
         rollouts, MICRO_BATCH)  # fmt: skip
-    # Multiplications and additions of a step, without those of attention between tokens.
+    # Floating-point operations of a step, without attention between tokens.
     body = sum(p.numel() for p in model.base_model.parameters()) - heads[0].numel()
     read = sum(len(batching.fed_tokens(r)) for r in rollouts)
     operations = 6 * body * read + 2 * (3 * heads[0].numel() + heads[1].numel()) * tokens
@@ -125,7 +127,7 @@ def teacher(repetitions: int) -> list[Row]:
             body(input_ids=ids, use_cache=False)
 
     for repetition in range(repetitions + 1):
-        scoring, floor = _seconds(lambda: states.of(sequences)), _seconds(bare)
+        scoring, floor = _seconds(lambda: states.compute(sequences)), _seconds(bare)
         reference = _product_rate()
         if repetition:
             speed.add(tokens / scoring, tokens / floor)
@@ -134,7 +136,8 @@ def teacher(repetitions: int) -> list[Row]:
 
 
 def publishing(repetitions: int) -> Row:
-    """Measure a student's weights from the GPU to the file that engines read, with digests."""
+    """Measure publishing a student's weights from the GPU to the file for engines, with
+    digests."""
     row = Row("weights on the GPU", "publishing 1.5 B weights", "GB/s", "a copy to host memory",
               higher_is_better=True)  # fmt: skip
     state = {name: p.detach() for name, p in _random_model(STUDENT).named_parameters()}
@@ -166,7 +169,7 @@ def _random_model(shape: Shape) -> Any:
 
 def _start_rank() -> tuple[LearnerRank, int]:
     """Return one rank, in this process, and its :attr:`~seqkd.learner.batching.Layout.sharing`."""
-    os.environ["DS_ACCELERATOR"] = "cuda"  # as the placement of an actor sets it
+    os.environ["DS_ACCELERATOR"] = "cuda"  # set by the placement in a real run
     torch.manual_seed(0)
     # ZeRO 0: the floor runs backward without DeepSpeed, whose reducing hooks would fail.
     rank = LearnerRank(LearnerConfig(gpus=1, zero_stage=0, precision="bfloat16", compile=True))
@@ -184,7 +187,7 @@ def _start_rank() -> tuple[LearnerRank, int]:
 
 @contextmanager
 def _not_compiled(model: Any) -> Iterator[None]:
-    """Use the student's layers as transformers defines them."""
+    """Use the student's layers without compilation."""
     layers: list[Any] = layers_of(model)
     calls = [layer._compiled_call_impl for layer in layers]
     for layer in layers:

@@ -1,6 +1,6 @@
-"""A loss from hidden states, in chunks, against one from whole logits: time and peak memory.
+"""Time and peak memory of a chunked loss from hidden states against a loss from full logits.
 
-On a CPU each case is a process of its own, which makes its peak memory known.
+On a CPU each case runs in its own process, so that its peak memory can be measured.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CASES = {
 }  # fmt: skip
 """Vocabulary sizes V and completion lengths T."""
 WHOLE = {"cpu": 2048, "cuda": 4096}
-"""Longest completion for which whole logits, a dozen [T, V] tensors, fit in memory."""
+"""Longest completion for which full logits, a dozen [T, V] tensors, fit in memory."""
 SIZES = {"cpu": (576, 576, torch.float32), "cuda": (1536, 3584, torch.bfloat16)}
 """Hidden sizes of student and teacher, and their precision."""
 STATS = ("student_logprob", "entropy", "teacher_logprob", "reverse_kl", "forward_kl")
@@ -46,7 +46,7 @@ def measure(file: str, repetitions: int, device: str = "cpu") -> Iterator[Row]:
         name = f"V = {vocabulary:,}, T = {tokens:,}"
         whole = min(tokens, WHOLE[device])
         times = "" if whole == tokens else f", {whole:,} tokens, times {tokens // whole}"
-        seconds = Row(section, f"{name}: time", "s", f"whole logits{compiled}{times}", 1.0)
+        seconds = Row(section, f"{name}: time", "s", f"full logits{compiled}{times}", 1.0)
         limit = 0.1 if tokens == 8192 else None
         memory = Row(section, f"{name}: peak memory", "GiB", "one [T, V] float32 tensor", limit)
         for _ in range(repetitions):
@@ -68,9 +68,9 @@ def _case(device: str, *case: Any) -> tuple[float, float]:
 
 def _passes(device: str, vocabulary: int, tokens: int, chunked: bool) -> tuple[float, float]:
     """Return the seconds of one forward and backward pass (on a GPU the median of three), and the
-    GiB by which memory grew at its peak, without the gradients, which remain."""
+    peak memory growth in GiB, without the gradients."""
     small, _ = _loss(device, 64, 4, chunked)
-    small().backward()  # imports what torch imports at first use
+    small().backward()  # torch imports modules at first use
     loss, leaves = _loss(device, vocabulary, tokens, chunked)
 
     def seconds() -> float:
@@ -105,7 +105,7 @@ def _peak(device: str) -> int:
 def _loss(
     device: str, vocabulary: int, tokens: int, chunked: bool
 ) -> tuple[Callable[[], Any], tuple[torch.Tensor, torch.Tensor]]:
-    """Return the forward pass, and the leaves of its graph: the head's weight and the states."""
+    """Return the forward pass and the leaves of its graph (the head's weight and the states)."""
     torch.manual_seed(0)
     width, teacher_width, precision = SIZES[device]
 

@@ -10,14 +10,14 @@ from typing import Any
 
 @dataclass
 class Row:
-    """One quantity, measured several times, each time together with its reference."""
+    """Quantity that is measured several times, each time together with its reference."""
 
     section: str
     name: str
     unit: str
     reference_name: str
     limit: float | None = None
-    """Target of the ratio: at most, or at least if ``higher_is_better``."""
+    """Upper limit of the ratio, or lower limit if ``higher_is_better``."""
     higher_is_better: bool = False
     values: list[float] = field(default_factory=list)
     references: list[float] = field(default_factory=list)
@@ -34,12 +34,13 @@ class Row:
 
     @property
     def ratio(self) -> float:
-        """Median of the ratios of the pairs; the two values of a pair are of the same time."""
+        """Median of the ratios of the pairs. The two values of a pair are measured at about the
+        same time."""
         return median(v / r for v, r in zip(self.values, self.references, strict=True))
 
     @property
     def met(self) -> bool | None:
-        """Whether the ratio is within its limit; None without a limit."""
+        """True if the ratio is within its limit, None without a limit."""
         if self.limit is None:
             return None
         return self.ratio >= self.limit if self.higher_is_better else self.ratio <= self.limit

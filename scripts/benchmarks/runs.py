@@ -1,4 +1,4 @@
-"""Whole training runs, each a process of its own: their steps, memory and start-up."""
+"""Benchmarks of complete training runs in separate processes: steps, memory and start-up."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ SPLIT = (*ONE_CORE, "placement=split")
 
 
 class Training:
-    """A training process, which ends with the block. ``steps`` is a file to which it appends one
-    line per step."""
+    """Training process that ends with the block. ``steps`` is a file to which it appends one line
+    per step."""
 
     def __init__(
         self, command: Iterable[str], steps: Path, environment: Mapping[str, str], folder: Path
@@ -51,7 +51,7 @@ class Training:
             stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log,
         )  # fmt: skip
         self.roots: list[psutil.Process] = [self.process]
-        """Processes that are paused together, with their descendants."""
+        """Processes that are paused together with their descendants."""
 
     def __enter__(self) -> Self:
         return self
@@ -68,8 +68,8 @@ class Training:
         self.log.close()
 
     def next_step(self) -> float:
-        """Wait for the end of the next step. Return the seconds since the start of the process;
-        raise ActorError with its last message if it ended."""
+        """Wait for the end of the next step. Returns the seconds since the start of the process.
+        Raises ActorError with its last message if the process ended."""
         before = self.completed()
         while self.completed() == before:
             if self.process.poll() is not None:
@@ -78,7 +78,7 @@ class Training:
         return time.perf_counter() - self.begun
 
     def finish(self) -> None:
-        """Wait for the end of the process; raise ActorError with its last message if it failed."""
+        """Wait for the end of the process. Raises ActorError with its last message if it failed."""
         while self.process.poll() is None:
             self._watch()
         if self.process.returncode:
@@ -93,7 +93,7 @@ class Training:
         return max(gib for pid, gib in self.peak.items() if self.names[pid] == name)
 
     def turn(self) -> float:
-        """Resume until the end of the next step, and pause again. Return the seconds."""
+        """Resume until the end of the next step, and pause again. Returns the seconds."""
         begun = time.perf_counter()
         self.resume()
         self.next_step()
@@ -116,7 +116,7 @@ class Training:
                         action(process)
 
     def _watch(self) -> None:
-        """Wait a moment, and twice per second measure memory."""
+        """Wait a few milliseconds, and measure memory twice per second."""
         time.sleep(0.005)
         if time.perf_counter() - self.sampled > 0.5:
             self._each(self._measure)
@@ -125,7 +125,7 @@ class Training:
     def _measure(self, process: psutil.Process) -> None:
         gib = process.memory_info().rss / GIB
         self.peak[process.pid] = max(self.peak.get(process.pid, 0.0), gib)
-        # Read each time: Ray starts a worker before it assigns the worker its actor.
+        # Read every time, because Ray starts a worker before it assigns an actor to it.
         with suppress(psutil.AccessDenied):
             self.names[process.pid] = process.environ().get(PROCESS, "")
 
@@ -170,7 +170,7 @@ class Run:
 
 @contextmanager
 def three_slots() -> Iterator[str]:
-    """Start a Ray cluster with room for three roles of one core each, whatever the machine has."""
+    """Start a Ray cluster with three cores for three roles, regardless of the machine's cores."""
     with local_head(ENVIRONMENT, "--num-cpus=3") as head:
         yield head.cluster
 
@@ -190,8 +190,9 @@ def step_overhead(file: str, repetitions: int) -> list[Row]:
 
 
 def start_up(file: str, repetitions: int) -> list[Row]:
-    """Measure compiled runs with empty compile caches and with the libraries and models out of the
-    page cache, except for what this process itself maps; then again with the caches filled."""
+    """Measure compiled runs with cold caches, then again with warm caches. Cold means empty compile
+    caches, and libraries and models not in the page cache, except for files mapped by this
+    process."""
     config = configuration.load(file)
     row = Row("start-up", "compiled, cold: to the end of the first step", "s", "the same, warm")
     models = [expand(config.student.model), *(expand(t.model) for t in config.teachers.values())]
@@ -216,8 +217,9 @@ def _evict(*folders: str) -> None:
 
 
 def growth(file: str, repetitions: int) -> list[Row]:
-    """Measure the cost of twice the work, and the gain from a second process with its own core.
-    The completions of the pruned student run to the token limit, which so sets their length."""
+    """Measure the cost of twice the work, and the gain from a second process with its own core. The
+    completions of the pruned student always reach the token limit, which therefore sets their
+    length."""
     config = configuration.load(file)
     doubled = {
         "prompts": f"prompts_per_step={2 * config.prompts_per_step}",
@@ -240,8 +242,9 @@ def growth(file: str, repetitions: int) -> list[Row]:
 
 
 def ahead(file: str, repetitions: int) -> list[Row]:
-    """Compare a step that prefetches the next rollouts, one core per role, with the slower of
-    sampling plus scoring and learning where the two alternate. At most two roles run at once."""
+    """Compare a step that prefetches the next rollouts, with one core per role, with the slower of
+    its two sides (sampling and scoring, learning) in a run that alternates them. At most two roles
+    run at the same time."""
     row = Row(
         "overlap", "a step with rollout.max_off_policy_steps 1", "s", "the slower side alone", 1.15
     )
@@ -256,10 +259,10 @@ def ahead(file: str, repetitions: int) -> list[Row]:
 
 
 def overlap(file: str, repetitions: int) -> list[Row]:
-    """Compare scoring in parallel with sampling, one core each, with one after the other."""
+    """Compare scoring in parallel with sampling, one core each, with scoring after sampling."""
     rollouts = Row("overlap", "rollouts in 8 waves, placement split", "s", "sampling, then scoring")
     floor = Row("overlap", "the same", "s", "the slower of the two alone")
-    # Two sequences at a time, and as many scored at once.
+    # Two sequences are sampled at a time, and two are scored at a time.
     waves = ["rollout.max_num_seqs=2", "teacher.batch_tokens=320"]
     for _ in range(repetitions):
         alone = Run(file, [*ONE_CORE, *waves])
@@ -272,7 +275,7 @@ def overlap(file: str, repetitions: int) -> list[Row]:
 
 
 def driver_memory(steps: int) -> Row:
-    """Compare the driver's memory after many small steps with that after a tenth of them."""
+    """Compare the driver's memory after many small steps with its memory after a tenth of them."""
     row = Row("driver", f"memory after {steps} tiny steps", "GiB", "after a tenth of them", 1.05)
     sizes = []
     with trained("configs/tiny.yaml", [f"steps={steps}", "evaluation.prompts=0"]) as training:

@@ -1,4 +1,4 @@
-"""Each stage of a step, and its floor: the bare engine or model, in the same process."""
+"""Benchmarks of the stages of a step against the bare engine or model in the same process."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from seqkd.workers import Workers
 
 @contextmanager
 def live(config: Config) -> Iterator[tuple[Workers, preflight.Checked]]:
-    """Start every actor of ``config``, on a Ray of this machine."""
+    """Start the actors of ``config`` on a local Ray."""
     from actors import build, placement
 
     checked = preflight.check(config)
@@ -65,7 +65,7 @@ def measure(file: str, repetitions: int) -> list[Row]:
             workers.sync()
             sampled = scored = bare_sampled = 0
             generating = encoding = 0.0
-            # In this order a slow drift of the machine's speed cancels out.
+            # This order cancels a slow drift of the machine's speed.
             for seed, actor_turn in enumerate((True, False, False, True), 4 * repetition):
                 if actor_turn:
                     drawn = source.draw([prompts], seed, clock)
@@ -83,11 +83,11 @@ def measure(file: str, repetitions: int) -> list[Row]:
                 )
             with clock("sync"):
                 workers.sync()
-            # As the sync, the reload of the same weights comes after work of the learner.
+            # Like the sync, the reload of the same weights follows work of the learner.
             floor = {products: _inside(rank, learn, rollouts, products) for products in learning}
             _inside(rank, save, f"{shared}/model.safetensors")
             reloading = _inside(engine, reload, shared)
-            if repetition:  # the first is warm-up: kernels, allocators
+            if repetition:  # the first is a warm-up
                 sampling.add(sampled / clock.seconds["sample"], bare_sampled / generating)
                 scoring.add(scored / clock.seconds["score"], scored / encoding)
                 for products, row in learning.items():
@@ -97,12 +97,13 @@ def measure(file: str, repetitions: int) -> list[Row]:
 
 
 def _inside(actor: Any, function: Any, *arguments: Any) -> Any:
-    """Call ``function`` on the actor itself, in its process."""
+    """Call ``function`` on the actor object in its process."""
     return ray.get(actor.__ray_call__.remote(function, *arguments))
 
 
 def generate(actor: Any, prompts: Sequence[Prompt], config: Config, seed: int) -> tuple[int, float]:
-    """Return tokens and seconds of the bare engine: no log-probs, nothing between processes."""
+    """Return tokens and seconds of the bare engine, without log-probs or communication between
+    processes."""
     from vllm import SamplingParams
 
     rollout = config.rollout
@@ -134,7 +135,8 @@ def encode(actor: Any, rollouts: Sequence[Rollout]) -> float:
 
 
 def learn(rank: Any, rollouts: Sequence[Rollout], products: int) -> float:
-    """Return the seconds of the student's bare passes and of ``products`` with its head."""
+    """Return the seconds of the student's bare passes and of ``products`` products with its
+    head."""
     model = rank.engine.module.model
     batches = floors.micro_batches(rollouts, rank.config.micro_batch_tokens)
     head = model.get_output_embeddings().weight.detach()
@@ -145,7 +147,7 @@ def learn(rank: Any, rollouts: Sequence[Rollout], products: int) -> float:
 
 
 def save(rank: Any, path: str) -> None:
-    """Save the student's weights in a file that vLLM reloads."""
+    """Save the student's weights to a file for vLLM's reload."""
     from safetensors.torch import save_file
 
     state = {n: p.detach().clone() for n, p in rank.engine.module.model.named_parameters()}

@@ -1,6 +1,9 @@
-"""Whole steps of seqkd and of TRL, alternately, on the same models, prompts, lengths and
-divergence: each trainer is a process that is suspended while the other takes a step, so that both
-meet the same machine. Run as a module, this is the process of TRL's DistillationTrainer."""
+"""Benchmark of complete steps of seqkd and of TRL on the same models, prompts, lengths and
+divergence.
+
+Each trainer is a process that is suspended while the other takes a step, so both run under the same
+conditions. As a main module, this file is the process of TRL's DistillationTrainer.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +26,9 @@ from seqkd.config.run import Config
 
 
 def compare(file: str, repetitions: int, precision: Precision = "float32") -> Iterator[Row]:
-    """Measure a step as configured, a compiled step, and a compiled step that prefetches, with one
-    core per role as in :func:`runs.ahead`. TRL runs with its defaults; in float32 also once with
-    :func:`actors.cpu_matmul.use_onednn`, which TRL does not offer."""
+    """Measure a step as configured, a compiled step, and a compiled step that prefetches, the last
+    with one core per role as in :func:`runs.ahead`. TRL runs with its defaults. In float32 it also
+    runs once with :func:`actors.cpu_matmul.use_onednn`, which TRL does not offer."""
     trainer = "TRL's DistillationTrainer"
     step = Row("end to end", f"a step, {precision}", "s", trainer, 1 / 1.6)
     compiled = Row("end to end", "the same, compiled", "s", trainer, 1 / 1.6)
@@ -60,8 +63,8 @@ def compare_bfloat16(file: str, repetitions: int) -> Iterator[Row]:
 def _alternate(
     row: Row, file: str, config: Config, overrides: Sequence[str], spec: Mapping[str, Any]
 ) -> dict[str, float]:
-    """Add each step to ``row`` except the first, which also compiles and allocates, and the last,
-    which exports. Return peak memory in GiB: "learner", "all" (seqkd's processes), and "trl"."""
+    """Add all steps to ``row`` except the first, which also compiles and allocates, and the last,
+    which exports. Returns peak memory in GiB: "learner", "all" (seqkd's processes), and "trl"."""
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         environment: Mapping[str, str] = {}
@@ -91,7 +94,7 @@ def _start_trl(spec: Mapping[str, Any]) -> Training:
 
 
 def _spec(config: Config, folder: str, precision: Precision) -> dict[str, Any]:
-    """Return the work of TRL's process: the same as that of the configuration."""
+    """Return the specification of TRL's process, with the same work as the configuration."""
     from seqkd.checks import preflight
     from seqkd.data.stream import PromptStream
     from seqkd.models.export import materialize_student
@@ -115,7 +118,7 @@ def _spec(config: Config, folder: str, precision: Precision) -> dict[str, Any]:
 
 
 def train(spec: Mapping[str, Any]) -> None:
-    """Train with TRL; append a line to the file ``directory``/steps after each step."""
+    """Train with TRL. A line is appended to the file ``directory``/steps after each step."""
     import torch
     from datasets import Dataset
     from transformers import AutoTokenizer, TrainerCallback

@@ -1,1 +1,1 @@
-"""Checks before the first step and in every step."""
+"""Checks before the first step and during every step."""

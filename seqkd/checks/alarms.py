@@ -1,8 +1,8 @@
-"""What every step is watched for: faults that stop the run, and levels that it is warned of.
+"""Alarms on the metrics of every step: faults stop the run, levels warn or stop it.
 
-A fault is what no healthy run can show: counts that do not add up, log-probs of another
-distribution than the one that is trained, scores that are zeros. Levels are a matter of degree,
-and set in the configuration.
+A fault never occurs in a healthy run. Examples are counts that do not add up, log-probs of a
+distribution other than the trained one, and scores that are zeros. Levels are thresholds from the
+configuration.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from seqkd.config.samplers import ON_STUDENT, STUDENT_ALONE
 from seqkd.errors import LearningFault
 
 Row = Mapping[str, Any]
-"""A step's metrics, of :func:`seqkd.training.step_metrics.step_metrics`."""
+"""Metrics of one step, from :func:`seqkd.training.step_metrics.step_metrics`."""
 WINDOW = 5
-"""Steps at the start of a phase that later ones are compared with, and that a figure is the mean
-of: single steps are noisy."""
+"""Number of steps that a figure is averaged over, because single steps are noisy. Relative figures
+are divided by the mean over the first steps of the phase, as many as this."""
 EXACT = 1e-5
-"""Relative. Scores of nothing give -ln V to float32's precision; a bad teacher's mean may well pass
-within a thousandth of it."""
+"""Relative tolerance for -ln V. Hidden states of zeros give -ln V to float32 precision, but the
+mean of a bad teacher may well come within a thousandth of it."""
 
 
 class Watched(NamedTuple):
-    """A figure with levels."""
+    """Figure with configurable levels."""
 
     name: str
-    """In the configuration."""
+    """Name in the configuration."""
     metric: str
     relative: bool
-    """To its mean in the first steps of the phase."""
-    says: str
-    mend: str
+    """True if the figure is relative to its mean over the first steps of the phase."""
+    description: str
+    fix: str
 
 
 WATCHED = (
@@ -46,50 +46,52 @@ WATCHED = (
         "truncation_rate",
         "truncation_rate",
         False,
-        "is the share of completions that were cut",
-        "The student hardly ever ends: see that its tokens of end are the teacher's, or raise "
-        "rollout.max_tokens",
+        "the share of completions truncated at rollout.max_tokens",
+        "The student rarely ends its completions. Check that its end-of-sequence tokens are the "
+        "teacher's, or raise rollout.max_tokens",
     ),
     Watched(
         "length_growth",
         "length",
         True,
-        "times as long are completions as at the start of the phase",
-        "A student that no longer ends has mostly lost its end of sequence: see the objective's "
+        "the mean completion length relative to the start of the phase",
+        "The student has probably lost its end-of-sequence token. Check the objective's "
         "normalization, and lower the learning rate",
     ),
     Watched(
         "repetition",
         "repetition",
         False,
-        "is the share of 4-grams that repeat earlier ones of the same completion",
-        "The student loops: lower the learning rate, or mix in the teacher's samples",
+        "the share of 4-grams that repeat an earlier 4-gram of the same completion",
+        "The student repeats itself. Lower the learning rate, or mix in teacher samples",
     ),
     Watched(
         "entropy_fraction",
         "entropy_per_token",
         True,
-        "of its entropy a token at the start of the phase is left to the student",
-        "It says the same whatever it is asked: lower the learning rate, or draw other prompts",
+        "the student's entropy per token relative to the start of the phase",
+        "The student's completions hardly vary. Lower the learning rate, or use other prompts",
     ),
 )
 
 
 @dataclass
 class History:
-    """One figure in one phase."""
+    """Values of one figure in one phase."""
 
     first: list[float] = field(default_factory=list)
     recent: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
 
     def add(self, value: float) -> None:
-        """Take in the figure of a step."""
+        """Add the value of a step."""
         if len(self.first) < WINDOW:
             self.first.append(value)
         self.recent.append(value)
 
     def figure(self, relative: bool) -> float | None:
-        """Mean of the last steps, over that of the first; None where it is not known yet."""
+        """Return the mean of the last :data:`WINDOW` steps, or None before there are as many. If
+        ``relative``, the mean is divided by that of the first steps, and None is returned if that
+        is not positive."""
         mean, start = sum(self.recent) / WINDOW, sum(self.first) / WINDOW
         if len(self.recent) < WINDOW or (relative and not start > 0):
             return None
@@ -97,24 +99,24 @@ class History:
 
 
 class StepAlarms:
-    """Looks at the metrics of every step, of a run over ``vocabulary`` tokens."""
+    """Alarms on the metrics of every step of a run with a vocabulary of ``vocabulary`` tokens."""
 
     def __init__(self, config: Config, vocabulary: int) -> None:
         self.config, self.alarms, self.uniform = config, config.alarms, -math.log(vocabulary)
         self.begin()
 
     def begin(self) -> None:
-        """Forget every step."""
+        """Forget all steps."""
         self.skipped = 0
         self._begin(None)
 
     def _begin(self, phase: str | None) -> None:
         self.phase = phase
         self.histories: dict[str, History] = {}
-        self.said: set[str] = set()
+        self.warned: set[str] = set()
 
     def replay(self, rows: Iterable[Row]) -> None:
-        """Take in earlier steps, of which nothing is said any more; for a run that goes on."""
+        """Add the steps before a resumed one, without warnings."""
         for row in rows:
             if row["phase"] != self.phase:
                 self._begin(row["phase"])
@@ -124,13 +126,13 @@ class StepAlarms:
             for prefix in _students(row):
                 for watched in WATCHED:
                     key = prefix + watched.metric
-                    value = row.get(key)  # null in a file stands for what was no number
+                    value = row.get(key)  # metrics.jsonl stores non-finite values as null
                     if value is not None and math.isfinite(value):
                         self.histories.setdefault(key, History()).add(value)
 
     def check(self, row: Row) -> list[str]:
-        """Warnings, each once a phase; LearningFault where the run must not go on. A step that
-        was skipped because it was not finite says so in its row ("skipped")."""
+        """Return warnings, each once per phase. Raises LearningFault if the run must stop. The
+        row of a step that was skipped as non-finite has "skipped" set."""
         self.replay([row])
         self._check_finite(row)
         if self.skipped:
@@ -143,16 +145,16 @@ class StepAlarms:
     def _check_finite(self, row: Row) -> None:
         if self.skipped >= self.alarms.non_finite_steps:
             raise LearningFault(
-                f"alarms.non_finite_steps: the loss or its gradient was not a finite number in "
-                f"{self.skipped} steps in a row. Every step is skipped and nothing learnt. Lower "
-                "learner.lr or learner.max_grad_norm, and see whether the teacher's log-probs in "
-                "metrics.jsonl are finite."
+                f"alarms.non_finite_steps: the loss or its gradient was not finite in "
+                f"{self.skipped} steps in a row. These steps were skipped. Lower learner.lr or "
+                "learner.max_grad_norm, and check that the teacher's log-probs in metrics.jsonl "
+                "are finite."
             )
         if not self.skipped and not all(map(math.isfinite, (row["loss"], row["grad_norm"]))):
             raise LearningFault(
-                f"loss {row['loss']:g}, grad_norm {row['grad_norm']:g}: a step was taken on what "
-                "is not a finite number, and the weights with it are lost. Go on from the last "
-                "checkpoint with a lower learner.lr."
+                f"loss {row['loss']:g}, grad_norm {row['grad_norm']:g}: the optimizer took a step "
+                "with a non-finite loss or gradient, so the weights are corrupt. Resume from the "
+                "last checkpoint with a lower learner.lr."
             )
 
     def _check_gap(self, row: Row, prefix: str) -> None:
@@ -162,12 +164,12 @@ class StepAlarms:
         if gap is None or gap <= most:
             return
         raise LearningFault(
-            f"{prefix}logprob_gap_mean: what drew the completions (sampler {sampler}) gave their "
-            f"tokens other log-probs than the same model where it is trained or scores, by "
-            f"{gap:.3g} nats a token (at most {most:g}). It has other weights or cached states of "
-            "older ones, or draws at another temperature or top_p, or its log-probs stand beside "
-            "the wrong tokens. Go on from the last checkpoint, with precisions of float32 to tell "
-            "rounding from a fault; raise alarms.logprob_gap if it is rounding."
+            f"{prefix}logprob_gap_mean: the engine that sampled the completions (sampler {sampler})"
+            f" and the same model in the learner or scorer differ by {gap:.3g} nats per token "
+            f"(limit {most:g}). Possible causes: different weights, a stale prefix cache, another "
+            "temperature or top_p, or log-probs assigned to the wrong tokens. Resume from the last "
+            "checkpoint with all precisions set to float32. If the gap vanishes, it was rounding: "
+            "raise alarms.logprob_gap."
         )
 
     def _check_scores(self, row: Row, prefix: str) -> None:
@@ -176,15 +178,15 @@ class StepAlarms:
             return
         nothing = math.isclose(mean, self.uniform, rel_tol=EXACT)
         if not math.isfinite(mean):
-            fault = "are no finite numbers"
+            fault = "are not finite"
         elif mean == 0 or nothing:
-            fault = "are zeros" + (" (hidden states of zero give -ln V)" if nothing else "")
+            fault = "are zeros" + (" (hidden states of zeros give -ln V)" if nothing else "")
         else:
             return
         raise LearningFault(
-            f"{prefix}teacher_logprob_per_token {mean:.6g}: the teacher's scores {fault}. They "
-            "were lost on the way, or the teacher's weights were. Look into its log with "
-            "--verbose, and go on from the last checkpoint."
+            f"{prefix}teacher_logprob_per_token {mean:.6g}: the teacher's scores {fault}. Either "
+            "the scores were lost in transit, or the teacher lost its weights. Resume from the "
+            "last checkpoint, with --verbose to see the teacher's log."
         )
 
     def _check_levels(self, prefix: str) -> list[str]:
@@ -195,32 +197,35 @@ class StepAlarms:
             value = self.histories.get(key, History()).figure(watched.relative)
             if value is None:
                 continue
-            text = f"{value:.3g} {watched.says}, over the last {WINDOW} steps ({self.phase})."
+            text = (
+                f"{watched.description} is {value:.3g} over the last {WINDOW} steps "
+                f"(phase {self.phase})."
+            )
             if level.reached(level.stop, value):
                 raise LearningFault(
-                    f"alarms.{watched.name}.stop {level.stop:g}: {text} {watched.mend}, and go on "
-                    "from a checkpoint before it."
+                    f"alarms.{watched.name}.stop {level.stop:g}: {text} {watched.fix}. Then resume "
+                    "from an earlier checkpoint."
                 )
-            if level.reached(level.warn, value) and key not in self.said:
-                self.said.add(key)
-                warnings.append(
-                    f"alarms.{watched.name}.warn {level.warn:g}: {text} {watched.mend}."
-                )
+            if level.reached(level.warn, value) and key not in self.warned:
+                self.warned.add(key)
+                warnings.append(f"alarms.{watched.name}.warn {level.warn:g}: {text} {watched.fix}.")
         return warnings
 
 
 def _students(row: Row) -> list[str]:
-    """Before the names of what the student wrote: other texts are no sign of its health."""
+    """Return the metric prefixes of samplers in which the student writes. Texts that the student
+    did not write say nothing about its health."""
     return [p for p in _prefixes(row) if (p[:-1] or row["sampler"]) in ON_STUDENT]
 
 
 def _prefixes(row: Row) -> list[str]:
-    """Before the names of what each sampler wrote; none before the phase's own."""
+    """Return the metric prefix of each sampler. It is empty for the phase's own sampler."""
     return list(dict.fromkeys(key[: key.rfind("/") + 1] for key in row))
 
 
 def _gap_tolerance(config: Config, sampler: str) -> float:
-    """Nats a token by which what draws may differ from what trains or scores."""
+    """Return the largest allowed mean difference, in nats per token, between the engine that
+    samples and the model that trains or scores."""
     precisions: list[str] = []
     if sampler in ON_STUDENT:
         precisions += [config.rollout.precision, config.learner.precision]

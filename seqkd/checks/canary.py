@@ -1,4 +1,4 @@
-"""A known text that every engine, the learner and every teacher score again while a run goes on."""
+"""Canary: a fixed probe text that all engines, the learner and all teachers score during a run."""
 
 from __future__ import annotations
 
@@ -18,21 +18,23 @@ from seqkd.protocols import Scores
 from seqkd.types import Rollout
 from seqkd.workers import Workers
 
-GO_ON = "Go on from the last checkpoint"
+RESUME = "Resume from the last checkpoint"
 SMALLEST_LR = 1e-8
-"""Below it a step may round to nothing: float32 weights of 0.02 lie 2e-9 apart."""
+"""Smallest learning rate whose step must change the weights. Below it a step may round to zero:
+adjacent float32 values near 0.02 are 2e-9 apart."""
 RESOLUTION = {"float32": 1e-7, "bfloat16": 1e-3}
-"""Nats a token. Where the learner has moved by more, an engine of that precision with its weights
-cannot give the same at every token."""
+"""Nats per token, by the engine's precision. If the learner's log-probs changed by more than this,
+an engine with the new weights cannot return the old log-probs at every token."""
 
 
 def must_move(lr: float, grad_norm: float) -> bool:
-    """Whether an optimizer step, unless it was skipped, must have changed the weights."""
+    """Return True if an optimizer step that was not skipped must have changed the weights."""
     return lr >= SMALLEST_LR and grad_norm > 0
 
 
 class EngineBaseline(NamedTuple):
-    """What an engine said when its answer last changed, and the learner at that time."""
+    """Log-probs of the probe when an engine's answer last changed, from the engine and from the
+    learner."""
 
     engine: Tensor
     learner: Tensor
@@ -40,32 +42,35 @@ class EngineBaseline(NamedTuple):
 
 @dataclass(frozen=True)
 class ProbeResponses:
-    """What engines and teachers said of the known text, for the learner to read."""
+    """Answers of engines and teachers to the probe. The learner turns the teachers' scores into
+    log-probs."""
 
     version: int
-    """Of the weights that the engines were to have."""
+    """Version of the weights that the engines should have loaded."""
     engines: list[list[float]]
-    """Log-probs, a list for every engine; none where they were not to have them."""
+    """Log-probs, one list per engine. Empty if the engines should not have that version yet."""
     scores: Mapping[str, Scores]
-    """By the teacher's name."""
+    """Scores by teacher name."""
 
 
 @dataclass(frozen=True)
 class ProbeLogprobs:
-    """[T] log-probs of the known text's tokens."""
+    """Log-probs of the probe's tokens, of shape [T] each."""
 
     version: int
-    """Of the weights that the engines were to have."""
+    """Version of the weights that the engines should have loaded."""
     learner: Tensor
+    """Log-probs from the learner's current weights."""
     drawer: Tensor
-    """The learner's with that version."""
+    """Log-probs from the learner's weights of ``version``."""
     engines: list[Tensor]
     teachers: dict[str, list[Tensor]]
-    """By name, one for every actor."""
+    """Log-probs by teacher name, one tensor per actor."""
 
 
 class Canary:
-    """Scores the probe by the actors themselves; a cache must not answer in their place."""
+    """Scoring of the probe by engines, learner and teachers. Scores come from the actors
+    themselves, never from a cache."""
 
     def __init__(
         self, config: Config, checked: Checked, workers: Workers, roles: Collection[str]
@@ -80,16 +85,17 @@ class Canary:
         self.begin({})
 
     def begin(self, first: Mapping[str, list[float]]) -> None:
-        """Start again with another learner; ``first`` has each teacher's first answer, by name."""
+        """Start again with another learner. ``first`` contains each teacher's first answer, by
+        name."""
         self.first = dict(first)
         self.learner: Tensor | None = None
-        self.held: list[EngineBaseline] = []
-        self.said: dict[int, Tensor] = {}
-        """The learner's answers by version, of those that engines may be asked with."""
+        self.baselines: list[EngineBaseline] = []
+        self.expected: dict[int, Tensor] = {}
+        """The learner's log-probs by version, for the versions that engines may answer with."""
 
     def ask(self, version: int) -> ProbeResponses:
-        """Engines and teachers, whatever the learner does meanwhile; engines only where they have
-        ``version`` of its weights."""
+        """Have engines and teachers score the probe; the learner may be running meanwhile. Engines
+        are asked only if they have ``version`` of the learner's weights."""
         student, text = self.workers.student, self.own[0]
         engines = []
         if self.engines and student.policy_version == version:
@@ -98,15 +104,15 @@ class Canary:
         return ProbeResponses(version, engines, scores)
 
     def hold(self) -> None:
-        """What the learner says with today's weights, where engines are asked with them and
-        :meth:`check` is called only after its next step."""
+        """Score the probe with the learner's current weights. Required if engines are asked with
+        these weights and :meth:`check` is called only after the learner's next step."""
         version = self.workers.learner.policy_version
-        if version not in self.said:
-            self.said[version] = self._learner()
+        if version not in self.expected:
+            self.expected[version] = self._learner()
 
     def check(self, asked: ProbeResponses, stepped: bool) -> None:
-        """LearningFault, a line for each fault found. ``stepped``: since the last call an optimizer
-        step was taken that :func:`must_move` the weights."""
+        """Raise LearningFault with one line per fault. ``stepped``: since the last call, an
+        optimizer step was taken that :func:`must_move` the weights."""
         faults = self._unscored(asked.scores)
         if not faults:
             now = self._answers(asked)
@@ -120,7 +126,7 @@ class Canary:
             raise LearningFault("\n".join(faults))
 
     def check_learner(self) -> None:
-        """LearningFault where the learner gives the known text what is no number."""
+        """Raise LearningFault if the learner's log-probs of the probe are not finite."""
         logprobs = self._learner()
         if faults := self._not_numbers(ProbeLogprobs(0, logprobs, logprobs, [], {})):
             raise LearningFault("\n".join(faults))
@@ -137,14 +143,15 @@ class Canary:
         def teachers(texts: Sequence[Rollout]) -> list[Tensor]:
             return [torch.tensor(measured[text.sample_id]["teacher_logprob"]) for text in texts]
 
-        # Always the text alone: in other company its log-probs differ in their last bits.
-        learner, before = self._learner(), self.said
-        self.said = {self.workers.learner.policy_version: learner}
+        # The probe is always scored in a batch of its own, because other batches change the last
+        # bits of its log-probs.
+        learner, before = self._learner(), self.expected
+        self.expected = {self.workers.learner.policy_version: learner}
         tokens = len(self.own[0].completion_ids)
         return ProbeLogprobs(
             asked.version,
             learner,
-            (before | self.said)[asked.version],
+            (before | self.expected)[asked.version],
             [torch.tensor(engine[-tokens:]) for engine in asked.engines],
             {name: teachers(texts) for name, texts in self.texts.items()},
         )
@@ -152,18 +159,18 @@ class Canary:
     def _keep(self, now: ProbeLogprobs) -> None:
         self.learner = now.learner
         if now.engines:
-            before: Sequence[EngineBaseline | None] = self.held or [None] * len(now.engines)
-            self.held = [
-                held
-                if held and torch.equal(held.engine, engine)
+            before: Sequence[EngineBaseline | None] = self.baselines or [None] * len(now.engines)
+            self.baselines = [
+                baseline
+                if baseline and torch.equal(baseline.engine, engine)
                 else EngineBaseline(engine, now.drawer)
-                for held, engine in zip(before, now.engines, strict=True)
+                for baseline, engine in zip(before, now.engines, strict=True)
             ]
 
     def _unscored(self, scores: Mapping[str, Scores]) -> list[str]:
         return [
-            f"canary: {self._called(name)} gave tokens of a known text no log-prob. Its scores are "
-            f"lost on the way. {GO_ON}; see its log with --verbose."
+            f"canary: {self._label(name)} returned no log-prob for some tokens of the probe text. "
+            f"Its scores were lost in transit. {RESUME}, with --verbose to see its log."
             for name, texts in self.texts.items()
             if any(scored_tokens(scores[name][t.sample_id]) < len(t.completion_ids) for t in texts)
         ]
@@ -171,26 +178,26 @@ class Canary:
     def _not_numbers(self, now: ProbeLogprobs) -> list[str]:
         named = {"the learner": [now.learner]}
         named |= {f"rollout engine {i}": [engine] for i, engine in enumerate(now.engines)}
-        named |= {self._called(name): answers for name, answers in now.teachers.items()}
+        named |= {self._label(name): answers for name, answers in now.teachers.items()}
         return [
-            f"canary: {name} gives tokens of a known text log-probs that are no finite numbers. "
-            f"Its weights or its computation are broken. {GO_ON}; if it comes again, set its "
-            "precision to float32" + (", or lower learner.lr." if name == "the learner" else ".")
+            f"canary: {name} returned non-finite log-probs for the probe text. Its weights or its "
+            f"computation are broken. {RESUME}. If it happens again, set its precision to float32"
+            + (", or lower learner.lr." if name == "the learner" else ".")
             for name, answers in named.items()
             if not all(map(finite, answers))
         ]
 
     def _frozen(self, now: Tensor, stepped: bool) -> list[str]:
-        """In bfloat16 a small step may round to nothing."""
+        """Return a fault if a step did not change the learner. In bfloat16 a small step may round
+        to zero, so only float32 is checked."""
         exact = self.config.learner.precision == "float32"
         if not (stepped and exact and self.learner is not None and torch.equal(now, self.learner)):
             return []
         return [
-            "canary: an optimizer step was taken, and the learner gives a known text the same "
-            f"log-probs as before it, to the last bit (mean {now.mean():.4g}): its weights do not "
-            "change. The optimizer holds other parameters than the model computes with, or "
-            f"learner.lr is too small for them. {GO_ON} with a higher learner.lr; if it stays, set "
-            "learner.zero_stage to 0."
+            "canary: the learner's weights do not change: its probe log-probs are bit-identical "
+            f"before and after an optimizer step (mean {now.mean():.4g}). The optimizer updates "
+            "parameters that the model does not use, or learner.lr is too small. "
+            f"{RESUME} with a higher learner.lr. If it happens again, set learner.zero_stage to 0."
         ]
 
     def _engines(self, now: ProbeLogprobs) -> list[str]:
@@ -206,36 +213,35 @@ class Canary:
         return faults
 
     def _lost(self, engine: Tensor, learner: Tensor) -> str | None:
-        if not self._knows_nothing(engine) or self._knows_nothing(learner):
+        if not self._is_uniform(engine) or self._is_uniform(learner):
             return None
         return (
-            f"gives a known text a mean log-prob of {engine.mean():.4g} a token, as a guess would "
-            f"(-ln V = {-math.log(self.vocabulary):.4g}), where the learner gives "
-            f"{learner.mean():.4g}: its weights are lost. It woke without them, or a sync left out "
-            f"its output head. {GO_ON}: that starts the engine anew."
+            f"has lost its weights: its mean probe log-prob is {engine.mean():.4g} per token, as "
+            f"by guessing (-ln V = {-math.log(self.vocabulary):.4g}), while the learner's is "
+            f"{learner.mean():.4g}. It woke up without weights, or a weight sync omitted its "
+            f"output head. {RESUME}, which restarts the engine."
         )
 
     def _stale(self, engine: Tensor, learner: Tensor, index: int) -> str | None:
-        held = self.held[index] if self.held else None
-        moved = distance(learner, held.learner) if held else 0.0
+        baseline = self.baselines[index] if self.baselines else None
+        moved = distance(learner, baseline.learner) if baseline else 0.0
         least = RESOLUTION[self.config.rollout.precision]
-        if held is None or not torch.equal(engine, held.engine) or moved <= least:
+        if baseline is None or not torch.equal(engine, baseline.engine) or moved <= least:
             return None
         return (
-            f"gives a known text the same log-probs as before the last weight sync, to the last "
-            f"bit, while the learner's have moved by {moved:.3g} nats a token: its weights are "
-            f"stale. It acknowledged the sync and kept the old ones. {GO_ON}: that starts the "
-            "engine anew."
+            "has stale weights: its probe log-probs are bit-identical to those before the last "
+            f"weight sync, although the learner's changed by {moved:.3g} nats per token. It "
+            f"acknowledged the sync but kept the old weights. {RESUME}, which restarts the engine."
         )
 
     def _differs(self, gap: float, most: float, version: int) -> str:
         rollout, trained = self.config.rollout.precision, self.config.learner.precision
         return (
-            f"gives a known text other log-probs than the learner, by {gap:.3g} nats a token (at "
-            f"most {most:g}), though it has taken in version {version} "
-            "of the weights: it does not hold the learner's weights. A sync went wrong in the "
-            f"engine, or a precision of {rollout} and {trained} is too coarse for this model. "
-            f"{GO_ON}; if it comes again, set rollout.precision and learner.precision to float32."
+            f"does not have the learner's weights: their probe log-probs differ by {gap:.3g} nats "
+            f"per token (limit {most:g}), although the engine loaded version {version} of the "
+            "weights. The weight sync failed in the engine, or precisions of "
+            f"{rollout} (engine) and {trained} (learner) are too coarse for this model. {RESUME}. "
+            "If it happens again, set rollout.precision and learner.precision to float32."
         )
 
     def _teachers(self, now: dict[str, list[Tensor]]) -> list[str]:
@@ -244,7 +250,7 @@ class Canary:
             first = torch.tensor(self.first.setdefault(name, responses[0].tolist()))
             for index, answer in enumerate(responses):
                 if fault := self._zeros(answer) or self._swapped(name, answer, first):
-                    faults.append(f"canary: {self._called(name)}, actor {index}, {fault}")
+                    faults.append(f"canary: {self._label(name)}, actor {index}, {fault}")
         return faults
 
     def _zeros(self, answer: Tensor) -> str | None:
@@ -253,14 +259,13 @@ class Canary:
         if not lost and answer.any():
             return None
         what = (
-            f"gives every token of a known text a log-prob of -ln V = {uniform:.4g}: its hidden "
-            "states are zeros"
+            f"returned hidden states of zeros: every probe log-prob is -ln V = {uniform:.4g}"
             if lost
-            else "gives every token of a known text a log-prob of 0: its scores are zeros"
+            else "returned scores of zeros: every probe log-prob is 0"
         )
         return (
-            f"{what}. Scoring failed and was filled up, or the teacher's weights are lost. "
-            f"{GO_ON}; see the teacher's log with --verbose."
+            f"{what}. Scoring failed and the scores were filled with zeros, or the teacher lost "
+            f"its weights. {RESUME}, with --verbose to see the teacher's log."
         )
 
     def _swapped(self, name: str, answer: Tensor, first: Tensor) -> str | None:
@@ -269,19 +274,19 @@ class Canary:
         if gap <= most:
             return None
         return (
-            f"gives a known text other log-probs than it first did, by {gap:.3g} nats a token (at "
-            f"most {most:g} in {precision}): mean {answer.mean():.4g}, first {first.mean():.4g}. "
-            "Another model answers under its name, or its scores stand beside the wrong tokens. "
-            f"See that every node or endpoint serves {self.config.teachers[name].model!r}. "
-            f"{GO_ON}."
+            f"has changed: its probe log-probs differ by {gap:.3g} nats per token from its first "
+            f"ones (limit {most:g} in {precision}), mean {answer.mean():.4g}, first "
+            f"{first.mean():.4g}. Another model is served under its name, or its scores are "
+            "assigned to the wrong tokens. Check that every node or endpoint serves "
+            f"{self.config.teachers[name].model!r}. {RESUME}."
         )
 
-    def _knows_nothing(self, answer: Tensor) -> bool:
+    def _is_uniform(self, answer: Tensor) -> bool:
         surprise = -answer.mean().item() / math.log(self.vocabulary)
         return UNIFORM[0] <= surprise <= UNIFORM[1]
 
     def _actors(self, name: str) -> int:
         return self.config.teachers[name].scoring.actors
 
-    def _called(self, name: str) -> str:
+    def _label(self, name: str) -> str:
         return f"teacher {name}" if name else "the teacher"

@@ -1,17 +1,27 @@
-"""How much memory a plan needs, by estimate.
+"""Estimate of the memory that a run needs.
 
-Counted: weights, gradients and AdamW states by precision and ZeRO stage, activations that the
-longest micro-batch saves, key-value caches, output heads, published weights, teacher scores in
-transit, and the libraries that a process on a CPU imports. Not counted: Ray's own processes,
-allocators and DeepSpeed's communication buffers, an engine's activations, the models that the
-driver loads and frees before the first step, and GPU processes' memory on the host. No weights are
-read: a model's size is that of its architecture.
+Included:
 
-Against a run of configs/benchmark.yaml on a CPU (resident memory, largest of a process; pages of
-libraries that processes share count in each): learner 2.4 GiB, 2.2 by estimate; the student's
-engine 1.8 and 1.3; the teacher 2.0 and 1.6; the driver 0.7 and 0.7.
-On an H100 the learner of a model of Qwen2.5-1.5B's shape (bfloat16, ZeRO 0, 6,136 tokens at once)
-had 44.1 GiB at most, 39.2 with compiled layers, 47.7 by estimate.
+- weights, gradients and AdamW states, by precision and ZeRO stage
+- activations saved for the longest micro-batch
+- key-value caches, output heads and published weights
+- teacher scores in transit
+- libraries imported by CPU processes
+
+Not included:
+
+- Ray's own processes, allocator overhead and DeepSpeed's communication buffers
+- activations of engines
+- models that the driver loads and frees before the first step
+- host memory of GPU processes
+
+Model sizes are computed from the architecture; no weights are read.
+
+Measured with configs/benchmark.yaml on a CPU (peak resident memory per process, with shared library
+pages counted in every process) against the estimate: learner 2.4 GiB against 2.2, student engine
+1.8 against 1.3, teacher 2.0 against 1.6, driver 0.7 against 0.7.
+On an H100, the learner of a model with the shape of Qwen2.5-1.5B (bfloat16, ZeRO 0, 6,136 tokens
+per micro-batch) peaked at 44.1 GiB, or 39.2 GiB with compiled layers. The estimate is 47.7 GiB.
 """
 
 from __future__ import annotations
@@ -36,21 +46,21 @@ from seqkd.models.pruning import prune
 GIB = 2**30
 BYTES = {"float32": 4, "bfloat16": 2}
 LOSS_BYTES = {"cpu": (8, 80), "cuda": (14, 0)}
-"""Bytes per logit that a loss holds of a chunk of states and of a block of it, in addition to the
-float32 sum of the head's gradient and its copy: measured with vocabularies of 49,152 and
-151,936."""
+"""Bytes per logit that the loss needs for a chunk of states and for a block of that chunk. The
+float32 sum of the head's gradient and its copy come in addition. Measured with vocabularies of
+49,152 and 151,936."""
 LIBRARIES = {"torch": 0.45, "vllm": 0.7}
-"""GiB of a process on a CPU in addition to its data, measured with models of a few weights. Pages
-that processes share are counted once."""
+"""GiB of a CPU process in addition to its data, measured with very small models. Pages shared by
+processes are counted once."""
 FIXES = {
-    "learner": "Set learner.precision to bfloat16, learner.gradient_checkpointing to true, or "
-    "learner.micro_batch_tokens, learner.ranks or rollout.max_tokens lower.",
-    "rollout": "Set rollout.precision to bfloat16, or rollout.kv_cache_gib or rollout.actors "
-    "lower.",
-    "teacher": "Set teacher.precision to bfloat16, or teacher.actors lower.",
-    "teacher_sampler": "Set teacher.generation.precision to bfloat16, or "
-    "teacher.generation.kv_cache_gib or teacher.generation.actors lower.",
-    "driver": "Set prompts_per_step, updates_per_rollout or rollout.max_tokens lower.",
+    "learner": "Set learner.precision to bfloat16 or learner.gradient_checkpointing to true, or "
+    "lower learner.micro_batch_tokens, learner.ranks or rollout.max_tokens.",
+    "rollout": "Set rollout.precision to bfloat16, or lower rollout.kv_cache_gib or "
+    "rollout.actors.",
+    "teacher": "Set teacher.precision to bfloat16, or lower teacher.actors.",
+    "teacher_sampler": "Set teacher.generation.precision to bfloat16, or lower "
+    "teacher.generation.kv_cache_gib or teacher.generation.actors.",
+    "driver": "Lower prompts_per_step, updates_per_rollout or rollout.max_tokens.",
 }
 
 
@@ -65,9 +75,9 @@ class Need:
     gpus: float = 0.0
     """GPUs of each process. Above 0, ``parts`` is GPU memory."""
     utilization: float = 0.0
-    """Share of its GPUs that an engine takes whatever it needs; 0 for other roles."""
+    """Share of its GPUs that an engine reserves regardless of its need; 0 for other roles."""
     teacher: str = ""
-    """Name of its teacher, if there are several."""
+    """Name of the teacher, if there are several teachers."""
 
     @property
     def each(self) -> float:
@@ -76,7 +86,7 @@ class Need:
 
     @property
     def total(self) -> float:
-        """GiB of all its processes."""
+        """GiB of all processes."""
         return self.each * self.processes
 
     def __str__(self) -> str:
@@ -93,12 +103,12 @@ class Size:
     """Elements of the output head."""
     hidden: int
     saved: int
-    """Elements that the backward pass of one token needs, without checkpointing."""
+    """Elements saved per token for the backward pass, without checkpointing."""
     layers: int
     adapters: int = 0
-    """Parameters of the adapters, which are trained in place of all others; 0 without adapters."""
+    """Parameters of the adapters, the only ones trained if there are any; 0 without adapters."""
     adapted: int = 0
-    """Parameters of the weights that have an adapter."""
+    """Parameters of the weights that have adapters."""
 
 
 def size_of(model: Any, student: StudentConfig | None = None) -> Size:
@@ -129,8 +139,8 @@ def size_of(model: Any, student: StudentConfig | None = None) -> Size:
 def estimate(
     config: Config, student: Any, teachers: Mapping[str, Any], roles: Collection[str]
 ) -> list[Need]:
-    """Return the needs of all ``roles`` and of the driver. ``student`` and ``teachers`` (the local
-    ones, by name) are transformers configs."""
+    """Return the memory needs of all ``roles`` and of the driver. ``student`` and ``teachers``
+    (local teachers, by name) are transformers configs."""
     student_size = size_of(student, config.student)
     teacher_sizes = {name: size_of(teacher) for name, teacher in teachers.items()}
     needs = [_learner(config, student_size, teacher_sizes)]
@@ -150,7 +160,8 @@ def _learner(config: Config, student: Size, teachers: Mapping[str, Size]) -> Nee
     of_weights = width / (ranks if stage == 3 else 1)
     of_gradients = width / (ranks if stage >= 2 else 1)
     of_states = 8 / (ranks if stage else 1)
-    # DeepSpeed keeps float32 copies of what it updates but for ZeRO 0 in float32, plain AdamW.
+    # DeepSpeed keeps float32 copies of the parameters that it updates, except with ZeRO 0 in
+    # float32, which is plain AdamW.
     if stage or learner.precision == "bfloat16":
         of_states += 8 / (ranks if stage else 1)
     longest = config.data.max_prompt_tokens + config.rollout.max_tokens
@@ -164,7 +175,7 @@ def _learner(config: Config, student: Size, teachers: Mapping[str, Size]) -> Nee
     chunk = min(CHUNK_ELEMENTS[device], tokens * vocabulary)
     block = min(chunk, max(BLOCK_ELEMENTS[device], samples * vocabulary))
     of_chunk, of_block = LOSS_BYTES[device]
-    head = 0 if student.adapters else student.head  # what learns of it
+    head = 0 if student.adapters else student.head  # trained elements of the head
     saved = student.saved
     if learner.gradient_checkpointing:
         saved = student.layers * student.hidden + saved // student.layers
@@ -173,7 +184,7 @@ def _learner(config: Config, student: Size, teachers: Mapping[str, Size]) -> Nee
         "weights": (student.parameters + student.adapters) * of_weights,
         "gradients": trained * of_gradients,
         "optimizer": trained * of_states,
-        # Made on the host when weights are published.
+        # Merged on the host when weights are published.
         "merged weights": 0 if learner.gpus else student.adapted * width,
         "activations": tokens * saved * width,
         "loss": of_chunk * chunk + of_block * block + head * (4 + (width if width < 4 else 0)),
@@ -201,7 +212,7 @@ def _engine(role: str, engine: EngineConfig, size: Size, head: int = 0) -> Need:
 def _teacher(teacher: LocalTeacherConfig, size: Size, roles: Collection[str]) -> Iterator[Need]:
     width = BYTES[teacher.precision]
     if "teacher" in roles and teacher.engine is None:
-        # No pass back: what one layer works on at a time.
+        # No backward pass: only the activations of one layer at a time.
         working = teacher.batch_tokens * size.saved // size.layers
         parts: dict[str, float] = {
             "weights": size.parameters * width,
@@ -216,21 +227,21 @@ def _teacher(teacher: LocalTeacherConfig, size: Size, roles: Collection[str]) ->
 
 
 def _driver(config: Config, student: Size, teachers: Mapping[str, Size]) -> Need:
-    """Return the needs of the driver and of the node's shared memory, which holds published weights
-    and scores in transit."""
-    under_way = 0
+    """Return the needs of the driver and of the node's shared memory, which contains published
+    weights and scores in transit."""
+    in_transit = 0
     if config.teacher.scores == "hidden":
         completions = max(
             phase.prompts_per_step * phase.updates_per_rollout * config.samples_per_prompt(phase)
             for _, phase in config.phases
         )
         widest = max(size.hidden for size in teachers.values())
-        # Float32: as the teacher sent them, packed for the ranks, and on the way to these; and,
-        # where it is drawn ahead, the next draw's.
+        # Three float32 copies: received from the teacher, packed for the ranks, and in transit to
+        # the ranks. When sampling ahead, the scores of the next draw are a fourth.
         copies = 4 if any(config.draws_ahead(phase) for _, phase in config.phases) else 3
-        under_way = completions * config.rollout.max_tokens * widest * 4 * copies
+        in_transit = completions * config.rollout.max_tokens * widest * 4 * copies
     published = student.parameters * BYTES[config.learner.precision]
-    return _need("driver", 1, {"published weights": published, "scores under way": under_way})
+    return _need("driver", 1, {"published weights": published, "scores in transit": in_transit})
 
 
 def _need(
@@ -248,7 +259,7 @@ def _need(
 
 
 Pool = tuple[float, float]
-"""GiB in total, and available now."""
+"""Memory in GiB: total and currently available."""
 
 
 def host_memory() -> Pool:
@@ -264,8 +275,8 @@ def gpu_memory() -> list[Pool]:
 
 
 def check_memory(needs: Sequence[Need], host: Pool, gpus: Sequence[Pool]) -> str | None:
-    """Return a warning if the plan needs more than is free now. Raises ResourceError if it needs
-    more than the machine has."""
+    """Return a warning if the run needs more memory than is free now. Raises ResourceError if it
+    needs more than the machine has."""
     on_host = [need for need in needs if not need.gpus]
     on_gpus = [need for need in needs if need.gpus]
     warnings = [_compare("memory", sum(n.total for n in on_host), on_host, host)]
@@ -275,8 +286,8 @@ def check_memory(needs: Sequence[Need], host: Pool, gpus: Sequence[Pool]) -> str
             room = one * max(1.0, need.gpus) * (need.utilization or 1.0)
             if need.each > room:
                 raise ResourceError(
-                    f"{need.role}: {need.each:.1f} GiB by estimate do not fit into the "
-                    f"{room:.1f} GiB of GPU memory that each process has. {FIXES[need.role]}"
+                    f"{need.role}: each process needs an estimated {need.each:.1f} GiB of GPU "
+                    f"memory but has {room:.1f} GiB. {FIXES[need.role]}"
                 )
         taken = sum(
             n.processes * (one * max(1.0, n.gpus) * n.utilization if n.utilization else n.each)
@@ -289,11 +300,11 @@ def check_memory(needs: Sequence[Need], host: Pool, gpus: Sequence[Pool]) -> str
 
 def _compare(what: str, need: float, needs: Sequence[Need], pool: Pool) -> str | None:
     total, available = pool
-    text = f"the plan needs {need:.1f} GiB of {what} by estimate, but this machine has {total:.1f}"
+    text = f"the run needs an estimated {need:.1f} GiB of {what}, but this machine has {total:.1f}"
     largest = max(needs, key=lambda n: n.total, default=None)
     if largest is None or need <= available:
         return None
-    fix = f"most is for {largest.role} ({largest.total:.1f}). {FIXES[largest.role]}"
+    fix = f"Most of it is for {largest.role} ({largest.total:.1f} GiB). {FIXES[largest.role]}"
     if need > total:
-        raise ResourceError(f"{text}; {fix}")
-    return f"{text}, of which {available:.1f} are free now; {fix}"
+        raise ResourceError(f"{text} GiB. {fix}")
+    return f"{text} GiB, of which {available:.1f} GiB are free now. {fix}"

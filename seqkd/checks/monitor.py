@@ -32,9 +32,12 @@ class Monitor:
         directory: Path,
         caches: Sequence[TeacherCache],
     ) -> None:
-        """``interval`` is the number of steps between two probes; 0 turns the probe off. Batches of
-        skipped steps are written to ``directory``. The teachers write to ``caches``, which other
-        runs may read."""
+        """Create the monitor.
+
+        ``interval`` is the number of steps between two probes; 0 turns the probe off. Batches of
+        skipped steps are written to ``directory``. ``caches`` are the caches that the teachers
+        write to and that other runs may read.
+        """
         self.canary, self.steps, self.interval = canary, steps, interval
         self.say, self.directory, self.caches = say, directory, caches
         self.moved, self.checked = False, -interval
@@ -55,18 +58,18 @@ class Monitor:
         self.moved, self.checked = False, -self.interval
 
     def before_prefetch(self, step: int) -> None:
-        """Prepare for the draw for ``step``, which will run next to the steps before it."""
+        """Prepare for the draw for ``step``, which will run in parallel with earlier steps."""
         if self._due(step):
             self.canary.hold()
 
     def probe(self, step: int, version: int) -> ProbeResponses | None:
         """Have engines and teachers score the probe at the end of the draw for ``step``, if it is
-        due. The engines should hold ``version`` of the learner's weights."""
+        due. The engines should have loaded ``version`` of the learner's weights."""
         return self.canary.ask(version) if self._due(step) else None
 
     def after_sampling(self, step: int, probe: ProbeResponses | None) -> None:
-        """Check the probe of a draw before ``step`` trains on the draw. What the teachers wrote so
-        far is then known to be theirs, and is committed to their caches."""
+        """Check the probe of a draw before ``step`` trains on the draw. A passed check confirms
+        the teachers' output so far, which is then committed to their caches."""
         if probe is not None:
             self.canary.check(probe, self.moved)
             self.moved, self.checked = False, step
@@ -74,7 +77,8 @@ class Monitor:
                 cache.commit()
 
     def rollback(self) -> None:
-        """After a fault, remove what the teachers wrote to the caches since the last commit."""
+        """Remove, after a fault, the entries that teachers wrote to caches since the last
+        commit."""
         for cache in self.caches:
             cache.rollback()
 
@@ -83,7 +87,7 @@ class Monitor:
         self.canary.check_learner()
 
     def after_step(self, step: int, parts: Sequence[Part], result: StepResult, lr: float) -> None:
-        """Check the counts of an optimizer step. The batch of a skipped step is kept."""
+        """Check the counts of an optimizer step. The batch of a skipped step is saved."""
         if result.skipped:
             self._keep(step, parts)
             return
@@ -115,6 +119,6 @@ class Monitor:
             (partial / "rollouts.jsonl").write_text(lines, encoding="utf-8")
             (partial / "scores.safetensors").write_bytes(save(tensors))
         self.say(
-            f"warning: step {step} was skipped: its loss or gradient is no finite number. Its "
-            f"batch is in {folder}."
+            f"warning: step {step} was skipped because its loss or gradient is not finite. Its "
+            f"batch was saved to {folder}."
         )

@@ -1,7 +1,7 @@
-"""Checks that need no actor: models, tokenizers, lengths, data.
+"""Checks that need no actors: models, tokenizers, lengths, data.
 
-:func:`check` collects everything that makes the run impossible before it raises, and returns what
-the run needs, with warnings.
+:func:`check` collects all errors before it raises. It returns the objects that the run needs, and
+warnings.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Checked:
-    """Results of the checks that the run needs."""
+    """Objects from the checks that the run needs."""
 
     tokenizer: Any
     stop_ids: tuple[int, ...]
@@ -44,14 +44,14 @@ class Checked:
     heldout: Sequence[Prompt]
     corpus: Sequence[Prompt]
     references: Mapping[str, Sequence[str]]
-    """The data set's own answers to held-out prompts, by prompt id."""
+    """Reference answers of the data set to held-out prompts, by prompt id."""
     sources: tuple[str, ...]
-    """One line for each source of data."""
+    """One line per source of data."""
     max_model_len: int
     vocabulary: int
-    """Tokens that all models have."""
+    """Number of tokens that all models have."""
     student: Any
-    """transformers config, before any pruning."""
+    """transformers config, before pruning."""
     teachers: dict[str, Any]
     """transformers configs of the local teachers, by name."""
     warnings: tuple[str, ...]
@@ -64,11 +64,11 @@ class Findings:
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     where: str = ""
-    """Prefix of each message: which of several teachers it is about."""
+    """Prefix of messages that names the teacher, if there are several teachers."""
 
     def attempt(self, check: Callable[..., T], *args: Any) -> T | None:
-        """Return the check's result, or None if the check fails, with its error kept, or if an
-        argument is None because of an earlier failure."""
+        """Return the check's result, or None if the check fails. Its error is recorded. A check
+        with an argument that is None because of an earlier failure is not run."""
         if any(arg is None for arg in args):
             return None
         try:
@@ -84,8 +84,8 @@ class Findings:
 
 
 def check(config: Config, teacher_here: bool = True) -> Checked:
-    """Return what the run needs. Raises ConfigError with all errors, one per line. Unless
-    ``teacher_here``, endpoints are not called."""
+    """Return the objects that the run needs. Raises ConfigError with all errors, one per line.
+    Endpoints are called only if ``teacher_here``."""
     findings = Findings()
     students = config.student.model
     student = findings.attempt(load_config, students, "student.model")
@@ -155,9 +155,9 @@ def _local_teacher(
     findings.attempt(fits_context, teacher, "teacher.model", data, rollout)
     if student and teacher and student.vocab_size != teacher.vocab_size:
         findings.warnings.append(
-            f"{findings.where}student.model has {student.vocab_size} output rows, teacher.model "
-            f"{teacher.vocab_size}: divergences use the first "
-            f"{min(student.vocab_size, teacher.vocab_size)}, the rest is padding."
+            f"{findings.where}student.model has {student.vocab_size} output rows and teacher.model "
+            f"{teacher.vocab_size}. Divergences use the first "
+            f"{min(student.vocab_size, teacher.vocab_size)} rows; the rest is padding."
         )
     findings.attempt(top_k_fits, teacher, local)
     other = findings.attempt(load_tokenizer, name, "teacher.model") if teacher else None
@@ -170,14 +170,14 @@ def _local_teacher(
 
 
 def _plain(data: DataConfig) -> bool:
-    """Return whether the tokenizer, not a template, adds the special tokens around a text."""
+    """Return True if the tokenizer, not a template, adds the special tokens around a text."""
     return not data.chat or data.corpus_path is not None
 
 
 def _stop_ids(
     name: str, tokenizer: Any, model: Any, field: str, findings: Findings
 ) -> tuple[int, ...] | None:
-    """Return the ids that end a model's completions."""
+    """Return the token ids that end a model's completions."""
     ids = findings.attempt(end_of_sequence_ids, name, tokenizer, field)
     findings.attempt(check_stop_ids, ids, tokenizer, model and model.vocab_size, field)
     return ids
@@ -186,32 +186,33 @@ def _stop_ids(
 def fits_context(model: Any, name: str, data: DataConfig, rollout: RolloutConfig) -> None:
     """Raise ModelError if the longest prompt and completion exceed a model's context.
 
-    No scorer reads the last token of a completion, but vLLM requires room for it: it refuses to
-    sample unless the prompt is shorter than ``max_model_len``, and to score unless the text fits.
+    The last token of a completion is never an input of a scorer, but vLLM requires room for it. It
+    samples only if the prompt is shorter than ``max_model_len``, and scores only texts that fit.
     """
     prompt, completion = data.max_prompt_tokens, rollout.max_tokens
     context = getattr(model, "max_position_embeddings", None)
     if context and prompt + completion > context:
         raise ModelError(
             f"{name}: data.max_prompt_tokens {prompt} + rollout.max_tokens {completion} = "
-            f"{prompt + completion} is beyond its context of {context}. Lower one of the two."
+            f"{prompt + completion} exceeds the model's context of {context}. Lower one of the two."
         )
     pieces = data.corpus_tokens if data.corpus_path else 0
     if context and pieces > context:
         raise ModelError(
-            f"{name}: data.corpus_tokens {pieces} is beyond its context of {context}. Lower it."
+            f"{name}: data.corpus_tokens {pieces} exceeds the model's context of {context}. Lower "
+            "data.corpus_tokens."
         )
 
 
 def every_tag_has_a_teacher(teacher: TeacherConfig, data: DataConfig, read: DataSets) -> None:
-    """Raise DataError for a row that none of several teachers may have."""
+    """Raise DataError if a row has a tag that no teacher accepts."""
     tables = (table for table in (read.train, read.heldout) if isinstance(table, PromptTable))
     tags: set[str] = set().union(*(table.tags() for table in tables))
     for tag in sorted(tags):
         if not teacher.candidates(tag):
             raise DataError(
-                f"data.tag_key: no teacher may have rows with {data.tag_key} {tag!r}. Add "
-                "it to the tags of one of teacher.teachers, or add a teacher without tags."
+                f"data.tag_key: no teacher accepts rows with {data.tag_key} {tag!r}. Add the tag "
+                "to one of teacher.teachers, or add a teacher without tags."
             )
 
 
@@ -219,6 +220,6 @@ def top_k_fits(model: Any, teacher: LocalTeacherConfig) -> None:
     """Raise ModelError unless the teacher's vocabulary has more than ``top_k`` tokens."""
     if teacher.scores == "top_k" and teacher.top_k >= model.vocab_size:
         raise ModelError(
-            f"teacher.top_k: {teacher.top_k} is not below the teacher's vocabulary of "
-            f"{model.vocab_size}. Lower it, or set teacher.scores to hidden."
+            f"teacher.top_k: {teacher.top_k} is not below the teacher's vocabulary size of "
+            f"{model.vocab_size}. Lower teacher.top_k, or set teacher.scores to hidden."
         )

@@ -1,6 +1,6 @@
-"""Checks with running actors before the first step: known texts are scored and compared.
+"""Checks with running actors before the first step: probe texts are scored and compared.
 
-The texts are few and short. No step is taken and no state is changed.
+The texts are few and short. No optimizer step is taken and no state is changed.
 """
 
 from __future__ import annotations
@@ -36,18 +36,24 @@ from seqkd.types import Prompt, Rollout
 from seqkd.workers import Workers
 
 REFERENCE_GIB = 4.0
-"""Size of the largest checkpoint that the driver loads for its own forward pass."""
+"""Largest checkpoint size for which the driver runs its own reference forward pass."""
 
 
 def check_workers(
     config: Config, checked: Checked, workers: Workers, roles: Collection[str]
 ) -> list[str]:
-    """Return warnings. Raises ModelError with all errors, one per line. ``roles`` are those with
-    actors.
+    """Return warnings. Raises ModelError with all errors, one per line. ``roles`` are the roles
+    that have actors.
 
-    A teacher must score every token, twice the same, equal to an independent forward pass, better
-    than by guessing, and with the whole prompt in view. An engine that samples must give its tokens
-    the log-probs of the model that scores them.
+    A teacher's scores must
+
+    - exist for every token
+    - be reproducible
+    - agree with an independent forward pass
+    - be better than a uniform guess
+    - depend on the whole prompt
+
+    The log-probs of a sampling engine must agree with those of the model that scores its samples.
     """
     errors: list[str] = []
     warnings: list[str] = []
@@ -73,15 +79,15 @@ def _student_agrees(
     if gap <= most:
         return []
     return [
-        f"rollout: the engine gives the tokens that it draws other log-probs than the learner "
-        f"does, by {gap:.3g} nats a token (at most {most:g}). The two do not hold the same "
-        "weights, or compute otherwise. Set rollout.precision and learner.precision to float32; "
-        "if it stays, this type of model is not served as transformers computes it."
+        f"rollout: the log-probs of sampled tokens from the engine and from the learner differ by "
+        f"{gap:.3g} nats per token (limit {most:g}). Their weights or their computation differ. "
+        "Set rollout.precision and learner.precision to float32. If the difference remains, vLLM "
+        "and transformers compute this model type differently."
     ]
 
 
 class _Echo:
-    """Checks of one teacher's answers to known texts."""
+    """Checks of one teacher's scores of probe texts."""
 
     def __init__(
         self,
@@ -98,16 +104,16 @@ class _Echo:
         self.warnings: list[str] = []
 
     def errors(self, sampling: bool) -> list[str]:
-        """Return all faults of the scores, or only that scores are missing."""
+        """Return all faults of the scores. If scores are missing, only that fault is returned."""
         copies = answers(self.checked, "echo", max(2, self.teacher.actors))
         others = _full_length(self.data.max_prompt_tokens, self.checked)
         once = self.logprobs(copies)
-        again = self.logprobs([copies[0], *others])  # in other company than before
+        again = self.logprobs([copies[0], *others])  # the same text in another batch
         if once is None or again is None:
             return [self.missing]
         echo = again[0]
         faults = [self.differs_from_itself([*once, echo])]
-        if faults == [None]:  # what follows compares one answer with another
+        if faults == [None]:  # the next checks compare scores, so they need reproducible ones
             faults += [
                 self.differs_from_the_checkpoint(copies[0], echo),
                 self.truncates(*again[1:]),
@@ -119,13 +125,12 @@ class _Echo:
     @property
     def missing(self) -> str:
         return (
-            f"{self._name} tokens of a known text came back without a log-prob, or with one that "
-            "is no number. Such scores cannot be trained on. Run with --verbose for the "
-            f"teacher's own log{self._without_engine}."
+            f"{self._name} some tokens of the probe text have no log-prob, or a non-finite one. "
+            f"Run with --verbose to see the teacher's log{self._without_engine}."
         )
 
     def logprobs(self, rollouts: Sequence[Rollout]) -> list[Tensor] | None:
-        """Return [T] log-probs per rollout, or None if a token has none."""
+        """Return log-probs of shape [T] per rollout, or None if one is missing or not finite."""
         scores = self.workers.teachers[self.name].score(rollouts)
         if any(scored_tokens(scores[r.sample_id]) != len(r.completion_ids) for r in rollouts):
             return None
@@ -134,15 +139,14 @@ class _Echo:
         return values if all(map(finite, values)) else None
 
     def differs_from_itself(self, answers: list[Tensor]) -> str | None:
-        """Compare scores of the same text from all actors and in two batches."""
+        """Compare the scores of one text from all actors and from two batches."""
         gap = max(distance(answers[0], answer) for answer in answers)
         if gap <= self.most:
             return None
         return (
-            f"{self._name} the same text gets log-probs that differ by {gap:.3g} nats a token from "
-            f"one time to the next (at most {self.most:g} in {self.teacher.precision}). Look for "
-            "dropout, and for nodes with another checkpoint under the same path"
-            f"{self._without_engine}."
+            f"{self._name} repeated scores of the same text differ by {gap:.3g} nats per token "
+            f"(limit {self.most:g} in {self.teacher.precision}). Check for dropout, and for nodes "
+            f"with a different checkpoint under the same path{self._without_engine}."
         )
 
     def differs_from_the_checkpoint(self, rollout: Rollout, echo: Tensor) -> str | None:
@@ -152,14 +156,14 @@ class _Echo:
         if expected is None or (gap := distance(expected, echo)) <= self.most:
             return None
         return (
-            f"{self._name} its log-probs differ by {gap:.3g} nats a token from a forward pass of "
-            f"the checkpoint itself (at most {self.most:g} in {self.teacher.precision}). What "
-            "scores is not this model. See that every node has the same files under this name"
-            f"{self._without_engine}."
+            f"{self._name} its scores differ by {gap:.3g} nats per token from a forward pass of "
+            f"the checkpoint in transformers (limit {self.most:g} in {self.teacher.precision}). "
+            "The scorer computes another model. Check that every node has the same files under "
+            f"this name{self._without_engine}."
         )
 
     def differs_from_its_sampler(self) -> str | None:
-        """Compare the engine with which the teacher writes with the one with which it scores."""
+        """Compare the teacher's sampling engine with its scorer."""
         generation = self.teacher.generation
         sampler = self.workers.teacher_samplers[self.name]
         drawn = _draw(sampler, self.checked, generation.actors)
@@ -171,47 +175,50 @@ class _Echo:
         if gap <= most:
             return None
         return (
-            f"{self._name} the engine with which it writes gives its tokens other log-probs than "
-            f"the one with which it scores, by {gap:.3g} nats a token (at most {most:g}). One of "
-            "the two is not this model. Set teacher.generation.precision to teacher.precision, and "
-            "see that every node has the same files under this name."
+            f"{self._name} the log-probs of sampled tokens from its sampling engine and from its "
+            f"scorer differ by {gap:.3g} nats per token (limit {most:g}). One of the two computes "
+            "another model. Set teacher.generation.precision to teacher.precision, and check that "
+            "every node has the same files under this name."
         )
 
     def truncates(self, full: Tensor, again: Tensor, changed: Tensor) -> str | None:
-        """Of a text as long as the run allows, the first token must matter to the end. What two
-        scores of the same text differ by is no effect."""
+        """Return an error if changing the first token of the longest text does not change its
+        scores. Differences between two scores of the same text (``full`` and ``again``) are
+        noise."""
         noise = (full - again).abs().max().item()
         if (full - changed).abs().max().item() > max(3 * noise, 1e-6):
             return None
         prompt, completion = self.data.max_prompt_tokens, self.rollout.max_tokens
         return (
-            f"{self._name} scores after a prompt of data.max_prompt_tokens = {prompt} and up to "
-            f"rollout.max_tokens = {completion} do not depend on the prompt's first token: the "
-            "teacher does not see the whole prompt. Lower the two until it does, or use a teacher "
-            "with a longer context."
+            f"{self._name} scores do not depend on the first token of a prompt of "
+            f"data.max_prompt_tokens = {prompt} with a completion of rollout.max_tokens = "
+            f"{completion}: the prompt is truncated. Lower the two limits, or use a teacher with a "
+            "longer context."
         )
 
     def guesses(self, echo: Tensor) -> str | None:
-        """Return an error if scores are as of an untrained head. Worse scores are a warning."""
+        """Return an error if the scores are those of an untrained head. Add a warning if they are
+        worse than a uniform guess."""
         uniform = math.log(self.checked.vocabulary)
         surprise = -echo.mean().item()
         if surprise < UNIFORM[0] * uniform:
             return None
-        text = f"{self._name} plain English has a mean log-prob of {-surprise:.2f} a token"
+        text = f"{self._name} the mean log-prob of plain English is {-surprise:.2f} per token"
         if surprise > UNIFORM[1] * uniform:
             self.warnings.append(
-                f"{text}, less than a uniform guess has ({-uniform:.2f}). A model of random "
-                "weights does that, a trained language model does not."
+                f"{text}, worse than a uniform guess ({-uniform:.2f}). This is expected of random "
+                "weights, but not of a trained language model."
             )
             return None
         return (
-            f"{text}, as of an untrained model (-ln V = {-uniform:.2f}): its output head is new or "
-            "its weights are lost. Name a checkpoint that was saved with its language-model head."
+            f"{text}, as of an untrained model (-ln V = {-uniform:.2f}): its output head is "
+            "untrained or its weights are lost. Use a checkpoint that was saved with its "
+            "language-model head."
         )
 
     @property
     def _without_engine(self) -> str:
-        return ", or set teacher.kind to hf to leave the engine out" if self.teacher.engine else ""
+        return ", or set teacher.kind to hf to score without vLLM" if self.teacher.engine else ""
 
     @property
     def _name(self) -> str:
@@ -219,8 +226,8 @@ class _Echo:
 
 
 def _full_length(prompt: int, checked: Checked) -> list[Rollout]:
-    """Return the longest text that the run allows, with ``prompt`` tokens of prompt, the same text
-    again, and the text with another first token."""
+    """Return the longest text that the run allows (the first ``prompt`` tokens are its prompt), the
+    same text again, and the text with another first token."""
     words = english(checked)
     text = (words * -(-checked.max_model_len // len(words)))[: checked.max_model_len]
     other = next(i for i in words if i != text[0])
@@ -229,7 +236,7 @@ def _full_length(prompt: int, checked: Checked) -> list[Rollout]:
 
 
 def _draw(sampler: Sampler, checked: Checked, engines: int) -> list[Rollout]:
-    """Return one completion for every engine."""
+    """Return one sampled completion per engine."""
     prompts: list[Prompt] = [checked.train[i % len(checked.train)] for i in range(engines)]
     return sampler.sample(prompts, [1] * engines, seed=0)
 
@@ -237,7 +244,8 @@ def _draw(sampler: Sampler, checked: Checked, engines: int) -> list[Rollout]:
 def _forward(
     teacher: LocalTeacherConfig, config: Any, vocabulary: int, rollout: Rollout
 ) -> Tensor | None:
-    """Return [T] log-probs by transformers from the checkpoint, or None if it is too large."""
+    """Return log-probs of shape [T] computed by transformers, or None if the checkpoint is too
+    large."""
     from seqkd.checks.memory import BYTES, GIB, size_of
 
     size = size_of(config).parameters * BYTES[teacher.precision]
@@ -252,5 +260,5 @@ def _forward(
 
 
 def _gap(pairs: Sequence[tuple[Rollout, Tensor]]) -> float:
-    """Return the largest mean difference of one rollout's sampled and measured log-probs."""
+    """Return the largest mean difference between a rollout's sampled and measured log-probs."""
     return max(distance(torch.tensor(r.rollout_logprobs), scored) for r, scored in pairs)

@@ -1,4 +1,4 @@
-"""What can be wrong with a teacher's endpoint, found before the first step by a few requests."""
+"""Checks of a teacher's endpoint before the first step, by a few requests."""
 
 from __future__ import annotations
 
@@ -20,41 +20,43 @@ TEXT = (
     "brother-in-law, Blaise Pascal, had asked him to. What would you expect on the Moon? "
 )
 TOLERANCE = {"float32": (1e-3, 0.01), "bfloat16": (0.05, 0.5)}
-"""Nats by precision: the mean difference of one text scored twice (the batch that a text is
-computed in changes the rounding), and the largest one from the checkpoint on another engine."""
+"""Limits in nats, by precision. The first is the mean difference between two scores of one text
+(rounding depends on the batch). The second is the largest difference from the checkpoint on another
+engine."""
 UNIFORM = 0.1
-"""Nats from -ln V: closer than that at every token, a model knows nothing."""
+"""Nats. If every log-prob is closer than this to -ln V, the model is untrained."""
 COMPARED_TOKENS = 64
 
 
 def check_endpoint(config: EndpointTeacherConfig) -> EndpointClient:
-    """A client for the other checks; ModelError unless the endpoint answers, takes the key and
-    serves the model."""
+    """Return a client for the other checks. Raises ModelError unless the endpoint answers, accepts
+    the key and serves the model."""
     import openai
 
     key = key_of(config)
-    # What is wrong here stays wrong: fewer repetitions than the run may take.
+    # Errors found here are rarely transient, so fewer retries than in the run are enough.
     patient = config.model_copy(update={"max_retries": min(config.max_retries, 5)})
     client = openai.OpenAI(base_url=config.base_url, api_key=key, timeout=20, max_retries=3)
     try:
         served = _served(client)
-    except openai.NotFoundError:  # an endpoint need not list its models
+    except openai.NotFoundError:  # listing models is optional
         return EndpointClient(patient, key)
     except (*UNREADABLE, openai.OpenAIError) as error:
         raise ModelError(
             f"teacher.base_url: {config.base_url} does not list its models: {cause(error, key)}. "
-            f"Check the address (it mostly ends in /v1) and the key in {config.api_key_env}."
+            f"Check the address (it usually ends in /v1) and the key in {config.api_key_env}."
         ) from None
     if not any(same_model(name, config.model) for name in served):
         raise ModelError(
-            f"teacher.model: {config.model!r} is not served at {config.base_url}, which has "
-            f"{', '.join(map(repr, served)) or 'none'}."
+            f"teacher.model: {config.model!r} is not served at {config.base_url}. Models served "
+            f"there: {', '.join(map(repr, served)) or 'none'}."
         )
     return EndpointClient(patient, key)
 
 
 def _served(client: Any) -> list[str]:
-    """Names of the models; asked for again where the answer is no JSON, as a cut one is."""
+    """Return the names of the served models. The request is repeated if the answer is not valid
+    JSON, for example because it is truncated."""
     for _ in range(3):
         with suppress(json.JSONDecodeError):
             return [model.id for model in client.models.list()]
@@ -68,16 +70,19 @@ def check_answers(
     data: DataConfig,
     rollout: RolloutConfig,
 ) -> None:
-    """At most six requests of at most one prompt and completion each. ModelError (or ActorError,
-    from the client) where prompts are truncated or another model answers; where scores are wanted,
-    also where they are missing, do not repeat, are near-uniform over ``vocabulary`` tokens or are
-    not those of ``teacher.checkpoint``."""
+    """Check the endpoint's answers to at most six requests, each of at most one prompt and one
+    completion.
+
+    Raises ModelError (or ActorError, from the client) if prompts are truncated or another model
+    answers. If the teacher scores, also if scores are missing, not reproducible, near-uniform over
+    ``vocabulary`` tokens, or different from those of ``teacher.checkpoint``.
+    """
     teacher, longest = client.config, data.max_prompt_tokens
     if teacher.by_text:
         _reads_all_text(client, tokenizer, longest)
     if teacher.scores == "none":
         return
-    # As long as the longest that will be scored; its start differs from all that follows it.
+    # The longest text that the run may score, with a first token that can be changed.
     ids = _tokens(tokenizer, longest + rollout.max_tokens)
     changed = [ids[1], *ids[1:]]
     top_k = teacher.top_k if teacher.scores == "top_k" else 0
@@ -86,15 +91,15 @@ def check_answers(
     half = len(first) // 2
     if half and first[half:] == third[half:]:
         raise ModelError(
-            f"teacher.base_url: {teacher.base_url} truncates prompts: of {len(ids)} tokens, "
-            "changing the first changes no log-prob in the second half. Raise the context of the "
-            "server, or lower data.max_prompt_tokens."
+            f"teacher.base_url: {teacher.base_url} truncates prompts: changing the first of "
+            f"{len(ids)} tokens changes no log-prob in the second half. Raise the context length "
+            "of the server, or lower data.max_prompt_tokens."
         )
     if all(abs(value + math.log(vocabulary)) < UNIFORM for value in first):
         raise ModelError(
-            f"teacher.model: {teacher.model!r} at {teacher.base_url} gives every token a log-prob "
-            f"within {UNIFORM} of -ln {vocabulary} = {-math.log(vocabulary):.4g}: it knows "
-            "nothing, as a model without its weights. Restart the server with the checkpoint."
+            f"teacher.model: every log-prob of {teacher.model!r} at {teacher.base_url} is within "
+            f"{UNIFORM} of -ln {vocabulary} = {-math.log(vocabulary):.4g}, as of a model without "
+            "its weights. Restart the server with the checkpoint."
         )
     if teacher.checkpoint is not None:
         _is_the_checkpoint(teacher, ids[:COMPARED_TOKENS], first)
@@ -106,24 +111,28 @@ def _tokens(tokenizer: Any, length: int) -> list[int]:
 
 
 def _reads_all_text(client: EndpointClient, tokenizer: Any, longest: int) -> None:
-    """Of a prompt and one twice as long, the second must have as many more tokens as the first has
-    more than next to nothing, in the teacher's tokens and whatever its template adds."""
+    """Raise ModelError if the endpoint truncates prompts.
+
+    The endpoint counts the tokens of a minimal text, of a text, and of the text repeated. Repeating
+    the text must add as many tokens as the text has. The teacher's own tokenizer does the counting,
+    and the tokens that its template adds cancel out.
+    """
 
     def requests(*texts: str) -> list[Request]:
         return [Request((("user", text),), text, seed=0) for text in texts]
 
     (empty,) = client.prompt_tokens(requests("a"))
     size = (longest - empty) // 2
-    if size < 8:  # such prompts are too short for a template's own tokens not to blur the counts
+    if size < 8:  # too short: the template's own tokens would blur the counts
         return
     text = tokenizer.decode(_tokens(tokenizer, size))
     once, twice = client.prompt_tokens(requests(text, text + text))
-    # One token less for the seam; some more where the teacher's tokens are longer than ours.
+    # Joining the texts may save one token. The factor allows for longer tokens of the teacher.
     if twice - once < max(1, 0.8 * (once - empty) - 1):
         raise ModelError(
-            f"teacher.base_url: {client.config.base_url} truncates prompts: it read {once} tokens "
-            f"of one and {twice} of one twice as long. Raise the context of the server, or lower "
-            f"data.max_prompt_tokens = {longest}."
+            f"teacher.base_url: {client.config.base_url} truncates prompts: it counted {once} "
+            f"tokens in a prompt and {twice} in a prompt twice as long. Raise the context length "
+            f"of the server, or lower data.max_prompt_tokens = {longest}."
         )
 
 
@@ -134,10 +143,10 @@ def _repeats(
     mean, tolerance = sum(differences) / len(differences), TOLERANCE[teacher.precision][0]
     if mean > tolerance:
         raise ModelError(
-            f"teacher.base_url: {teacher.base_url} is not deterministic: the log-probs of one text "
-            f"scored twice differ by {mean:.3g} nats a token (at most {max(differences):.3g}), "
-            f"more than {tolerance} for teacher.precision {teacher.precision!r}. Use one server, "
-            "with one model and without noise."
+            f"teacher.base_url: {teacher.base_url} is not deterministic: two scores of one text "
+            f"differ by {mean:.3g} nats per token on average ({max(differences):.3g} at most). The "
+            f"limit is {tolerance} for teacher.precision {teacher.precision!r}. Use a single "
+            "server with one model and deterministic computation."
         )
 
 
@@ -160,7 +169,7 @@ def _is_the_checkpoint(teacher: EndpointTeacherConfig, ids: list[int], served: l
     if not gap <= tolerance:
         raise ModelError(
             f"teacher.checkpoint: {teacher.model!r} at {teacher.base_url} is not "
-            f"{teacher.checkpoint!r}: the log-probs of a short text differ by up to {gap:.3g} "
-            f"nats, more than {tolerance} for teacher.precision {teacher.precision!r}. Serve that "
+            f"{teacher.checkpoint!r}: the log-probs of a short text differ by up to {gap:.3g} nats "
+            f"(limit {tolerance} for teacher.precision {teacher.precision!r}). Serve that "
             "checkpoint, or correct teacher.checkpoint or teacher.precision."
         )

@@ -1,1 +1,1 @@
-"""A run: the loop, its rollouts, checkpoints, recovery and records."""
+"""Training runs: loop, rollouts, checkpoints, recovery and records."""

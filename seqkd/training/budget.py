@@ -1,4 +1,4 @@
-"""What training has cost, and how many steps a budget allows."""
+"""Cost of training, and the number of steps that a budget allows."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from seqkd.types import Rollout
 
 Cost = dict[BudgetKind, float]
 Spent = dict[str, Cost]
-"""By phase."""
+"""Costs by phase."""
 
 
 def cost(phase: PhaseConfig, parts: Sequence[Part], seconds: float) -> Cost:
-    """Of one step of ``phase`` that took ``seconds``. Cached completions and scores are charged as
-    if they had been computed now; a completion that was masked out of the loss counts as drawn."""
+    """Return the cost of one step of ``phase`` that took ``seconds``. Cached completions and scores
+    are charged as if they had been computed now. Completions that are masked out of the loss count
+    as sampled."""
     drawn = [(part, r) for part in parts for r in (*part.rollouts, *part.masked)]
     return {
         "prompts": phase.prompts_per_step * len(parts),
@@ -36,8 +37,11 @@ def spend(spent: Spent, name: str, costs: Cost) -> None:
 
 
 def expected_steps(config: Config, phase: PhaseConfig, taken: int, spent: Spent) -> int:
-    """How many steps ``phase`` will have had at its end, by what the ``taken`` ones cost; ``taken``
-    where it ends now. Only the main phase has a budget, of which the warm-up leaves a part."""
+    """Estimate the number of steps of ``phase`` from the cost of the ``taken`` steps so far.
+
+    Returns ``taken`` if the phase ends now. Only the main phase has a budget, from which the cost
+    of the warm-up is deducted.
+    """
     budget = config.budget
     if budget is None or phase is not config:
         return phase.steps

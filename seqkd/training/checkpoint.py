@@ -1,4 +1,4 @@
-"""Checkpoints of a run: everything that its next step depends on."""
+"""Checkpoints: the state of a run that its next step depends on."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ class FeedState:
     """State of :class:`seqkd.training.feed.RolloutFeed`, its only writer."""
 
     running: dict[str, RunningCosts] = field(default_factory=dict)
-    """Of the current phase, by sampler."""
+    """Running costs of the current phase, by sampler."""
     spent: Spent = field(default_factory=dict)
     pending: list[Position] = field(default_factory=list)
-    """Positions at which the draws began that no step has finished with yet, oldest first."""
+    """Start positions of the draws that training has not finished with yet, oldest first."""
     mid_draw: bool = False
-    """Whether some, but not all, of the steps that train on a draw are taken. No checkpoint is
-    written there."""
+    """True if some, but not all, of the steps that train on a draw are taken. No checkpoint is
+    written then."""
 
 
 @dataclass
 class Progress:
-    """Where a run stands between two optimizer steps; with the learner's files, all of its state.
-    Random numbers and the position in the data follow from ``step``."""
+    """State of a run between two optimizer steps. Together with the learner's files it is the full
+    state: random numbers and the position in the data follow from ``step``."""
 
     step: int = 0
     """Optimizer steps taken. Advanced by the loop."""
@@ -50,17 +50,17 @@ class Progress:
 
 
 class Restored(NamedTuple):
-    """What :meth:`Checkpoints.restore` found."""
+    """Result of :meth:`Checkpoints.restore`."""
 
     progress: Progress
     baseline: dict[str, list[float]]
     """See :attr:`seqkd.checks.monitor.Monitor.baseline`."""
     skipped: list[str]
-    """A line for each newer checkpoint that is not whole."""
+    """One line per newer checkpoint that is incomplete or damaged."""
 
 
 class Checkpoints:
-    """The checkpoints of one run."""
+    """Checkpoints of one run."""
 
     def __init__(
         self,
@@ -75,15 +75,16 @@ class Checkpoints:
         self.last_step, self.last_time = 0, time.monotonic()
 
     def restore(self) -> Restored:
-        """Put the learner, the caches and the replay log at the newest whole checkpoint, or at the
-        start of the run if none was written. CheckpointError if none that was written is whole."""
+        """Restore the learner, the caches and the replay log from the newest valid checkpoint, or
+        reset them to the start of the run if there is no checkpoint. Raises CheckpointError if
+        there are checkpoints but none is valid."""
         path, state, skipped = checkpoint_dir.newest(self.directory)
         damaged = [line for line in skipped if not line.endswith(checkpoint_dir.UNFINISHED)]
         if path is None and damaged:
             raise CheckpointError(
                 "\n".join(damaged)
-                + f"\n{self.directory}: no checkpoint is whole. Restore one from a copy, or choose "
-                "a new name=…."
+                + f"\n{self.directory}: no checkpoint is intact. Restore one from a copy, or "
+                "choose a new name=…."
             )
         self.positions.restore(state.get("position", {}))
         if path is None:
@@ -97,7 +98,7 @@ class Checkpoints:
         return Restored(progress, state["baseline"], skipped)
 
     def due(self, progress: Progress) -> bool:
-        """Whether enough steps or time have passed since the last one."""
+        """Return True if enough steps or time have passed since the last checkpoint."""
         steps = progress.step - self.last_step
         minutes = (time.monotonic() - self.last_time) / 60
         return steps >= self.config.every_steps or (
@@ -105,11 +106,11 @@ class Checkpoints:
         )
 
     def save(self, progress: Progress, baseline: Mapping[str, list[float]]) -> bool:
-        """Write a checkpoint, unless there is one of this step or the run cannot be saved here.
-        Return whether the last checkpoint holds all of ``progress``."""
+        """Write a checkpoint, unless this step already has one or the state is inconsistent.
+        Returns True if the last checkpoint contains all of ``progress``."""
         if progress.step == self.last_step:
             return True
-        # A step that was taken and could not be recorded is no place to save either.
+        # The learner may have taken a step that could not be recorded.
         recorded = self.learner.policy_version == progress.step
         feed = progress.feed
         if feed.mid_draw or not self.learner.is_consistent or not recorded:

@@ -1,4 +1,4 @@
-"""The objects that the loop works with, and the phases of a run."""
+"""Objects that the training loop uses, and the phases of a run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from seqkd.workers import Workers
 
 @dataclass(frozen=True)
 class TrainingContext:
-    """Everything that the loop works with. No field is replaced while a run goes through it."""
+    """Objects that the training loop uses. No field is replaced during a run."""
 
     config: Config
     workers: Workers
@@ -32,27 +32,27 @@ class TrainingContext:
     monitor: Monitor
     control: Control
     publish: Callable[[Mapping[str, Measurement]], None]
-    """Writes all measurements so far; called after each measurement."""
+    """Function that writes all measurements so far. It is called after each measurement."""
     export_to: str
-    """Directory of the student that each phase exports."""
+    """Directory to which each phase exports the student."""
 
     def write_checkpoint(self, progress: Progress) -> bool:
-        """Write a checkpoint; see :meth:`seqkd.training.checkpoint.Checkpoints.save`."""
+        """Write a checkpoint. See :meth:`seqkd.training.checkpoint.Checkpoints.save`."""
         return self.checkpoints.save(progress, self.monitor.baseline)
 
 
 @dataclass(frozen=True)
 class PhaseSpan:
-    """A phase and its place in the run."""
+    """Phase with its position in the run."""
 
     name: str
     config: PhaseConfig
     first: int
-    """Number of its first optimizer step, counted from 0 over the whole run."""
+    """Number of the phase's first optimizer step, counted from 0 over the whole run."""
 
     @property
     def end(self) -> int:
-        """Number of the first optimizer step after it, unless a budget ends it earlier."""
+        """Number of the first optimizer step after the phase, unless a budget ends it earlier."""
         return self.first + self.config.steps
 
 

@@ -1,4 +1,4 @@
-"""What stops a run or starts parts of it again: signals, and a budget of restarts."""
+"""Control of a run: signals that stop it, and a budget of restarts."""
 
 from __future__ import annotations
 
@@ -14,27 +14,28 @@ from seqkd.errors import ActorError, SeqkdError, Stopped
 
 LONGEST_PAUSE_S = 60.0
 TICK_S = 0.2
-"""How often a wait looks whether the run should stop."""
+"""Interval at which waiting code checks if the run should stop."""
 
 
 class Control:
-    """Asked by everything that waits."""
+    """Stop signals and restart budget, checked by all code that waits."""
 
     def __init__(
         self, recovery: RecoveryConfig | None = None, say: Callable[[str], None] = lambda text: None
     ) -> None:
         self.recovery, self.say = recovery or RecoveryConfig(), say
         self.restarts = 0
-        """Since the last checkpoint."""
+        """Restarts since the last checkpoint."""
         self.first: SeqkdError | None = None
-        """What was lost first since then."""
+        """Cause of the first of these restarts."""
         self.signal: signal.Signals | None = None
         self._asked = 0.0
 
     @contextmanager
     def signals(self) -> Iterator[None]:
-        """Note SIGTERM (`ray job stop`, a scheduler) and SIGINT (Ctrl-C) while the block runs, so
-        that the run stops where its state is whole. A second one ends it where it is."""
+        """Handle SIGTERM (`ray job stop`, a scheduler) and SIGINT (Ctrl-C) for the duration of the
+        block. The first signal stops the run at the next consistent state, a second one
+        immediately."""
 
         def note(number: int, frame: FrameType | None) -> None:
             if self.signal is not None:
@@ -49,29 +50,29 @@ class Control:
                 signal.signal(number, handler)
 
     def check(self) -> None:
-        """Stopped if the run was told to stop. A draw beside the learner, which is in a thread of
-        its own, has the grace that the learner's step has: given up, it would be drawn anew by
-        another student."""
+        """Raise Stopped if a signal was received. A draw in parallel with the learner, in its own
+        thread, has the same grace period as the learner's step: if it were abandoned, a different
+        student would repeat it."""
         if threading.current_thread() is not threading.main_thread():
             self.check_after_grace()
         elif self.signal is not None:
             raise Stopped(self.signal)
 
     def check_after_grace(self) -> None:
-        """The same, for what is worth finishing within ``recovery.grace_s``."""
+        """Raise Stopped if a signal was received more than ``recovery.grace_s`` seconds ago."""
         over = time.monotonic() - self._asked > self.recovery.grace_s
         if self.signal is not None and over:
             raise Stopped(self.signal)
 
     def restart(self, what: str, cause: SeqkdError) -> None:
-        """Count a restart of ``what`` and pause before it; ActorError with the first cause where
-        none is left."""
+        """Count a restart of ``what`` and pause before it. Raises ActorError with the first cause
+        if no restart is left."""
         self.first = self.first or cause
         if self.restarts >= self.recovery.restarts:
             raise ActorError(
-                f"{self.first} It was the first of {self.restarts + 1} losses since the last "
-                f"checkpoint, and recovery.restarts is {self.recovery.restarts}. Fix the cause "
-                "(raise recovery.restarts if machines come and go), then continue (seqkd train: "
+                f"{self.first} This was the first of {self.restarts + 1} losses since the last "
+                f"checkpoint, and recovery.restarts is {self.recovery.restarts}. Fix the cause, or "
+                "raise recovery.restarts if machines are preemptible. Then continue (seqkd train: "
                 "with --resume).",
                 getattr(self.first, "details", ""),
             )
@@ -87,5 +88,5 @@ class Control:
             time.sleep(min(TICK_S, pause))
 
     def saved(self) -> None:
-        """A checkpoint was written: the budget is whole again."""
+        """Reset the restart budget after a checkpoint."""
         self.restarts, self.first = 0, None

@@ -1,6 +1,7 @@
-"""The feed of the learner: one batch of scored completions per optimizer step.
+"""Feed of the learner: one batch of scored completions per optimizer step.
 
-If the configuration allows it, the next draw runs in parallel with the learner."""
+If the configuration allows it, the next draw runs in parallel with the learner.
+"""
 
 from __future__ import annotations
 
@@ -25,19 +26,19 @@ from seqkd.training.rollouts import RolloutSource, ScoredRollouts
 from seqkd.types import Prompt, StepResult
 
 PromptBatches = dict[SamplerName, list[list[Prompt]]]
-"""By sampler, the prompts of every step that trains on one draw."""
+"""Prompts of the steps that train on one draw, by sampler."""
 
 
 @dataclass(frozen=True)
 class Draw:
-    """Completions and scores for one or more consecutive steps, sampled at once."""
+    """Completions and scores for one or more consecutive steps, sampled together."""
 
     first: int
-    """Number of the first of these steps."""
+    """Number of the first step."""
     rollouts: dict[SamplerName, ScoredRollouts]
     steps: int
     probe: ProbeResponses | None
-    """Answers to the probe at the end of the draw; None if the probe was not due."""
+    """Answers to the probe at the end of the draw, or None if the probe was not due."""
 
 
 @dataclass(frozen=True)
@@ -45,28 +46,28 @@ class Batch:
     """Training data of one optimizer step."""
 
     parts: tuple[Part, ...]
-    """One for each sampler of the phase, in order."""
+    """One part per sampler of the phase, in order."""
     lr: float
     policy_version: int
     """Version of the learner's weights before the step."""
     probe: ProbeResponses | None
-    """The probe of the draw, for the first step that trains on the draw; else None."""
+    """Probe of the draw for the first step that trains on it, else None."""
     last_of_draw: bool
     clock: Clock
 
 
 class RolloutFeed:
-    """The batches of one phase, from where ``progress`` stands. Use it as a context manager.
+    """Batches of one phase from ``progress`` on. Use it as a context manager.
 
-    It owns weight sync, sampling, scoring and prefetch, and is the only writer of
-    :attr:`seqkd.training.checkpoint.Progress.feed`: running costs, spent budget, positions of the
-    draws that were not trained on yet.
+    The feed is responsible for weight sync, sampling, scoring and prefetch. It is the only writer
+    of :attr:`seqkd.training.checkpoint.Progress.feed`: running costs, spent budget, and positions
+    of the draws that were not trained on yet.
     """
 
     def __init__(self, run: TrainingContext, span: PhaseSpan, progress: Progress) -> None:
         self.run, self.span, self.state = run, span, progress.feed
         if progress.step == span.first:
-            self.state.running.clear()  # of the phase before
+            self.state.running.clear()  # from the previous phase
         samplers = span.config.by_sampler
         self.sources = [RolloutSource(run.config, span.config, s, run.workers) for s in samplers]
         for sampler in samplers:
@@ -76,7 +77,7 @@ class RolloutFeed:
             PromptStream(run.corpus, run.config.seed), progress.step - span.first,
         )  # fmt: skip
         self.clock = Clock()
-        """Clock of the step that :meth:`wait` was called for."""
+        """Clock of the current step."""
         self.ahead: Future[tuple[Draw, Clock]] | None = None
         self.thread = ThreadPoolExecutor(1)
 
@@ -89,15 +90,15 @@ class RolloutFeed:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Wait for the draw that is running."""
+        """Wait for the running draw."""
         self.thread.shutdown()
 
     def wait(self, step: int) -> bool:
         """Wait for the draw that runs in parallel with the learner, if ``step`` starts a new draw.
-        Return whether the phase and its budget have a step left.
+        Returns True if the phase and its budget have a step left.
 
-        Raises the error of that draw. Publish no weights before this returns: an engine may still
-        be loading the weights that were published before.
+        Raises the error of that draw. Do not publish weights before this method returns, because an
+        engine may still be loading the previous weights.
         """
         self.clock = Clock()
         if self.between_draws and self.ahead is not None:
@@ -107,7 +108,7 @@ class RolloutFeed:
 
     @property
     def between_draws(self) -> bool:
-        """Whether the next step begins with a new draw."""
+        """True if the next step begins with a new draw."""
         return not self.state.mid_draw
 
     def next(self, step: int) -> Batch:
@@ -123,8 +124,8 @@ class RolloutFeed:
         return Batch(parts, lr, version, probe, index == self.draw.steps - 1, self.clock)
 
     def prefetch(self, step: int) -> None:
-        """Start the next draw in parallel with the learner, with the learner's current weights. Do
-        nothing if the configuration forbids it or the phase ends before that draw."""
+        """Start the next draw with the learner's current weights, in parallel with the learner.
+        Does nothing if the configuration does not allow it or the phase ends before that draw."""
         following = self.draw.first + self.draw.steps
         if not (
             self.between_draws
@@ -145,7 +146,7 @@ class RolloutFeed:
         self.ahead = self.thread.submit(timed)
 
     def update(self, batch: Batch, result: StepResult) -> Cost:
-        """Update the running costs, the budget and the positions after a step; return its cost."""
+        """Update running costs, budget and positions after a step, and return its cost."""
         if not result.skipped:
             for source, part in zip(self.sources, result.parts, strict=True):
                 self.state.running[source.sampler].update(part.costs, part.survival)
@@ -157,8 +158,8 @@ class RolloutFeed:
         return costs
 
     def horizon(self, step: int) -> int:
-        """Estimate before ``step`` the number of steps of the phase, from the cost of the steps so
-        far. A draw is always trained on completely, even if it exceeds the budget."""
+        """Estimate the number of steps of the phase from the cost of the steps before ``step``. All
+        steps of a draw are taken, even if they exceed the budget."""
         taken = step - self.span.first
         steps = expected_steps(self.run.config, self.span.config, taken, self.state.spent)
         return max(steps, taken + 1) if self.state.mid_draw else steps
@@ -168,7 +169,8 @@ class RolloutFeed:
         rollouts, masked = source.split(drawn.steps[index])
         scores = {r.sample_id: drawn.scores[r.sample_id] for r in rollouts} if drawn.scores else {}
         if source.needs_costs and not running.known:
-            # A phase has no past batch to estimate its costs from: use this batch itself.
+            # The first batch of a phase has no earlier batch to estimate costs from, so it is
+            # measured itself.
             with self.clock("learn"):
                 running.update(*source.costs(rollouts, scores))
         return Part(
@@ -184,8 +186,8 @@ class RolloutFeed:
         return draw
 
     def _begin(self, step: int, clock: Clock) -> Callable[[Clock], Draw]:
-        """Do the part of the draw for ``step`` that involves the learner. Return the rest, which
-        may run in parallel with the learner."""
+        """Do the part of the draw for ``step`` that needs the learner. Returns a function for the
+        rest, which may run in parallel with the learner."""
         workers, monitor = self.run.workers, self.run.monitor
         self.state.pending.append(self.run.positions.current())
         prompts, version = next(self.prompts), workers.learner.policy_version
@@ -209,8 +211,8 @@ class RolloutFeed:
 def prompt_batches(
     config: Config, span: PhaseSpan, train: PromptStream, corpus: PromptStream, done: int = 0
 ) -> Iterator[PromptBatches]:
-    """Return the prompts of each draw of a phase after its first ``done`` steps. The streams stand
-    at the start of the run."""
+    """Return the prompts of each draw of a phase after its first ``done`` steps. The streams must
+    be at the start of the run."""
     for other in phase_spans(config):
         steps = done if other.first == span.first else other.config.steps
         for sampler in other.config.by_sampler if other.first <= span.first else ():

@@ -1,4 +1,4 @@
-"""The training loop, top to bottom."""
+"""Training loop."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from seqkd.training.step_metrics import step_metrics
 
 
 def run_phases(run: TrainingContext, progress: Progress) -> dict[str, Measurement]:
-    """Train through every phase from where ``progress`` stands, and keep it up to date. Return the
-    held-out measurements by the stage that each followed, "initial" first."""
+    """Train all phases from ``progress`` on, and update ``progress``. Returns the held-out
+    measurements by the stage that they followed, "initial" first."""
     measure(run, progress, "initial", "measuring the initial student on held-out prompts")
     for span in phase_spans(run.config):
         if progress.step < span.end:
@@ -25,7 +25,7 @@ def run_phases(run: TrainingContext, progress: Progress) -> dict[str, Measuremen
 
 
 def train_phase(run: TrainingContext, progress: Progress, span: PhaseSpan) -> None:
-    """Take the steps of one phase that are not taken yet."""
+    """Take the remaining steps of one phase."""
     run.recorder.begin(span.name, span.config)
     with RolloutFeed(run, span, progress) as feed:
         while feed.wait(progress.step):
@@ -54,20 +54,20 @@ def train_phase(run: TrainingContext, progress: Progress, span: PhaseSpan) -> No
 
 
 def evaluate_if_due(run: TrainingContext, progress: Progress, span: PhaseSpan) -> None:
-    """Measure the student within a phase, every ``evaluation.every_steps`` steps."""
+    """Measure the student every ``evaluation.every_steps`` steps within a phase."""
     interval = run.config.evaluation.every_steps
     if interval and progress.step > span.first and progress.step % interval == 0:
         measure(run, progress, f"step {progress.step}", "measuring on held-out prompts")
 
 
 def save(run: TrainingContext, progress: Progress) -> None:
-    """Write a checkpoint of a learner whose outputs are finite."""
+    """Write a checkpoint, after checking that the learner's outputs are finite."""
     run.monitor.before_checkpoint()
     run.write_checkpoint(progress)
 
 
 def measure(run: TrainingContext, progress: Progress, stage: str, note: str) -> None:
-    """Measure the current student on held-out prompts, unless that was done before."""
+    """Measure the current student on held-out prompts, unless this stage is already measured."""
     if run.evaluation and stage not in progress.measured:
         run.recorder.note(note)
         progress.measured[stage] = run.evaluation.measure()

@@ -8,8 +8,8 @@ from seqkd.config.learner import LearnerConfig
 
 
 def learning_rate(learner: LearnerConfig, peak: float, step: int, steps: int) -> float:
-    """Rate of step ``step`` (from 0) of ``steps``: linear warm-up to ``peak``, then decay to
-    ``peak * min_lr_ratio`` at the last step."""
+    """Return the learning rate of ``step`` (counted from 0) of ``steps``: linear warm-up to
+    ``peak``, then decay to ``peak * min_lr_ratio`` at the last step."""
     warmup = min(learner.lr_warmup_steps, steps - 1)
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)

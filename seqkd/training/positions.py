@@ -1,4 +1,4 @@
-"""Positions in the teacher caches and the replay log, which a checkpoint stores."""
+"""Positions in the teacher caches and the replay log, as stored in checkpoints."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from seqkd.teachers.cache import CachedSampler
 from seqkd.training.replay_log import ReplayLog
 
 Position = dict[str, Any]
-"""Plain data: completions taken of each cache ("taken"), files of the replay log ("log")."""
+"""Plain data: completions taken from each cache ("taken"), files of the replay log ("log")."""
 
 
 class ReplayPositions:
-    """Reads and restores the positions of the caches and of the replay log."""
+    """Access to the positions of the caches and of the replay log."""
 
     def __init__(self, samplers: Mapping[str, CachedSampler], log: ReplayLog) -> None:
-        """``samplers`` are those that training reads, by the teacher's name."""
+        """Create the access. ``samplers`` are the samplers that training reads, by teacher name."""
         self.samplers, self.log = samplers, log
 
     def current(self) -> Position:
-        """Return the positions as they are now."""
+        """Return the current positions."""
         taken = {name: sampler.position() for name, sampler in self.samplers.items()}
         return {"taken": taken, "log": self.log.position()}
 
     def restore(self, position: Position) -> None:
-        """Return to ``position``; to the start of a run if it is empty."""
+        """Go back to ``position``, or to the start of the run if it is empty."""
         for name, sampler in self.samplers.items():
             sampler.restore(position.get("taken", {}).get(name, {}))
         self.log.resume(position.get("log", {}))
 
     def forget_before(self, position: Position) -> None:
-        """Remove what the replay log holds from before ``position``."""
+        """Remove entries of the replay log from before ``position``."""
         self.log.prune(position.get("log", {}))

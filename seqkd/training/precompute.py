@@ -1,4 +1,4 @@
-"""The two-step way: let the teacher write and score first, train without it later."""
+"""Two-step training: sample and score with the teacher first, train without it later."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from seqkd.workers import Workers
 def planned(
     config: Config, checked: Checked
 ) -> Iterator[tuple[int, PhaseConfig, list[list[Prompt]]]]:
-    """Every draw of sampler=teacher_cache in the run: its first step, its phase, and the
+    """Yield every draw of sampler=teacher_cache in the run: its first step, its phase, and the
     prompts of each step."""
     for span in phase_spans(config):
         train = PromptStream(checked.train, config.seed)
@@ -51,14 +51,14 @@ def record(
     checked: Checked,
     report: Callable[[int, int], None],
 ) -> None:
-    """Fill the cache behind ``workers`` with what sampler=teacher_cache and the held-out figures
-    will read; ``report(steps, tokens)`` is called after each draw. What is there already is not
-    asked for again."""
+    """Fill the cache behind ``workers`` with the completions and scores that sampler=teacher_cache
+    and the held-out evaluation will read. Entries that exist are not requested again.
+    ``report(steps, tokens)`` is called after each draw."""
     steps = tokens = 0
     for step, phase, batches in planned(config, checked):
         drawn = RolloutSource(config, phase, RECORDED, workers).draw(batches, step, Clock())
         steps += len(batches)
-        tokens += sum(len(r.completion_ids) for of_step in drawn.steps for r in of_step)
+        tokens += sum(len(r.completion_ids) for rollouts in drawn.steps for r in rollouts)
         report(steps, tokens)
     if config.two_step and checked.heldout:
         samples = [config.evaluation.samples_per_prompt] * len(checked.heldout)
@@ -68,7 +68,8 @@ def record(
 
 
 def check_recorded(config: Config, caches: Mapping[str, TeacherCache], checked: Checked) -> None:
-    """TeacherCacheError unless the caches have all that a run without a teacher will read."""
+    """Raise TeacherCacheError unless the caches contain all entries that a run without a teacher
+    will read."""
     samplers, teachers = {}, {}
     for name, teacher in config.teachers.items():
         settings = sampling_settings(teacher, config.rollout.max_tokens, checked.stop_ids)
@@ -105,13 +106,13 @@ def check_recorded(config: Config, caches: Mapping[str, TeacherCache], checked: 
         where = ", ".join(str(cache.directory) for cache in caches.values())
         raise TeacherCacheError(
             f"teacher_cache.path: {where} lacks completions of {len(prompts)} prompts and "
-            f"scores of {completions} completions that this run will read. Run "
-            "seqkd precompute with the same configuration; what is there is kept."
+            f"scores of {completions} completions that this run needs. Run seqkd precompute with "
+            "the same configuration; existing entries are kept."
         )
 
 
 class TeacherAlone:
-    """In the place of the learner where there is none: what scores say of the tokens."""
+    """Replacement of the learner for runs without one. It only computes teacher log-probs."""
 
     def __init__(self, config: Config) -> None:
         self.heads = {
@@ -121,10 +122,10 @@ class TeacherAlone:
         }
 
     def measure(self, rollouts: Sequence[Rollout], scores: Scores) -> Measured:
-        """See :class:`seqkd.protocols.Learner`; the teacher's log-probs only."""
-        return {r.sample_id: {"teacher_logprob": self._of(r, scores)} for r in rollouts}
+        """Return the teacher's log-probs. See :class:`seqkd.protocols.Learner`."""
+        return {r.sample_id: {"teacher_logprob": self._logprobs(r, scores)} for r in rollouts}
 
-    def _of(self, rollout: Rollout, scores: Scores) -> list[float]:
+    def _logprobs(self, rollout: Rollout, scores: Scores) -> list[float]:
         score = scores[rollout.sample_id]
         if score.hidden is None:
             assert score.logprobs is not None

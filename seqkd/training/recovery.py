@@ -1,4 +1,4 @@
-"""A run to its end, whatever is lost on the way."""
+"""Run with recovery from lost processes."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from seqkd.workers import Workers
 
 
 def finish(run: TrainingContext) -> dict[str, Measurement]:
-    """From the newest checkpoint to the last measurement. Where the learner is lost, the run goes
-    back to a checkpoint; where it has to stop, it is saved first."""
+    """Run from the newest checkpoint to the last measurement. If the learner is lost, the run
+    continues from a checkpoint. If the run must stop, a checkpoint is written first."""
     raised = ""
     while True:
         progress = Progress()
@@ -24,7 +24,8 @@ def finish(run: TrainingContext) -> dict[str, Measurement]:
             raised = lost.raise_if_repeated(raised)
             replace_learner(run.workers, run.control, lost)
         except LearningFault:
-            # Neither what the student has become nor what was drawn is worth keeping.
+            # The student and the samples since the checkpoint may be corrupt, so no checkpoint is
+            # written.
             run.positions.log.clear()
             run.monitor.rollback()
             raise
@@ -34,7 +35,7 @@ def finish(run: TrainingContext) -> dict[str, Measurement]:
 
 
 def replace_learner(workers: Workers, control: Control, lost: LearnerLost) -> None:
-    """New processes in the place of those that are lost, at the initial student."""
+    """Replace all processes of a lost learner. The new ones start from the initial student."""
     control.restart("the learner", lost.cause)
     workers.learner.restart()
     workers.student.mark_stale()
@@ -46,7 +47,7 @@ def _restored(run: TrainingContext) -> Progress:
         run.recorder.note(f"warning: {line}")
     run.monitor.rewind(run.recorder.rewind(progress.step), baseline)
     if progress.step:
-        run.recorder.note(f"going on after step {progress.step}")
+        run.recorder.note(f"resuming after step {progress.step}")
     return progress
 
 
@@ -54,8 +55,8 @@ def _save(run: TrainingContext, progress: Progress) -> None:
     try:
         if not run.write_checkpoint(progress):
             run.recorder.note(
-                f"the last checkpoint is that of step {run.checkpoints.last_step}; the steps since "
-                "then are taken again"
+                f"the last checkpoint is at step {run.checkpoints.last_step}; later steps will be "
+                "repeated"
             )
     except SeqkdError as error:
         run.recorder.note(f"warning: no checkpoint could be written: {error}")

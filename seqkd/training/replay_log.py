@@ -1,8 +1,9 @@
-"""What a run sampled and had scored since its last checkpoints, on disk before it is learnt from.
+"""Log of the completions and scores of a run since its last checkpoints.
 
-When a learner is lost, or the whole run, training goes back to a checkpoint; the steps since then
-are taken again on the same completions and scores, without sampling or asking the teacher again.
-What the oldest checkpoint that is kept does not need any more is removed.
+Completions and scores are on disk before they are trained on. If the learner or the whole run is
+lost, training continues from a checkpoint. The steps since then are repeated on the same
+completions and scores, without sampling or scoring again. Entries that no kept checkpoint needs are
+removed.
 """
 
 from __future__ import annotations
@@ -37,15 +38,16 @@ SAMPLES = pa.schema(
     ]
 )
 FIELDS = SAMPLES.names[1:]
-"""Those of a rollout."""
+"""Fields of a rollout."""
 FOLDER = "replay_log"
-"""Of the log in the run directory."""
+"""Folder of the log in the run directory."""
 SAMPLED, SCORED = "samples", "teacher"
 
 
 def discard(directory: Path, resumption: Resumption) -> None:
-    """Remove completions and scores that this start of a run must not learn from: all of them
-    if the run begins, those drawn in training if a changed key changes the next steps."""
+    """Remove completions and scores that this start of a run must not train on. For a new run these
+    are all. For a resumed run these are the training samples, if a changed key affects the next
+    steps."""
     if not resumption.exists:
         shutil.rmtree(directory, ignore_errors=True)
     elif resumption.trajectory:
@@ -54,7 +56,7 @@ def discard(directory: Path, resumption: Resumption) -> None:
 
 
 class ReplayLog:
-    """One run's samples and scores."""
+    """Samples and scores of one run."""
 
     def __init__(self, directory: Path, config: Config) -> None:
         self.directory, self.room = directory, int(config.checkpoints.replay_log_gib * 2**30)
@@ -64,11 +66,11 @@ class ReplayLog:
             for name, teacher in config.teachers.items()
         }
         self.kept = 0
-        """Bytes of scores that this process has added since the last checkpoint."""
+        """Bytes of scores added by this process since the last checkpoint."""
 
     def wrap(self, workers: Workers, config: Config, vocabulary: int) -> Workers:
-        """Return ``workers`` that record what the student samples, and what the teachers write and
-        score unless a teacher cache keeps that."""
+        """Return ``workers`` that record the student's samples and the teachers' samples and
+        scores. Teacher output that a teacher cache stores is not recorded."""
         cached = config.teacher_cache is not None
         samplers = workers.teacher_samplers
         return replace(
@@ -87,32 +89,32 @@ class ReplayLog:
         )  # fmt: skip
 
     def position(self) -> dict[str, int]:
-        """What a checkpoint has to know, so that what is older can be removed."""
+        """Return the position for a checkpoint, so that older entries can be removed later."""
         return {name: shards.position for name, shards in self._shards.items()}
 
     def resume(self, position: Mapping[str, int]) -> None:
-        """Go on from a checkpoint at ``position``, which is above all that are there where nothing
-        was added since then."""
+        """Continue from a checkpoint at ``position``. It is above the position of the files if no
+        entry was added since the checkpoint."""
         for name, shards in self._shards.items():
             shards.position = max(shards.position, position.get(name, 0))
 
     def clear(self) -> None:
-        """Remove everything."""
+        """Remove all entries."""
         self.prune(self.position())
 
     def prune(self, position: Mapping[str, int]) -> None:
-        """Remove what was added before ``position``."""
+        """Remove entries from before ``position``."""
         for name, shards in self._shards.items():
             shards.prune(position.get(name, 0))
         self.kept = 0
 
     def dropped(self) -> list[str]:
-        """What was left out because it is damaged, a line each; said once."""
+        """Return one line per damaged file that was dropped. Each line is returned only once."""
         names = [name for shards in self._shards.values() for name in shards.dropped]
         for shards in self._shards.values():
             shards.dropped.clear()
         return [
-            f"{name} in {self.directory} is damaged: what it held is asked for again."
+            f"{name} in {self.directory} is damaged. Its entries will be computed again."
             for name in names
         ]
 
@@ -123,7 +125,7 @@ class ReplayLog:
 
 
 class RecordedSampler:
-    """Completions that are drawn once: the same call gets the same ones again."""
+    """Sampler that records completions. The same call returns the same completions again."""
 
     def __init__(self, inner: Sampler, samples: ArrowStore, who: str) -> None:
         self.inner, self.samples, self.who = inner, samples, who
@@ -139,7 +141,7 @@ class RecordedSampler:
     ) -> list[Rollout]:
         """See :class:`seqkd.protocols.Sampler`."""
         asked = [(p.token_ids, int(n)) for p, n in zip(prompts, samples, strict=True)]
-        # The seed is that of a step: which student it was follows from it.
+        # The seed identifies the step, and therefore the student's weights.
         address = address_of([self.who, seed, temperature, top_p, asked])
         if address in self.samples:
             count = self.samples.count(address)
@@ -155,7 +157,7 @@ class RecordedSampler:
 
 
 class RecordedStudent(RecordedSampler):
-    """The same of the student's sampler, whose weights change."""
+    """Recorded sampler of the student, whose weights change."""
 
     inner: StudentSampler
 
@@ -181,19 +183,20 @@ class RecordedStudent(RecordedSampler):
 
 
 class RecordedTeacher(StoredTeacher):
-    """Scores that are requested once within a run."""
+    """Teacher whose scores are requested only once per run."""
 
     def __init__(
         self, inner: Teacher, log: ReplayLog, name: str, form: str, student_only: bool
     ) -> None:
-        """With ``student_only`` a teacher cache keeps the scores of all other text."""
+        """Wrap ``inner``. With ``student_only``, only scores of the student's text are recorded,
+        because a teacher cache stores all others."""
         super().__init__(inner, log.scores[name], form, name)
         self.teacher, self.log, self.student_only = inner, log, student_only
 
     def score(self, rollouts: Sequence[Rollout]) -> dict[str, TeacherScore]:
         """See :class:`seqkd.protocols.Teacher`."""
         missing = self.missing(rollouts)
-        # All or none: in another batch a score may differ in its last bits.
+        # All missing scores are requested in one batch, because batches change their last bits.
         new = self.teacher.score(rollouts) if missing else {}
         kept = {
             self.address(r): new[r.sample_id]

@@ -1,4 +1,4 @@
-"""The completions that a step learns from: whose they are, their teacher scores, their counts."""
+"""Completions that a step trains on, with their teacher scores."""
 
 from __future__ import annotations
 
@@ -29,37 +29,39 @@ class ScoredRollouts:
     """Completions of one sampler for one or more steps, and their teacher scores."""
 
     steps: list[list[Rollout]]
-    """By step."""
+    """Completions by step."""
     scores: Scores
     usage: dict[str, int]
-    """Requests and tokens that the teachers' endpoints were asked for so far."""
+    """Requests and tokens used at the teachers' endpoints so far."""
 
 
 class Scoring:
-    """The teacher's scores of a draw, begun while others of it are still drawn; to be closed."""
+    """Teacher scoring of a draw that starts before all its completions are sampled. It must be
+    closed."""
 
     def __init__(
         self, score: Callable[[Sequence[Rollout]], Scores], together: int | None = None
     ) -> None:
-        """``together`` at once, as they come; all at the end where it is left out."""
+        """Create the scoring. Finished completions are scored in groups of ``together``. If unset,
+        all are scored at the end."""
         self.score, self.together = score, together
         self.waiting: list[Rollout] = []
         self.begun: list[Future[Scores]] = []
         self.thread = ThreadPoolExecutor(1)
 
     def close(self) -> None:
-        """Wait for what is under way, and begin no more."""
+        """Wait for running requests and cancel the others."""
         self.thread.shutdown(cancel_futures=True)
 
     def finished(self, rollout: Rollout) -> None:
-        """It is there, others may not be."""
+        """Add a finished completion while others may still be sampled."""
         self.waiting.append(rollout)
         if len(self.waiting) == self.together:
             self.begun.append(self.thread.submit(self.score, self.waiting))
             self.waiting = []
 
     def all(self, rollouts: Sequence[Rollout]) -> Scores:
-        """Of all that was drawn."""
+        """Return the scores of all completions."""
         scores = {
             sample_id: score
             for future in self.begun
@@ -70,7 +72,7 @@ class Scoring:
 
 
 class RolloutSource:
-    """What one phase learns from one sampler's completions."""
+    """Source of completions of one sampler for one phase."""
 
     def __init__(
         self,
@@ -89,20 +91,21 @@ class RolloutSource:
         self.needs_costs = any(term.objective.running for term in self.terms)
 
     def draw(self, batches: Sequence[Sequence[Prompt]], step: int, clock: Clock) -> ScoredRollouts:
-        """Sample and score, at once, what ``len(batches)`` steps from ``step`` on learn from."""
+        """Sample and score together the completions for ``len(batches)`` steps from ``step``
+        on."""
         prompts = [p for batch in batches for p in batch]
         together = self.config.scored_together if self.scored else None
         with closing(Scoring(self.workers.teacher.score, together)) as scoring:
             by_prompt = iter(self._rollouts(prompts, step, clock, scoring.finished))
             steps = [[r for _ in batch for r in next(by_prompt)] for batch in batches]
-            rollouts = [r for of_step in steps for r in of_step]
+            rollouts = [r for batch in steps for r in batch]
             with clock("score"):
                 scores = scoring.all(rollouts) if self.scored else {}
         asked = self.scored or any(rollout.source == "teacher" for rollout in rollouts)
         return ScoredRollouts(steps, scores, self.workers.usage() if asked else {})
 
     def split(self, rollouts: list[Rollout]) -> tuple[list[Rollout], list[Rollout]]:
-        """Return the completions to train on, and those that are masked because they are cut."""
+        """Return the completions to train on, and those masked because they are truncated."""
         mask = self.config.rollout.mask_truncated and not SAMPLERS[self.source].from_data
         cut = [r for r in rollouts if mask and r.finish_reason == "length"]
         if not cut or len(cut) == len(rollouts):
@@ -112,10 +115,11 @@ class RolloutSource:
     def _rollouts(
         self, prompts: list[Prompt], step: int, clock: Clock, finished: Finished
     ) -> list[list[Rollout]]:
-        """The completions of each prompt; ``finished`` is told of them as they come."""
+        """Return the completions of each prompt. ``finished`` is called with each sampled
+        completion as it arrives."""
         if SAMPLERS[self.source].from_data:
             return [[reference_rollout(p, cast(Source, self.source))] for p in prompts]
-        # Held-out prompts are drawn with the bare seed; training never repeats it.
+        # Held-out evaluation samples with the plain seed, which training never uses.
         seed = (self.config.seed + 1) * 1_000_003 + step
         samples = self.config.samples_per_prompt(self.phase)
         from_teacher = np.zeros(len(prompts), dtype=int)
@@ -148,8 +152,8 @@ class RolloutSource:
         return [[next(drawn) for _ in range(n)] for n in samples]
 
     def costs(self, rollouts: list[Rollout], scores: Scores) -> tuple[Tensor, Tensor]:
-        """Measure the current student on a batch: ([T] weighted sum of the cost at each position,
-        [T] weight of the sequences that have a token there)."""
+        """Measure the current student on a batch. Returns two tensors of shape [T]: the weighted
+        sum of costs per position, and the total weight of the sequences with a token there."""
         rows = []
         for values in self.workers.learner.measure(rollouts, scores).values():
             weight = 1.0
@@ -167,7 +171,7 @@ class RolloutSource:
 
 
 def reference_rollout(prompt: Prompt, source: Source) -> Rollout:
-    """A prompt's own text as a completion."""
+    """Return a prompt's reference text as a completion."""
     assert prompt.reference_ids is not None
     answer = hashlib.blake2b(repr(prompt.reference_ids).encode(), digest_size=4).hexdigest()
     return Rollout(

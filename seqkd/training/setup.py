@@ -1,4 +1,4 @@
-"""Construct everything that the loop works with."""
+"""Construction of the objects that the training loop uses."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ from seqkd.workers import Workers
 
 
 def check(config: Config) -> tuple[Config, dict[str, TeacherCache], Checked]:
-    """Check everything that needs no actor.
+    """Run all checks that need no actors.
 
-    Returns the configuration, in which recorded teachers replace those that are not loaded; the
-    teacher caches, if any, by the name of the teacher; and what the checks loaded."""
+    Returns the configuration, in which recorded teachers replace teachers that are not loaded, the
+    teacher caches by teacher name, and the objects that the checks loaded.
+    """
     config, caches = open_caches(config, teacher_here=not config.two_step)
     checked = preflight.check(config, teacher_here=not config.two_step)
     if config.two_step:
@@ -48,10 +49,11 @@ def prepare(
     recorder: Recorder,
     control: Control,
 ) -> TrainingContext:
-    """Return everything that the loop works with.
+    """Return the objects that the training loop uses.
 
     ``caches`` and the run's replay log are put in front of ``actors``. The teacher's answers to the
-    held-out prompts are kept with the run, so that all its measurements compare with the same.
+    held-out prompts are stored with the run, so that all measurements compare with the same
+    answers.
     """
     canary = Canary(config, checked, actors, roles)
     stop_ids, vocabulary = checked.stop_ids, checked.vocabulary
@@ -62,7 +64,7 @@ def prepare(
     positions = ReplayPositions(samplers, log)
     evaluation = None
     if checked.heldout:
-        # Counted apart from training: a restored run reads the same completions again.
+        # Reads are counted separately from training, so a restored run reads the same completions.
         kept = caches or {
             name: TeacherCache(directory / FOLDER / "heldout" / name, teacher.precision)
             for name, teacher in config.teachers.items()

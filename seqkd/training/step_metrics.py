@@ -1,4 +1,4 @@
-"""The metrics of one optimizer step."""
+"""Metrics of one optimizer step."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def step_metrics(
     parts: Sequence[Part],
     result: StepResult,
 ) -> dict[str, Any]:
-    """The metrics of one step, without times. Divergences in nats, lengths in tokens. Those of the
-    phase's own sampler have plain names, those of the others the sampler's name before them."""
+    """Return the metrics of one step, without times. Divergences are in nats, lengths in tokens.
+    Metrics of a sampler other than the phase's own have the sampler's name as a prefix."""
     row: dict[str, Any] = {
         "phase": name,
         "sampler": phase.sampler,
@@ -36,19 +36,19 @@ def step_metrics(
         "skipped": result.skipped,
         "lr": lr,
     }
-    for sampler, part, learnt in zip(phase.by_sampler, parts, result.parts, strict=True):
+    for sampler, part, statistics in zip(phase.by_sampler, parts, result.parts, strict=True):
         prefix = "" if sampler == phase.sampler else f"{sampler}/"
-        described = _describe_part(config, part, learnt)
+        described = _describe_part(config, part, statistics)
         drawn = described["rollout_policy_version"]
         if SAMPLERS[sampler].on_student and drawn != version:
-            # Of an older student the gap is how far training has gone, not a fault.
+            # For samples of an older student the gap measures training progress, not a fault.
             described = {k: v for k, v in described.items() if not k.startswith("logprob_gap")}
         row |= {prefix + key: value for key, value in described.items()}
     return row
 
 
 def _digest(rollouts: Sequence[Rollout]) -> str:
-    """The same for the same completions, in whatever order."""
+    """Return a digest of completions that does not depend on their order."""
     texts = sorted(f"{r.sample_id} {r.completion_ids}" for r in rollouts)
     return xxhash.xxh3_64_hexdigest("\n".join(texts).encode())
 
@@ -80,7 +80,8 @@ def _describe_part(config: Config, part: Part, result: PartResult) -> dict[str, 
         mean = result.per_token(stat)
         if mean is not None:
             row[f"{stat}_per_token"] = mean
-    # Log-probs of a tempered or cut distribution are no one's but the sampler's.
+    # With temperature or top-p the sampling distribution differs from the model's, so the gap would
+    # not indicate a fault.
     if "logprob_gap" in result.sums and config.rollout.temperature == config.rollout.top_p == 1:
         row |= {
             "logprob_gap_mean": result.per_token("logprob_gap"),
@@ -90,8 +91,8 @@ def _describe_part(config: Config, part: Part, result: PartResult) -> dict[str, 
 
 
 def _describe_ratios(sums: Mapping[str, float]) -> dict[str, float]:
-    """Of today's student to the one that drew: by token k1 and k3, estimates of the divergence of
-    the one from the other; by sequence the importance ratio."""
+    """Return statistics of the ratio of the current student to the sampling student. k1 and k3 are
+    estimates of their divergence per token. The importance ratio is per sequence."""
     row: dict[str, float] = {}
     if tokens := sums.get("ratio_tokens"):
         row |= {f"{name}_per_token": sums[name] / tokens for name in ("k1", "k3")}

@@ -1,6 +1,6 @@
-"""Trackers that show a run's metrics: TensorBoard, and those of accelerate named in its config.
+"""Trackers of a run's metrics: TensorBoard, and the accelerate trackers of the configuration.
 
-metrics.jsonl is complete without them, so a tracker that fails does not end a run.
+metrics.jsonl is complete without them, so a failing tracker does not stop a run.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ def check(names: tuple[TrackerName, ...]) -> None:
     for name in names:
         if name not in map(str, get_available_trackers()):
             raise ConfigError(
-                f"trackers: the package {name!r} is not installed. Run pip install {name}, or "
+                f"trackers: the package {name!r} is not installed. Run `pip install {name}`, or "
                 f"remove {name} from trackers."
             )
 
 
 class Tracker:
-    """One tracker of accelerate. When it fails, it is closed and the run continues."""
+    """Tracker of accelerate. If it fails, it is dropped and the run continues."""
 
     def __init__(self, name: str, start: Callable[[], Any], say: Callable[[str], None]) -> None:
-        """``start`` returns the started tracker; ``say`` prints a warning."""
+        """Start the tracker. ``start`` returns the started tracker, ``say`` prints a warning."""
         self.name, self.say = name, say
         self.tracker: Any = None
         self._attempt(lambda: setattr(self, "tracker", start()))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Send the values of one step; values that are not finite are omitted."""
+        """Send the values of one step. Non-finite values are omitted."""
         finite = {key: float(value) for key, value in values.items() if math.isfinite(value)}
         if self.tracker is not None:
             self._attempt(lambda: self.tracker.log(finite, step=step))
@@ -60,7 +60,7 @@ class Tracker:
     def _attempt(self, action: Callable[[], Any]) -> None:
         try:
             action()
-        except Exception as error:  # from the library of the tracker, its network or its disk
+        except Exception as error:  # from the tracker's library, its network or its disk
             self.tracker = None
             reason = " ".join(str(error).split()) or type(error).__name__
             self.say(
@@ -73,14 +73,14 @@ class Trackers:
     """All trackers of one run."""
 
     def __init__(self, directory: Path, config: Config, say: Callable[[str], None]) -> None:
-        """``directory`` is that of the run. No tracker is started yet."""
+        """Create the trackers of the run in ``directory`` without starting them."""
         self.directory, self.config, self.say = directory, config, say
         self.board: Tracker | None = None
         self.named: list[Tracker] | None = None
 
     def begin(self, step: int) -> None:
         """Continue with ``step``. TensorBoard hides its values of this and later steps. The other
-        trackers cannot go back; they are started once."""
+        trackers cannot go back, so they are started only once."""
         _ignore_launcher()
         if self.board is not None:
             self.board.close()
@@ -107,8 +107,8 @@ class Trackers:
 
 
 def _ignore_launcher() -> None:
-    """Tell accelerate's trackers that the driver is the only process, whatever variables a launcher
-    has set, and that it needs no device."""
+    """Make accelerate's trackers treat the driver as the only process, without a device, even if
+    the environment variables of a launcher are set."""
     from accelerate.state import PartialState
     from accelerate.utils import clear_environment
 
@@ -132,14 +132,14 @@ def _start(name: TrackerName, folder: Path, config: Config) -> Any:
     id_file = folder / f"{name}.id"
     last_id = id_file.read_text(encoding="utf-8") if id_file.exists() else ""
     run_id = last_id or uuid.uuid4().hex
-    if name == "mlflow":  # its default is the working directory, which may be a copy Ray deletes
+    if name == "mlflow":  # the default is the working directory, which Ray may delete after a job
         environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
     options: dict[TrackerName, dict[str, Any]] = {
         "mlflow": {"run_name": config.name, "run_id": last_id or None},
         "trackio": {
             "name": config.name,
             "resume": "allow" if last_id else "never",
-            "config": _plain(config),  # a resumed run of trackio forgets it otherwise
+            "config": _plain(config),  # otherwise a resumed run of trackio loses it
         },
         "wandb": {"name": config.name, "dir": str(folder), "id": run_id, "resume": "allow"},
     }
@@ -152,7 +152,7 @@ def _start(name: TrackerName, folder: Path, config: Config) -> Any:
 
 
 def _plain(config: Config) -> dict[str, Any]:
-    """All values by their dotted paths. Lists become JSON, which no tracker takes apart."""
+    """Return all values by their dotted paths. Lists become JSON, which no tracker splits."""
     return {
         key: value if isinstance(value, str | int | float | None) else json.dumps(value)
         for key, value in flat(config).items()

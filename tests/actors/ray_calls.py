@@ -1,4 +1,4 @@
-"""What the tests of actors share."""
+"""Functions shared by the tests of actors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PROMPT, COMPLETION = 64, 32
 
 
 def wait(ref):
-    """The result of a call; what seqkd raised in the actor comes as it is."""
+    """Return the result of a call. Errors of seqkd in the actor are raised unchanged."""
     try:
         return ray.get(ref)
     except RayTaskError as error:
@@ -22,13 +22,13 @@ def wait(ref):
 
 
 def completions(call):
-    """Those of one call of an engine's ``sample``, prompt by prompt."""
+    """Return the completions of one call of an engine's ``sample``, in the order of prompts."""
     drawn = sorted((wait(ref) for ref in call), key=lambda completion: completion[:2])
     return [rollout for _, _, rollout in drawn]
 
 
 def small_config(models, folder, teacher=None, scores="hidden"):
-    """Two prompts, a teacher of kind hf, nothing held out."""
+    """Return a config with two prompts, a teacher of kind hf and no held-out prompts."""
     file = folder / "train.jsonl"
     file.write_text('{"prompt": "one"}\n{"prompt": "two and three"}\n')
     model = teacher or models["teacher"]

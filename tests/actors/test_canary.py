@@ -1,4 +1,4 @@
-"""Faults put into real actors while a run goes on, and the message with which each is caught."""
+"""Faults injected into real actors during a run, and the messages that report them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PLAN = ActorPlan("teacher", 0, threads=1, gpus=0, share=1, bundle=0)
 
 
 class Faulty:
-    """A real actor that can be broken where its answers are made."""
+    """Real actor whose answers can be made faulty."""
 
     fault = ""
 
@@ -61,12 +61,12 @@ class FaultyEngine(Faulty, RolloutActor):
             super().load(version, data)
 
     def sample(self, prompts, seeds, samples, max_tokens, temperature, top_p):
-        hotter = 1.3 if self.fault == "draws at another temperature" else 1.0
-        every = super().sample(prompts, seeds, samples, max_tokens, hotter * temperature, top_p)
-        for place, index, rollout in every:
+        hotter = 1.3 if self.fault == "samples at another temperature" else 1.0
+        drawn = super().sample(prompts, seeds, samples, max_tokens, hotter * temperature, top_p)
+        for place, index, rollout in drawn:
             if index == 1 and self.fault == "drops a sample":
                 continue
-            if index == 1 and self.fault == "doubles a sample":
+            if index == 1 and self.fault == "duplicates a sample":
                 rollout = replace(rollout, sample_id=f"{rollout.sample_id[:-1]}0")
             if self.fault == "shifts its log-probs":
                 first, *others = rollout.rollout_logprobs
@@ -77,8 +77,8 @@ class FaultyEngine(Faulty, RolloutActor):
 class FaultyTeacher(Faulty, TeacherActor):
     def score(self, rollouts):
         change = {
-            "gives zeros": torch.zeros_like,
-            "gives what is no number": lambda values: values * torch.nan,
+            "returns zeros": torch.zeros_like,
+            "returns nan": lambda values: values * torch.nan,
             "shifts its scores": lambda values: values.roll(1, 0),
         }.get(self.fault, lambda values: values)
         return [
@@ -91,7 +91,7 @@ class FaultyTeacher(Faulty, TeacherActor):
 
 class FaultyLearner(Faulty, LearnerRank):
     def step(self, parts, lr):
-        return super().step(parts, 0.0 if self.fault == "stays as it is" else lr)
+        return super().step(parts, 0.0 if self.fault == "does not change" else lr)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def make_config(tiny, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def crew(local_ray, tiny):
-    """One learner, one teacher, two engines of the student's weights."""
+    """One learner, one teacher, and two engines with the student's weights."""
     environment = {"env_vars": PLAN.environment()}
 
     def create(cls, *args):
@@ -125,7 +125,7 @@ def crew(local_ray, tiny):
 
 
 class Run:
-    """What the loop does, a step at a time."""
+    """Training loop that is run step by step."""
 
     def __init__(self, config, crew, tiny):
         self.config, (self.learner, self.teacher, self.engines) = config, crew
@@ -150,7 +150,7 @@ class Run:
         self.alarms = StepAlarms(config, checked.vocabulary)
 
     def step(self):
-        """Warnings of one step."""
+        """Take one step and return its warnings."""
         clock, version = Clock(), self.workers.learner.policy_version
         self.workers.sync()
         drawn = self.source.draw([self.prompts], self.number, clock)
@@ -185,31 +185,31 @@ def caught(run, fault):
 
 
 @pytest.mark.parametrize("scores", ["hidden", "top_k", "logprobs"])
-def test_healthy_actors_raise_nothing(run, scores):
+def test_healthy_actors_raise_no_fault(run, scores):
     run = run(scores)
     assert [run.step() for _ in range(6)] == [[]] * 6
 
 
 ENGINE_FAULTS = {
-    "keeps the old weights": "rollout engine 1 gives a known text the same log-probs as before",
-    "loses its weights": "rollout engine 1 gives a known text a mean log-prob of -5.768 a token",
-    "draws at another temperature": "logprob_gap_mean: what drew the completions",
-    "shifts its log-probs": "logprob_gap_mean: what drew the completions",
-    "drops a sample": "rollout 1: gave 3 completions where 4 were asked for",
-    "doubles a sample": "rollout 1: gave the completion",
+    "keeps the old weights": "rollout engine 1 has stale weights",
+    "loses its weights": "rollout engine 1 has lost its weights: its mean probe log-prob is -5.768",
+    "samples at another temperature": "logprob_gap_mean: the engine that sampled the completions",
+    "shifts its log-probs": "logprob_gap_mean: the engine that sampled the completions",
+    "drops a sample": "rollout 1: returned 3 completions instead of 4",
+    "duplicates a sample": "rollout 1: returned the completion",
 }
 
 
 @pytest.mark.parametrize("fault", ENGINE_FAULTS)
-def test_an_engine(run, fault):
+def test_engine_faults(run, fault):
     run = run()
     wait(run.engines[1].set_fault.remote(fault))
     assert ENGINE_FAULTS[fault] in caught(run, f"engine {fault}")
 
 
-def test_an_engine_that_kept_its_cache_still_scores_anew(run):
-    """So that the canary sees the weights, and not what they once computed. The text fills several
-    blocks of the cache."""
+def test_probe_scores_do_not_use_the_prefix_cache(run):
+    """The canary must see the current weights, not cached states of older weights. The text fills
+    several cache blocks."""
     run = run()
     student, learner = run.workers.student, run.workers.learner
     text = as_rollout("long", tuple(5 + i % 250 for i in range(300)), tuple(range(9, 109)))
@@ -226,35 +226,35 @@ def test_an_engine_that_kept_its_cache_still_scores_anew(run):
 
 @pytest.mark.parametrize("scores", ["hidden", "top_k", "logprobs"])
 @pytest.mark.parametrize(
-    ("fault", "found"),
+    ("fault", "message"),
     [
-        ("gives zeros", "scores are zeros"),
-        ("gives what is no number", "the teacher gives tokens of a known text log-probs that are"),
-        ("shifts its scores", "the teacher, actor 0, gives a known text other log-probs than it"),
+        ("returns zeros", "returned scores of zeros"),
+        ("returns nan", "the teacher returned non-finite log-probs for the probe text"),
+        ("shifts its scores", "the teacher, actor 0, has changed: its probe log-probs differ"),
     ],
 )
-def test_a_teacher(run, fault, found, scores):
+def test_teacher_faults(run, fault, message, scores):
     run = run(scores)
     wait(run.teacher.set_fault.remote(fault))
-    if fault == "gives zeros" and scores == "hidden":
-        found = "log-prob of -ln V = -5.768: its hidden states are zeros"
-    assert found in caught(run, f"teacher ({scores}) {fault}")
+    if fault == "returns zeros" and scores == "hidden":
+        message = "returned hidden states of zeros: every probe log-prob is -ln V = -5.768"
+    assert message in caught(run, f"teacher ({scores}) {fault}")
 
 
-def test_a_teacher_that_becomes_another_model(run, tmp_path):
+def test_a_teacher_replaced_by_another_model(run, tmp_path):
     from scripts.tiny_models import write_tiny
 
     run = run()
     other = str(write_tiny(tmp_path / "other", layers=4, seed=9))
     config = run.config.teacher.model_copy(update={"model": other})
     wait(run.teacher.start.remote(config, PROMPT + COMPLETION, 320))
-    message = caught(run, "teacher becomes another model")
-    assert "the teacher, actor 0, gives a known text other log-probs than it first did" in message
+    message = caught(run, "teacher is replaced by another model")
+    assert "the teacher, actor 0, has changed: its probe log-probs differ by" in message
 
 
-def test_a_learner_that_stays_as_it_is(run):
+def test_a_learner_that_does_not_change(run):
     run = run()
     run.step()
-    wait(run.learner.ranks[0].set_fault.remote("stays as it is"))
+    wait(run.learner.ranks[0].set_fault.remote("does not change"))
     run.step()
-    assert "its weights do not change" in caught(run, "learner stays as it is")
+    assert "the learner's weights do not change" in caught(run, "learner does not change")

@@ -1,4 +1,4 @@
-"""Faults put into real actors, and the message with which each is caught before the first step."""
+"""Faults injected into real actors before the first step, and the messages that report them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PLAN = ActorPlan("teacher", 0, threads=1, gpus=0, share=1, bundle=0)
 
 
 class FaultyTeacher(TeacherActor):
-    """A real teacher that can be broken where its answers are made."""
+    """Real teacher whose answers can be made faulty."""
 
     fault = ""
 
@@ -33,7 +33,7 @@ class FaultyTeacher(TeacherActor):
         self.fault = fault
 
     def score(self, rollouts):
-        if self.fault == "truncates":  # keeps the end of what is too long for it
+        if self.fault == "truncates":  # keeps only the end of a text that is too long
             return super().score([_last(r, PROMPT + COMPLETION - 4) for r in rollouts])
         self.states.model.train(self.fault == "dropout")
         for module in self.states.model.modules():
@@ -44,13 +44,13 @@ class FaultyTeacher(TeacherActor):
             return [replace(s, hidden=s.hidden[:-1]) for s in scores]
         if self.fault == "not a number":
             return [replace(s, hidden=s.hidden * torch.nan) for s in scores]
-        if self.fault == "forgets one":
+        if self.fault == "skips a rollout":
             return scores[1:]
         return scores
 
 
 def _last(rollout, tokens):
-    """The rollout with a prompt cut from the left to ``tokens`` in all."""
+    """Truncate the prompt from the left so that prompt and completion have at most ``tokens``."""
     cut = max(0, len(rollout.prompt_ids) + len(rollout.completion_ids) - tokens)
     return replace(rollout, prompt_ids=rollout.prompt_ids[cut:])
 
@@ -65,7 +65,8 @@ def config(tiny, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def crew(local_ray, tiny):
-    """One learner, one teacher that can be broken, one engine of the student's weights."""
+    """One learner, one teacher that can be made faulty, and one engine with the student's
+    weights."""
     environment = {"env_vars": PLAN.environment()}
 
     def create(cls, *args):
@@ -90,7 +91,7 @@ def crew(local_ray, tiny):
 
 @pytest.fixture
 def examine(crew, tiny):
-    """Check the crew; ``serves`` names the model that really scores."""
+    """Check the crew. ``serves`` is the model that scores, if it is not the configured one."""
     learner, teacher, engine = crew
 
     def examine(config, fault="", serves=None, roles=("teacher",)):
@@ -120,46 +121,46 @@ def refused(examine, *args, **options):
 
 @pytest.mark.parametrize("scores", ["hidden", "top_k", "logprobs"])
 def test_a_good_teacher_passes(examine, config, scores):
-    """A random one at that, which knows no English: said, and no more."""
+    """The random teacher causes a warning, because its scores are worse than a uniform guess."""
     (warning,) = examine(config(scores=scores))
-    assert "plain English has a mean log-prob of -8" in warning
-    assert "less than a uniform guess has (-5.77)" in warning
+    assert "the mean log-prob of plain English is -8" in warning
+    assert "worse than a uniform guess (-5.77)" in warning
 
 
 def test_a_teacher_that_truncates_prompts(examine, config):
     (message,) = refused(examine, config(), "truncates")
-    assert "do not depend on the prompt's first token" in message
+    assert "scores do not depend on the first token of a prompt" in message
     assert f"data.max_prompt_tokens = {PROMPT}" in message
 
 
 def test_a_teacher_that_is_not_deterministic(examine, config):
     (message,) = refused(examine, config(), "dropout")
-    assert "the same text gets log-probs that differ by" in message
+    assert "repeated scores of the same text differ by" in message
 
 
 @pytest.mark.parametrize("fault", ["drops the last token", "not a number"])
 def test_tokens_without_scores(examine, config, fault):
     (message,) = refused(examine, config(), fault)
-    assert "came back without a log-prob, or with one that is no number" in message
+    assert "some tokens of the probe text have no log-prob, or a non-finite one" in message
 
 
 def test_a_rollout_without_a_score(examine, config):
-    with pytest.raises(ActorError, match="1 rollouts came back without a score"):
-        examine(config(), "forgets one")
+    with pytest.raises(ActorError, match="1 rollouts were returned without a score"):
+        examine(config(), "skips a rollout")
 
 
 def test_another_model_under_the_right_name(examine, config, tmp_path):
-    """The scoring actor has weights that are not those of the checkpoint it is named after."""
+    """The weights of the scoring actor are not those of its checkpoint."""
     from scripts.tiny_models import write_tiny
 
     other = str(write_tiny(tmp_path / "other", layers=4, seed=9))
     (message,) = refused(examine, config(scores="logprobs"), serves=other)
-    assert "from a forward pass of the checkpoint itself" in message
-    assert "(at most 0.001 in float32)" in message
+    assert "from a forward pass of the checkpoint in transformers" in message
+    assert "(limit 0.001 in float32)" in message
 
 
-def test_a_head_that_was_initialised_anew(examine, config, tiny, tmp_path):
-    """Everything agrees on it, so only its ignorance shows."""
+def test_an_untrained_output_head(examine, config, tiny, tmp_path):
+    """All implementations agree on the scores, so only the scores themselves show the fault."""
     from seqkd.models.export import export
     from seqkd.models.loading import load_causal_lm
 
@@ -169,7 +170,7 @@ def test_a_head_that_was_initialised_anew(examine, config, tiny, tmp_path):
     model.lm_head.weight = torch.nn.Parameter(0.02 * torch.randn_like(model.lm_head.weight))
     export(model, None, tmp_path / "new", tiny["teacher"])
     (message,) = refused(examine, config(str(tmp_path / "new"), "logprobs"))
-    assert "as of an untrained model (-ln V = -5.77): its output head is new" in message
+    assert "as of an untrained model (-ln V = -5.77): its output head is untrained" in message
 
 
 def test_engines_that_agree(examine, config, tiny):
@@ -177,23 +178,23 @@ def test_engines_that_agree(examine, config, tiny):
     examine(config(tiny["student"], "logprobs"), roles=roles)
 
 
-def test_another_model_writes_than_scores(examine, config):
+def test_sampling_and_scoring_models_that_differ(examine, config):
     (message,) = refused(examine, config(), roles=("teacher", "teacher_sampler"))
-    assert "the engine with which it writes gives its tokens other log-probs" in message
+    assert "from its sampling engine and from its scorer differ by" in message
 
 
-def test_an_engine_that_has_not_the_students_weights(examine, config, crew, tiny):
+def test_an_engine_without_the_students_weights(examine, config, crew, tiny):
     from actors import weight_sync
     from seqkd.models.loading import load_causal_lm
 
     learner, _, engine = crew
     published = learner.publish()
     model = load_causal_lm(tiny["student"], "float32", "model")
-    with weight_sync.memory_file() as file:  # a little off, published as if they were right
+    with weight_sync.memory_file() as file:  # slightly different weights
         state = {n: p.detach() + 0.01 for n, p in model.named_parameters()}
         changed = weight_sync.publish(state, 0, file, published.node_id)
         wait(engine.load.remote(changed, None))
     (message,) = refused(examine, config(), roles=("rollout",))
-    assert message.startswith("rollout: the engine gives the tokens that it draws other log-probs")
+    assert message.startswith("rollout: the log-probs of sampled tokens from the engine and from")
     wait(engine.load.remote(learner.publish(), None))
     assert examine(config(), roles=("rollout",)) == []

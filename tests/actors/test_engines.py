@@ -1,4 +1,4 @@
-"""The rollout engine against transformers on the same weights, before and after a sync."""
+"""Rollout engine compared with transformers on the same weights, before and after a sync."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def engine(local_ray, tiny):
 
 @pytest.fixture(scope="module")
 def compiled(local_ray, tiny):
-    """As one on a GPU is."""
+    """Compiled engine, as on a GPU."""
     with started(local_ray, tiny, enforce_eager=False) as actor:
         yield actor
 
@@ -50,7 +50,7 @@ def model(tiny):
 
 
 def drawn(model, rollout):
-    """Log-probs of a rollout's tokens by a plain transformers forward pass."""
+    """Return the log-probs of a rollout's tokens from a plain transformers forward pass."""
     ids = torch.tensor([[*rollout.prompt_ids, *rollout.completion_ids]])
     with torch.no_grad():
         logprobs = torch.log_softmax(model(ids).logits[0].double(), -1)
@@ -95,13 +95,13 @@ def test_completions_end_with_end_of_sequence_or_at_the_limit(engine, prompts):
         ) == 12
 
 
-def test_the_same_seed_draws_the_same(engine, prompts):
+def test_the_same_seed_samples_the_same_completions(engine, prompts):
     assert sample(engine, prompts) == sample(engine, prompts)
     assert sample(engine, prompts) != sample(engine, prompts, seed=99)
 
 
-def test_logprobs_are_of_the_distribution_that_drew(engine, model, prompts):
-    """With temperature 0.5 they are those of softmax(2 x logits)."""
+def test_logprobs_are_those_of_the_sampling_distribution(engine, model, prompts):
+    """With temperature 0.5 the distribution is softmax(2 x logits)."""
     (r, *_) = sample(engine, prompts[:1], n=1, temperature=0.5)
     ids = torch.tensor([[*r.prompt_ids, *r.completion_ids]])
     with torch.no_grad():
@@ -112,7 +112,7 @@ def test_logprobs_are_of_the_distribution_that_drew(engine, model, prompts):
 
 
 @pytest.mark.parametrize(("kind", "eager"), [("engine", True), ("compiled", False)])
-def test_an_engine_is_compiled_where_that_is_asked(request, kind, eager):
+def test_an_engine_is_compiled_if_configured(request, kind, eager):
     engine = request.getfixturevalue(kind)
 
     def is_eager(actor):
@@ -121,7 +121,7 @@ def test_an_engine_is_compiled_where_that_is_asked(request, kind, eager):
     assert wait(engine.__ray_call__.remote(is_eager)) is eager
 
 
-def test_an_engine_on_cores_saves_nothing_that_it_cannot_load(compiled):
+def test_an_engine_on_cpu_cores_does_not_compile_ahead_of_time(compiled):
     def ahead_of_time(actor):
         from vllm import envs
 
@@ -132,8 +132,8 @@ def test_an_engine_on_cores_saves_nothing_that_it_cannot_load(compiled):
 
 @pytest.mark.parametrize("kind", ["engine", "compiled"])
 def test_after_a_sync_the_engine_has_the_new_weights(request, kind, model, prompts, tiny):
-    """Every parameter changed, the tied output head included, and nothing cached of the old: the
-    last prompt fills several blocks of the cache."""
+    """All parameters are changed, including the tied output head, and no cached state is reused.
+    The last prompt fills several cache blocks."""
     engine = request.getfixturevalue(kind)
     prompts = [*prompts, Prompt("long", tuple(5 + i % 250 for i in range(400)), "")]
     sample(engine, prompts)
@@ -148,8 +148,8 @@ def test_after_a_sync_the_engine_has_the_new_weights(request, kind, model, promp
     restore(engine, tiny, 2)
 
 
-def test_what_is_not_published_stays_as_it_is(engine, model, prompts, tiny):
-    """As with adapters: the layers of one module, and nothing of the others."""
+def test_unpublished_weights_do_not_change(engine, model, prompts, tiny):
+    """With adapters, only some layers are published."""
     attention = {n: p for n, p in model.named_parameters() if ".self_attn." in n}
     with torch.no_grad():
         for p in attention.values():
@@ -164,8 +164,8 @@ def test_what_is_not_published_stays_as_it_is(engine, model, prompts, tiny):
 
 
 @pytest.mark.parametrize("kind", ["engine", "compiled"])
-def test_the_next_weights_are_written_over_those_taken_in(request, kind, model, prompts, tiny):
-    """The engine keeps nothing of the file, and takes the next ones from it."""
+def test_new_weights_overwrite_the_loaded_ones(request, kind, model, prompts, tiny):
+    """The engine does not depend on the file after loading, and loads the next weights from it."""
     engine = request.getfixturevalue(kind)
     with weight_sync.memory_file() as file:
         first = publish(model, 7, file)
@@ -223,15 +223,15 @@ def test_scoring_a_fixed_sequence(engine, model):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_published_file_is_read_as_it_was(dtype):
-    """By safetensors itself, in whatever shapes and memory layout the tensors are, and whatever was
-    in the file."""
+def test_a_published_file_is_read_unchanged(dtype):
+    """safetensors reads tensors of any shape and memory layout, from a file that had other
+    content."""
     base = torch.arange(12.0).view(3, 4).to(dtype)
     state = {"b": base.T, "a": base[1], "none": base[:0], "one": base[2, 3]}
     with weight_sync.memory_file() as file:
         weight_sync.publish({"before": torch.zeros(999)}, 0, file, "here")
         version = weight_sync.publish(state, 1, file, "here")
-        found = load_file(version.path)
-    assert found.keys() == state.keys()
+        loaded = load_file(version.path)
+    assert loaded.keys() == state.keys()
     for name, tensor in state.items():
-        assert found[name].dtype == dtype and torch.equal(found[name], tensor), name
+        assert loaded[name].dtype == dtype and torch.equal(loaded[name], tensor), name

@@ -1,4 +1,4 @@
-"""Calls on actors: what is said when one fails, and what is done about it."""
+"""Calls on actors: reports of failures, and recovery from them."""
 
 from __future__ import annotations
 
@@ -25,103 +25,104 @@ from tests.actors.workers import Drawing, Late, Loading, Rank, Scorer, Worker
 
 SOON = RecoveryConfig(restarts=3, backoff_s=0.01, heartbeat_s=10, stall_s=60, grace_s=0.5)
 PATIENT = SOON.model_copy(update={"heartbeat_s": 60})
-"""Where a slow machine must not count as a lost process."""
+"""Long heartbeat timeout, so that a slow machine does not count as a lost process."""
 SOON_STALLED = SOON.model_copy(update={"stall_s": 15})
 
 
 @pytest.fixture
 def pool(local_ray, tmp_path):
-    """Two workers of which those that are lost are replaced; ``pool.said`` is what was said."""
-    file, said = tmp_path / "failures", []
+    """Two workers that are replaced when lost. ``pool.lines`` contains the printed lines."""
+    file, lines = tmp_path / "failures", []
     file.write_text("")
 
     def create(index):
         return remote(Worker).options(num_cpus=0).remote(file)
 
-    pool = Pool("worker", [create(0), create(1)], Control(SOON, said.append), create)
+    pool = Pool("worker", [create(0), create(1)], Control(SOON, lines.append), create)
     pool.each("start")
-    pool.file, pool.said = file, said
+    pool.file, pool.lines = file, lines
     yield pool
     pool.kill()
 
 
 @pytest.mark.parametrize("how", ["die", "fail", "stop"])
-def test_a_lost_call_is_made_again_by_a_new_process(pool, how):
-    """Killed, raising, or stopped so that no heartbeat comes; what the other one answered stays."""
+def test_a_lost_call_is_repeated_by_a_new_process(pool, how):
+    """The process is killed, raises, or is stopped so that its heartbeat fails. The result of the
+    other process is kept."""
     pool.file.write_text("x")
     before = pool.each("pid")
     assert pool.call("once", [(1, how), (2, "")]) == [1, 2]
     after = pool.each("pid")
     assert sum(a != b for a, b in zip(before, after, strict=True)) == 1
-    assert len(pool.said) == 1
+    assert len(pool.lines) == 1
     for pid in set(before) - set(after):
         psutil.wait_procs([psutil.Process(pid)] if psutil.pid_exists(pid) else [], timeout=30)
-        assert not psutil.pid_exists(pid), "the process that hung is left behind"
+        assert not psutil.pid_exists(pid), "the hung process is left behind"
 
 
-def test_a_process_that_hangs_before_it_came_up_gives_its_place_to_the_next(
+def test_a_process_that_hangs_during_startup_releases_its_resources(
     local_ray, tmp_path, monkeypatch
 ):
-    """Ray may not end such a one, here it never does, and there is room for one only."""
+    """Ray may not end such a process (here it never does), and there are resources for only one."""
     from ray.util.placement_group import placement_group, remove_placement_group
 
     place = ActorPlan("teacher", 0, threads=1, gpus=0, share=1, bundle=0)
     group = placement_group([{"CPU": 1}])
-    file, said = tmp_path / "failures", []
+    file, lines = tmp_path / "failures", []
     file.write_text("x")
 
     def create(index):
         return remote(Late).options(**place.options(group)).remote(file)
 
-    made = Pool("teacher", [create(0)], Control(SOON_STALLED, said.append), create)
+    pool = Pool("teacher", [create(0)], Control(SOON_STALLED, lines.append), create)
     with monkeypatch.context() as patch:
         patch.setattr(ray, "kill", lambda actor: None)
-        assert made.each("start") == [None]
-    assert len(said) == 1 and "recovery.stall_s = 15 s" in said[0]
-    made.kill()
+        assert pool.each("start") == [None]
+    assert len(lines) == 1 and "recovery.stall_s = 15 s" in lines[0]
+    pool.kill()
     remove_placement_group(group)
 
 
 def test_only_processes_of_this_job_of_this_ray_are_ended(local_ray):
-    """The jobs of two Rays on one machine have the same numbers."""
+    """The jobs of two Rays on one machine have the same ids."""
 
     def raylet():
         return os.environ["RAY_RAYLET_PID"]
 
-    ours = {
+    own = {
         PROCESS: "teacher 0",
         "RAY_JOB_ID": ray.get_runtime_context().get_job_id(),
         "RAY_RAYLET_PID": ray.get(ray.remote(num_cpus=0)(raylet).remote()),
     }
     others = [{PROCESS: "teacher 1"}, {"RAY_JOB_ID": "02000000"}, {"RAY_RAYLET_PID": "1"}]
-    made = [Popen(["sleep", "600"], env=ours | other) for other in ({}, *others)]
+    processes = [Popen(["sleep", "600"], env=own | other) for other in ({}, *others)]
     try:
         kill_orphans(["teacher 0", "learner 3"])
-        assert made[0].wait(30) == -signal.SIGKILL
-        assert [process.poll() for process in made[1:]] == [None] * 3
+        assert processes[0].wait(30) == -signal.SIGKILL
+        assert [process.poll() for process in processes[1:]] == [None] * 3
     finally:
-        for process in made:
+        for process in processes:
             process.kill()
             process.wait()
 
 
-def test_only_who_is_asked_is_called(pool):
+def test_only_processes_with_arguments_are_called(pool):
     assert pool.call("once", [None, (2, "")]) == [None, 2]
 
 
-def test_a_spent_budget_names_the_first_cause(pool):
+def test_an_exhausted_restart_budget_reports_the_first_cause(pool):
     pool.file.write_text("x" * 9)
     with pytest.raises(ActorError) as caught:
         pool.call("once", [(1, "die"), None])
-    assert str(caught.value).startswith("worker once died: its process was killed")
+    assert str(caught.value).startswith("worker once died: its process crashed or was killed")
     assert "the first of 4 losses" in str(caught.value)
     assert "recovery.restarts is 3" in str(caught.value)
-    pool.control.saved()  # a checkpoint makes the budget whole again
+    pool.control.saved()  # a checkpoint resets the budget
     pool.file.write_text("x" * 2)
     assert pool.call("once", [(1, "die"), None]) == [1, None]
 
 
-def test_what_is_raised_again_by_a_new_process_is_not_tried_a_third_time(pool):
+def test_an_error_that_a_new_process_repeats_is_not_retried_again(pool):
     pool.file.write_text("x" * 9)
     with pytest.raises(ActorError) as caught:
         pool.call("once", [(1, "fail"), None])
@@ -131,22 +132,22 @@ def test_what_is_raised_again_by_a_new_process_is_not_tried_a_third_time(pool):
     assert pool.file.read_text() == "x" * 7
 
 
-def test_what_is_the_users_to_mend_is_said_at_once(pool):
+def test_an_error_for_the_user_is_raised_at_once(pool):
     with pytest.raises(ModelError, match=r"student\.model: is none\."):
         pool.call("refuse", [(), None])
-    assert not pool.said
+    assert not pool.lines
 
 
-def test_a_new_engine_gets_the_weights_that_the_others_have(local_ray, tmp_path):
-    """And a group that forgot its weights is loaded anew, whatever their version."""
+def test_a_new_engine_gets_the_weights_of_the_others(local_ray, tmp_path):
+    """No engine is replaced if the learner is lost as well."""
     file = tmp_path / "failures"
     file.write_text("")
 
     def create(index):
         return remote(Loading).options(num_cpus=0).remote(file)
 
-    said, lost = [], []
-    pool = Pool("rollout", [create(0), create(1)], Control(PATIENT, said.append), create)
+    lines, lost = [], []
+    pool = Pool("rollout", [create(0), create(1)], Control(PATIENT, lines.append), create)
     pool.each("start")
     learner = SimpleNamespace(alive=lambda: lost and lost_learner())
     group = groups.RolloutGroup(pool, 1, learner)
@@ -157,12 +158,12 @@ def test_a_new_engine_gets_the_weights_that_the_others_have(local_ray, tmp_path)
     file.write_text("x")
     assert pool.call("loaded", [(1,), None]) == [7, None]
     assert group.policy_version == 7
-    file.write_text("x")  # an engine and the learner at once: the weights are gone with it
+    file.write_text("x")  # an engine and the learner at once: the published weights are lost
     lost.append(True)
-    assert len(said) == 2
+    assert len(lines) == 2
     with pytest.raises(LearnerLost, match="learner died"):
         pool.call("loaded", [(1,), None])
-    assert len(said) == 2, "a new engine is no help"
+    assert len(lines) == 2, "a new engine would not help"
     group.mark_stale()
     assert group.policy_version is None
     pool.kill()
@@ -174,13 +175,13 @@ def lost_learner():
 
 @pytest.fixture
 def learner(local_ray, monkeypatch):
-    """A learner group of two workers, and what its control said."""
+    """Learner group of two workers."""
     monkeypatch.setattr(groups, "SETTLE_S", 2.0)
 
-    said = []
+    lines = []
     group = groups.LearnerGroup(
         lambda: [remote(Rank).options(num_cpus=0).remote() for _ in range(2)], (), 1, "",
-        Control(SOON, said.append),
+        Control(SOON, lines.append),
     )  # fmt: skip
     group.ready()
     yield group
@@ -192,26 +193,26 @@ def ask(learner, *methods):
     return learner._results("step", refs)
 
 
-def test_a_failure_does_not_wait_for_the_one_that_hangs(learner):
+def test_a_failure_is_raised_without_waiting_for_a_hung_rank(learner):
     with pytest.raises(ModelError, match=r"student\.model: is none\."):
         ask(learner, "hang", "refuse")
 
 
-def test_what_it_published_is_read_while_it_is_at_work(learner, tmp_path):
-    """An engine on another node loads while the next step is taken."""
+def test_published_weights_can_be_read_while_the_learner_is_busy(learner, tmp_path):
+    """An engine on another node loads weights during the next step."""
     (tmp_path / "weights").write_bytes(b"weights")
     learner.ranks[0].hang.remote()
     version = WeightVersion(1, str(tmp_path / "weights"), "here", {})
     assert ray.get(learner.published_bytes(version), timeout=60) == b"weights"
 
 
-def test_a_death_is_named_before_what_the_others_saw_of_it(learner):
+def test_a_death_takes_precedence_over_the_errors_that_it_causes(learner):
     with pytest.raises(LearnerLost, match="learner step died") as caught:
         ask(learner, "fail", "die")
     assert caught.value.gone
 
 
-def test_a_stopped_rank_is_found_by_its_heartbeat(learner):
+def test_a_stopped_rank_is_detected_by_its_heartbeat(learner):
     os.kill(wait(learner.ranks[1].pid.remote()), signal.SIGSTOP)
     with pytest.raises(LearnerLost, match=r"learner step: process 1 has not answered for"):
         ask(learner, "hang", "pid")
@@ -219,9 +220,9 @@ def test_a_stopped_rank_is_found_by_its_heartbeat(learner):
     assert len(set(ask(learner, "pid", "pid"))) == 2
 
 
-def test_a_call_that_never_ends_is_a_hang(learner):
+def test_a_call_that_never_finishes_is_a_hang(learner):
     learner.control.recovery = SOON.model_copy(update={"stall_s": 1.0})
-    with pytest.raises(LearnerLost, match=r"has not ended within recovery\.stall_s = 1 s"):
+    with pytest.raises(LearnerLost, match=r"has not finished within recovery\.stall_s = 1 s"):
         ask(learner, "hang", "pid")
 
 
@@ -231,9 +232,9 @@ def test_a_signal_ends_a_wait_and_a_second_one_the_process(learner):
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(Stopped, match="SIGTERM"):
             ask(learner, "pid", "pid")
-        learner.save("pid")  # a checkpoint is worth waiting for
+        learner.save("pid")  # a checkpoint is not interrupted
         refs = [rank.hang.remote() for rank in learner.ranks]
-        with pytest.raises(Stopped):  # a step for a while
+        with pytest.raises(Stopped):  # a step has a grace period
             learner._results("step", refs, control.check_after_grace)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
@@ -243,15 +244,15 @@ def test_a_signal_ends_a_wait_and_a_second_one_the_process(learner):
 
 @pytest.fixture
 def engines(local_ray, tmp_path):
-    """Two that wait for ``engines.file``; ``engines.said`` is what was said of them."""
-    file, said = tmp_path / "engines", []
+    """Two engines that wait for ``engines.file``. ``engines.lines`` contains the printed lines."""
+    file, lines = tmp_path / "engines", []
 
     def create(index):
         return remote(Drawing).options(num_cpus=0).remote(file)
 
     patient = SOON.model_copy(update={"heartbeat_s": 120, "stall_s": 240})
-    pool = Pool("rollout", [create(0), create(1)], Control(patient, said.append), create)
-    pool.file, pool.said = file, said
+    pool = Pool("rollout", [create(0), create(1)], Control(patient, lines.append), create)
+    pool.file, pool.lines = file, lines
     yield pool
     pool.kill()
 
@@ -260,33 +261,34 @@ EIGHT = [Prompt(str(i), (i,), "") for i in range(8)]
 
 
 def draw(engines, letters):
-    """What was told, and what was given back; the engines wait until twelve are told."""
-    told = []
+    """Return the completions that were reported early, and the result. The engines wait until
+    twelve completions are reported."""
+    early = []
 
     def finished(rollout):
-        told.append(rollout)
-        if len(told) == 12:
+        early.append(rollout)
+        if len(early) == 12:
             written = engines.file.with_suffix(".written")
             written.write_text(letters)
-            written.rename(engines.file)  # it is there with its letters or not at all
+            written.rename(engines.file)  # the file appears with its content
 
     sample = groups.RolloutGroup(engines, 1).sample
-    return told, sample(EIGHT, [2] * 8, seed=0, finished=finished)
+    return early, sample(EIGHT, [2] * 8, seed=0, finished=finished)
 
 
-def test_completions_are_told_while_others_are_drawn(engines):
-    told, drawn = draw(engines, letters="")
-    assert {r.prompt_id for r in told[:12]} == {"2", "3", "4", "5", "6", "7"}
+def test_completions_are_reported_while_others_are_sampled(engines):
+    early, drawn = draw(engines, letters="")
+    assert {r.prompt_id for r in early[:12]} == {"2", "3", "4", "5", "6", "7"}
     assert [r.prompt_id for r in drawn] == [str(i) for i in range(8) for _ in range(2)]
-    assert sorted(told, key=lambda r: r.sample_id) == sorted(drawn, key=lambda r: r.sample_id)
+    assert sorted(early, key=lambda r: r.sample_id) == sorted(drawn, key=lambda r: r.sample_id)
 
 
-def test_what_a_lost_engine_had_told_stays_and_is_told_once(engines):
-    """It may have been scored: what is given back in the end must be the same."""
-    told, drawn = draw(engines, letters="x")
-    assert len(engines.said) == 1, "an engine was lost"
-    assert sorted(told, key=lambda r: r.sample_id) == sorted(drawn, key=lambda r: r.sample_id)
-    assert len({r.source for r in drawn}) == 3, "of two, and the rest of one by its successor"
+def test_completions_of_a_lost_engine_are_kept_and_reported_once(engines):
+    """They may already be scored, so the result must contain the same completions."""
+    early, drawn = draw(engines, letters="x")
+    assert len(engines.lines) == 1, "an engine was lost"
+    assert sorted(early, key=lambda r: r.sample_id) == sorted(drawn, key=lambda r: r.sample_id)
+    assert len({r.source for r in drawn}) == 3, "two engines and the replacement of one"
 
 
 def test_fewer_completions_than_copies_of_a_teacher_are_scored(local_ray):
@@ -296,13 +298,13 @@ def test_fewer_completions_than_copies_of_a_teacher_are_scored(local_ray):
     copies.kill()
 
 
-def test_completions_come_prompt_by_prompt_whatever_engine_drew_them(local_ray):
+def test_completions_are_returned_in_the_order_of_prompts(local_ray):
     engines = [remote(Drawing).options(num_cpus=0).remote() for _ in range(3)]
     prompts = [Prompt(str(i), (i,), "") for i in range(8)]
     samples = [2, 1, 3, 1, 1, 2, 4, 1]
     drawn = groups.RolloutGroup(Pool("rollout", engines), 1).sample(prompts, samples, seed=0)
     expected = [str(i) for i, n in enumerate(samples) for _ in range(n)]
     assert [r.prompt_id for r in drawn] == expected
-    assert len({r.sample_id.split("/")[1] for r in drawn}) == len(prompts), "a seed a prompt"
+    assert len({r.sample_id.split("/")[1] for r in drawn}) == len(prompts), "one seed per prompt"
     for engine in engines:
         local_ray.kill(engine)

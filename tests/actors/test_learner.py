@@ -1,4 +1,5 @@
-"""DeepSpeed ranks against plain torch: the same update for any stage, ranks or micro-batch."""
+"""DeepSpeed ranks compared with plain torch: the same update for all stages, ranks and
+micro-batches."""
 
 from __future__ import annotations
 
@@ -28,13 +29,13 @@ from seqkd.types import Counts, Rollout, TeacherScore
 TERMS = (TermConfig(objective=SequenceReverseKLConfig(normalization="rate")),)
 LR, STEPS = 1e-3, 2
 KEPT = 5
-"""Groups whose processes wait for another test."""
+"""Number of groups that are kept for later tests."""
 
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
-    """With a vocabulary of 2048 the tied head has more weights (131,072) than DeepSpeed's ZeRO 3
-    leaves whole (100,000), so that it really is partitioned."""
+    """Models with a vocabulary of 2048. Their tied head has 131,072 weights, so ZeRO 3 partitions
+    it (DeepSpeed does not partition tensors below 100,000 elements)."""
     from scripts.tiny_models import write_tiny
 
     folder = tmp_path_factory.mktemp("wide")
@@ -50,7 +51,7 @@ def batch(tiny):
 
 
 def scored(models):
-    """Four prompts with two samples each, of different lengths, and the teacher's states."""
+    """Return four prompts with two samples each, of different lengths, and the teacher's states."""
     generator = torch.Generator().manual_seed(0)
     teacher = load_causal_lm(models["teacher"], "float32", "model")
     rollouts, scores = [], {}
@@ -83,7 +84,7 @@ def counts(batch):
 
 
 def start(models, heads=None, environment=None, **options):
-    """A learner group of new processes."""
+    """Return a learner group of new processes."""
     one = {"": (models["teacher"], "float32")}
     config = LearnerConfig(lr=LR, max_grad_norm=1.0, **options)
     plan = ActorPlan("learner", 0, threads=1, gpus=0, share=1, bundle=0)
@@ -102,7 +103,7 @@ def start(models, heads=None, environment=None, **options):
 
 @pytest.fixture
 def new(local_ray):
-    """Starts groups that are killed at the test's end."""
+    """Function that starts groups, which are killed at the end of the test."""
     with ExitStack() as ends:
 
         def started(*arguments, **options):
@@ -115,7 +116,7 @@ def new(local_ray):
 
 @pytest.fixture(scope="module")
 def learners(local_ray, tmp_path_factory):
-    """Groups at their beginning; one that an earlier test has used is put back there."""
+    """Function that returns groups in their initial state. Groups of earlier tests are restored."""
     kept: dict = {}
 
     def learner(models, **options):
@@ -138,7 +139,7 @@ def learners(local_ray, tmp_path_factory):
 
 
 def trained(learner, batch, counts):
-    """Results of STEPS steps, and the published weights."""
+    """Return the results of STEPS steps, and the published weights."""
     results = [learner.step([Part(*batch, counts, TERMS)], LR) for _ in range(STEPS)]
     return results, published(learner)
 
@@ -149,8 +150,8 @@ def reference(batch, tiny):
 
 
 def formula(models, batch):
-    """The same steps in plain torch: full logits, a sequence at a time, the formula as written.
-    Gradient norms, weights, and the smallest gradient that each weight had."""
+    """Take the same steps in plain torch: full logits, one sequence at a time, the formula as
+    written. Returns gradient norms, weights, and the smallest gradient of each weight."""
     rollouts, _ = batch
     model, teacher = (load_causal_lm(models[m], "float32", "model") for m in ("student", "teacher"))
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.0)
@@ -195,15 +196,15 @@ def formula(models, batch):
     ],
     ids=lambda o: "-".join(f"{key}_{value}" for key, value in o.items()),
 )
-def test_the_update_is_that_of_the_formula(learners, tiny, batch, counts, reference, options):
+def test_the_update_follows_the_formula(learners, tiny, batch, counts, reference, options):
     updated_alike(trained(learners(tiny, **options), batch, counts), reference)
 
 
-def updated_alike(ours, reference):
-    """AdamW divides a gradient by its own size, so that an error e in a gradient g leaves one of
-    about lr e / g in the weight. Here e is below 2e-5 of the tensor's largest gradient, and weights
-    of about 1 are rounded to 1e-7 in each step."""
-    (results, state), (norms, expected, smallest) = ours, reference
+def updated_alike(actual, reference):
+    """Compare updates. AdamW divides a gradient by its own size, so an error e in a gradient g
+    causes an error of about lr e / g in the weight. Here e is below 2e-5 of the tensor's largest
+    gradient, and weights of about 1 are rounded to 1e-7 in each step."""
+    (results, state), (norms, expected, smallest) = actual, reference
     assert [r.grad_norm for r in results] == pytest.approx(norms, rel=1e-4)
     assert state.keys() == expected.keys()
     for name, weight in expected.items():
@@ -214,15 +215,16 @@ def updated_alike(ours, reference):
 
 
 def test_a_partitioned_head_gives_the_same_update(learners, wide, counts):
-    """Several micro-batches a rank, the head gathered anew in every forward and backward pass."""
+    """Each rank has several micro-batches, and gathers the head in every forward and backward
+    pass."""
     batch = scored(wide)
     learner = learners(wide, ranks=2, zero_stage=3, micro_batch_tokens=1)
     updated_alike(trained(learner, batch, counts), formula(wide, batch))
 
 
-def test_each_prompt_is_read_by_its_own_teachers_head(learners, new, tiny, batch):
-    """Half of the prompts are the student's own, as a second teacher: it has nothing to learn of
-    itself, and the micro-batches of both ranks are of one teacher each."""
+def test_each_prompt_uses_the_head_of_its_own_teacher(learners, new, tiny, batch):
+    """The student itself is the second teacher of half of the prompts, so their divergence is zero.
+    Each micro-batch contains prompts of only one teacher."""
     rollouts, scores = batch
     itself = load_causal_lm(tiny["student"], "float32", "model")
     mixed = {}
@@ -237,9 +239,9 @@ def test_each_prompt_is_read_by_its_own_teachers_head(learners, new, tiny, batch
     both = new(tiny, heads, ranks=2, micro_batch_tokens=50).measure(rollouts, mixed)
     alone = learners(tiny, ranks=1, zero_stage=0).measure(rollouts, scores)
     for r in rollouts:
-        found, expected = (m[r.sample_id]["forward_kl"] for m in (both, alone))
-        expected = [0.0] * len(found) if r.prompt_id in "02" else expected
-        assert found == pytest.approx(expected, abs=1e-5), r.sample_id
+        actual, expected = (m[r.sample_id]["forward_kl"] for m in (both, alone))
+        expected = [0.0] * len(actual) if r.prompt_id in "02" else expected
+        assert actual == pytest.approx(expected, abs=1e-5), r.sample_id
         assert max(alone[r.sample_id]["forward_kl"]) > 1
 
 
@@ -255,7 +257,7 @@ def test_bfloat16_takes_nearly_the_same_step(learners, tiny, batch, counts, refe
     for name, weight in expected.items():
         assert state[name].dtype == torch.bfloat16
         assert (state[name].float() - weight).abs().max() <= 0.01, name
-    # The bound alone would hold for no update at all: the embedding moved as it should.
+    # The bound alone would also hold without any update, so check the direction of the embedding's.
     name = "model.embed_tokens.weight"
     initial = load_causal_lm(tiny["student"], "float32", "model")
     start = initial.get_parameter(name).detach()
@@ -264,8 +266,8 @@ def test_bfloat16_takes_nearly_the_same_step(learners, tiny, batch, counts, refe
 
 
 def test_measuring_takes_no_step(learners, tiny, batch, counts):
-    """Sums agree with those of a step, are by sample, and leave the weights alone. Three prompts on
-    two ranks: one rank gets an empty micro-batch."""
+    """Measured sums are per sample, agree with those of a step, and do not change the weights. With
+    three prompts on two ranks, one rank gets an empty micro-batch."""
     rollouts, scores = batch
     learner = learners(tiny, ranks=2, zero_stage=2, micro_batch_tokens=1)
     odd = [r for r in rollouts if r.prompt_id != "3"]
@@ -289,8 +291,8 @@ def test_measuring_takes_no_step(learners, tiny, batch, counts):
 
 
 def test_terms_of_several_samplers_and_a_mixture(learners, tiny, batch):
-    """0.5 x reverse KL on a weighted mixture + 2 x (sft + GJSD at temperature 2) on other
-    sequences, on two ranks, against plain torch."""
+    """The loss 0.5 x reverse KL on a weighted mixture + 2 x (sft + GJSD at temperature 2) on other
+    sequences, on two ranks, agrees with plain torch."""
     rollouts, scores = batch
     mixed, others = rollouts[:4], [replace(r, source="dataset") for r in rollouts[4:]]
     mixed = [replace(r, source="teacher") if i % 2 else r for i, r in enumerate(mixed)]
@@ -306,13 +308,13 @@ def test_terms_of_several_samplers_and_a_mixture(learners, tiny, batch):
     )
     model, teacher = (load_causal_lm(tiny[m], "float32", "model") for m in ("student", "teacher"))
 
-    def logits(of, r):
+    def logits(network, r):
         span = slice(len(r.prompt_ids) - 1, -1)
-        return of(torch.tensor([[*r.prompt_ids, *r.completion_ids]])).logits[0, span]
+        return network(torch.tensor([[*r.prompt_ids, *r.completion_ids]])).logits[0, span]
 
-    def drawn(of, r):
-        every = torch.log_softmax(logits(of, r), -1)
-        return every[torch.arange(len(every)), list(r.completion_ids)]
+    def drawn(network, r):
+        logprobs = torch.log_softmax(logits(network, r), -1)
+        return logprobs[torch.arange(len(logprobs)), list(r.completion_ids)]
 
     loss = torch.zeros(())
     future = {}
@@ -331,8 +333,8 @@ def test_terms_of_several_samplers_and_a_mixture(learners, tiny, batch):
         loss = loss - 2 * drawn(model, r).sum() / 20
         q, p = (torch.softmax(logits(m, r) / 2, -1) for m in (model, teacher))
         m = 0.3 * p + 0.7 * q
-        of_token = 0.3 * (p * (p / m).log()).sum(-1) + 0.7 * (q * (q / m).log()).sum(-1)
-        loss = loss + 2 * 4 * of_token.sum() / 20
+        per_token = 0.3 * (p * (p / m).log()).sum(-1) + 0.7 * (q * (q / m).log()).sum(-1)
+        loss = loss + 2 * 4 * per_token.sum() / 20
     loss.backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()
 
@@ -353,12 +355,12 @@ def steps(learner, batch, counts, number):
 
 
 def published(learner):
-    """A copy: the next weights are written over these."""
+    """Return a copy of the published weights, because the next weights overwrite them."""
     return load(Path(learner.publish().path).read_bytes())
 
 
 def whole(learner, directory):
-    """The learner's whole state, saved to a new directory: tensors by name."""
+    """Save the learner's full state to a new directory, and return its tensors by name."""
     directory.mkdir()
     learner.save(str(directory))
     state = {}
@@ -386,11 +388,11 @@ def same(state, expected):
     ],
     ids=lambda o: "-".join(map(str, o.values())) if isinstance(o, dict) else o,
 )
-def test_a_restored_run_goes_on_bit_for_bit(
+def test_a_restored_run_continues_bit_for_bit(
     learners, new, request, tmp_path, counts, models, options
 ):
-    """Four steps at once; and two of them in the same processes, put back to the beginning, two
-    more in new ones."""
+    """Four steps in a row equal two steps after a restore in the same processes, plus two steps in
+    new processes."""
     models = request.getfixturevalue(models)
     batch = scored(models)
     beginning, middle = tmp_path / "beginning", tmp_path / "middle"
@@ -417,8 +419,8 @@ def test_a_restored_run_goes_on_bit_for_bit(
 
 
 def test_other_ranks_stages_and_precisions_restore_the_same(learners, wide, tmp_path, counts):
-    """Two ranks of ZeRO 3; one of ZeRO 0; three of ZeRO 3, which do not divide the weights; and
-    bfloat16, with the same master weights."""
+    """A state of two ranks with ZeRO 3 is restored with one rank of ZeRO 0, with three ranks of
+    ZeRO 3 (the weights are not divisible by three), and with bfloat16 (the same master weights)."""
     batch = scored(wide)
     first = learners(wide, ranks=2, zero_stage=3, micro_batch_tokens=1)
     steps(first, batch, counts, 2)
@@ -458,7 +460,7 @@ def test_the_state_of_another_student_is_refused(learners, tiny, wide, tmp_path)
     tensors = load_file(file)
     del tensors["exp_avg/model.norm.weight"]
     save_file(tensors, file, {"optimizer_steps": "0"})
-    with pytest.raises(ModelError, match=r"no exp_avg of model\.norm\.weight"):
+    with pytest.raises(ModelError, match=r"exp_avg of .* model\.norm\.weight is missing"):
         other.restore(str(tmp_path), 1)
     assert learner.policy_version == other.policy_version == 0
     same(published(learner), before)
@@ -476,9 +478,9 @@ def test_the_state_of_another_student_is_refused(learners, tiny, wide, tmp_path)
     ],
     ids=lambda o: "-".join(map(str, o.values())) if isinstance(o, dict) else o,
 )
-def test_a_step_that_is_not_finite_is_skipped(learners, request, tmp_path, counts, models, options):
-    """One of four micro-batches on two ranks has NaN scores: nothing changes on any rank, and the
-    next step is the one that would have been taken without it."""
+def test_a_non_finite_step_is_skipped(learners, request, tmp_path, counts, models, options):
+    """One of four micro-batches on two ranks has NaN scores. The step changes nothing on any rank,
+    and the next step is the same as without it."""
     models = request.getfixturevalue(models)
     rollouts, scores = scored(models)
     bad = {
@@ -506,8 +508,8 @@ def test_a_step_that_is_not_finite_is_skipped(learners, request, tmp_path, count
     same(published(learner), expected)
 
 
-def test_a_loss_that_is_not_finite_though_its_gradient_is(learners, tiny, batch, counts):
-    """A teacher that leaves nothing to the tail: 0 x log 0 in the loss, a gradient without it."""
+def test_a_non_finite_loss_with_a_finite_gradient(learners, tiny, batch, counts):
+    """A teacher with a tail of zero gives 0 x log 0 in the loss, but not in the gradient."""
     rollouts, _ = batch
     scores = {
         r.sample_id: TeacherScore(
@@ -528,9 +530,9 @@ def test_a_loss_that_is_not_finite_though_its_gradient_is(learners, tiny, batch,
     same(published(learner), before)
 
 
-def test_what_was_trained_and_how_far_from_its_sampler(learners, tiny, batch, counts):
-    """Three prompts on two ranks, so that one rank gets a micro-batch that only fills; of two
-    prompts the teacher wrote one completion."""
+def test_trained_samples_and_their_divergence_from_the_sampler(learners, tiny, batch, counts):
+    """With three prompts on two ranks, one rank gets a filler micro-batch. Two of the prompts have
+    one completion from the teacher."""
     rollouts, scores = batch
     generator = torch.Generator().manual_seed(1)
     drawn = []
@@ -556,11 +558,11 @@ def test_what_was_trained_and_how_far_from_its_sampler(learners, tiny, batch, co
         ratios.append(math.exp(total))
 
     learner = learners(tiny, ranks=2, zero_stage=2, micro_batch_tokens=1)
-    given = [replace(r, rollout_logprobs=None, source="dataset") for r in rollouts[6:]]
-    parts = [Part(drawn, scores, counts, TERMS), Part(given, scores, counts, TERMS)]
+    references = [replace(r, rollout_logprobs=None, source="dataset") for r in rollouts[6:]]
+    parts = [Part(drawn, scores, counts, TERMS), Part(references, scores, counts, TERMS)]
     first, second = learner.step(parts, LR).parts
     assert sorted(first.trained) == sorted(r.sample_id for r in drawn)
-    assert sorted(second.trained) == sorted(r.sample_id for r in given)
+    assert sorted(second.trained) == sorted(r.sample_id for r in references)
     assert first.sums["ratio_tokens"] == tokens
     assert first.sums["ratio_sequences"] == len(ratios) == 4
     assert first.sums["k1"] == pytest.approx(k1, rel=1e-4)
@@ -570,8 +572,8 @@ def test_what_was_trained_and_how_far_from_its_sampler(learners, tiny, batch, co
     assert not {"k1", "k3", "ratio", "ratio_tokens"} & second.sums.keys()
 
 
-def test_nothing_is_compiled_so_that_no_lock_is_waited_for(new, tiny, tmp_path):
-    """torch keeps a lock while it compiles, which stays where its process is killed."""
+def test_no_operator_is_compiled_and_no_stale_lock_is_waited_for(new, tiny, tmp_path):
+    """torch creates a lock file while it compiles, which remains if its process is killed."""
     lock = tmp_path / "deepspeed_shm_comm" / "lock"
     lock.parent.mkdir()
     lock.touch()
@@ -579,7 +581,7 @@ def test_nothing_is_compiled_so_that_no_lock_is_waited_for(new, tiny, tmp_path):
     assert [file for file in tmp_path.rglob("*") if file.is_file()] == [lock]
 
 
-def test_on_cores_it_takes_onednns_products_where_they_are_faster(learners, local_ray, tiny):
+def test_a_learner_on_cpu_cores_uses_onednn_if_faster(learners, local_ray, tiny):
     def asked(rank):
         from actors.cpu_matmul import use_onednn
 
@@ -588,14 +590,14 @@ def test_on_cores_it_takes_onednns_products_where_they_are_faster(learners, loca
     assert local_ray.get(learners(tiny).ranks[0].__ray_call__.remote(asked)) == 1
 
 
-def test_published_weights_end_with_the_learner_that_is_killed(new, local_ray, tiny):
+def test_published_weights_are_freed_when_the_learner_is_killed(new, local_ray, tiny):
     learner = new(tiny)
     learner.publish()
     path = Path(learner.publish().path)
     kept = [
         str(f.readlink()) for f in path.parent.iterdir() if "seqkd-weights" in str(f.readlink())
     ]
-    assert len(kept) == 1, "the version before is let go"
+    assert len(kept) == 1, "the previous version is freed"
     process = psutil.Process(int(path.parent.parent.name))
     local_ray.kill(learner.ranks[0])
     process.wait(timeout=60)

@@ -1,4 +1,4 @@
-"""DeepSpeed ranks that train adapters, against plain torch; their state, sync and export."""
+"""DeepSpeed ranks that train adapters: comparison with plain torch, state, sync and export."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def counts():
 
 @pytest.fixture(scope="module")
 def start(local_ray):
-    """Start a learner; all are killed at the end of the module's tests."""
+    """Function that starts a learner. All learners are killed after the tests of this module."""
     started: list = []
 
     def start(models, lora=LORA, seed=SEED, **options):
@@ -87,13 +87,13 @@ def start(local_ray):
 
 @pytest.fixture(scope="module")
 def one(start, tiny, tmp_path_factory):
-    """One rank of ZeRO 0, and where its state before the first step is."""
+    """One rank of ZeRO 0, and the directory of its initial state."""
     return saved_at_first(start(tiny, **OPTIONS[1]), tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
 def two(start, wide, tmp_path_factory):
-    """Two ranks of ZeRO 3."""
+    """Two ranks of ZeRO 3, and the directory of their initial state."""
     return saved_at_first(start(wide, **OPTIONS[2]), tmp_path_factory)
 
 
@@ -105,7 +105,7 @@ def saved_at_first(learner, tmp_path_factory):
 
 @pytest.fixture(params=["one", "two"])
 def begun(request, tiny, wide):
-    """A learner at its beginning, and its models."""
+    """Learner in its initial state, and its models."""
     learner, directory = request.getfixturevalue(request.param)
     learner.restore(str(directory), 0)
     return learner, {"one": tiny, "two": wide}[request.param]
@@ -117,13 +117,13 @@ def steps(learner, models, counts, number=STEPS):
 
 
 def weights(learner):
-    """Every parameter, by name, as the first rank has gathered it."""
+    """Return all parameters by name, gathered by the first rank."""
     first, *_ = [wait(ref) for ref in [rank.weights.remote() for rank in learner.ranks]]
     return first
 
 
 def published(learner):
-    """A copy: the next weights are written over these."""
+    """Return a copy of the published weights, because the next weights overwrite them."""
     return load(Path(learner.publish().path).read_bytes())
 
 
@@ -149,7 +149,8 @@ class Low(nn.Module):
 
 
 def defined(models, first):
-    """The student with its q, v and down matrices adapted, A as in the weights ``first``."""
+    """Return the student with adapters on its q, v and down matrices. A is taken from the weights
+    ``first``."""
     model = load_causal_lm(models["student"], "float32", "model")
     model.requires_grad_(False)
     low = {}
@@ -164,7 +165,7 @@ def defined(models, first):
 
 
 def formula(models, first, counts):
-    """The steps in plain torch: norms, and A and B after them."""
+    """Take the steps in plain torch. Returns gradient norms, and layers with the final A and B."""
     rollouts, _ = scored(models)
     teacher = load_causal_lm(models["teacher"], "float32", "model")
     model, low = defined(models, first)
@@ -197,7 +198,7 @@ def formula(models, first, counts):
     return norms, low
 
 
-def test_the_update_is_that_of_the_definition_and_the_base_stays(begun, counts):
+def test_the_update_follows_the_definition_and_the_base_does_not_change(begun, counts):
     learner, models = begun
     first = weights(learner)
     results = steps(learner, models, counts)
@@ -206,16 +207,16 @@ def test_the_update_is_that_of_the_definition_and_the_base_stays(begun, counts):
     now = weights(learner)
     for where, layer in low.items():
         for kind, expected in (("A", layer.a), ("B", layer.b)):
-            # As in tests/actors/test_learner.py: where a gradient is all but 0, rounding shows, how
-            # much differs by processor; of a step, which is LR, a twentieth.
+            # As in tests/actors/test_learner.py, rounding matters where a gradient is almost 0, by
+            # an amount that depends on the processor. The limit is a twentieth of a step (LR).
             difference = (now[f"{where}.lora_{kind}.default.weight"] - expected).abs()
             assert difference.max() <= LR / 20, (where, kind)
-            # One element in a thousand; A has 256.
+            # At most one element in a thousand, but at least one (A has 256 elements).
             assert (difference > 1e-5).sum() <= max(1, 1e-3 * len(difference.flatten())), (
                 where,
                 kind,
             )
-        assert (layer.b.abs() > LR / 2).any(), "the definition has moved"
+        assert (layer.b.abs() > LR / 2).any(), "training has changed B"
     base = load_causal_lm(models["student"], "float32", "model")
     kept = {n.replace(".base_layer", ""): w for n, w in now.items() if ".lora_" not in n}
     same(kept, {name: p.detach() for name, p in base.named_parameters()})
@@ -227,8 +228,8 @@ def test_the_update_is_that_of_the_definition_and_the_base_stays(begun, counts):
     same(merged, {name: kept[name] for name in merged})
 
 
-def test_what_is_published_at_first_is_the_model(begun):
-    """Attention and MLP have adapters, embedding and norms have not and stay where they are."""
+def test_the_initial_published_weights_are_those_of_the_model(begun):
+    """Only attention and MLP have adapters, so embedding and norms are not published."""
     learner, models = begun
     base = load_causal_lm(models["student"], "float32", "model")
     layers = {
@@ -238,8 +239,8 @@ def test_what_is_published_at_first_is_the_model(begun):
     same(published(learner), layers)
 
 
-def test_every_rank_and_every_start_begins_alike(begun, tiny):
-    """As does a model on which nothing but the seed is the same."""
+def test_the_seed_determines_the_initial_adapters(begun, tiny):
+    """All ranks and all starts have the same initial adapters as a model without DeepSpeed."""
     learner, models = begun
     begins = weights(learner)
     model = load_causal_lm(models["student"], "float32", "model")
@@ -251,10 +252,11 @@ def test_every_rank_and_every_start_begins_alike(begun, tiny):
 # --- state
 
 
-def test_a_state_holds_the_adapters_alone_and_leads_to_the_same_next_step(
+def test_a_state_contains_only_adapters_and_leads_to_the_same_next_step(
     begun, start, counts, tmp_path
 ):
-    """In the same processes and in new ones, whose adapters begin otherwise."""
+    """The state is restored in the same processes, and in new processes with other initial
+    adapters."""
     learner, models = begun
     steps(learner, models, counts)
     learner.save(str(tmp_path))
@@ -282,7 +284,7 @@ def test_a_state_holds_the_adapters_alone_and_leads_to_the_same_next_step(
 
 @pytest.fixture(scope="module")
 def low(start, tiny):
-    """Of the same adapters, in bfloat16 and another stage."""
+    """Learner with the same adapters in bfloat16 and with another stage."""
     return start(tiny, ranks=2, zero_stage=2, precision="bfloat16", micro_batch_tokens=50)
 
 
@@ -293,8 +295,8 @@ def test_another_precision_and_stage_restore_the_same(one, low, tiny, counts, tm
     learner.save(str(tmp_path))
     expected = weights(learner)
     low.restore(str(tmp_path), STEPS)
-    found = weights(low)
-    same(found, {name: weight.bfloat16() for name, weight in expected.items()})
+    restored = weights(low)
+    same(restored, {name: weight.bfloat16() for name, weight in expected.items()})
     (tmp_path / "again").mkdir()
     low.save(str(tmp_path / "again"))
     masters = {}
@@ -304,7 +306,7 @@ def test_another_precision_and_stage_restore_the_same(one, low, tiny, counts, tm
     same(masters, load_file(file))
 
 
-def test_bfloat16_learns_and_publishes_what_it_merged_in_float32(low, tiny, counts):
+def test_bfloat16_trains_and_publishes_weights_merged_in_float32(low, tiny, counts):
     before = weights(low)
     results = steps(low, tiny, counts)
     assert all(math.isfinite(r.loss) and r.grad_norm > 0 and not r.skipped for r in results)
@@ -339,20 +341,20 @@ def test_the_state_of_other_adapters_is_refused(one, tiny, tmp_path, field, then
     with pytest.raises(ModelError) as caught:
         learner.restore(str(tmp_path), 1)
     assert str(caught.value) == (
-        f"{changed}: was saved with student.lora.{field}: {then}, where the student has {now}. "
+        f"{changed}: was saved with student.lora.{field}: {then}, but the student has {now}. "
         "Resume with the student and the checkpoint of the same run."
     )
     same(published(learner), before)
     assert learner.policy_version == 0
 
 
-def test_neither_has_a_student_without_adapters_that_of_one_with(one, start, tiny, tmp_path):
+def test_states_with_and_without_adapters_are_not_interchangeable(one, start, tiny, tmp_path):
     learner, directory = one
     whole = start(tiny, lora=None, ranks=1, zero_stage=0)
     whole.save(str(tmp_path))
     for restored, state, message in (
-        (whole, directory, r"student\.lora\.alpha: 12, where the student has \(none\)"),
-        (learner, tmp_path, r"student\.lora\.alpha: \(none\), where the student has 12"),
+        (whole, directory, r"student\.lora\.alpha: 12, but the student has \(none\)"),
+        (learner, tmp_path, r"student\.lora\.alpha: \(none\), but the student has 12"),
     ):
         with pytest.raises(ModelError, match=message):
             restored.restore(str(state), 1)
@@ -369,7 +371,7 @@ def test_adapters_of_another_model_are_refused(one, two, tiny, wide):
 
 
 def test_the_exported_student_and_its_adapter(begun, counts, tmp_path):
-    """The whole model needs no peft; the adapter alone gives the same on its model."""
+    """The merged model needs no peft. The adapter on its base model gives the same outputs."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -396,7 +398,7 @@ def test_the_exported_student_and_its_adapter(begun, counts, tmp_path):
 
 
 def defined_now(models, state):
-    """The definition with A and B of ``state``."""
+    """Return the student with adapters A and B of ``state``."""
     model, low = defined(models, state)
     with torch.no_grad():
         for where, layer in low.items():
@@ -406,7 +408,7 @@ def defined_now(models, state):
 
 @pytest.fixture(scope="module")
 def exported(one, tiny, counts, tmp_path_factory):
-    """The student after three steps."""
+    """Student after three steps."""
     learner, first = one
     learner.restore(str(first), 0)
     steps(learner, tiny, counts, 3)
@@ -417,7 +419,7 @@ def exported(one, tiny, counts, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def engine(local_ray, exported):
-    """Of the exported student, whose adapted layers are not the model's."""
+    """Engine of the exported student, whose adapted layers differ from the initial model's."""
     environment = {"env_vars": PLAN.environment()}
     actor = remote(RolloutActor).options(runtime_env=environment).remote((0,), "student")
     wait(actor.start.remote(str(exported), EngineConfig(kv_cache_gib=0.1), 512))
@@ -437,11 +439,12 @@ def test_an_engine_loads_the_exported_student(engine, exported):
     assert (scores(engine) - expected).abs().max() <= 1e-3
 
 
-def test_an_engine_gives_what_the_learner_does(one, engine, tiny, counts, prompts):
-    """Merged there, unmerged here: before the first step and after ten."""
+def test_engine_and_learner_agree(one, engine, tiny, counts, prompts):
+    """The engine has merged weights and the learner adapters. They agree before the first step and
+    after ten steps."""
     learner, first = one
     learner.restore(str(first), 0)
-    known = {}
+    logprobs = {}
     for number in (0, 10):
         steps(learner, tiny, counts, number)
         wait(engine.load.remote(learner.publish(), None))
@@ -449,7 +452,7 @@ def test_an_engine_gives_what_the_learner_does(one, engine, tiny, counts, prompt
         assert rollouts[0].policy_version == number
         measured = learner.measure(rollouts, {})
         for r in rollouts:
-            ours = measured[r.sample_id]["student_logprob"]
-            assert list(r.rollout_logprobs) == pytest.approx(ours, abs=1e-3)
-        known[number] = scores(engine)
-    assert (known[0] - known[10]).abs().mean() > 0.05, "ten steps of the adapters change it"
+            expected = measured[r.sample_id]["student_logprob"]
+            assert list(r.rollout_logprobs) == pytest.approx(expected, abs=1e-3)
+        logprobs[number] = scores(engine)
+    assert (logprobs[0] - logprobs[10]).abs().mean() > 0.05, "ten steps change the log-probs"

@@ -1,4 +1,4 @@
-"""Both teacher kinds against a plain transformers forward pass, and against each other."""
+"""Both kinds of local teachers, compared with a plain transformers forward pass."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ KINDS = {"vllm": VllmTeacherConfig, "hf": HfTeacherConfig}
 @pytest.fixture(scope="module")
 def rollouts():
     torch.manual_seed(0)
-    made = []
+    rollouts = []
     for i, (prompt, completion) in enumerate([(3, 5), (20, 1), (1, 12), (7, 7)]):
         ids = torch.randint(5, 260, (prompt + completion,)).tolist()
-        made.append(
+        rollouts.append(
             Rollout(
                 str(i),
                 f"{i}/0/0",
@@ -38,7 +38,7 @@ def rollouts():
                 "length",
             )
         )
-    return made
+    return rollouts
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +61,8 @@ def start(local_ray, tiny):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_whole_distribution(start, tiny, rollouts, kind):
-    """Hidden states and head give the log-probs of a plain forward pass at every state."""
+def test_the_full_distribution(start, tiny, rollouts, kind):
+    """Hidden states and head give the same log-probs as a plain forward pass at all positions."""
     scores = TeacherGroup(start(kind, "hidden")).score(rollouts)
     model = load_causal_lm(tiny["teacher"], "float32", "model")
     head = head_of(model)
@@ -70,45 +70,47 @@ def test_the_whole_distribution(start, tiny, rollouts, kind):
         ids = torch.tensor([[*r.prompt_ids, *r.completion_ids]])
         with torch.no_grad():
             expected = torch.log_softmax(model(ids).logits[0], -1)[len(r.prompt_ids) - 1 : -1]
-            found = torch.log_softmax(head.finish(head.raw(scores[r.sample_id].hidden)), -1)
-        assert (found - expected).abs().max() <= 1e-4
+            actual = torch.log_softmax(head.finish(head.raw(scores[r.sample_id].hidden)), -1)
+        assert (actual - expected).abs().max() <= 1e-4
 
 
 def test_sampled_tokens_only(start, tiny, rollouts):
     model = load_causal_lm(tiny["teacher"], "float32", "model")
-    found = {kind: TeacherGroup(start(kind, "logprobs")).score(rollouts) for kind in KINDS}
+    scores = {kind: TeacherGroup(start(kind, "logprobs")).score(rollouts) for kind in KINDS}
     for r in rollouts:
         ids = torch.tensor([[*r.prompt_ids, *r.completion_ids]])
         with torch.no_grad():
-            every = torch.log_softmax(model(ids).logits[0, :, :300], -1)
+            logprobs = torch.log_softmax(model(ids).logits[0, :, :300], -1)
         first = len(r.prompt_ids) - 1
-        expected = torch.stack([every[first + t, v] for t, v in enumerate(r.completion_ids)])
+        expected = torch.stack([logprobs[first + t, v] for t, v in enumerate(r.completion_ids)])
         for kind in KINDS:
-            assert found[kind][r.sample_id].hidden is None
-            assert (found[kind][r.sample_id].logprobs - expected).abs().max() <= 1e-4
+            assert scores[kind][r.sample_id].hidden is None
+            assert (scores[kind][r.sample_id].logprobs - expected).abs().max() <= 1e-4
 
 
 def test_the_most_probable_tokens_and_the_rest(start, tiny, rollouts):
     model = load_causal_lm(tiny["teacher"], "float32", "model")
-    found = TeacherGroup(start("hf", "top_k")).score(rollouts)
+    scores = TeacherGroup(start("hf", "top_k")).score(rollouts)
     for r in rollouts:
         ids = torch.tensor([[*r.prompt_ids, *r.completion_ids]])
         with torch.no_grad():
-            every = torch.log_softmax(model(ids).logits[0, :, :300], -1)[len(r.prompt_ids) - 1 : -1]
-        score = found[r.sample_id]
-        assert torch.equal(score.top_ids.long(), every.topk(64).indices)
-        assert (score.top_logprobs[:, :64] - every.topk(64).values).abs().max() <= 1e-4
-        assert torch.allclose(score.top_logprobs.exp().sum(-1), torch.ones(len(every)), atol=1e-5)
-        drawn = every.gather(-1, torch.tensor(r.completion_ids)[:, None]).squeeze(-1)
+            logprobs = torch.log_softmax(model(ids).logits[0, :, :300], -1)
+        logprobs = logprobs[len(r.prompt_ids) - 1 : -1]
+        score = scores[r.sample_id]
+        assert torch.equal(score.top_ids.long(), logprobs.topk(64).indices)
+        assert (score.top_logprobs[:, :64] - logprobs.topk(64).values).abs().max() <= 1e-4
+        total = score.top_logprobs.exp().sum(-1)
+        assert torch.allclose(total, torch.ones(len(logprobs)), atol=1e-5)
+        drawn = logprobs.gather(-1, torch.tensor(r.completion_ids)[:, None]).squeeze(-1)
         assert (score.logprobs - drawn).abs().max() <= 1e-4
 
 
-def test_a_failure_shows_its_first_cause(local_ray, rollouts):
+def test_a_failure_reports_its_first_cause(local_ray, rollouts):
     actor = remote(TeacherActor).remote()
     with pytest.raises(ActorError, match=r"teacher start failed: \w+: .*nowhere"):
         Pool("teacher", [actor]).each("start", HfTeacherConfig(model="/nowhere"), 64, 320)
     local_ray.kill(actor)
-    with pytest.raises(RayActorError):  # it ends a moment later
+    with pytest.raises(RayActorError):  # the actor ends a moment later
         while True:
             local_ray.get(is_alive(actor))
     with pytest.raises(ActorError, match="teacher scoring died"):

@@ -1,5 +1,5 @@
-"""Actors that fail in the ways in which actors do. Apart from the tests, so that a process has next
-to nothing to import before it starts."""
+"""Actors with injected failures. They are in a separate module so that their processes start with
+few imports."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from seqkd.errors import ModelError
 
 
 def take(file):
-    """Whether there is a letter in ``file``, which has one less then; several processes may ask at
-    once."""
+    """Remove a letter from ``file``, and return True if there was one. Several processes may call
+    this at the same time."""
     with file.open("r+") as letters:
         fcntl.flock(letters, fcntl.LOCK_EX)
         left = letters.read()
@@ -23,7 +23,7 @@ def take(file):
 
 
 class Worker:
-    """One that fails in the ways in which actors do, as long as ``file`` says so."""
+    """Actor that fails as often as ``file`` has letters."""
 
     def __init__(self, file=None):
         self.file, self.started = file, False
@@ -50,7 +50,7 @@ class Worker:
         threading.Event().wait()
 
     def once(self, number, how):
-        """``number``, but for as many calls as ``file`` has letters, each of which fails."""
+        """Return ``number``. As many calls as ``file`` has letters fail instead."""
         if how and take(self.file):
             getattr(self, how)()
         assert self.started
@@ -58,7 +58,7 @@ class Worker:
 
 
 class Late(Worker):
-    """Stopped while it is being made, as often as ``file`` has letters."""
+    """Actor that is stopped in its constructor, as often as ``file`` has letters."""
 
     def __init__(self, file):
         if take(file):
@@ -67,7 +67,7 @@ class Late(Worker):
 
 
 class Rank(Worker):
-    """Of a learner."""
+    """Rank of a learner."""
 
     def rendezvous(self):
         return "127.0.0.1", 1
@@ -83,7 +83,7 @@ class Rank(Worker):
 
 
 class Loading(Worker):
-    """An engine that is given weights, and dies at it if ``file`` says so."""
+    """Engine that loads weights, and dies while loading if ``file`` has a letter."""
 
     version = None
 
@@ -101,7 +101,7 @@ class Loading(Worker):
 
 
 class Scorer:
-    """A teacher that is never asked for nothing."""
+    """Teacher that fails if it is called without rollouts."""
 
     def score(self, rollouts):
         from seqkd.types import TeacherScore
@@ -111,8 +111,8 @@ class Scorer:
 
 
 class Drawing(Worker):
-    """One that answers with the prompt's own id, the last prompt first. Before it tells of the
-    first it waits until ``file`` is there, and dies if that has a letter."""
+    """Engine that answers with the prompt's id, the last prompt first. Before the answer to the
+    first prompt it waits until ``file`` exists, and dies if it has a letter."""
 
     def sample(self, prompts, seeds, samples, max_tokens, temperature, top_p):
         from seqkd.types import Rollout

@@ -1,5 +1,5 @@
-"""Kill, stop and slow the processes of a run while it trains, and compare what it leaves with an
-undisturbed run: python -m tests.chaos.chaos --kills 50 --seed 0"""
+"""Kill, stop and slow the processes of a run while it trains, and compare its output with that of
+an undisturbed run: python -m tests.chaos.chaos --kills 50 --seed 0"""
 
 from __future__ import annotations
 
@@ -40,14 +40,21 @@ FAULTS = (
     ("kill", "driver"),
     ("stop", "driver"),
 )
-"""Kinds of faults and the role that each hits. kill: SIGKILL; hang: SIGSTOP; slow: SIGSTOP for two
-seconds; cut: the TCP connections of the process are destroyed (by `ss -K`, which needs root); stop:
-SIGTERM. A driver that has ended is started again with --resume."""
+"""Kinds of faults, with the affected role.
+
+- kill: SIGKILL
+- hang: SIGSTOP
+- slow: SIGSTOP for two seconds
+- cut: destroys the TCP connections of the process (by `ss -K`, which requires root)
+- stop: SIGTERM
+
+A driver that has ended is started again with --resume.
+"""
 STAGES = (
     "RolloutActor.load", "RolloutActor.sample", "RolloutActor.logprobs", "TeacherActor.score",
     "LearnerRank.measure", "LearnerRank.step", "LearnerRank.publish", "LearnerRank.save",
 )  # fmt: skip
-"""Calls that an actor may be running, as Ray names its process."""
+"""Calls that an actor may be running, as shown in the name of Ray's process."""
 OVERRIDES = (
     "recovery={restarts: 1000, backoff_s: 0.1, heartbeat_s: 8, stall_s: 90}",
     "checkpoints={every_steps: 5, keep_last: 2}",
@@ -58,7 +65,7 @@ PATIENCE_S = 600
 
 
 def main() -> int:
-    """Return 0 if every invariant holds, else 1."""
+    """Return 0 if all invariants hold, else 1."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("config", nargs="?", default=str(ROOT / "configs" / "tiny.yaml"))
     parser.add_argument("overrides", nargs="*", metavar="key=value")
@@ -69,7 +76,7 @@ def main() -> int:
         type=int,
         default=1,
         choices=(1, 2),
-        help="with 2, the second is killed, too",
+        help="number of nodes; with 2, the second node is killed too",
     )
     parser.add_argument(
         "--stages",
@@ -86,13 +93,13 @@ def main() -> int:
     overrides += ["placement=split"] if args.nodes == 2 else []
     command = [sys.executable, "-m", "seqkd", "train", args.config, *overrides, *args.overrides]
 
-    print("the undisturbed run", flush=True)
+    print("undisturbed run", flush=True)
     with cluster(args.nodes) as ray:
         run = Trial(
             [*command, "name=quiet", f"cluster={ray.head.cluster}"], args.directory / "quiet"
         )
         run.finish()
-    print(f"the same with {len(faults)} faults", flush=True)
+    print(f"run with {len(faults)} faults", flush=True)
     begun = time.monotonic()
     with cluster(args.nodes) as ray:
         run = Trial(
@@ -108,14 +115,14 @@ def main() -> int:
 
 @dataclass(frozen=True)
 class Fault:
-    """A fault, the role that it hits, and its time."""
+    """Fault with the affected role and its time."""
 
     step: int
     """Number of steps before it."""
     what: str
     role: str
     stage: str = ""
-    """If set, it waits until an actor runs this call."""
+    """If set, the fault waits until an actor runs this call."""
     delay: float = 0.0
     """Seconds to wait after that."""
 
@@ -124,8 +131,8 @@ class Fault:
 
 
 def schedule(faults: int, seed: int) -> list[Fault]:
-    """Return one fault per step: all kinds about equally often in random order, half of them in a
-    stage and half of them at a random time."""
+    """Return one fault per step. All kinds occur about equally often in random order, half of them
+    in a stage and half of them at a random time."""
     generator = random.Random(seed)
     kinds = [FAULTS[i % len(FAULTS)] for i in range(faults)]
     generator.shuffle(kinds)
@@ -138,7 +145,7 @@ def schedule(faults: int, seed: int) -> list[Fault]:
 
 
 def driver_faults() -> list[Fault]:
-    """Kill the driver after each step, and once in every stage."""
+    """Return faults that kill the driver after each step, and once in every stage."""
     after = [Fault(step, "kill", "driver") for step in range(1, 10)]
     within = [Fault(1 + i, "kill", "driver", stage) for i, stage in enumerate(STAGES)]
     return sorted([*after, *within], key=lambda fault: fault.step)
@@ -154,8 +161,8 @@ class Cluster:
 
 @contextmanager
 def cluster(nodes: int) -> Iterator[Cluster]:
-    """Run a cluster whose head has room for all actors, so that it can replace those of a lost
-    node."""
+    """Run a cluster whose head has enough cores for all actors, so that it can replace the actors
+    of a lost node."""
     with ExitStack() as stack:
         head = stack.enter_context(local_head(ENVIRONMENT, "--num-cpus=4"))
         second = None
@@ -182,13 +189,13 @@ def second_node(head: Head) -> subprocess.Popen[bytes]:
 
 @dataclass
 class Trial:
-    """One run, restarted until it is done."""
+    """Run that is restarted until it is done."""
 
     command: list[str]
     directory: Path
     done: Counter[str] = field(default_factory=Counter)
     seen: set[psutil.Process] = field(default_factory=set)
-    """Every process of the run so far."""
+    """All processes of the run so far."""
 
     def __post_init__(self) -> None:
         self.log = self.directory.with_suffix(".log")
@@ -196,7 +203,7 @@ class Trial:
         self.begin()
 
     def begin(self) -> None:
-        """Start the driver; it continues from the newest checkpoint."""
+        """Start the driver, which continues from the newest checkpoint."""
         self.driver = subprocess.Popen(
             [*self.command, "--resume"], cwd=ROOT, env=ENVIRONMENT, stdout=self.out, stderr=self.out
         )
@@ -208,45 +215,45 @@ class Trial:
         return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
 
     def reach(self, steps: int) -> bool:
-        """Wait for a number of steps; return False if the run ended before."""
+        """Wait for a number of steps. Returns False if the run ended before."""
         last, since = -1, time.monotonic()
         while (running := self.driver.poll() is None) and (now := self.steps()) < steps:
             if now != last:
                 last, since = now, time.monotonic()
             if time.monotonic() - since > PATIENCE_S:
-                sys.exit(f"error: no step within {PATIENCE_S} s; see {self.log}")
+                sys.exit(f"error: no step within {PATIENCE_S} s. See {self.log}.")
             time.sleep(0.02)
         return running
 
     def at(self, stage: str) -> bool:
-        """Wait until an actor runs ``stage``; return False if the run ended before, True also after
-        a minute without."""
+        """Wait until an actor runs ``stage``, for at most a minute. Returns False if the run ended
+        before."""
         looked = time.monotonic()
         until = looked + 60
-        known = [p for role in ROLES for p in self.processes(role)]
-        while stage and time.monotonic() < until and not any(is_actor(p, stage) for p in known):
+        actors = [p for role in ROLES for p in self.processes(role)]
+        while stage and time.monotonic() < until and not any(is_actor(p, stage) for p in actors):
             if self.driver.poll() is not None:
                 return False
             time.sleep(0.001)
             if time.monotonic() - looked > 1:  # some may have been replaced
                 looked = time.monotonic()
-                known = [p for role in ROLES for p in self.processes(role)]
+                actors = [p for role in ROLES for p in self.processes(role)]
         return True
 
     def finish(self) -> None:
-        """Wait for the end of the run; restart a driver that was ended."""
+        """Wait for the end of the run. A driver that a fault ended is restarted."""
         while True:
             self.reach(sys.maxsize)
             if not self.restart():
                 return
 
     def restart(self) -> bool:
-        """Wait for the driver and restart it; return False if the run is done."""
+        """Wait for the driver and restart it. Returns False if the run is done."""
         code = self.driver.wait(PATIENCE_S)
         if code == 0:
             return False
         if code not in (-signal.SIGKILL, 128 + signal.SIGTERM):
-            sys.exit(f"error: the run ended with exit code {code}; see {self.log}")
+            sys.exit(f"error: the run ended with exit code {code}. See {self.log}.")
         self.begin()
         return True
 
@@ -254,16 +261,17 @@ class Trial:
         """Return the living processes of a role."""
         if role == "driver":
             return [psutil.Process(self.driver.pid)]
-        found = [p for p in psutil.Process().children(recursive=True) if is_actor(p, ROLES[role])]
-        self.seen.update(found)
-        return found
+        children = psutil.Process().children(recursive=True)
+        actors = [p for p in children if is_actor(p, ROLES[role])]
+        self.seen.update(actors)
+        return actors
 
 
 def is_actor(process: psutil.Process, name: str) -> bool:
-    """Return whether the process is a Ray actor of the class ``name``."""
+    """Return True if the process is a Ray actor of the class ``name``."""
     try:
         return process.cmdline()[0].startswith(f"ray::{name}")
-    except (psutil.Error, IndexError):  # it ended just now
+    except (psutil.Error, IndexError):  # the process has just ended
         return False
 
 
@@ -280,14 +288,14 @@ def disturb(run: Trial, faults: list[Fault], ray: Cluster, generator: random.Ran
             print("  kill node", flush=True)
         there = strike(run, fault, generator)
         run.done[f"{fault.what} {fault.role}"] += there
-        missed = "" if there else ": not there"
+        missed = "" if there else ": no such process"
         print(f"{number:>4}/{len(faults)} after step {run.steps()}: {fault}{missed}", flush=True)
 
 
 def strike(run: Trial, fault: Fault, generator: random.Random) -> int:
-    """Apply one fault; return 1 if a process of the role was there, else 0."""
+    """Apply one fault. Returns 1 if a process of the role existed, else 0."""
     until = time.monotonic() + 180
-    while not (there := run.processes(fault.role)):  # it may be starting again
+    while not (there := run.processes(fault.role)):  # the process may be restarting
         if time.monotonic() > until or (run.driver.poll() is not None and not run.restart()):
             return 0
         time.sleep(0.1)
@@ -295,7 +303,7 @@ def strike(run: Trial, fault: Fault, generator: random.Random) -> int:
     if fault.what == "cut":
         return cut(victim)
     number = {"kill": signal.SIGKILL, "stop": signal.SIGTERM}.get(fault.what, signal.SIGSTOP)
-    with suppress(psutil.NoSuchProcess):  # it ended just now, or was replaced while it was slow
+    with suppress(psutil.NoSuchProcess):  # the process has ended or was replaced
         victim.send_signal(number)
         if fault.what == "slow":
             time.sleep(2)
@@ -304,7 +312,8 @@ def strike(run: Trial, fault: Fault, generator: random.Random) -> int:
 
 
 def cut(victim: psutil.Process) -> int:
-    """Destroy the TCP connections of a process; return 1 if there were any and it was allowed."""
+    """Destroy the TCP connections of a process. Returns 1 if there were connections and the
+    operation was permitted."""
     destroyed = 0
     for connection in victim.net_connections("tcp"):
         if connection.status == psutil.CONN_ESTABLISHED:
@@ -318,14 +327,14 @@ def cut(victim: psutil.Process) -> int:
 
 
 def kill_node(node: subprocess.Popen[bytes]) -> None:
-    """Kill all processes of a Ray node at once, as when a machine goes down."""
+    """Kill all processes of a Ray node at once, as if a machine failed."""
     children = psutil.Process(node.pid).children(recursive=True)
     for process in [psutil.Process(node.pid), *children]:
         process.kill()
 
 
 def left_behind(run: Trial) -> list[str]:
-    """List the processes and partial files that outlive the run."""
+    """Return the processes and partial files that remain after the run."""
     for role in ROLES:
         run.processes(role)
     _, alive = psutil.wait_procs(list(run.seen), timeout=30)
@@ -334,7 +343,7 @@ def left_behind(run: Trial) -> list[str]:
 
 
 def differences(quiet: Path, chaos: Path) -> list[str]:
-    """What the disturbed run has learnt otherwise than the undisturbed one."""
+    """Return the differences between the outputs of the disturbed and the undisturbed run."""
     rows = [read_rows(run / "metrics.jsonl")[0] for run in (quiet, chaos)]
     problems = []
     if [row["step"] for row in rows[1]] != list(range(len(rows[0]))):
@@ -351,7 +360,7 @@ def differences(quiet: Path, chaos: Path) -> list[str]:
 
 
 def timed(key: str) -> bool:
-    """Return whether a metric depends on the clock."""
+    """Return True if a metric depends on the clock."""
     return key.startswith("time_") or key == "tokens_per_s"
 
 
@@ -363,8 +372,8 @@ def report(run: Trial, seconds: float, problems: list[str]) -> None:
     for problem in problems[:20]:
         print_message("error", problem)
     print(
-        f"{run.done.total()} faults survived in {seconds:.0f} s; prompts lost, trained twice or "
-        f"otherwise: {sum('samples' in p for p in problems)}; problems in all: {len(problems)}"
+        f"{run.done.total()} faults survived in {seconds:.0f} s. Steps with different samples: "
+        f"{sum('samples' in p for p in problems)}, problems in total: {len(problems)}"
     )
 
 

@@ -1,4 +1,4 @@
-"""Real processes of real runs, killed with real signals."""
+"""Real runs whose processes are killed by signals."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ PATIENCE_S = 300
 
 
 def test_a_short_schedule_of_kills_and_hangs(tiny_config, tmp_path):
-    """Every prompt trained once, versions and metrics without gaps, nothing left behind, and the
-    weights of an undisturbed run, to the last bit: tests/chaos/chaos.py checks them."""
+    """tests/chaos/chaos.py checks that each prompt is trained on once, that versions and metrics
+    have no gaps, that no process or partial file remains, and that the weights are bit-identical to
+    those of an undisturbed run."""
     command = [sys.executable, "-m", "tests.chaos.chaos", str(tiny_config), "--kills=5", "--seed=5"]
     done = subprocess.run(
         [*command, "--directory", str(tmp_path / "chaos")],
         cwd=ROOT, capture_output=True, text=True, timeout=3 * PATIENCE_S, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "problems in all: 0" in done.stdout
+    assert "problems in total: 0" in done.stdout
 
 
 def start(tiny_config, directory, *arguments):
-    """The driver with a Ray of its own, as the leader of its process group, as in a terminal."""
+    """Start the driver with its own Ray, as the leader of its process group, as in a terminal."""
     command = [
         *(sys.executable, "-m", "seqkd", "train", str(tiny_config)),
         *(f"runs_dir={directory}", "steps=500"),
@@ -47,7 +48,7 @@ def rows(run):
 
 
 def reach(process, run, steps):
-    """Wait for so many rows; every process that the driver has by then."""
+    """Wait for a number of rows, and return all child processes of the driver."""
     until = time.monotonic() + PATIENCE_S
     while len(rows(run)) < steps:
         assert process.poll() is None, process.stdout.read()
@@ -56,7 +57,7 @@ def reach(process, run, steps):
     return psutil.Process(process.pid).children(recursive=True)
 
 
-def test_a_killed_driver_leaves_nothing_running_and_ctrl_c_saves(tiny_config, tmp_path):
+def test_a_killed_driver_leaves_no_process_and_ctrl_c_saves(tiny_config, tmp_path):
     run = tmp_path / "tiny"
     first = start(tiny_config, tmp_path)
     orphans = reach(first, run, 3)
@@ -80,5 +81,5 @@ def test_a_killed_driver_leaves_nothing_running_and_ctrl_c_saves(tiny_config, tm
     assert steps >= 5
     assert not list(run.rglob("*.partial"))
     assert psutil.wait_procs(others, timeout=60)[1] == []
-    # Ray's own agents notice after a minute or so that their node is gone.
+    # Ray's agents detect the loss of their node after about a minute.
     assert psutil.wait_procs(orphans, timeout=PATIENCE_S)[1] == []

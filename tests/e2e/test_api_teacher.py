@@ -1,5 +1,5 @@
-"""A teacher behind a real server on loopback: its text and its scores learnt by a student, also
-where three in ten requests fail."""
+"""A teacher behind a real server on loopback: training on its text and scores, also if 30 % of the
+requests fail."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.conftest import ROOT
 
 @pytest.fixture(scope="module")
 def server(tiny, tmp_path_factory):
-    """vLLM's own server of the tiny teacher, under the name "black-box"."""
+    """vLLM server of the tiny teacher, under the name "black-box"."""
     from actors.local_cluster import free_ports
 
     (port,) = free_ports(1)
@@ -45,7 +45,7 @@ def server(tiny, tmp_path_factory):
         url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 240
         while not answers(url):
             assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
-            time.sleep(0.5)  # between two looks at the condition awaited
+            time.sleep(0.5)  # polling interval
         yield f"{url}/v1"
         process.terminate()
         process.wait(60)
@@ -59,7 +59,7 @@ def answers(url):
 
 
 class Failing(BaseHTTPRequestHandler):
-    """Passes requests on, but for three in ten, and keeps a log of them: (body, fault or None)."""
+    """Proxy that fails 30 % of the requests, and logs all requests as (body, fault or None)."""
 
     protocol_version = "HTTP/1.1"
     faults = (429, 500, "cut", "malformed")
@@ -111,7 +111,7 @@ def failing(server):
 
 
 def asked(body):
-    """What a request is about: a text to score, or a prompt and a seed to complete it with."""
+    """Return the identity of a request: a text to score, or a prompt to complete and a seed."""
     text = body.get("prompt") or body["messages"][-1]["content"]
     return json.dumps([text, None if body.get("echo") else body["seed"]])
 
@@ -127,12 +127,12 @@ def train(tiny, tmp_path, url, *overrides):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
-def test_a_student_learns_from_a_black_box(server, tiny, tmp_path):
+def test_a_student_trains_on_text_of_a_black_box(server, tiny, tmp_path):
     done = train(tiny, tmp_path, server, "sampler=teacher", "steps=10", "prompts_per_step=8")
     assert done.returncode == 0, done.stdout + done.stderr
     run = tmp_path / "tiny"
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    # 8 held-out prompts were asked once, 8 prompts x 4 samples in each step.
+    # One request for each of 8 held-out prompts, and 8 prompts x 4 samples per step.
     assert [r["teacher_requests"] for r in rows] == [8 + 32 * (i + 1) for i in range(10)]
     assert rows[-1]["teacher_completion_tokens"] > 10 * 32
     figures = json.loads((run / "evaluation.json").read_text())
@@ -148,9 +148,9 @@ REWARD_TO_GO = "objective={kind: sequence_reverse_kl, estimator: reward_to_go, n
 @pytest.mark.parametrize(
     ("overrides", "scored", "written"),
     [
-        # Held-out prompts: the teacher's answer written once, and scored with the student's two
-        # where that makes a divergence. The checks: three scores, and for chat three prompts. The
-        # known text: a score in each of three steps.
+        # Held-out prompts: one teacher answer per prompt, which is scored together with the
+        # student's two answers if that gives a divergence. The checks: three scores, and for chat
+        # three prompts. The probe: one score in each of three steps.
         (["sampler=student", "teacher.scores=logprobs", REWARD_TO_GO], 3 + 48 + 3, 3 + 8),
         (
             ["sampler=mixture", "teacher.scores=top_k", "teacher.api=completions"],
@@ -161,7 +161,7 @@ REWARD_TO_GO = "objective={kind: sequence_reverse_kl, estimator: reward_to_go, n
     ],
 )
 def test_three_in_ten_requests_fail(failing, tiny, tmp_path, overrides, scored, written):
-    """Nothing is lost, nothing is asked for again that was answered, nothing becomes zero."""
+    """No answer is lost, no answered request is repeated, and no score becomes zero."""
     if scored:
         overrides = [*overrides, *SCORING, f"teacher.tokenizer={tiny['teacher']}"]
     url = f"http://127.0.0.1:{failing.server_address[1]}/v1"
@@ -174,9 +174,9 @@ def test_three_in_ten_requests_fail(failing, tiny, tmp_path, overrides, scored, 
     assert faults.keys() == {None, *Failing.faults}
     answered = Counter(asked(body) for body, fault in posts if fault is None)
     scores = Counter(asked(body) for body, fault in posts if fault is None and body.get("echo"))
-    assert set(map(asked, (body for body, _ in posts))) == set(answered), "nothing is lost"
+    assert set(map(asked, (body for body, _ in posts))) == set(answered), "no request is lost"
     assert scores.total() == scored
-    # The checks before the run score one text twice on purpose, each step the known text.
+    # The checks before the run score one text twice on purpose, and each step scores the probe.
     assert Counter(scores.values()) == (Counter({3: 1, 2: 1, 1: scored - 5}) if scored else {})
     texts = answered - scores
     assert set(texts.values()) == {1}
@@ -195,8 +195,8 @@ def test_three_in_ten_requests_fail(failing, tiny, tmp_path, overrides, scored, 
     assert rows[-1]["teacher_requests"] <= answered.total() - checks + unreadable
 
 
-def test_scores_are_those_of_the_same_model_here(server, tiny, prompts):
-    """Of what the endpoint wrote itself by token id, and of what it was told when it wrote it."""
+def test_scores_agree_with_those_of_a_local_model(server, tiny, prompts):
+    """The log-probs that the endpoint returned while sampling agree, too."""
     options = {"model": "black-box", "base_url": server, "api": "completions", "scores": "top_k"}
     endpoint = EndpointTeacherConfig(**options, tokenizer=tiny["teacher"], precision="float32")
     sampler, scorer, local = ApiSampler((0,)), ApiScorer(), TeacherActor()
@@ -207,22 +207,22 @@ def test_scores_are_those_of_the_same_model_here(server, tiny, prompts):
     assert {r.finish_reason for r in rollouts} == {"stop", "length"}
     assert all((r.completion_ids[-1] == 0) == (r.finish_reason == "stop") for r in rollouts)
     largest = 0.0
-    for rollout, ours, theirs in zip(
+    for rollout, remote, reference in zip(
         rollouts, scorer.score(rollouts), local.score(rollouts), strict=True
     ):
         drawn = torch.tensor(rollout.rollout_logprobs)
-        # Of 320 tokens, 319 have a name and the tail is the last one.
-        every = theirs.top_logprobs[:, -1:].expand(-1, 320)
-        every = every.scatter(-1, theirs.top_ids.long(), theirs.top_logprobs[:, :-1])
-        ids, best = ours.top_ids.long(), every.topk(20)
-        rest = every.scatter(-1, best.indices, -torch.inf).logsumexp(-1, keepdim=True)
-        for found, expected in [
-            (drawn, theirs.logprobs),
-            (ours.logprobs, theirs.logprobs),
-            (ours.top_logprobs[:, :-1], every.gather(-1, ids)),  # by id
-            (ours.top_logprobs, torch.cat([best.values, rest], -1)),  # and none is left out
+        # Of 320 tokens, 319 are listed. The tail is the remaining one.
+        logprobs = reference.top_logprobs[:, -1:].expand(-1, 320)
+        logprobs = logprobs.scatter(-1, reference.top_ids.long(), reference.top_logprobs[:, :-1])
+        ids, best = remote.top_ids.long(), logprobs.topk(20)
+        rest = logprobs.scatter(-1, best.indices, -torch.inf).logsumexp(-1, keepdim=True)
+        for actual, expected in [
+            (drawn, reference.logprobs),
+            (remote.logprobs, reference.logprobs),
+            (remote.top_logprobs[:, :-1], logprobs.gather(-1, ids)),  # by id
+            (remote.top_logprobs, torch.cat([best.values, rest], -1)),  # no token is missing
         ]:
-            largest = max(largest, (found - expected).abs().max().item())
+            largest = max(largest, (actual - expected).abs().max().item())
     print(f"largest difference: {largest:.3g} nats")
     assert largest <= 1e-3
 
@@ -242,7 +242,7 @@ def test_scores_are_those_of_the_same_model_here(server, tiny, prompts):
         (["sampler=teacher", "teacher.model=other"], ("'other' is not served", "'black-box'")),
     ],
 )
-def test_what_a_black_box_cannot_do_is_refused(server, tiny, tmp_path, overrides, texts):
+def test_unsupported_options_of_a_black_box_are_refused(server, tiny, tmp_path, overrides, texts):
     done = train(tiny, tmp_path, server, *overrides)
     assert done.returncode == 2, done.stdout + done.stderr
     for text in texts:

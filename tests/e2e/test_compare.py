@@ -1,4 +1,4 @@
-"""A comparison by real runs: stopped in the middle, gone on with, and shown."""
+"""A comparison of real runs that is stopped, resumed and reported."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def rows(directory):
     return file.read_text().splitlines() if file.exists() else []
 
 
-def test_a_comparison_that_is_stopped_goes_on_to_its_tables(tiny_config, tmp_path):
+def test_a_stopped_comparison_is_resumed_and_reported(tiny_config, tmp_path):
     runs = tmp_path / "runs" / "some"
     file = tmp_path / "some.yaml"
-    of = {
+    comparison = {
         "name": "some",
         "config": str(tiny_config),
         "budget": {"kind": "sampled_tokens", "amount": AMOUNT},
@@ -36,7 +36,7 @@ def test_a_comparison_that_is_stopped_goes_on_to_its_tables(tiny_config, tmp_pat
         "methods": {"sequence": [], "teacher": ["sampler=teacher"]},
         "runs_dir": str(tmp_path / "runs"),
     }
-    file.write_text(yaml.safe_dump(of, sort_keys=False))
+    file.write_text(yaml.safe_dump(comparison, sort_keys=False))
     first = subprocess.Popen(
         command(file), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
@@ -46,24 +46,24 @@ def test_a_comparison_that_is_stopped_goes_on_to_its_tables(tiny_config, tmp_pat
         time.sleep(0.1)
     children = psutil.Process(first.pid).children(recursive=True)
     first.send_signal(signal.SIGTERM)
-    said, _ = first.communicate(timeout=180)
-    assert first.returncode == 128 + signal.SIGTERM, said
-    assert "stopped: by SIGTERM; run the same command again to continue" in said
-    assert not [child for child in children if child.is_running()], "a run went on alone"
+    output, _ = first.communicate(timeout=180)
+    assert first.returncode == 128 + signal.SIGTERM, output
+    assert "stopped: by SIGTERM; run the same command again to continue" in output
+    assert not [child for child in children if child.is_running()], "a run is still running"
     before = rows(runs / "sequence-3")
     assert (runs / "sequence-3" / "checkpoints").is_dir()
 
     done = subprocess.run(command(file), cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
     assert rows(runs / "sequence-3")[: len(before)] == before
-    assert "going on after step" in (runs / "sequence-3.log").read_text()
-    found = json.loads((runs / "comparison.json").read_text())
+    assert "resuming after step" in (runs / "sequence-3.log").read_text()
+    result = json.loads((runs / "comparison.json").read_text())
     for method in ("sequence", "teacher"):
-        (run,) = found["runs"][method].values()
+        (run,) = result["runs"][method].values()
         costs = [json.loads(row)["sampled_tokens"] for row in rows(runs / f"{method}-3")]
         assert run["state"] == "finished" and run["steps"] == len(costs)
         assert sum(costs[:-1]) < AMOUNT <= sum(costs) == run["sampled_tokens"]
-    (held_out,) = found["tables"].values()
+    (held_out,) = result["tables"].values()
     assert list(held_out["figures"]) == ["(teacher)", "(before)", "sequence", "teacher"]
     for method, at in (("(before)", "initial"), ("teacher", "main")):
         directory = runs / f"{'teacher' if method == 'teacher' else 'sequence'}-3"
@@ -77,5 +77,5 @@ def test_a_comparison_that_is_stopped_goes_on_to_its_tables(tiny_config, tmp_pat
 
     again = subprocess.run(command(file), cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert again.returncode == 0, again.stderr
-    tables = [said.stdout.partition("mean over seeds")[2] for said in (again, done)]
-    assert tables[0] and tables[0] == tables[1], "nothing is run twice"
+    tables = [p.stdout.partition("mean over seeds")[2] for p in (again, done)]
+    assert tables[0] and tables[0] == tables[1], "no run is repeated"

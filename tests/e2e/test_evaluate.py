@@ -1,4 +1,4 @@
-"""A model evaluated by the real actors, on prompts with several answers."""
+"""Evaluation of a model by real actors, on prompts with several answers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from tests.conftest import ROOT
 
 ROWS = [
-    {"instruction": "Name a colour.", "instances": [{"input": "", "output": "red"}]},
+    {"instruction": "Name a color.", "instances": [{"input": "", "output": "red"}]},
     {"prompt": "Say yes."},
     {
         "instruction": "Name a bird.",
@@ -26,7 +26,7 @@ def evaluate(*arguments):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
 
 
-def test_a_model_beside_its_teacher_and_without(tiny, tiny_config, tmp_path):
+def test_a_model_and_its_teacher(tiny, tiny_config, tmp_path):
     prompts = tmp_path / "set.jsonl"
     rows = [ROWS[0], ROWS[2]]
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -36,15 +36,15 @@ def test_a_model_beside_its_teacher_and_without(tiny, tiny_config, tmp_path):
     assert done.returncode == 2, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout.splitlines()[-1].startswith("error: --bart: '/nowhere'")
-    found = json.loads((out / "evaluation.json").read_text())
-    assert (found["prompts"], found["with_references"], found["samples_per_prompt"]) == (2, 2, 2)
-    figures = found["figures"]
+    result = json.loads((out / "evaluation.json").read_text())
+    assert (result["prompts"], result["with_references"], result["samples_per_prompt"]) == (2, 2, 2)
+    figures = result["figures"]
     assert figures.keys() == {"teacher", "student"}
     assert figures["student"]["reverse_kl_per_token"]["mean"] > 1
     assert figures["student"]["perplexity"]["mean"] > 100
     assert "reverse_kl_per_token" not in figures["teacher"]
-    assert found["curves"]["student"].keys() == {"ends", "exposure_bias", "end_calibration"}
-    states = found["curves"]["student"]["end_calibration"]["states"]
+    assert result["curves"]["student"].keys() == {"ends", "exposure_bias", "end_calibration"}
+    states = result["curves"]["student"]["end_calibration"]["states"]
     rows = [json.loads(line) for line in (out / "generations.jsonl").read_text().splitlines()]
     assert [row["references"] for row in rows] == [["red"], ["owl", "emu"]]
     assert all(len(row["teacher"]) == len(row["student"]) == 2 for row in rows)
@@ -52,8 +52,11 @@ def test_a_model_beside_its_teacher_and_without(tiny, tiny_config, tmp_path):
     assert not (out / "cache").exists()
 
 
-def test_without_answers_or_with_another_tokenizer_the_rest_is_done(tiny, tiny_config, tmp_path):
-    """The teacher cannot be compared with: the text is evaluated, and the reason is said."""
+def test_other_figures_are_computed_without_references_or_with_another_tokenizer(
+    tiny, tiny_config, tmp_path
+):
+    """The teacher cannot be compared with, so only the text is evaluated and the reason is
+    printed."""
     from transformers import AutoTokenizer
 
     other = tmp_path / "other"
@@ -74,10 +77,10 @@ def test_without_answers_or_with_another_tokenizer_the_rest_is_done(tiny, tiny_c
         and "Everything that needs the teacher" in done.stdout
     )
     assert "no prompt has an answer to compare with" in done.stdout
-    found = json.loads((out / "evaluation.json").read_text())
-    assert found["figures"].keys() == {"student"}
-    assert {"length", "ended", "distinct1"} <= found["figures"]["student"].keys()
-    assert not {"rouge1", "reverse_kl_per_token"} & found["figures"]["student"].keys()
+    result = json.loads((out / "evaluation.json").read_text())
+    assert result["figures"].keys() == {"student"}
+    assert {"length", "ended", "distinct1"} <= result["figures"]["student"].keys()
+    assert not {"rouge1", "reverse_kl_per_token"} & result["figures"]["student"].keys()
 
 
 @pytest.mark.parametrize(
@@ -87,7 +90,7 @@ def test_without_answers_or_with_another_tokenizer_the_rest_is_done(tiny, tiny_c
         (["x", "--config", "CONFIG"], "student.model: 'x' cannot be loaded"),
     ],
 )
-def test_what_cannot_be_evaluated(tiny_config, arguments, message):
+def test_models_that_cannot_be_evaluated(tiny_config, arguments, message):
     done = evaluate(*[str(tiny_config) if a == "CONFIG" else a for a in arguments])
     assert done.returncode == 2
     assert message in done.stdout + done.stderr

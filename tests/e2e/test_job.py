@@ -1,4 +1,4 @@
-"""Through a real head and `ray job submit`, as a user would; and what users get wrong there."""
+"""Runs through a real Ray head and `ray job submit`, and common errors of users."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from tests.conftest import ROOT
 
 RAY = str(Path(sys.executable).parent / "ray")
 TIMEOUT = 300
-"""Seconds for one command; only a hang takes so long."""
+"""Seconds for one command. Only a hang takes this long."""
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A home of its own, so that the authentication token is this head's."""
+    """Separate home directory, so that the authentication token belongs to this head."""
     return tmp_path_factory.mktemp("home")
 
 
@@ -36,7 +36,7 @@ def environment(home):
 
 @pytest.fixture(scope="module")
 def head(environment):
-    """`ray start --head`, authentication on, on ports of its own; only it is stopped."""
+    """Ray head with token authentication on its own ports. Other heads are not affected."""
     from actors.local_cluster import local_head
 
     with local_head(environment, "--num-cpus=2") as started:
@@ -62,7 +62,8 @@ def metrics(directory):
 
 
 def test_student_sampled(head, environment, tiny_config, home):
-    """Warm-up on teacher samples, then the student's own; everything that a run leaves behind."""
+    """The run has a warm-up on teacher samples, then uses student samples. Its output files are
+    checked."""
     done = submit(
         head,
         environment,
@@ -73,7 +74,7 @@ def test_student_sampled(head, environment, tiny_config, home):
         "prompts_per_step: 4}",
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    # The job's working directory is a copy that Ray deletes; the run is at home.
+    # The job's working directory is a copy that Ray deletes, so the run is in the home directory.
     run = home / "seqkd" / "runs" / "tiny"
     rows = metrics(run)
     assert [r["step"] for r in rows] == [0, 1, 2, 3, 4]
@@ -110,7 +111,7 @@ def test_teacher_sampled_and_a_used_directory(head, environment, tiny_config, tm
     assert "already contains another run" in again.stdout + again.stderr
 
 
-def test_student_equal_to_teacher_has_nothing_to_learn(
+def test_a_student_equal_to_its_teacher_has_zero_divergence(
     head, environment, tiny_config, tiny, tmp_path
 ):
     done = submit(
@@ -136,10 +137,9 @@ def direct(environment, *arguments, command="train"):
     return run([sys.executable, "-m", "seqkd", command, *map(str, arguments)], environment)
 
 
-def test_scoring_first_and_training_later_is_the_live_run(
-    head, environment, tiny_config, tiny, tmp_path
-):
-    """The same weights after 10 steps, with the teacher's checkpoint gone the second time."""
+def test_two_step_training_equals_the_live_run(head, environment, tiny_config, tiny, tmp_path):
+    """Both give the same weights after 10 steps. The teacher's checkpoint is removed before the
+    second step of two-step training."""
     teacher, common, two_step = two_ways(
         head, tiny_config, tiny, tmp_path, "teacher", "evaluation.prompts=2"
     )
@@ -156,7 +156,7 @@ def test_scoring_first_and_training_later_is_the_live_run(
         for name in ("later", "live")
     )
     assert later["forward_kl_per_token"] == pytest.approx(live["forward_kl_per_token"])
-    assert "reverse_kl_per_token" not in later, "no one can score what the student says now"
+    assert "reverse_kl_per_token" not in later, "there is no teacher to score student samples"
 
 
 PYTHON_API = """
@@ -172,7 +172,7 @@ except seqkd.errors.ConfigError as error:
 
 
 def check_python_api(environment, runs, *arguments):
-    """A run by :func:`seqkd.train` returns what it has written; a used directory is refused."""
+    """Check the result of a run by :func:`seqkd.train`, and that a used directory is refused."""
     done = run([sys.executable, "-c", PYTHON_API, *map(str, arguments)], environment)
     succeeds(done)
     *_, result, error = done.stdout.splitlines()
@@ -191,8 +191,11 @@ def check_python_api(environment, runs, *arguments):
     assert "already contains another run" in error
 
 
-def test_scoring_the_rows_answers_first_in_two_goes(head, environment, tiny_config, tiny, tmp_path):
-    """As above, by the most probable tokens; a cache that lacks some is completed."""
+def test_two_step_training_with_a_cache_filled_in_two_calls(
+    head, environment, tiny_config, tiny, tmp_path
+):
+    """The teacher scores the answers of the data set by top-k. An incomplete cache is refused, and
+    completed by a second precompute."""
     teacher, common, two_step = two_ways(
         head, tiny_config, tiny, tmp_path, "dataset", "evaluation.prompts=0", "top_k, top_k: 32"
     )
@@ -208,7 +211,8 @@ def test_scoring_the_rows_answers_first_in_two_goes(head, environment, tiny_conf
 
 
 def two_ways(head, tiny_config, tiny, tmp_path, records, evaluation, scores="hidden"):
-    """The teacher's own copy; what both runs have in common; the two-step run."""
+    """Return a copy of the teacher, the common arguments of both runs, and the arguments of the
+    two-step run."""
     teacher = shutil.copytree(tiny["teacher"], tmp_path / "the-teacher")
     common = [
         tiny_config,
@@ -235,8 +239,8 @@ def succeeds(done):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_each_row_learns_from_the_teacher_of_its_tag(environment, tiny_config, tiny, tmp_path):
-    """Rows b have the student itself for a teacher, and so add tokens but no divergence."""
+def test_each_row_uses_the_teacher_of_its_tag(environment, tiny_config, tiny, tmp_path):
+    """The teacher of rows b is the student itself, so they add tokens but no divergence."""
     rows = [
         {"prompt": f"say {i}", "reference": "yes" * (i + 1), "topic": "ab"[i % 2]} for i in range(4)
     ]
@@ -256,7 +260,7 @@ def test_each_row_learns_from_the_teacher_of_its_tag(environment, tiny_config, t
     )
     succeeds(done)
     assert len(list((tmp_path / "cache").glob("*/teacher.json"))) == 2
-    (found,) = metrics(tmp_path / "tiny")
+    (metric,) = metrics(tmp_path / "tiny")
     p, q = (load_causal_lm(tiny[name], "float32", "model") for name in ("teacher", "student"))
     tokenizer = load_tokenizer(tiny["student"], "model")
     total, tokens = 0.0, 0
@@ -269,12 +273,12 @@ def test_each_row_learns_from_the_teacher_of_its_tag(environment, tiny_config, t
         tokens += own
         if row["topic"] == "a":
             total += (log_p.exp() * (log_p - log_q)).sum().item()
-    assert found["tokens"] == tokens
-    assert found["forward_kl_per_token"] == pytest.approx(total / tokens, rel=1e-4)
+    assert metric["tokens"] == tokens
+    assert metric["forward_kl_per_token"] == pytest.approx(total / tokens, rel=1e-4)
 
 
 def answers(tmp_path):
-    """Rows with answers, more than ten steps of four take."""
+    """Write more rows with answers than ten steps of four prompts need."""
     file = tmp_path / "answers.jsonl"
     rows = [{"prompt": f"say {i}", "reference": f"{i}!"} for i in range(50)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -288,8 +292,9 @@ def refused(done, *texts):
         assert text in done.stderr, done.stderr
 
 
-def test_a_stopped_job_goes_on_where_it_was(head, environment, tiny_config, tmp_path):
-    """`ray job stop` saves; on two ranks the run goes on, with another seed it does not."""
+def test_a_stopped_job_resumes_where_it_was(head, environment, tiny_config, tmp_path):
+    """`ray job stop` saves a checkpoint. The run can be resumed on two ranks, but not with another
+    seed."""
     run_of, arguments = tmp_path / "tiny", ["evaluation.prompts=0", f"runs_dir={tmp_path}"]
     job = subprocess.Popen(
         [
@@ -318,7 +323,7 @@ def test_a_stopped_job_goes_on_where_it_was(head, environment, tiny_config, tmp_
     done = submit(head, environment, tiny_config, *changed)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "changed: learner.ranks: 1 -> 2" in done.stdout
-    assert f"going on after step {steps}" in done.stdout
+    assert f"resuming after step {steps}" in done.stdout
     assert [row["step"] for row in metrics(run_of)] == list(range(80))
 
 
@@ -346,7 +351,7 @@ def test_no_cluster_at_the_address(head, environment, tiny_config, tmp_path):
     refused(done, "no Ray cluster answers at '127.0.0.1:1'", "ray start --head")
 
 
-def test_dry_run_lists_every_finding_and_starts_nothing(environment, tiny_config, tmp_path):
+def test_a_dry_run_reports_all_findings_and_starts_no_run(environment, tiny_config, tmp_path):
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny" / "metrics.jsonl").write_text("{}\n")
     done = direct(
@@ -374,12 +379,12 @@ def test_dry_run_lists_every_finding_and_starts_nothing(environment, tiny_config
 
 
 def test_a_job_runs_in_the_ray_that_it_was_submitted_to(head, environment):
-    """Ray itself would run it in the one of the machine that was started last."""
+    """By default it would run in the Ray of this machine that was started last."""
     from actors.local_cluster import local_head
 
-    says = [sys.executable, "-c", "import os; print('in', os.environ['RAY_ADDRESS'])"]
+    job = [sys.executable, "-c", "import os; print('in', os.environ['RAY_ADDRESS'])"]
     with local_head(environment, "--num-cpus=1"):
-        done = run([RAY, "job", "submit", "--address", head.jobs, "--", *says], environment)
+        done = run([RAY, "job", "submit", "--address", head.jobs, "--", *job], environment)
     assert done.returncode == 0, done.stdout + done.stderr
-    (said,) = [line for line in done.stdout.splitlines() if line.startswith("in ")]
-    assert said.rpartition(":")[2] == head.cluster.rpartition(":")[2]
+    (printed,) = [line for line in done.stdout.splitlines() if line.startswith("in ")]
+    assert printed.rpartition(":")[2] == head.cluster.rpartition(":")[2]

@@ -1,4 +1,4 @@
-"""The page in a real browser, on a laptop and on a phone, in light and in dark."""
+"""Report pages in a real browser: laptop and phone, light and dark."""
 
 from __future__ import annotations
 
@@ -20,37 +20,37 @@ NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 @pytest.fixture(scope="module")
 def browser():
-    found = next(filter(None, map(shutil.which, NAMES)), None)
-    assert found, (
-        "no browser: none of " + ", ".join(NAMES) + " is on the PATH. Run `make browser`, or "
-        "install Chromium (Debian, Ubuntu: apt-get install chromium)."
+    executable = next(filter(None, map(shutil.which, NAMES)), None)
+    assert executable, (
+        "no browser found: none of " + ", ".join(NAMES) + " is on the PATH. Run `make browser`, "
+        "or install Chromium (Debian, Ubuntu: apt-get install chromium)."
     )
     as_root = ["--no-sandbox"] if os.geteuid() == 0 else []
     with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=found, args=as_root)
+        opened = playwright.chromium.launch(executable_path=executable, args=as_root)
         yield opened
         opened.close()
 
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
-    """The page of one run, that of three, and those of comparisons, by name: one whole, with more
-    methods than colors, and one with runs missing."""
+    """Pages by name: of one run, of three runs, of a complete comparison with more methods than
+    colors, and of a comparison with missing runs."""
     folder = tmp_path_factory.mktemp("runs")
     runs = [
         write_run(folder, name, draw, 0.2 * draw) for draw, name in enumerate(("one", "two", "3"))
     ]
     report.write(runs[:1], folder / "one.html")
     report.write(runs, folder / "three.html")
-    made = {"one": folder / "one.html", "three": folder / "three.html"}
+    files = {"one": folder / "one.html", "three": folder / "three.html"}
     many = METHODS | {f"rkl_discount_{i}": [f"objective.discount=0.{i}"] for i in range(1, 5)}
     absent = [("default", seed) for seed in (0, 1, 2)] + [("sft", 2)]
     for name, methods, missing in (("whole", many, ()), ("partly", METHODS, absent)):
         (folder / name).mkdir()
         result = results.read(*write_comparison(folder / name, methods, missing=missing))
-        made[name] = folder / name / "runs" / "study" / "report.html"
-        comparison_page.write(result, made[name])
-    return made
+        files[name] = folder / name / "runs" / "study" / "report.html"
+        comparison_page.write(result, files[name])
+    return files
 
 
 VISIBLE_PATHS = """() => [...document.querySelectorAll('svg.plot')].map(plot =>
@@ -78,7 +78,7 @@ def scheme(request):
 
 @pytest.fixture
 def opened(browser, pages, size, scheme):
-    """Opens a page by name; what it asked for and what went wrong must stay as expected."""
+    """Function that opens a page by name. After the test, its requests and errors are checked."""
     context = browser.new_context(viewport=size, color_scheme=scheme)
     page = context.new_page()
     requests, wrong = [], []
@@ -101,11 +101,12 @@ def opened(browser, pages, size, scheme):
 
 TITLES = {"one": "one", "three": "3 runs compared", "whole": "study", "partly": "study"}
 PLOTS = {"one": 22 + 4 + 1, "three": 22 + 4 + 3, "whole": 4 * 5, "partly": 4 * 5}
-"""Metrics, divergences by cost and stages of a run; four figures on five axes of a comparison."""
+"""Number of plots. Runs: metrics, divergences by cost, and stages. Comparisons: four figures on
+five axes."""
 
 
 @pytest.mark.parametrize("name", list(TITLES))
-def test_it_is_whole_and_fits(opened, name, size):
+def test_the_page_is_complete_and_fits(opened, name, size):
     page = opened(name)
     assert page.title() == f"{TITLES[name]} · seqkd"
     for details in page.locator("details").all():
@@ -119,7 +120,7 @@ def test_it_is_whole_and_fits(opened, name, size):
         assert box["x"] + box["width"] <= size["width"]
 
 
-def test_it_is_light_or_dark(opened, scheme):
+def test_the_page_follows_the_color_scheme(opened, scheme):
     page = opened("one")
     paper = page.locator("body").evaluate(BACKGROUND)
     ink = page.locator("svg.plot text").first.evaluate("e => getComputedStyle(e).fill")
@@ -150,7 +151,7 @@ def test_a_wide_table_scrolls_in_its_own_box(opened, size):
     assert page.evaluate("window.scrollX") == 0
 
 
-def test_hostile_text_is_text(opened):
+def test_markup_in_text_is_escaped(opened):
     page = opened("one")
     assert page.locator("article script, article img").count() == 0
     assert "<script>document.title" in page.locator("article").nth(1).inner_text()
@@ -172,7 +173,7 @@ MARKS = """row => {
 
 @pytest.mark.parametrize("name", ["whole", "partly"])
 def test_intervals_are_drawn_in_the_row_of_their_method(opened, name):
-    """On an axis that all rows share, in proportion to the numbers."""
+    """All rows share one axis, and marks are in proportion to the numbers."""
     page = opened(name)
     rows = page.locator("#figures-1 h3 + .scroll").first.locator("tbody tr:has(.dot)").all()
     assert len(rows) == {"whole": 8, "partly": 3}[name]
@@ -189,7 +190,7 @@ def test_intervals_are_drawn_in_the_row_of_their_method(opened, name):
             assert marks[place] == pytest.approx(a + scale * (value - shown[0][0]), abs=0.03)
 
 
-def test_what_is_told_apart_is_so_without_color(opened):
+def test_significant_differences_are_visible_without_color(opened):
     page = opened("whole")
     strong = page.locator("#figures-1 table strong").all()
     assert len(strong) > 8
@@ -198,7 +199,7 @@ def test_what_is_told_apart_is_so_without_color(opened):
         assert int(mark.evaluate("e => getComputedStyle(e).fontWeight")) >= 600
 
 
-def test_methods_of_one_color_are_drawn_and_named_apart(opened):
+def test_methods_of_the_same_color_are_distinguishable(opened):
     page = opened("whole")
     swatches = page.locator("header .entries .swatch")
     assert swatches.count() == 8

@@ -121,7 +121,7 @@ def test_a_tag_without_a_teacher_is_rejected(config, tiny, tmp_path):  # noqa: F
         f"teacher={json.dumps({'kind': 'multi', 'teachers': members})}",
         *(f"data.path={file}", "data.tag_key=topic", "evaluation.prompts=0"),
     ]
-    with pytest.raises(ConfigError, match=r"no teacher may have rows with topic 'law'\. Add it"):
+    with pytest.raises(ConfigError, match=r"no teacher accepts rows with topic 'law'\. Add the"):
         check(config(*overrides))
     members["all"] = {"teacher": {"kind": "hf", "model": "/nowhere"}}
     overrides[0] = f"teacher={json.dumps({'kind': 'multi', 'teachers': members})}"

@@ -1,5 +1,5 @@
-"""Products of matrices by oneDNN: those of float64, whatever the operands; and torch's own where
-they are not for it."""
+"""Matrix products by oneDNN for all layouts of the operands, compared with float64. Other products
+stay with torch's own kernels."""
 
 from __future__ import annotations
 
@@ -21,31 +21,29 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def installed(monkeypatch):
-    monkeypatch.setattr(
-        cpu_matmul, "SLICE_ELEMENTS", 50 * COLUMNS
-    )  # the last slice is a shorter one
+    monkeypatch.setattr(cpu_matmul, "SLICE_ELEMENTS", 50 * COLUMNS)  # the last slice is shorter
     library = cpu_matmul.install()
     yield
     library._destroy()
 
 
-def laid_out(rows: int, columns: int, how: str) -> Tensor:
-    """Normal numbers of this shape, which lie in memory as ``how`` says."""
-    made = torch.randn(rows, columns)
-    if how == "columns":
-        return made.t().contiguous().t()
-    if how == "part of rows":
-        return torch.cat([made, made], 1)[:, :columns]
-    if how == "part of columns":
-        return torch.cat([made.t(), made.t()], 1)[:, :rows].t()
-    if how == "scattered":
-        return made.repeat_interleave(2, 0).repeat_interleave(2, 1)[::2, ::2]
-    if how == "one row":
-        return made[:1].expand(rows, columns)
-    if how == "one number":
-        return made[:1, :1].expand(rows, columns)
-    assert how == "rows"
-    return made
+def laid_out(rows: int, columns: int, layout: str) -> Tensor:
+    """Return normal random numbers with the given memory layout."""
+    matrix = torch.randn(rows, columns)
+    if layout == "columns":
+        return matrix.t().contiguous().t()
+    if layout == "part of rows":
+        return torch.cat([matrix, matrix], 1)[:, :columns]
+    if layout == "part of columns":
+        return torch.cat([matrix.t(), matrix.t()], 1)[:, :rows].t()
+    if layout == "scattered":
+        return matrix.repeat_interleave(2, 0).repeat_interleave(2, 1)[::2, ::2]
+    if layout == "one row":
+        return matrix[:1].expand(rows, columns)
+    if layout == "one number":
+        return matrix[:1, :1].expand(rows, columns)
+    assert layout == "rows"
+    return matrix
 
 
 LAYOUTS = (
@@ -54,7 +52,7 @@ LAYOUTS = (
 
 
 def ways(a: Tensor, b: Tensor):
-    """Each way of multiplying, and what it must give, in float64."""
+    """Yield all ways of multiplying, with the expected result in float64."""
     exact = a.double() @ b.double()
     bias, other = torch.randn(COLUMNS), torch.randn(ROWS, COLUMNS)
     yield "mm", lambda: a @ b, exact
@@ -64,7 +62,7 @@ def ways(a: Tensor, b: Tensor):
 
 
 def by_onednn(multiply) -> tuple[Tensor, bool]:
-    """The product, and whether oneDNN made it."""
+    """Return the product, and True if oneDNN computed it."""
     with profile(activities=[ProfilerActivity.CPU]) as watched:
         product = multiply()
     return product, any("_linear_pointwise" in event.key for event in watched.key_averages())
@@ -72,17 +70,17 @@ def by_onednn(multiply) -> tuple[Tensor, bool]:
 
 @pytest.mark.parametrize("right", LAYOUTS)
 @pytest.mark.parametrize("left", LAYOUTS)
-def test_whatever_lies_where_the_product_is_exact(left, right):
+def test_products_are_exact_for_all_layouts(left, right):
     torch.manual_seed(0)
     a, b = laid_out(ROWS, INNER, left), laid_out(INNER, COLUMNS, right)
     for name, multiply, exact in ways(a, b):
-        product, ours = by_onednn(multiply)
-        assert ours, name
+        product, onednn = by_onednn(multiply)
+        assert onednn, name
         error = (product.double() - exact).abs().max()
         assert error <= 1e-6 * exact.abs().max(), name
 
 
-def test_factors_are_torchs_to_multiply():
+def test_products_with_factors_stay_with_torch():
     torch.manual_seed(0)
     a, b, to = torch.randn(ROWS, INNER), torch.randn(INNER, COLUMNS), torch.randn(ROWS, COLUMNS)
     exact = a.double() @ b.double()
@@ -92,12 +90,12 @@ def test_factors_are_torchs_to_multiply():
         (lambda: to.clone().addmm_(a, b, beta=0.5), 0.5 * to + exact),
         (lambda: torch.addmm(to[0], a, b, alpha=3, out=torch.empty_like(to)), to[0] + 3 * exact),
     ):
-        product, ours = by_onednn(multiply)
-        assert not ours
+        product, onednn = by_onednn(multiply)
+        assert not onednn
         torch.testing.assert_close(product.double(), expected, rtol=0, atol=1e-4)
 
 
-def test_other_precisions_and_small_matrices_are_torchs():
+def test_other_precisions_and_small_matrices_stay_with_torch():
     torch.manual_seed(0)
     whole, half = torch.ones(ROWS, INNER), torch.ones(INNER, COLUMNS, dtype=torch.bfloat16)
     for a, b in (
@@ -105,14 +103,14 @@ def test_other_precisions_and_small_matrices_are_torchs():
         (whole.double(), half.double()),
         (whole[:4], half[:, :4]),
     ):
-        product, ours = by_onednn(partial(torch.matmul, a, b.to(a)))
-        assert not ours
+        product, onednn = by_onednn(partial(torch.matmul, a, b.to(a)))
+        assert not onednn
         assert product.dtype == a.dtype
         assert (product == INNER).all()
     assert (torch.ones(0, 4) @ torch.ones(4, 3)).shape == (0, 3)
 
 
-def test_what_does_not_fit_is_refused_as_before():
+def test_shapes_that_do_not_match_are_refused():
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         torch.randn(ROWS, INNER) @ torch.randn(COLUMNS, ROWS)
 
@@ -122,19 +120,18 @@ def test_a_layer_learns_the_same(bias):
     torch.manual_seed(0)
     layer = torch.nn.Linear(INNER, COLUMNS, bias)
     states = torch.randn(4, ROWS, INNER, requires_grad=True)
-    loss, ours = by_onednn(lambda: layer(states).square().sum())
-    assert ours
-    _, ours = by_onednn(loss.backward)
-    assert ours
-    found = [states.grad, *(p.grad for p in layer.parameters())]
+    loss, onednn = by_onednn(lambda: layer(states).square().sum())
+    assert onednn
+    _, onednn = by_onednn(loss.backward)
+    assert onednn
+    gradients = [states.grad, *(p.grad for p in layer.parameters())]
     exactly = torch.nn.Linear(INNER, COLUMNS, bias).double()
     exactly.load_state_dict(layer.state_dict())
     wide = states.detach().double().requires_grad_()
     exactly(wide).square().sum().backward()
-    for ours, theirs in zip(
-        found, [wide.grad, *(p.grad for p in exactly.parameters())], strict=True
-    ):
-        assert (ours.double() - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+    references = [wide.grad, *(p.grad for p in exactly.parameters())]
+    for gradient, reference in zip(gradients, references, strict=True):
+        assert (gradient.double() - reference).abs().max() <= 1e-5 * reference.abs().max()
 
 
 @pytest.mark.parametrize(
@@ -146,7 +143,7 @@ def test_a_layer_learns_the_same(bias):
         (None, "AVX512", False),
     ],
 )
-def test_it_is_taken_where_mkl_is_slow(vendor, capability, taken, tmp_path, monkeypatch):
+def test_onednn_is_used_where_mkl_is_slow(vendor, capability, taken, tmp_path, monkeypatch):
     cpus = tmp_path / "cpuinfo"
     if vendor:
         cpus.write_text(f"processor\t: 0\nvendor_id\t: {vendor}\n")
@@ -157,7 +154,7 @@ def test_it_is_taken_where_mkl_is_slow(vendor, capability, taken, tmp_path, monk
     assert cpu_matmul.use_onednn.__wrapped__() == ("installed" if taken else None)
 
 
-def test_a_teacher_on_cores_takes_it(tiny, monkeypatch):
+def test_a_teacher_on_cpu_cores_uses_onednn(tiny, monkeypatch):
     from actors import teacher
     from seqkd.config.teacher import HfTeacherConfig
 

@@ -1,4 +1,4 @@
-"""Each rule of the canary and of the step's alarms, with small fakes at the protocols."""
+"""Rules of the canary and of the step alarms, with small fakes for the protocols."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def config(**changes):
 
 
 def logprobs(mean=-2.0, seed=0):
-    """[50], that average about ``mean``."""
+    """Return log-probs of shape [50] with a mean near ``mean``."""
     noise = torch.randn(len(ENGLISH), generator=torch.Generator().manual_seed(seed))
     return (mean + 0.1 * noise).tolist()
 
 
 class World:
-    """A learner, two engines and two teachers, each of which says what it is told to say."""
+    """A learner, two engines and two teachers whose log-probs can be set."""
 
     def __init__(self, changes=None, roles=("rollout", "teacher", "learner")):
         members = {n: {"teacher": {"kind": "hf", "model": n, "actors": 2}} for n in ("a", "b")}
@@ -88,14 +88,14 @@ class World:
         }
 
     def step(self, by=0.01):
-        """The learner takes a step, every engine its weights."""
+        """Take a learner step and load its weights into all engines."""
         self.learner = [value + by for value in self.learner]
         self.engines = [self.learner for _ in self.engines]
         self.workers.student.policy_version += 1
         self.workers.learner.policy_version += 1
 
     def check(self, stepped):
-        """Where nothing is drawn ahead."""
+        """Ask and check at once, as without sampling ahead."""
         asked = self.canary.ask(self.workers.learner.policy_version)
         self.canary.check(asked, stepped)
 
@@ -105,15 +105,15 @@ class World:
         return str(caught.value)
 
 
-def test_a_healthy_run_raises_nothing():
+def test_a_healthy_run_raises_no_fault():
     world = World()
     for stepped in (False, True, True):
         world.check(stepped)
         world.step()
-    assert world.asked == [("a", 2), ("b", 2)] * 3, "every actor, every time"
+    assert world.asked == [("a", 2), ("b", 2)] * 3, "all actors are asked every time"
     before = world.learner
     world.check(True)
-    world.check(False)  # a step that was skipped leaves the weights
+    world.check(False)  # a skipped step does not change the weights
     assert world.learner == before
 
 
@@ -126,26 +126,27 @@ def test_an_engine_that_waits_for_its_next_sync_is_not_compared():
     world.check(True)
 
 
-def test_an_engine_that_was_asked_before_the_learner_stepped_is_held_against_what_it_was():
-    """As where a draw is taken beside the step before it: every answer is one step old."""
+def test_an_engine_asked_before_a_step_is_compared_with_the_learner_before_that_step():
+    """When sampling ahead, a draw runs in parallel with a step, so its answers are one step
+    old."""
     world = World()
     world.check(False)
     for fault in (0.0, 0.0, 0.002):
         world.canary.hold()
-        held = world.engines
-        world.engines = [[value + fault for value in engine] for engine in held]
+        engines = world.engines
+        world.engines = [[value + fault for value in engine] for engine in engines]
         asked = world.canary.ask(world.workers.learner.policy_version)
-        world.engines = held
+        world.engines = engines
         world.step(by=1.0)
         if not fault:
             world.canary.check(asked, True)
     with pytest.raises(
-        LearningFault, match=r"rollout engine 0 .* other log-probs .* by 0\.002 nats"
+        LearningFault, match=r"rollout engine 0 does not have .* differ by 0\.002 nats"
     ):
         world.canary.check(asked, True)
 
 
-def test_an_engine_that_is_stale_beside_a_step_is_found():
+def test_a_stale_engine_is_detected_when_sampling_ahead():
     world = World()
     for _ in range(2):
         world.canary.hold()
@@ -153,24 +154,25 @@ def test_an_engine_that_is_stale_beside_a_step_is_found():
         old = world.engines
         world.step(by=1e-4)
         world.canary.check(asked, True)
-    world.engines = old  # it has acknowledged the weights and kept those before
+    world.engines = old  # the engines acknowledged the new weights but kept the old ones
     asked = world.canary.ask(world.workers.learner.policy_version)
     world.step(by=1e-4)
-    with pytest.raises(LearningFault, match="its weights are stale"):
+    with pytest.raises(LearningFault, match="has stale weights"):
         world.canary.check(asked, True)
 
 
-def test_what_the_learner_reads_beside_the_text_makes_no_engine_stale():
-    """In a batch its log-probs differ in their last bits, by more than an engine may lag behind."""
+def test_batching_of_the_probe_in_the_learner_makes_no_engine_stale():
+    """In a batch with other texts the learner's log-probs differ in their last bits, by more than
+    the threshold for stale engines."""
     world = World()
     measure = world.workers.learner.measure
 
     def measured(rollouts, scores, ends=()):
-        given = measure(rollouts, scores, ends)
+        values = measure(rollouts, scores, ends)
         if len(rollouts) > 1:
-            for of in given.values():
-                of["student_logprob"] = [value + 1e-6 for value in of["student_logprob"]]
-        return given
+            for row in values.values():
+                row["student_logprob"] = [value + 1e-6 for value in row["student_logprob"]]
+        return values
 
     world.workers.learner.measure = measured
     world.check(False)
@@ -186,32 +188,32 @@ def test_without_teachers_or_engines_the_learner_alone_is_asked():
     world.engines = [[math.nan] * len(ENGLISH)]
     world.check(False)
     assert not world.asked
-    assert "weights do not change" in world.fault(stepped=True)
+    assert "the learner's weights do not change" in world.fault(stepped=True)
 
 
 def test_an_engine_with_other_weights():
     world = World()
     world.engines[1] = [value + 0.002 for value in world.learner]
     message = world.fault()
-    assert message.startswith("canary: rollout engine 1 gives a known text other log-probs")
-    assert "by 0.002 nats a token (at most 0.001)" in message
+    assert message.startswith("canary: rollout engine 1 does not have the learner's weights")
+    assert "by 0.002 nats per token (limit 0.001)" in message
     half = World({"rollout": {"precision": "bfloat16"}})
     half.engines[1] = world.engines[1]
     half.check(False)
 
 
-def test_an_engine_with_stale_weights_whatever_the_size():
+def test_an_engine_with_stale_weights_after_a_tiny_step():
     world = World()
     world.check(False)
     old = world.engines[0]
     world.step(by=1e-6)
     world.engines[0] = old
     message = world.fault(stepped=True)
-    assert message.startswith("canary: rollout engine 0 gives a known text the same log-probs as")
-    assert "e-07 nats a token: its weights are stale" in message
+    assert message.startswith("canary: rollout engine 0 has stale weights: its probe log-probs")
+    assert "e-07 nats per token. It acknowledged the sync" in message
 
 
-def test_a_bfloat16_engine_may_round_a_small_step_away_but_not_many():
+def test_a_bfloat16_engine_may_round_away_one_small_step_but_not_several():
     world = World({"rollout": {"precision": "bfloat16"}})
     world.check(False)
     old = world.engines
@@ -220,7 +222,7 @@ def test_a_bfloat16_engine_may_round_a_small_step_away_but_not_many():
         world.engines = old
         if world.workers.student.policy_version < 3:
             world.check(True)
-    assert "moved by 0.0012 nats a token: its weights are stale" in world.fault(stepped=True)
+    assert "changed by 0.0012 nats per token" in world.fault(stepped=True)
 
 
 def test_an_engine_that_lost_its_weights():
@@ -229,11 +231,10 @@ def test_an_engine_that_lost_its_weights():
     world.step()
     world.engines[1] = [UNIFORM] * len(ENGLISH)
     message = world.fault(stepped=True)
-    assert "rollout engine 1 gives a known text a mean log-prob of -6.908" in message
-    assert "weights are lost" in message
+    assert "rollout engine 1 has lost its weights: its mean probe log-prob is -6.908" in message
 
 
-def test_a_student_that_knows_nothing_yet_is_none_that_lost_its_weights():
+def test_an_untrained_student_has_not_lost_its_weights():
     world = World()
     world.learner, world.engines = [UNIFORM] * 50, [[UNIFORM] * 50] * 2
     world.check(False)
@@ -241,10 +242,10 @@ def test_a_student_that_knows_nothing_yet_is_none_that_lost_its_weights():
     world.learner, world.engines = [edge + 4e-4] * 50, [[edge - 4e-4] * 50] * 2
     world.check(False)
     world.learner, world.engines = [UNIFORM - 0.1] * 50, [[UNIFORM] * 50] * 2
-    assert "other log-probs than the learner" in world.fault()
+    assert "does not have the learner's weights" in world.fault()
 
 
-def test_a_step_that_rounds_to_nothing_moves_no_weights():
+def test_a_step_that_rounds_to_zero_changes_no_weights():
     assert must_move(1e-5, 0.1)
     assert not must_move(1e-5, 0.0)
     assert not must_move(1e-5, math.nan)
@@ -253,43 +254,46 @@ def test_a_step_that_rounds_to_nothing_moves_no_weights():
     assert torch.tensor(0.02) + SMALLEST_LR != torch.tensor(0.02)
 
 
-def test_a_learner_that_is_frozen():
+def test_a_frozen_learner():
     world = World()
     world.check(False)
-    assert "its weights do not change" in world.fault(stepped=True)
+    assert "the learner's weights do not change" in world.fault(stepped=True)
     half = World({"learner": {"precision": "bfloat16"}})
     half.check(False)
     half.check(True)
 
 
-def test_a_teacher_that_is_swapped():
+def test_a_swapped_teacher():
     world = World()
     world.check(False)
     first = json.loads(json.dumps(world.canary.first))
     world.teachers["b"] = [world.teachers["b"][0], logprobs(-1, 3)]
     message = world.fault()
-    assert message.startswith("canary: teacher b, actor 1, gives a known text other log-probs")
+    assert message.startswith("canary: teacher b, actor 1, has changed: its probe log-probs differ")
     again = World()
     again.canary.begin(first)
     again.check(False)
     again.teachers["a"] = [[*world.teachers["a"][0][1:], -1.0]] * 2
-    assert "teacher a, actor 0, gives" in again.fault()
+    assert "teacher a, actor 0, has changed" in again.fault()
 
 
 @pytest.mark.parametrize(
-    ("value", "said"),
-    [(0.0, "log-prob of 0: its scores are zeros"), (UNIFORM, "-6.908: its hidden states are zero")],
+    ("value", "message"),
+    [
+        (0.0, "returned scores of zeros: every probe log-prob is 0"),
+        (UNIFORM, "returned hidden states of zeros: every probe log-prob is -ln V = -6.908"),
+    ],
 )
-def test_scores_of_zero(value, said):
+def test_scores_of_zero(value, message):
     world = World()
     world.teachers["a"] = [[value] * len(ENGLISH)] * 2
-    assert said in world.fault()
+    assert message in world.fault()
 
 
-def test_log_probs_that_are_missing_or_no_numbers():
+def test_missing_and_non_finite_log_probs():
     world = World()
     world.teachers["a"] = [[-1.0] * 49] * 2
-    assert "teacher a gave tokens of a known text no log-prob" in world.fault()
+    assert "teacher a returned no log-prob for some tokens of the probe text" in world.fault()
     for place in ("learner", "engine", "teacher"):
         world = World()
         broken = [*logprobs()[1:], math.nan]
@@ -300,13 +304,13 @@ def test_log_probs_that_are_missing_or_no_numbers():
         else:
             world.teachers["b"] = [broken, broken]
         (message,) = world.fault().splitlines()
-        assert "no finite numbers" in message
+        assert "non-finite log-probs" in message
         assert {"learner": "the learner", "engine": "engine 1", "teacher": "teacher b"}[place] in (
             message
         )
 
 
-def test_a_long_prompt_leaves_room_for_the_text():
+def test_a_long_prompt_is_truncated_to_make_room_for_the_probe():
     from seqkd.checks.probe import answers
 
     checked = SimpleNamespace(
@@ -340,35 +344,36 @@ def stopped(watch, **changes):
     return str(caught.value)
 
 
-def test_a_healthy_run_is_not_warned_of():
+def test_a_healthy_run_causes_no_warning():
     watch = alarms()
-    for step in range(60):  # longer, surer, ends more often: as a student does that learns
+    # A learning student writes longer completions, with less entropy, and ends more of them.
+    for step in range(60):
         figures = {"length": 20 + step, "entropy_per_token": 2 - step / 40}
         assert watch.check(row(**figures, truncation_rate=0.95 - step / 100)) == []
 
 
 def test_a_log_prob_gap():
-    assert "by 0.0015 nats a token (at most 0.001)" in stopped(alarms(), logprob_gap_mean=0.0015)
+    assert "by 0.0015 nats per token (limit 0.001)" in stopped(alarms(), logprob_gap_mean=0.0015)
     assert "nan" in stopped(alarms(), logprob_gap_mean=math.nan)
     assert alarms(rollout={"precision": "bfloat16"}).check(row(logprob_gap_mean=0.1)) == []
     assert alarms(alarms={"logprob_gap": 0.3}).check(row(logprob_gap_mean=0.25)) == []
     other = alarms(teacher={**MINIMAL["teacher"], "precision": "bfloat16"})
-    assert "at most 0.001" in stopped(other, logprob_gap_mean=0.0015)
+    assert "limit 0.001" in stopped(other, logprob_gap_mean=0.0015)
     assert other.check(row(sampler="teacher", logprob_gap_mean=0.1)) == []
     coarse = alarms(learner={"precision": "bfloat16"})
     assert "teacher/logprob_gap_mean" in stopped(coarse, **{"teacher/logprob_gap_mean": 0.1})
 
 
 @pytest.mark.parametrize("vocabulary", [V, 151936])
-def test_a_teacher_whose_scores_are_nothing(vocabulary):
+def test_teacher_scores_of_zeros(vocabulary):
     watch, uniform = alarms(vocabulary), -math.log(vocabulary)
     assert "-ln V" in stopped(watch, teacher_logprob_per_token=uniform * (1 + 1e-6))
     assert "are zeros" in stopped(watch, **{"mixture/teacher_logprob_per_token": 0.0})
-    assert "no finite" in stopped(watch, teacher_logprob_per_token=math.nan)
+    assert "are not finite" in stopped(watch, teacher_logprob_per_token=math.nan)
     assert watch.check(row(teacher_logprob_per_token=uniform * 1.0005)) == []
 
 
-def test_steps_that_are_not_finite():
+def test_non_finite_steps():
     watch = alarms()
     skipped = {"skipped": True, "loss": math.nan, "teacher_logprob_per_token": math.nan}
     for _ in range(2):
@@ -377,10 +382,10 @@ def test_steps_that_are_not_finite():
         assert watch.check(row(skipped=False)) == []
     watch.replay([row(**skipped)] * 2)
     assert "in 3 steps in a row" in stopped(watch, **skipped)
-    assert "a step was taken" in stopped(alarms(), grad_norm=math.inf)
+    assert "the optimizer took a step" in stopped(alarms(), grad_norm=math.inf)
     watch = alarms()
     rows = [row(**skipped, length=math.nan)] + [row()] * 5 + [row(length=100)] * 5
-    assert sum(len(watch.check(r)) for r in rows) == 1, "a skipped step is no part of a mean"
+    assert sum(len(watch.check(r)) for r in rows) == 1, "means exclude skipped steps"
 
 
 @pytest.mark.parametrize(
@@ -398,26 +403,26 @@ def test_levels(name, metric, bad):
     assert [watch.check(row(**{metric: bad})) for _ in range(4)] == [[]] * 4, "one step is noise"
     (warning,) = watch.check(row(**{metric: bad}))
     assert warning.startswith(f"alarms.{name}.warn ")
-    assert watch.check(row(**{metric: bad})) == [], "said once"
+    assert watch.check(row(**{metric: bad})) == [], "each warning is printed once"
     for _ in range(9):
         watch.check(row(phase="next", **{metric: bad}))
     relative = name in ("length_growth", "entropy_fraction")
-    assert bool(watch.said) != relative, "a phase has a start of its own"
+    assert bool(watch.warned) != relative, "relative figures start again in each phase"
 
     level = getattr(AlarmsConfig(), name).warn
     watch = alarms(alarms={name: {"stop": level}})
     rows = [row()] * 5 + [row(**{metric: bad})] * 4
-    watch.replay([json.loads(json.dumps(r)) for r in rows])  # as a run that goes on reads them
+    watch.replay([json.loads(json.dumps(r)) for r in rows])  # as in a resumed run
     assert f"alarms.{name}.stop" in stopped(watch, **{metric: bad})
     watch = alarms(alarms={name: {"warn": None}})
     assert not any(watch.check(r) for r in rows + rows[-1:])
 
 
-def test_levels_are_of_what_the_student_wrote():
+def test_levels_apply_only_to_text_of_the_student():
     watch = alarms()
     teachers = row(sampler="teacher", **{"truncation_rate": 1.0, "student/repetition": 0.7})
-    said = [w for _ in range(6) for w in watch.check(teachers)]
-    assert [w.split(" ")[0] for w in said] == ["alarms.repetition.warn"]
+    warnings = [w for _ in range(6) for w in watch.check(teachers)]
+    assert [w.split(" ")[0] for w in warnings] == ["alarms.repetition.warn"]
 
 
 def test_a_warning_after_the_stop_is_refused(path):  # noqa: F811
@@ -454,33 +459,33 @@ DRAWN = [rollout("1", 0), rollout("1", 1), rollout("2", 0)]
 
 
 @pytest.mark.parametrize(
-    ("drawn", "found"),
+    ("drawn", "message"),
     [
-        (DRAWN[:-1], "gave 2 completions where 3 were asked for"),
-        ([*DRAWN, DRAWN[0]], "gave 4 completions where 3"),
-        ([DRAWN[0], DRAWN[2], DRAWN[1]], "not of the prompts in their order"),
-        ([DRAWN[0], DRAWN[0], DRAWN[2]], "gave the completion 1/0 2 times"),
-        ([], "gave 0 completions where 3"),
+        (DRAWN[:-1], "returned 2 completions instead of 3"),
+        ([*DRAWN, DRAWN[0]], "returned 4 completions instead of 3"),
+        ([DRAWN[0], DRAWN[2], DRAWN[1]], "do not match the prompts in order"),
+        ([DRAWN[0], DRAWN[0], DRAWN[2]], "returned the completion 1/0 2 times"),
+        ([], "returned 0 completions instead of 3"),
     ],
 )
-def test_what_was_drawn(drawn, found):
+def test_sampled_completions(drawn, message):
     check_sampled("rollout 0", PROMPTS, [2, 1], DRAWN)
     check_sampled("rollout 0", [], [], [])
-    with pytest.raises(LearningFault, match=found):
+    with pytest.raises(LearningFault, match=message):
         check_sampled("rollout 0", PROMPTS, [2, 1], drawn)
 
 
-def test_what_was_trained():
-    twice = [*DRAWN, DRAWN[0]]  # the same answer of a data set may come twice in a step
+def test_trained_completions():
+    twice = [*DRAWN, DRAWN[0]]  # a step may contain the same answer of a data set twice
     check_trained(twice, ["1/0", "2/0", "1/0", "1/1"])
-    with pytest.raises(LearningFault, match=r"1 were not trained on \(1/0\), and 0 were"):
+    with pytest.raises(LearningFault, match=r"1 of 4 .* not trained on \(1/0\), and 0 were"):
         check_trained(twice, ["1/0", "2/0", "1/1"])
-    with pytest.raises(LearningFault, match=r"and 1 were that do not belong to the step \(2/0\)"):
+    with pytest.raises(LearningFault, match=r"and 1 were trained on that .* \(2/0\)"):
         check_trained(DRAWN, ["1/0", "2/0", "1/1", "2/0"])
 
 
 @pytest.mark.parametrize("name", ["sequences", "tokens"])
-def test_what_the_loss_was_divided_by(name):
+def test_counts_that_the_loss_was_divided_by(name):
     part = Part(DRAWN, {}, Counts(3, 6), ())
     seen = {"sequences": 3.0, "tokens": 6.0}
     check_counts(part, PartResult(seen))
@@ -494,7 +499,7 @@ def test_what_the_loss_was_divided_by(name):
 def test_repetition_is_the_share_of_4_grams_that_occurred_before():
     assert repetition([rollout("1", 0, (1, 2, 3))]) == 0
     assert repetition([rollout("1", 0, (7,) * 8)]) == 4 / 5
-    # 1234 2341 3412 4123 1234: one of five; between completions nothing counts.
+    # 1234 2341 3412 4123 1234: one of five repeats. Repeats across completions do not count.
     assert repetition([rollout("1", i, (1, 2, 3, 4, 1, 2, 3, 4)) for i in range(2)]) == 1 / 5
 
 
@@ -512,8 +517,8 @@ def test_figures_of_a_step():
         result = StepResult(0.0, 1.0, (PartResult(sums),))
         return step_metrics(c, "main", c, 0, 0.1, [part], result)
 
-    found = figures(sums)
-    assert (found["truncation_rate"], found["repetition"]) == (0.75, 0.5)
-    assert (found["k1_per_token"], found["k3_per_token"], found["ratio_mean"]) == (0.75, 0.25, 1.0)
-    assert found["ratio_effective_sample_size"] == pytest.approx(9 / 3.5 / 3)
+    row = figures(sums)
+    assert (row["truncation_rate"], row["repetition"]) == (0.75, 0.5)
+    assert (row["k1_per_token"], row["k3_per_token"], row["ratio_mean"]) == (0.75, 0.25, 1.0)
+    assert row["ratio_effective_sample_size"] == pytest.approx(9 / 3.5 / 3)
     assert "ratio_mean" not in figures({"tokens": 7, "sequences": 2})

@@ -1,4 +1,4 @@
-"""What must not start, and the warnings about what may."""
+"""Errors that prevent a run from starting, and warnings that do not."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def config(tiny, tmp_path):
 
 
 def changed(model, tmp_path, file, change):
-    """A copy of a model directory with one JSON file changed."""
+    """Copy a model directory with one JSON file changed."""
     copy = tmp_path / "copy"
     tmp_path.mkdir(exist_ok=True)
     shutil.copytree(model, copy)
@@ -70,11 +70,11 @@ def test_a_checkpoint_without_a_language_model_head(config, tiny, tmp_path):
 
 def test_more_top_tokens_than_the_vocabulary_has(config):
     overrides = ["teacher.scores=top_k", "teacher.top_k=100000"]
-    with pytest.raises(ConfigError, match=r"teacher\.top_k: 100000 is not below .* vocabulary of"):
+    with pytest.raises(ConfigError, match=r"teacher\.top_k: 100000 is not below the"):
         check(config(*overrides))
 
 
-def test_layers_that_are_not_there(config):
+def test_layers_that_do_not_exist(config):
     with pytest.raises(ConfigError, match=r"drop_layers: \[1, 9\] .* 2 layers"):
         check(config("student.init={kind: prune, drop_layers: [1, 9]}"))
 
@@ -85,7 +85,7 @@ def test_a_path_that_does_not_exist(config, field):
         check(config(f"{field}=/nowhere/at/all"))
 
 
-def test_everything_wrong_is_said_at_once(config, tmp_path):
+def test_all_errors_are_reported_at_once(config, tmp_path):
     with pytest.raises(ConfigError) as caught:
         check(config("teacher.model=/nowhere", "rollout.max_tokens=1000", "data.path=/no.jsonl"))
     assert [line.split(":")[0] for line in str(caught.value).splitlines()] == [
@@ -100,14 +100,14 @@ def test_a_hub_name_that_cannot_be_reached(config):
         check(config("student.model=nobody/nothing"))
 
 
-def test_no_causal_language_model(config, tiny, tmp_path):
+def test_a_model_that_is_not_a_causal_language_model(config, tiny, tmp_path):
     vision = changed(tiny["student"], tmp_path, "config.json", lambda c: c.update(model_type="vit"))
     with pytest.raises(ConfigError, match=r"'vit', which is not a causal language"):
         check(config(f"student.model={vision}"))
 
 
 def swapped(a, b):
-    """A change that gives two tokens each other's ids: as many tokens, other meanings."""
+    """Return a change that swaps the ids of two tokens."""
 
     def change(content):
         vocab = content["model"]["vocab"]
@@ -127,10 +127,13 @@ def refused(config, *overrides):
 @pytest.mark.parametrize(
     ("change", "difference"),
     [
-        (swapped("a", "b"), r"2 tokens of the vocabulary, such as 'a' (student 69, teacher 70)"),
+        (
+            swapped("a", "b"),
+            "2 tokens of the vocabulary, such as 'a' (student id 69, teacher id 70)",
+        ),
         (
             swapped("<|user|>", "<|assistant|>"),
-            "2 tokens of the vocabulary, such as '<|assistant|>' (student 4, teacher 3)",
+            "2 tokens of the vocabulary, such as '<|assistant|>' (student id 4, teacher id 3)",
         ),
         (
             lambda c: c.update(normalizer={"type": "Lowercase"}),
@@ -143,7 +146,7 @@ def refused(config, *overrides):
         ),
         (
             lambda c: c["added_tokens"][3].update(lstrip=True),
-            'special and added tokens (number 3: student {"id": 3, "content": "<|user|>"',
+            'special and added tokens (entry 3: student {"id": 3, "content": "<|user|>"',
         ),
         (
             lambda c: c["model"].update(ignore_merges=True),
@@ -161,8 +164,8 @@ def test_different_tokenizers(config, tiny, tmp_path, change, difference):
 
 
 def test_the_same_vocabulary_with_other_merges(config, tiny, tmp_path):
-    """The last two tokens stand for pairs; which pair of "abc" is merged first is the difference,
-    and no text of the usual probes would show it."""
+    """The tokenizers differ in which pair of "abc" they merge first. None of the probe texts would
+    reveal this."""
 
     def merging(*merges):
         def change(content):
@@ -174,12 +177,12 @@ def test_the_same_vocabulary_with_other_merges(config, tiny, tmp_path):
     student = changed(tiny["student"], tmp_path / "s", "tokenizer.json", merging("ab", "bc"))
     teacher = changed(tiny["teacher"], tmp_path / "t", "tokenizer.json", merging("bc", "ab"))
     assert (
-        'differs from that of student.model: merges (number 0: student ["a", "b"], teacher '
+        'differs from that of student.model: merges (entry 0: student ["a", "b"], teacher '
         '["b", "c"])'
     ) in refused(config, f"student.model={student}", f"teacher.model={teacher}")
 
 
-def test_tokenizers_that_do_not_tell_their_rules_are_tried():
+def test_tokenizers_without_readable_rules_are_compared_on_probe_texts():
     from transformers import ByT5Tokenizer
 
     class Lower(ByT5Tokenizer):
@@ -208,14 +211,14 @@ def test_other_special_tokens_around_a_text_matter_to_plain_text_only(config, ti
     other = changed(tiny["teacher"], tmp_path, "tokenizer.json", begin)
     assert check(config(f"teacher.model={other}")).warnings == ()
     message = refused(config, f"teacher.model={other}", "data.chat=false")
-    assert "the text 'a' is [69] to the student, [2, 69] to the teacher" in message
+    assert "the text 'a' has ids [69] in the student, [2, 69] in the teacher" in message
 
 
 @pytest.mark.parametrize(
     ("file", "key", "message"),
     [
         ("tokenizer.json", "normalizer", "teacher.tokenizer: its tokenizer differs from that of s"),
-        ("tokenizer_config.json", "eos_token", "teacher.model: ends with 1 '<|pad|>', but complet"),
+        ("tokenizer_config.json", "eos_token", "teacher.model: its end-of-sequence token is 1 '<|"),
     ],
 )
 def test_an_endpoint_with_another_tokenizer_does_not_score(
@@ -231,7 +234,7 @@ def test_an_endpoint_with_another_tokenizer_does_not_score(
     (_, tokenizers) = str(caught.value).splitlines()
     assert tokenizers.startswith(message)
     if key == "normalizer":
-        assert "set teacher.scores to none and sampler to teacher" in tokenizers
+        assert "Set teacher.scores to none and sampler to teacher" in tokenizers
 
 
 def test_another_end_of_sequence(config, tiny, tmp_path):
@@ -239,11 +242,11 @@ def test_another_end_of_sequence(config, tiny, tmp_path):
         tiny["teacher"], tmp_path, "tokenizer_config.json", lambda c: c.update(eos_token="<|pad|>")
     )
     message = refused(config, f"teacher.model={other}")
-    assert "teacher.model: ends with 1 '<|pad|>', but completions stop only at" in message
+    assert "teacher.model: its end-of-sequence token is 1 '<|pad|>', but completions" in message
     assert "Set eos_token_id in the student's generation_config.json to [0, 1]." in message
 
 
-def test_a_stop_id_that_the_teacher_has_not_is_a_warning(config, tiny, tmp_path):
+def test_a_stop_id_that_the_teacher_lacks_is_a_warning(config, tiny, tmp_path):
     def more(content):
         content["eos_token_id"] = [0, 3]
 
@@ -254,24 +257,27 @@ def test_a_stop_id_that_the_teacher_has_not_is_a_warning(config, tiny, tmp_path)
 
 @pytest.mark.parametrize("model", ["student", "teacher"])
 @pytest.mark.parametrize("eos", [300, 4000])
-def test_a_stop_id_that_is_no_token(config, tiny, tmp_path, model, eos):
+def test_a_stop_id_that_is_not_a_token(config, tiny, tmp_path, model, eos):
     other = changed(
         tiny[model], tmp_path, "generation_config.json", lambda c: c.update(eos_token_id=eos)
     )
     message = refused(config, f"{model}.model={other}")
-    assert f"{model}.model: end-of-sequence id {eos} is no token of its tokenizer (261" in message
+    assert (
+        f"{model}.model: end-of-sequence id {eos} is not a token of both the tokenizer" in message
+    )
+    assert "(261 tokens)" in message
 
 
 def base(model, tmp_path):
-    """A copy that ends with <|pad|> though its template ends a turn with <|end|>."""
+    """Copy a model so that it ends with <|pad|> although its template ends a turn with <|end|>."""
     changed(model, tmp_path, "generation_config.json", lambda c: c.update(eos_token_id=1))
     file = tmp_path / "copy" / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token": "<|pad|>"}))
     return str(tmp_path / "copy")
 
 
-def test_a_template_that_ends_an_answer_with_what_stops_nothing(config, tiny, tmp_path):
-    """Teacher and student agree, and both would run on."""
+def test_a_template_that_ends_an_answer_with_a_token_that_is_no_stop_id(config, tiny, tmp_path):
+    """Teacher and student agree, but the completions of both would never end."""
     models = [f"{m}.model={base(tiny[m], tmp_path / m)}" for m in ("student", "teacher")]
     message = refused(config, *models)
     assert message.startswith(
@@ -301,7 +307,7 @@ def test_another_template(config, tiny, tmp_path, change, diff):
     other = templated(tiny["teacher"], tmp_path, change)
     message = refused(config, f"teacher.model={other}")
     first, *rest = message.splitlines()
-    assert first.startswith("teacher.model: has another chat template than the student")
+    assert first.startswith("teacher.model: its chat template differs from the student's")
     assert rest[:2] == ["    --- student", "    +++ teacher"]
     assert any(diff in line and line.startswith("    +") for line in rest)
     (warning,) = check(
@@ -311,8 +317,7 @@ def test_another_template(config, tiny, tmp_path, change, diff):
     assert check(config(f"teacher.model={other}", "data.chat=false")).warnings == ()
 
 
-def test_what_a_template_says_without_a_system_message(config, tiny, tmp_path):
-    """matters only to a run without one."""
+def test_a_default_system_message_matters_only_without_a_system_message(config, tiny, tmp_path):
     default = "{% if messages[0]['role'] != 'system' %}<|system|>You are Q.<|end|>{% endif %}"
     other = templated(tiny["teacher"], tmp_path, lambda t: default + t)
     assert "+<|system|>You are Q." in refused(config, f"teacher.model={other}")
@@ -324,12 +329,12 @@ def test_a_teacher_without_a_template(config, tiny, tmp_path):
     shutil.copytree(tiny["teacher"], tmp_path / "base")
     (tmp_path / "base" / "chat_template.jinja").unlink()
     message = refused(config, f"teacher.model={tmp_path / 'base'}")
-    assert "has another chat template" in message
-    assert "+(no chat template, or it refuses)" in message
+    assert "its chat template differs" in message
+    assert "+(no chat template, or a template error)" in message
 
 
-def test_beyond_the_context(config):
-    with pytest.raises(ConfigError, match="= 1064 is beyond its context of 512"):
+def test_lengths_that_exceed_the_context(config):
+    with pytest.raises(ConfigError, match="= 1064 exceeds the model's context of 512"):
         check(config("rollout.max_tokens=1000"))
 
 
@@ -354,4 +359,4 @@ def test_padded_vocabularies_are_a_warning(config, tmp_path):
 
     padded = write_tiny(tmp_path / "padded", layers=2, seed=3, vocab_size=384)
     (warning,) = check(config(f"teacher.model={padded}")).warnings
-    assert "320 output rows, teacher.model 384" in warning
+    assert "320 output rows and teacher.model 384" in warning

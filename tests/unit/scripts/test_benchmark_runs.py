@@ -23,7 +23,7 @@ sys.exit("no more steps")
 
 @pytest.fixture
 def start(tmp_path):
-    """Return a function that starts a process with a child, which takes so many steps."""
+    """Return a function that starts a process with a child, which takes a given number of steps."""
     started = []
 
     def launch(steps):
@@ -92,7 +92,7 @@ def test_a_paused_process_ends_with_an_error_of_its_block(tmp_path):
     assert not psutil.pid_exists(training.process.pid)
 
 
-def test_the_memory_of_processes_is_known_by_their_names(tmp_path, monkeypatch):
+def test_the_memory_of_processes_is_measured_by_name(tmp_path, monkeypatch):
     monkeypatch.setenv("SEQKD_PROCESS", "learner 0")
     code = "import sys, time; time.sleep(1.2); open(sys.argv[1], 'w').write('{}\\n')"
     with Training(["-c", code, str(tmp_path / "s")], tmp_path / "s", {}, tmp_path) as training:

@@ -1,4 +1,4 @@
-"""A budget: what steps cost, where a run ends, and that it ends there whatever is lost."""
+"""Budgets: cost of steps, end of a run, and the same end after losses."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def part(*rollouts, scored=False, masked=()):
     return Part(rollouts, {"some": None} if scored else {}, Counts(1, 1), (), masked=masked)
 
 
-def test_what_a_step_costs():
+def test_the_cost_of_a_step():
     phase = CONFIG.model_copy(update={"prompts_per_step": 3})
     parts = [
         part(rollout("student", 5), rollout("teacher", 7), scored=True,
@@ -49,22 +49,23 @@ def test_what_a_step_costs():
     }
 
 
-# A step of the warm-up draws 2 prompts with a completion of 2 tokens each of the teacher's; one of
-# the main phase 3 prompts with 2 of the student's, which are scored, and 3 with 2 of the teacher's.
+# A warm-up step samples 2 prompts, each with one teacher completion of 2 tokens. A step of the main
+# phase samples 3 prompts with 2 student completions each, which are scored, and 3 prompts with 2
+# teacher completions each.
 WARMUP, MAIN = {"prompts": 2, "sampled_tokens": 4}, {"prompts": 6, "sampled_tokens": 24}
 
 
 @pytest.mark.parametrize("kind", WARMUP)
 @pytest.mark.parametrize("draws", [1, 2, 3])
 def test_a_run_ends_with_the_draw_that_spends_the_budget(tmp_path, kind, draws):
-    """Of two steps each; the amount is spent within the last."""
+    """A draw has two steps. The budget is exhausted within the last draw."""
     world = World(tmp_path, config=budgeted(kind, 3 * WARMUP[kind] + (2 * draws - 1) * MAIN[kind]))
     world.finish()
     rows, _ = left(tmp_path)
     assert [row["phase"] for row in rows] == ["warmup"] * 3 + ["main"] * 2 * draws
     assert [row[kind] for row in rows] == [WARMUP[kind]] * 3 + [MAIN[kind]] * 2 * draws
     assert "in all, at most 1000 steps" in world.out.getvalue()
-    assert "/1003 " not in world.out.getvalue(), "known once a step has its cost"
+    assert "/1003 " not in world.out.getvalue(), "the end is estimated from the first step on"
 
 
 def test_steps_end_a_run_before_its_budget(tmp_path):
@@ -72,7 +73,7 @@ def test_steps_end_a_run_before_its_budget(tmp_path):
     assert len(left(tmp_path)[0]) == 3 + 3
 
 
-def test_the_learning_rate_comes_down_as_the_budget_is_spent(tmp_path):
+def test_the_learning_rate_decays_with_the_budget(tmp_path):
     schedule = {"schedule": "linear", "min_lr_ratio": 0.0, "lr_warmup_steps": 0, "lr": 1.0}
     amount = 3 * WARMUP["sampled_tokens"] + 10 * MAIN["sampled_tokens"]
     World(tmp_path, config=budgeted("sampled_tokens", amount, learner=schedule)).finish()
@@ -87,7 +88,7 @@ def test_the_steps_that_a_budget_allows():
     spent = {"warmup": {"sampled_tokens": 20.0}, "main": {"sampled_tokens": 30.0}}
     assert expected_steps(config, config, 4, spent) == round(4 * 80 / 30)
     spent["main"] = {"sampled_tokens": 79.0}
-    assert expected_steps(config, config, 4, spent) == 5, "what is left is a step"
+    assert expected_steps(config, config, 4, spent) == 5, "the rest of the budget allows one step"
     spent["main"] = {"sampled_tokens": 80.0}
     assert expected_steps(config, config, 4, spent) == 4
     assert expected_steps(config, config, 0, {"warmup": {"sampled_tokens": 100.0}}) == 0
@@ -104,23 +105,23 @@ def quiet(tmp_path_factory, measuring):
     world = World(directory, config=measuring)
     measured = world.finish()
     rows, student = left(directory)
-    # 12 tokens of the warm-up, 24 of each step after it: 108 with the fourth. Only between two
-    # draws a student is measured, and not again where a phase begins.
+    # 12 tokens of the warm-up and 24 per later step are 108 with the fourth. The student is
+    # measured only between two draws, and not again at the start of a phase.
     assert len(rows) == 3 + 4
     assert list(measured) == ["initial", "step 2", "warmup", "main"]
     return (rows, student), measured, world.lives.calls
 
 
 def published(directory):
-    """Stages of evaluation.json."""
+    """Return the stages of evaluation.json."""
     file = directory / "evaluation.json"
     return list(json.loads(file.read_text())["figures"]) if file.exists() else []
 
 
 def same(measured, expected):
     assert measured.keys() == expected.keys()
-    for stage, of in expected.items():
-        for name, values in of.sums.items():
+    for stage, measurement in expected.items():
+        for name, values in measurement.sums.items():
             assert (measured[stage].sums[name] == values).all(), (stage, name)
 
 
@@ -131,15 +132,15 @@ def test_a_run_that_is_killed_at_any_call_ends_where_its_budget_does(quiet, meas
         directory.mkdir()
         with pytest.raises(Crash):
             World(directory, at, Crash(), config=measuring).finish()
-        told = published(directory)
-        assert told == list(expected)[: len(told)], "while the run goes on"
+        stages = published(directory)
+        assert stages == list(expected)[: len(stages)], "published during the run"
         measured = World(directory, config=measuring).finish()
         assert left(directory) == files, (at, call)
         same(measured, expected)
         assert published(directory) == list(expected)
 
 
-def test_so_does_one_that_loses_its_learner(quiet, measuring, tmp_path):
+def test_a_run_that_loses_its_learner_ends_where_its_budget_does(quiet, measuring, tmp_path):
     files, expected, calls = quiet
     for at, call in enumerate(calls):
         if call == "step":
@@ -151,7 +152,7 @@ def test_so_does_one_that_loses_its_learner(quiet, measuring, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes, told",
+    "changes, message",
     [
         ({"sampler": "dataset", "budget": {"kind": "sampled_tokens", "amount": 5}},
          "budget.kind is 'sampled_tokens', but objective 'sft'"),
@@ -164,17 +165,17 @@ def test_so_does_one_that_loses_its_learner(quiet, measuring, tmp_path):
         ({"budget": {"kind": "words", "amount": 5}}, "'prompts', 'sampled_tokens'"),
     ],
 )  # fmt: skip
-def test_a_budget_that_ends_nothing_is_refused(changes, told):
-    with pytest.raises(ValueError, match=told):
+def test_an_ineffective_budget_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
         Config.model_validate({**MINIMAL, **changes})
 
 
-def test_what_scores_alone_cost_is_the_teachers(tmp_path):
+def test_scored_tokens_count_as_teacher_tokens(tmp_path):
     data = {"sampler": "dataset", "objective": {"kind": "token_forward_kl"},
             "budget": {"kind": "teacher_tokens", "amount": 5}}  # fmt: skip
     assert Config.model_validate({**MINIMAL, **data}).budget.amount == 5
 
 
-def test_a_budget_is_a_number():
+def test_an_infinite_budget_is_refused():
     with pytest.raises(ValueError):
         Config.model_validate({**MINIMAL, "budget": {"kind": "prompts", "amount": math.inf}})

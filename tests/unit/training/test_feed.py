@@ -1,5 +1,5 @@
-"""Drawing ahead of the learner: what overlaps, how stale it is, and that a run which is cut off
-anywhere resumes to the same."""
+"""Sampling ahead of the learner: overlap, staleness, and resuming after an interruption at any
+call."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STALE = Config.model_validate(
     CONFIG.model_dump(mode="json")
     | {
         "placement": "split",
-        # Four of a draw's six are scored while others are drawn.
+        # Four of the six completions of a draw are scored while others are sampled.
         "teacher": {"kind": "hf", "model": "b", "scores": "logprobs", "batch_tokens": 2000},
         "rollout": {"samples_per_prompt": 2, "max_off_policy_steps": 1},
         "steps": 4,
@@ -36,7 +36,7 @@ STALE = Config.model_validate(
 
 
 class AtOnce:
-    """A thread pool whose work is done when it is given, so that calls come in one order."""
+    """Thread pool that runs work on submission, so that the order of calls is fixed."""
 
     def __init__(self, threads):
         pass
@@ -61,13 +61,13 @@ def versions(directory):
 
 
 def test_the_student_that_samples_is_one_draw_behind(tmp_path):
-    """From the second draw of a phase on; the teacher's are no one's age."""
+    """This holds from the second draw of a phase on. Teacher samples have no student version."""
     World(tmp_path, config=STALE).finish()
     assert versions(tmp_path)[:2] == [(0, 0), (0, 1)]
     assert versions(tmp_path)[2:] == [(2, 2), (2, 3), (3, 4), (4, 5)]
 
 
-def test_with_several_updates_of_a_draw_it_is_that_many_behind(tmp_path):
+def test_with_several_updates_per_draw_the_student_is_as_many_versions_behind(tmp_path):
     config = Config.model_validate(
         STALE.model_dump(mode="json") | {"updates_per_rollout": 2, "steps": 6, "warmup": None}
     )
@@ -76,8 +76,8 @@ def test_with_several_updates_of_a_draw_it_is_that_many_behind(tmp_path):
 
 
 @pytest.mark.parametrize("overlaps", [True, False])
-def test_sampling_goes_on_while_the_learner_is_at_work(tmp_path, overlaps):
-    """A step ends only after the next draw has begun; without staleness it need not wait."""
+def test_sampling_overlaps_with_the_learner(tmp_path, overlaps):
+    """With overlap, steps of the learner wait here until the next draw is sampled."""
     changes = {} if overlaps else {"placement": "colocated", "rollout": {"samples_per_prompt": 2}}
     world = World(tmp_path, config=Config.model_validate(STALE.model_dump(mode="json") | changes))
     learner, sampler = world.run.workers.learner, world.run.workers.student.inner
@@ -86,7 +86,7 @@ def test_sampling_goes_on_while_the_learner_is_at_work(tmp_path, overlaps):
 
     def stepping(parts, lr):
         learning.set()
-        # The last of a phase has nothing to overlap with.
+        # The last step of a phase has no draw to overlap with.
         if overlaps and learner.policy_version in (2, 3, 4):
             assert sampled.wait(30)
             sampled.clear()
@@ -112,8 +112,9 @@ def test_sampling_goes_on_while_the_learner_is_at_work(tmp_path, overlaps):
     assert ("time_ahead_s" in rows) == overlaps
 
 
-def test_engines_load_while_the_learner_is_at_work(tmp_path):
-    """All but what a phase begins with; what they load is what the learner was before its step."""
+def test_engines_load_weights_while_the_learner_takes_a_step(tmp_path):
+    """This holds for all loads but the first of a phase. The loaded weights are those before the
+    learner's step."""
     world = World(tmp_path, config=STALE)
     learner, sampler = world.run.workers.learner, world.run.workers.student.inner
     step, load = learner.step, sampler.load
@@ -128,8 +129,8 @@ def test_engines_load_while_the_learner_is_at_work(tmp_path):
         return result
 
     def loading(version):
-        beside = version.policy_version > 2
-        assert not beside or learning.wait(30)
+        overlaps = version.policy_version > 2
+        assert not overlaps or learning.wait(30)
         seen.append((version.policy_version, learner.policy_version, learning.is_set()))
         load(version)
         loaded.set()
@@ -140,7 +141,7 @@ def test_engines_load_while_the_learner_is_at_work(tmp_path):
     assert seen == [(2, 2, False), (3, 3, True), (4, 4, True)]
 
 
-def test_whatever_call_the_driver_is_killed_at(tmp_path, in_order):
+def test_a_driver_killed_at_any_call(tmp_path, in_order):
     quiet = World(tmp_path, config=STALE)
     quiet.finish()
     expected = left(tmp_path)
@@ -153,7 +154,7 @@ def test_whatever_call_the_driver_is_killed_at(tmp_path, in_order):
         assert left(directory) == expected, (at, call)
 
 
-def test_whatever_call_the_learner_is_lost_at(tmp_path, in_order):
+def test_a_learner_lost_at_any_call(tmp_path, in_order):
     quiet = World(tmp_path, config=STALE)
     quiet.finish()
     for at, call in enumerate(quiet.lives.calls):
@@ -169,9 +170,9 @@ def test_whatever_call_the_learner_is_lost_at(tmp_path, in_order):
 
 
 @pytest.mark.parametrize("measured_every", [None, 4])
-def test_a_draw_that_fails_beside_the_learner_ends_the_run_after_its_step(tmp_path, measured_every):
-    """Before anything is published again, over what other engines may still be loading. And what
-    was learnt is saved: the run goes on from there."""
+def test_a_failed_draw_ends_the_run_after_the_parallel_step(tmp_path, measured_every):
+    """The run ends before weights are published again, because other engines may still be loading
+    the previous ones. A checkpoint is written, from which the run resumes."""
     evaluation = STALE.evaluation.model_copy(update={"every_steps": measured_every})
     world = World(tmp_path, config=STALE.model_copy(update={"evaluation": evaluation}))
     sampler, learner = world.run.workers.student.inner, world.run.workers.learner
@@ -194,25 +195,25 @@ def test_a_draw_that_fails_beside_the_learner_ends_the_run_after_its_step(tmp_pa
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
     second = World(tmp_path, config=STALE)
     second.finish()
-    assert "going on after step 4" in second.out.getvalue()
+    assert "resuming after step 4" in second.out.getvalue()
     assert len(left(tmp_path)[0]) == 6
 
 
-def test_a_stop_leaves_a_draw_beside_the_learner_its_grace():
+def test_a_draw_in_parallel_with_the_learner_has_a_grace_period():
     control = Control(RecoveryConfig(grace_s=1000))
     control.signal, control._asked = signal.SIGTERM, time.monotonic()
     with pytest.raises(Stopped):
         control.check()
-    with ThreadPoolExecutor(1) as beside:
-        beside.submit(control.check).result()
+    with ThreadPoolExecutor(1) as other:
+        other.submit(control.check).result()
         control._asked -= 2000
         with pytest.raises(Stopped):
-            beside.submit(control.check).result()
+            other.submit(control.check).result()
 
 
 @pytest.mark.parametrize(("amount", "steps"), [(3, 1), (6, 2), (8, 3)])
 def test_a_budget_ends_with_the_step_that_spends_it(tmp_path, amount, steps):
-    """Of 3 prompts a step, whatever was begun beside the last one."""
+    """A step has 3 prompts. A draw started in parallel with the last step does not count."""
     config = Config.model_validate(
         STALE.model_dump(mode="json")
         | {"steps": 100, "warmup": None, "budget": {"kind": "prompts", "amount": amount}}
@@ -221,7 +222,7 @@ def test_a_budget_ends_with_the_step_that_spends_it(tmp_path, amount, steps):
     assert len(left(tmp_path)[0]) == steps
 
 
-def test_only_what_the_student_does_not_say_is_drawn_ahead_unasked():
+def test_by_default_only_text_not_from_the_student_is_sampled_ahead():
     split = {**MINIMAL, "placement": "split"}
     config = Config.model_validate({**split, "sampler": "teacher"})
     assert config.draws_ahead(config)

@@ -32,8 +32,8 @@ def test_a_phase_starts_without_the_costs_of_the_phase_before(tmp_path):
     run = World(tmp_path).run
     main = phase_spans(run.config)[1]
     for step, kept in ((main.first, False), (main.first + 2, True)):
-        known = RunningCosts()
-        known.update(torch.ones(2), torch.ones(2))
-        state = FeedState(running={"student": known})
+        costs = RunningCosts()
+        costs.update(torch.ones(2), torch.ones(2))
+        state = FeedState(running={"student": costs})
         with RolloutFeed(run, main, Progress(step, feed=state)):
             assert state.running["student"].known == kept

@@ -1,5 +1,5 @@
-"""The loop over fakes at the actors' places: whatever is lost at whatever moment, a run ends where
-an undisturbed one does, and nobody is asked twice for what is in the replay log."""
+"""Recovery of the training loop with fake actors. After a loss at any moment, a run has the same
+result as an undisturbed run, and entries of the replay log are not requested again."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ V = 1000
 
 
 def unit(*values):
-    """A number in (0, 1) that is another for other values."""
+    """Return a number in (0, 1) that depends on ``values``."""
     return (xxhash.xxh3_64_intdigest(repr(values).encode()) + 1) / 2**64
 
 
 class Crash(Exception):
-    """In the place of a SIGKILL of the driver: nothing catches it."""
+    """Stand-in for a SIGKILL of the driver, caught by no code."""
 
 
 class Lives:
-    """Counts calls, and raises at the one that is to fail."""
+    """Counter of calls that raises an error at a given call."""
 
     def __init__(self, at=None, error=None):
         self.calls, self.at, self.error = [], at, error
@@ -60,7 +60,7 @@ class Lives:
 
 
 class Learner:
-    """Its weights are one number, which every sample and score that it learns from changes."""
+    """Learner whose weights are one number, which depends on all samples and scores."""
 
     def __init__(self, lives):
         self.lives, self.is_consistent, self.policy_version, self.weights = lives, True, 0, 0.5
@@ -203,7 +203,7 @@ def checked(train=PROMPTS):
 
 
 class World:
-    """Everything that a run has but what is on disk."""
+    """All objects of a run that are not on disk."""
 
     def __init__(self, directory, at=None, error=None, config=CONFIG):
         self.lives, self.asked = Lives(at, error), Counter()
@@ -232,7 +232,7 @@ class World:
 
 
 def left(directory):
-    """What a run leaves: metrics without times, and the student."""
+    """Return the output of a run: metrics without times, and the student."""
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     for row in rows:
         for key in [k for k in row if k.startswith("time_") or k == "tokens_per_s"]:
@@ -242,7 +242,7 @@ def left(directory):
 
 @pytest.fixture(scope="module")
 def quiet(tmp_path_factory):
-    """The undisturbed run: what it leaves, what it measured, its calls, what was asked."""
+    """Undisturbed run: its output, measurements, calls and requests."""
     directory = tmp_path_factory.mktemp("quiet")
     world = World(directory)
     measured = world.finish()
@@ -266,7 +266,7 @@ def test_a_run_whose_driver_is_killed_at_any_call_resumes_to_the_same(quiet, tmp
         for stage, measurement in quiet.measured.items():
             for name, values in measurement.sums.items():
                 assert (measured[stage].sums[name] == values).all(), (at, call, stage, name)
-        # What the call under way asked for is lost with it, as is the student's held-out text.
+        # Results of the interrupted call and the student's held-out samples are not logged.
         twice = {what for what in first.asked if second.asked[what] and "h" not in str(what[1])}
         assert call in ("sample", "score") or not twice, (at, call, twice)
 
@@ -285,23 +285,23 @@ def test_a_learner_lost_at_any_call_is_restored_within_the_run(quiet, tmp_path):
         assert not twice, (at, call)
 
 
-def test_a_phase_ends_with_a_checkpoint_and_can_be_prolonged(quiet, tmp_path):
-    """Also where its steps are no multiple of updates_per_rollout."""
+def test_a_phase_ends_with_a_checkpoint_and_can_be_extended(quiet, tmp_path):
+    """This holds even if its number of steps is not a multiple of updates_per_rollout."""
     World(tmp_path).finish()
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names[-1] == f"step-{len(quiet.left[0]):08d}"
     longer = CONFIG.model_copy(update={"steps": CONFIG.steps + 2})
     second = World(tmp_path, config=longer)
     second.finish()
-    assert f"going on after step {len(quiet.left[0])}" in second.out.getvalue()
+    assert f"resuming after step {len(quiet.left[0])}" in second.out.getvalue()
     assert [row["step"] for row in left(tmp_path)[0]] == list(range(len(quiet.left[0]) + 2))
     drawn = [what[1] for what in second.asked if what[0] == "student" and what[1] != "h"]
     first = [what[1] for what in quiet.world.asked if what[0] in ("student", "teacher")]
-    assert drawn and not set(drawn) & set(first), "the data goes on where it was"
+    assert drawn and not set(drawn) & set(first), "the data continues after the first run's"
 
 
-def test_a_signal_is_noticed_at_the_next_draw_whatever_is_waited_for(quiet, tmp_path):
-    """These fakes never ask whether to stop, as a learner in the middle of a step does not."""
+def test_a_signal_stops_the_run_at_the_next_draw(quiet, tmp_path):
+    """The fakes never check for signals, like a learner in the middle of a step."""
     world = World(tmp_path)
     step = world.run.workers.learner.step
 
@@ -326,22 +326,22 @@ def test_a_broken_learner_is_not_saved(tmp_path):
     }  # fmt: skip
     world.run.monitor.interval = 0
     world.run.workers.learner.policy_version = 3
-    with pytest.raises(LearningFault, match="the learner gives tokens of a known text"):
+    with pytest.raises(LearningFault, match="the learner returned non-finite log-probs"):
         loop.save(world.run, Progress(step=3))
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_a_run_without_a_whole_checkpoint_does_not_begin_anew(tmp_path):
+def test_a_run_with_only_damaged_checkpoints_does_not_start_over(tmp_path):
     World(tmp_path).finish()
     rows = (tmp_path / "metrics.jsonl").read_text()
     for state in tmp_path.glob("checkpoints/*/state.json"):
         state.write_text("{}")
-    with pytest.raises(CheckpointError, match="no checkpoint is whole"):
+    with pytest.raises(CheckpointError, match="no checkpoint is intact"):
         World(tmp_path).finish()
     assert (tmp_path / "metrics.jsonl").read_text() == rows
 
 
-def test_told_to_stop_it_saves_what_was_learnt_and_goes_on_from_there(quiet, tmp_path):
+def test_a_stopped_run_is_saved_and_resumes_from_there(quiet, tmp_path):
     calls = quiet.world.lives.calls
     at = [i for i, name in enumerate(calls) if name == "sample"][-4]
     world = World(tmp_path, at, Stopped(signal.SIGTERM))
@@ -351,29 +351,30 @@ def test_told_to_stop_it_saves_what_was_learnt_and_goes_on_from_there(quiet, tmp
     assert (tmp_path / "checkpoints" / f"step-{steps:08d}").is_dir()
     second = World(tmp_path)
     second.finish()
-    assert f"going on after step {steps}" in second.out.getvalue()
+    assert f"resuming after step {steps}" in second.out.getvalue()
     assert left(tmp_path) == quiet.left
 
 
-def test_in_the_middle_of_a_draw_there_is_no_checkpoint_but_the_replay_log(quiet, tmp_path):
+def test_a_stop_in_the_middle_of_a_draw_resumes_from_the_replay_log(quiet, tmp_path):
+    """No checkpoint is written in the middle of a draw."""
     calls = quiet.world.lives.calls
-    last = [i for i, name in enumerate(calls) if name == "step"][6]  # the second of its draw
+    last = [i for i, name in enumerate(calls) if name == "step"][6]  # second step of its draw
     world = World(tmp_path, last, Stopped(signal.SIGTERM))
     with pytest.raises(Stopped):
         world.finish()
-    assert "the last checkpoint is that of step" in world.out.getvalue()
+    assert "the last checkpoint is at step" in world.out.getvalue()
     World(tmp_path).finish()
     assert left(tmp_path) == quiet.left
 
 
-def test_a_spent_budget_saves_and_names_the_first_cause(tmp_path):
+def test_an_exhausted_restart_budget_reports_the_first_cause(tmp_path):
     world = World(tmp_path, 30, LearnerLost(ActorError("first"), gone=True))
     world.control.recovery = CONFIG.recovery.model_copy(update={"restarts": 0})
-    with pytest.raises(ActorError, match="first It was the first of 1 losses"):
+    with pytest.raises(ActorError, match="first This was the first of 1 losses"):
         world.finish()
 
 
-def test_what_a_new_learner_raises_again_is_not_tried_forever(tmp_path):
+def test_an_error_that_a_new_learner_repeats_is_not_retried_forever(tmp_path):
     world = World(tmp_path)
     world.run.workers.learner.step = lambda parts, lr: (_ for _ in ()).throw(
         LearnerLost(ActorError("learner step failed: TypeError: no"), gone=False)
@@ -393,8 +394,8 @@ def test_after_a_fault_neither_student_nor_samples_are_kept(tmp_path):
     assert left(tmp_path)[0][-1]["step"] == 9
 
 
-def test_another_student_does_not_learn_from_the_old_ones_samples(quiet, tmp_path):
-    """With another learning rate the steps since the checkpoint are drawn anew."""
+def test_a_changed_student_does_not_train_on_old_samples(quiet, tmp_path):
+    """After a change of the learning rate, the steps since the checkpoint are sampled again."""
     calls = quiet.world.lives.calls
     last = [i for i, name in enumerate(calls) if name == "step"][-1]
     with pytest.raises(Crash):
@@ -421,7 +422,7 @@ def _rows(shards):
         yield from shards.rows(address, 0, len(places))
 
 
-def test_a_damaged_file_of_the_log_is_drawn_again(quiet, tmp_path):
+def test_samples_of_a_damaged_log_file_are_drawn_again(quiet, tmp_path):
     last = [i for i, name in enumerate(quiet.world.lives.calls) if name == "step"][-1]
     with pytest.raises(Crash):
         World(tmp_path, last, Crash()).finish()
@@ -435,7 +436,7 @@ def test_a_damaged_file_of_the_log_is_drawn_again(quiet, tmp_path):
     assert left(tmp_path) == quiet.left
 
 
-def test_a_disk_that_is_full_loses_nothing(quiet, tmp_path, monkeypatch):
+def test_a_full_disk_loses_no_step(quiet, tmp_path, monkeypatch):
     world = World(tmp_path)
     write = world.recorder.step
 
@@ -451,7 +452,7 @@ def test_a_disk_that_is_full_loses_nothing(quiet, tmp_path, monkeypatch):
     assert left(tmp_path) == quiet.left
 
 
-def test_scores_beyond_the_room_are_asked_for_again(quiet, tmp_path):
+def test_scores_beyond_the_size_limit_of_the_log_are_requested_again(quiet, tmp_path):
     last = [i for i, name in enumerate(quiet.world.lives.calls) if name == "step"][-1]
     none = CONFIG.model_copy(
         update={"checkpoints": CONFIG.checkpoints.model_copy(update={"replay_log_gib": 0.0})}

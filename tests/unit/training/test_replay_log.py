@@ -1,4 +1,4 @@
-"""What a start of a run keeps of the completions and scores of earlier starts."""
+"""Completions and scores that a start of a run keeps from earlier starts."""
 
 from __future__ import annotations
 

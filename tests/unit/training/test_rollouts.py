@@ -1,4 +1,4 @@
-"""What a step learns from: whose completions, how many, and in which step."""
+"""Completions that a step trains on: source, number and step."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PROMPTS = [Prompt(str(i), (i,), "", (7, 0)) for i in range(12)]
 
 
 class Sampler:
-    """At an engine's endpoint: completions of the prompt's own id."""
+    """Fake engine whose completions are identified by their prompt's id."""
 
     def __init__(self, source):
         self.source, self.calls = source, []
@@ -40,7 +40,8 @@ class Sampler:
 
 
 class Cutting(Sampler):
-    """Every second completion is cut; all of ``hopeless`` prompts."""
+    """Sampler that truncates every second completion, and all completions of ``hopeless``
+    prompts."""
 
     hopeless = ()
 
@@ -53,7 +54,8 @@ class Cutting(Sampler):
 
 
 class Early(Sampler):
-    """Tells of completions in some order; before the last it waits for ``seen``."""
+    """Sampler that reports completions in a given order, and waits for ``seen`` before the last
+    one."""
 
     def __init__(self, source, order, seen):
         super().__init__(source)
@@ -70,10 +72,10 @@ class Early(Sampler):
 
 class Teacher:
     def __init__(self):
-        self.companies, self.seen = [], threading.Event()
+        self.batches, self.seen = [], threading.Event()
 
     def score(self, rollouts):
-        self.companies.append([r.sample_id for r in rollouts])
+        self.batches.append([r.sample_id for r in rollouts])
         self.seen.set()
         return {r.sample_id: TeacherScore(r.sample_id) for r in rollouts}
 
@@ -112,18 +114,18 @@ def test_a_mixture_draws_each_sequence_from_one_of_the_two():
     assert {k: first[k] for k in second} != second, "drawn again at every step"
 
 
-def test_several_steps_learn_from_one_draw_in_order():
+def test_several_steps_train_on_one_draw_in_order():
     s, workers = source("student", updates_per_rollout=3)
     batches = [PROMPTS[0:4], PROMPTS[4:8], [*PROMPTS[8:11], PROMPTS[0]]]
     drawn = s.draw(batches, 5, Clock())
     assert len(workers.student.calls) == 1
     ids = [[r.prompt_id for r in rollouts] for rollouts in drawn.steps]
     assert {*ids[1]} == {"4", "5", "6", "7"}
-    assert ids[0].count("0") == ids[2].count("0") == 4, "a prompt that comes twice is drawn twice"
+    assert ids[0].count("0") == ids[2].count("0") == 4, "a repeated prompt is sampled twice"
     assert {*ids[2]} == {"8", "9", "10", "0"}
 
 
-def test_the_first_step_estimates_from_its_own_batch():
+def test_the_first_step_estimates_costs_from_its_own_batch():
     s, _ = source("student", objective={"estimator": "reward_to_go", "normalization": "rate"})
     drawn = s.draw([PROMPTS[:4]], 0, Clock())
     assert (
@@ -144,12 +146,13 @@ SPLIT = {
     "data": {**MINIMAL["data"], "max_prompt_tokens": 32},
     "teacher": {"kind": "hf", "model": "b", "batch_tokens": 200},
 }
-"""Four completions of 64 tokens fill a batch of the teacher: 3.1 of them."""
+"""Split placement with a teacher batch of 200 tokens, which is filled by four completions of 64
+tokens (3.1 of them)."""
 
 
 @pytest.mark.parametrize("sampler", ["student", "mixture", "teacher"])
 @pytest.mark.parametrize("order", [range(10), [9, 1, 8, 3, 6, 5, 4, 7, 2, 0]])
-def test_what_is_finished_is_scored_while_others_are_drawn(sampler, order):
+def test_finished_completions_are_scored_while_others_are_sampled(sampler, order):
     changes = {"rollout": {**SPLIT["rollout"], "teacher_fraction": 1e-9}}
     if sampler == "teacher":
         changes["objective"] = {"kind": "token_forward_kl"}
@@ -159,23 +162,24 @@ def test_what_is_finished_is_scored_while_others_are_drawn(sampler, order):
     else:
         workers.student = Early("student", order, workers.teacher.seen)
     drawn = s.draw([PROMPTS[:5]], 0, Clock())
-    companies = [[int(i.split("/")[0]) for i in of] for of in workers.teacher.companies]
+    batches = [[int(i.split("/")[0]) for i in ids] for ids in workers.teacher.batches]
     first = [at // 2 for at in order]
-    assert companies == [first[:4], first[4:8], sorted(first[8:])]
+    assert batches == [first[:4], first[4:8], sorted(first[8:])]
     assert drawn.scores.keys() == {r.sample_id for r in drawn.steps[0]}
 
 
 @pytest.mark.parametrize(("sampler", "placement"), [("student", "colocated"), ("teacher", "split")])
-def test_where_nothing_can_be_early_all_is_scored_at_once(sampler, placement):
-    """Roles that take turns on the same cores; a sampler that tells of none, as a cache."""
+def test_without_early_completions_all_are_scored_at_once(sampler, placement):
+    """Colocated roles run alternately, and a sampler such as a cache may report no early
+    completions."""
     changes = {"placement": placement, "objective": {"kind": "token_forward_kl"}}
     s, workers = source(sampler, prompts_per_step=5, **SPLIT | changes)
     workers.student = Early("student", range(10), SimpleNamespace(wait=lambda _: True))
     s.draw([PROMPTS[:5]], 0, Clock())
-    assert [len(company) for company in workers.teacher.companies] == [10]
+    assert [len(batch) for batch in workers.teacher.batches] == [10]
 
 
-def test_a_score_that_fails_beside_sampling_ends_the_draw():
+def test_a_scoring_failure_during_sampling_ends_the_draw():
     s, workers = source("student", prompts_per_step=5, **SPLIT)
     workers.student = Early("student", range(10), workers.teacher.seen)
     fails = Mock(side_effect=[ActorError("teacher scoring died"), {}, {}])
@@ -186,7 +190,7 @@ def test_a_score_that_fails_beside_sampling_ends_the_draw():
 
 
 @pytest.mark.parametrize("sampler", ["dataset", "corpus"])
-def test_given_text_is_a_completion_without_a_sampler(sampler):
+def test_reference_text_needs_no_sampler(sampler):
     changes = {"data": {**MINIMAL["data"], "corpus_path": "texts.jsonl"}}
     s, workers = source(sampler, **changes)
     drawn = s.draw([PROMPTS[:4]], 0, Clock())
@@ -197,15 +201,15 @@ def test_given_text_is_a_completion_without_a_sampler(sampler):
     assert workers.student.calls == []
 
 
-def test_what_was_cut_can_be_left_out_of_the_loss():
-    made, workers = source("student", rollout={"samples_per_prompt": 4, "mask_truncated": True})
+def test_truncated_completions_can_be_masked_out_of_the_loss():
+    s, workers = source("student", rollout={"samples_per_prompt": 4, "mask_truncated": True})
     workers.student = Cutting("student")
     workers.student.hopeless = ("2", "3")
-    drawn = made.draw([PROMPTS[:2], PROMPTS[2:4]], 0, Clock())
-    rollouts, masked = made.split(drawn.steps[0])
+    drawn = s.draw([PROMPTS[:2], PROMPTS[2:4]], 0, Clock())
+    rollouts, masked = s.split(drawn.steps[0])
     assert len(rollouts) == len(masked) == 4
     assert {r.finish_reason for r in rollouts} == {"stop"}
     assert {r.finish_reason for r in masked} == {"length"}
     assert {r.sample_id for r in (*rollouts, *masked)} == {r.sample_id for r in drawn.steps[0]}
-    all_cut, none_masked = made.split(drawn.steps[1])
+    all_cut, none_masked = s.split(drawn.steps[1])
     assert len(all_cut) == 8 and not none_masked
