@@ -23,12 +23,12 @@ def documented():
 
 
 def test_the_documentation_has_the_entries_of_the_catalog():
-    found = documented()
-    assert len(found) > 55
-    for name, (label, unit, better, definition, _) in found.items():
-        known = metric(name)
+    documentation = documented()
+    assert len(documentation) > 55
+    for name, (label, unit, better, definition, _) in documentation.items():
+        entry = metric(name)
         assert name.rpartition("/")[2] in CATALOG, name
-        assert (label, unit, better) == (known.label, known.unit, DIRECTIONS[known.better]), name
+        assert (label, unit, better) == (entry.label, entry.unit, DIRECTIONS[entry.better]), name
         assert definition, name
 
 
