@@ -41,7 +41,7 @@ def pytest_collection_finish(session):
         fork_server.start(int(Path(os.environ[fork_server.ADDRESS]).name))
         command = " ".join(fork_server.python())
         job = {"runtime_env": {"py_executable": command}}
-        os.environ["RAY_JOB_CONFIG_JSON_ENV_VAR"] = json.dumps(job)
+        os.environ[fork_server.JOB_CONFIG] = json.dumps(job)
 
 
 @pytest.fixture(scope="session")

@@ -25,6 +25,9 @@ import time
 ADDRESS = "SEQKD_TEST_FORK_SERVER"
 """Environment variable with the path of the server's socket, for the tests."""
 
+JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Environment variable from which Ray reads the runtime environment of a driver's job."""
+
 STARTING_S = 300
 """Seconds that a client waits for the server's imports."""
 

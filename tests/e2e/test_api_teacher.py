@@ -25,6 +25,7 @@ from actors.teacher import TeacherActor
 from seqkd.config.teacher import EndpointTeacherConfig, HfTeacherConfig
 from seqkd.evaluation.catalog import labeled
 from tests.conftest import ROOT
+from tests.fork_server import python
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +124,7 @@ def train(tiny, tmp_path, url, *overrides):
     data["runs_dir"] = str(tmp_path)
     file = tmp_path / "black_box.yaml"
     file.write_text(yaml.safe_dump(data))
-    command = [sys.executable, "-m", "seqkd", "train", str(file), *overrides]
+    command = [*python(), "-m", "seqkd", "train", str(file), *overrides]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 
 import pytest
 
 from tests.conftest import ROOT
+from tests.fork_server import python
 
 ROWS = [
     {"instruction": "Name a color.", "instances": [{"input": "", "output": "red"}]},
@@ -22,7 +22,7 @@ ROWS = [
 
 
 def evaluate(*arguments):
-    command = [sys.executable, "-m", "seqkd", "evaluate", *arguments]
+    command = [*python(), "-m", "seqkd", "evaluate", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from seqkd.models.loading import load_causal_lm, load_tokenizer
 from tests.conftest import ROOT
+from tests.fork_server import JOB_CONFIG, python
 
 RAY = str(Path(sys.executable).parent / "ray")
 TIMEOUT = 300
@@ -30,7 +31,7 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def environment(home):
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_") or k == JOB_CONFIG}
     return kept | {"HOME": str(home), "RAY_AUTH_MODE": "token", "HF_HUB_OFFLINE": "1"}
 
 
@@ -99,32 +100,30 @@ def test_student_sampled(head, environment, tiny_config, home):
 def test_teacher_sampled_and_a_used_directory(head, environment, tiny_config, tmp_path):
     overrides = ["sampler=teacher", "steps=2", "evaluation.prompts=0", f"runs_dir={tmp_path}"]
     overrides.append("extra_terms=[{sampler: dataset, weight: 0.5}, {sampler: mixture}]")
-    done = submit(head, environment, tiny_config, *overrides)
-    assert done.returncode == 0, done.stdout + done.stderr
+    overrides.append(f"cluster={head.cluster}")
+    succeeds(direct(environment, tiny_config, *overrides))
     rows = metrics(tmp_path / "tiny")
     assert {(r["sampler"], r["objective"]) for r in rows} == {("teacher", "sequence_forward_kl")}
     assert [r["policy_version"] for r in rows] == [0, 1]
     assert all(r["dataset/sequences"] == 4 and r["dataset/eos_rate"] == 1 for r in rows)
     assert all(0 < r["mixture/effective_sample_size"] <= 16 for r in rows)
-    again = submit(head, environment, tiny_config, *overrides)
-    assert again.returncode != 0
-    assert "already contains another run" in again.stdout + again.stderr
+    refused(direct(environment, tiny_config, *overrides), "already contains another run")
 
 
 def test_a_student_equal_to_its_teacher_has_zero_divergence(
     head, environment, tiny_config, tiny, tmp_path
 ):
-    done = submit(
-        head,
+    done = direct(
         environment,
         tiny_config,
+        f"cluster={head.cluster}",
         f"student.model={tiny['teacher']}",
         f"teacher={{kind: vllm, model: {tiny['teacher']}, kv_cache_gib: 0.1}}",
         "objective.normalization=rate",
         "steps=1",
         f"runs_dir={tmp_path}",
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    succeeds(done)
     (row,) = metrics(tmp_path / "tiny")
     for name in ("loss", "reverse_kl_per_token", "forward_kl_per_token", "rate"):
         assert abs(row[name]) <= 1e-5, name
@@ -134,7 +133,7 @@ def test_a_student_equal_to_its_teacher_has_zero_divergence(
 
 
 def direct(environment, *arguments, command="train"):
-    return run([sys.executable, "-m", "seqkd", command, *map(str, arguments)], environment)
+    return run([*python(), "-m", "seqkd", command, *map(str, arguments)], environment)
 
 
 def test_two_step_training_equals_the_live_run(head, environment, tiny_config, tiny, tmp_path):
