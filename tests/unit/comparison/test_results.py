@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from dataclasses import asdict
@@ -15,6 +16,7 @@ from seqkd.cli import compare
 from seqkd.cli.main import main
 from seqkd.comparison import plan, results, runner
 from seqkd.comparison.statistics import Estimate, difference, estimate, holm
+from seqkd.console import show
 from seqkd.errors import ConfigError, DataError
 from seqkd.evaluation.intervals import Ratio
 from tests.comparison_runs import write_comparison, write_evaluation
@@ -253,7 +255,9 @@ def test_tables_as_text_and_json(tmp_path):
     comparison, entries = write_comparison(tmp_path)
     result = results.read(comparison, entries)
     write_evaluation(entries[0].directory, "other", {"student": {"rougeL": [10.0, 30.0]}})
-    text = results.render(results.read(comparison, entries))
+    out = io.StringIO()
+    show(*results.render(results.read(comparison, entries)), file=out)
+    text = out.getvalue()
     (held_out,) = result.tables
     expected = held_out.figures["default"]["reverse_kl_per_token"]
     line = next(line for line in text.splitlines() if line.startswith("  default "))
@@ -315,7 +319,7 @@ def test_first_error_of_a_failed_run_is_printed(tmp_path, capsys):
     log = entry.directory.with_name("sft-0.log")
     log.write_text("error: of an earlier attempt\n")
     assert not runner.Children().run(entry, "train", "missing.yaml")
-    printed = capsys.readouterr().out
+    printed = capsys.readouterr().err
     assert "error: seqkd train failed with exit code 2" in printed and str(log) in printed
     assert "missing.yaml: no such file" in printed and "earlier attempt" not in printed
     assert log.read_text().startswith("error: of an earlier attempt")

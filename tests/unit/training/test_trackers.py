@@ -243,7 +243,7 @@ def test_a_failing_tracker_does_not_stop_the_run(registered, tmp_path, cls, reas
     for step in range(3):
         recorder.step(step, ROW, COSTS, Clock(), 1)
     recorder.close()
-    said = recorder.out.getvalue()
+    said = recorder.progress.file.getvalue()
     assert said.count(f"warning: wandb failed: {reason}. The run continues without wandb.") == 1
     assert said.count("warning") == 1
     assert (
