@@ -1,24 +1,45 @@
-"""Exit codes, signals and messages on the terminal."""
+"""Output on the terminal, exit codes and signals of the commands.
+
+Rich is imported on first use, so that ``seqkd --help`` stays fast. All text is printed literally:
+rich's markup is off, and control characters of prompts, completions and names are removed.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
+import re
 import signal as signals
 import sys
 import warnings
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from datetime import timedelta
+from functools import lru_cache
 from signal import SIGINT, Signals
-from typing import TextIO
+from statistics import fmean
+from typing import TYPE_CHECKING, TextIO
 
 from seqkd.errors import SeqkdError, Stopped
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from rich.live import Live
+    from rich.progress import Progress as Bar
+    from rich.table import Table
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters except tab and line feed, bidirectional overrides, and lone surrogates."""
+UNLIMITED = 10_000
+"""Columns of a file or pipe, where lines are never wrapped."""
+STYLES = {"error": "bold red", "stopped": "bold yellow", "warning": "yellow"}
 
 
 def run_command(action: Callable[[], int], hint: str = "") -> int:
     """Run ``action`` and return its exit code.
 
-    An error that the user can fix is printed on stderr and gives 2. A signal gives the exit code
-    that a shell gives, and ``hint`` is printed, which says how to continue."""
+    A SeqkdError is printed on stderr, and the exit code is 2. After a signal, ``hint`` is printed,
+    which names the command that continues, and the exit code is 128 + the signal's number."""
 
     def stop(number: int, frame: object) -> None:
         raise Stopped(Signals(number))
@@ -27,26 +48,159 @@ def run_command(action: Callable[[], int], hint: str = "") -> int:
     try:
         return action()
     except Stopped as stopped:
-        print_message("stopped", "; ".join(filter(None, (str(stopped), hint))), file=sys.stderr)
+        print_message("stopped", "; ".join(filter(None, (str(stopped), hint))))
         return 128 + stopped.signal
     except KeyboardInterrupt:
-        print_message("stopped", "; ".join(filter(None, ("interrupted", hint))), file=sys.stderr)
+        print_message("stopped", "; ".join(filter(None, ("interrupted", hint))))
         return 128 + SIGINT
     except SeqkdError as error:
-        print(getattr(error, "details", ""), end="", file=sys.stderr)
-        print_message("error", str(error), file=sys.stderr)
+        if details := getattr(error, "details", ""):
+            show(details.rstrip("\n"), file=sys.stderr)
+        print_message("error", str(error))
         return 2
     finally:
         signals.signal(signals.SIGTERM, before)
 
 
 def print_message(level: str, text: str, indent: str = "", file: TextIO | None = None) -> None:
-    """Print each line of ``text`` as one message. A line that begins with a space continues the
-    message before it."""
-    for line in text.splitlines():
-        print(
-            indent + (line if line.startswith(" ") else f"{level}: {line}"), file=file, flush=True
+    """Print each line of ``text`` as ``level: line``. Lines that begin with a space continue the
+    message before them. Warnings are printed on stdout, all other levels on stderr."""
+    from rich.text import Text
+
+    file = file or (sys.stdout if level == "warning" else sys.stderr)
+    for line in clean(text).splitlines():
+        prefix = ("", "") if line.startswith(" ") else (f"{level}: ", STYLES[level])
+        show(Text.assemble(indent, prefix, line), file=file)
+
+
+def show(*parts: RenderableType, file: TextIO | None = None) -> None:
+    """Print texts without wrapping them, and tables at the width of the terminal. Flushes."""
+    from rich.text import Text
+
+    out = console(file or sys.stdout)
+    for part in parts:
+        text = Text(clean(part)) if isinstance(part, str) else part
+        out.print(text, soft_wrap=isinstance(text, Text))
+
+
+def table(rows: Iterable[Sequence[str]], heads: Sequence[str] = ()) -> Table:
+    """Return rows of texts as aligned columns, for :func:`show`."""
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table(*heads, box=None, pad_edge=False, show_header=bool(heads), header_style="bold")
+    for row in rows:
+        grid.add_row(*(Text(clean(cell), overflow="fold") for cell in row))
+    return grid
+
+
+def clean(text: str) -> str:
+    """Remove the characters that a terminal would interpret."""
+    return CONTROL.sub("", text)
+
+
+def console(file: TextIO) -> Console:
+    """Return the console of a file. While a live display runs, it prints above the display."""
+    return _console(getattr(file, "rich_proxied_file", file))
+
+
+@lru_cache(maxsize=8)
+def _console(file: TextIO) -> Console:
+    from rich.console import Console
+
+    # Not left to rich: FORCE_COLOR would put escape sequences into logs.
+    terminal = file.isatty()
+    return Console(
+        file=file, force_terminal=terminal, width=None if terminal else UNLIMITED,
+        markup=False, emoji=False, highlight=False, force_jupyter=False,
+    )  # fmt: skip
+
+
+class Progress:
+    """Notes, waits and steps of a loop. In a terminal, steps are a bar with the figures of the last
+    step; elsewhere, one line per step. The caller closes it."""
+
+    def __init__(self, file: TextIO | None = None) -> None:
+        self.file = file or sys.stdout
+        self.console = console(self.file)
+        self.display: Live | None = None
+        self.bar: Bar | None = None
+        self.recent: deque[float] = deque(maxlen=10)
+        """Seconds of the last steps."""
+
+    def begin(self, text: str) -> None:
+        """Print a line, and begin with a new bar."""
+        self.close()
+        self.recent.clear()
+        self.note(text)
+
+    def note(self, text: str) -> None:
+        """Print a line."""
+        if self.bar is None:
+            self.close()
+        show(text, file=self.file)
+
+    def wait(self, text: str) -> None:
+        """Print a line, and in a terminal the time elapsed since then, until the next call."""
+        self.note(text)
+        if self.console.is_interactive and self.bar is None:
+            from rich.progress import Progress as Bar
+            from rich.progress import SpinnerColumn, TimeElapsedColumn
+
+            clock = Bar(SpinnerColumn(), TimeElapsedColumn())
+            clock.add_task("", total=None)
+            self._display(clock, transient=True)
+
+    def step(self, title: str, done: int, total: int, figures: str, seconds: float) -> None:
+        """Show the figures of step ``done`` of ``total``, which took ``seconds``."""
+        self.recent.append(seconds)
+        left = str(timedelta(seconds=int((total - done) * fmean(self.recent))))
+        if not self.console.is_interactive:
+            self.note(f"{title:<6} {done:>3}/{total}  {figures}  ETA {left}")
+            return
+        from rich.console import Group
+        from rich.text import Text
+
+        if self.bar is None:
+            self.close()
+            self.bar = self._bar()
+            self._display(self.bar)
+        self.bar.update(
+            self.bar.task_ids[0], description=title, completed=done, total=total, left=left
         )
+        assert self.display is not None
+        # The options of a note that is printed above would switch wrapping off.
+        below = Text(clean(figures), no_wrap=False, overflow="fold")
+        self.display.update(Group(self.bar, below))
+        if done >= total:
+            self.close()
+
+    def close(self) -> None:
+        """Stop the display. The last state of a bar remains visible."""
+        if self.display is not None:
+            self.display.stop()
+        self.display = self.bar = None
+
+    def _bar(self) -> Bar:
+        from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn
+        from rich.progress import Progress as Bar
+        from rich.table import Column
+
+        bar = Bar(
+            SpinnerColumn(),
+            TextColumn("{task.description}", markup=False),
+            MofNCompleteColumn(),
+            BarColumn(None, table_column=Column(max_width=40)),
+            TextColumn("ETA {task.fields[left]}", markup=False),
+        )
+        bar.add_task("", left="")
+        return bar
+
+    def _display(self, content: Bar, transient: bool = False) -> None:
+        from rich.live import Live
+
+        self.display = Live(content, console=self.console, transient=transient)
+        self.display.start()
 
 
 def quiet() -> None:

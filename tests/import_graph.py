@@ -11,13 +11,13 @@ from pathlib import Path
 
 LAYERS = (
     ("seqkd.types", "seqkd.errors"),
-    ("seqkd.files",),
+    ("seqkd.files", "seqkd.console"),
     ("seqkd.config",),
     ("seqkd.objectives", "seqkd.data", "seqkd.models", "seqkd.protocols"),
     ("seqkd.learner", "seqkd.workers"),
     ("seqkd.evaluation",),
     ("seqkd.storage",),
-    ("seqkd.teachers", "seqkd.console"),
+    ("seqkd.teachers",),
     ("seqkd.checks", "seqkd.comparison", "seqkd.studies"),
     ("seqkd.training",),
     ("actors", "seqkd.report"),

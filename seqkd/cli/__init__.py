@@ -1,1 +1,1 @@
-"""The subcommands of ``seqkd``. They import nothing heavy, so that ``--help`` is immediate."""
+"""The subcommands of ``seqkd``. They import no large library, so that ``--help`` is fast."""

@@ -1,16 +1,15 @@
-"""Compare methods at equal budget, over several seeds; the same command resumes."""
+"""Compare methods at equal budget over several seeds. Rerun the command to resume."""
 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from seqkd.cli.arguments import add_path
-from seqkd.console import print_message, quiet, run_command
+from seqkd.cli.arguments import add_path, at_least_one
+from seqkd.console import print_message, quiet, run_command, show
 from seqkd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -22,17 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``seqkd compare``."""
     parser.epilog = "Example: seqkd compare configs/comparisons/tiny.yaml"
     add_path(parser, "comparison", type=Path, help="YAML file (see docs/comparing.md)")
-    parser.add_argument("--jobs", type=jobs, default=1, help="parallel runs (1)")
-    parser.add_argument("--dry-run", action="store_true", help="check every method; run nothing")
-    parser.add_argument("--tables", action="store_true", help="print the results; run nothing")
-
-
-def jobs(text: str) -> int:
-    """Parse a number of parallel runs, at least one."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be at least 1.")
-    return number
+    parser.add_argument("--jobs", type=at_least_one, default=1, help="number of parallel runs (1)")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check every method without running it"
+    )
+    parser.add_argument("--tables", action="store_true", help="print the results of finished runs")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -45,13 +38,13 @@ def run(args: argparse.Namespace) -> int:
         entries = plan.entries(comparison, args.comparison)
         quiet()
         if args.tables:
-            return show(comparison, entries)
+            return show_results(comparison, entries)
         for entry in entries:
-            runner.is_finished(entry)  # refuses a run of another configuration before any starts
+            runner.is_finished(entry)  # raises ConfigError for a run of another configuration
         check_methods(entries[: len(comparison.methods)])
         if args.dry_run:
             for entry in entries:
-                print(f"{entry.directory}: {' '.join(entry.arguments[1:])}")
+                show(f"{entry.directory}: {' '.join(entry.arguments[1:])}")
             return 0
         return compare(comparison, entries, args.jobs)
 
@@ -59,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check_methods(entries: Sequence[Entry]) -> None:
-    """Check the models and data of every method before the first of them runs for hours."""
+    """Check the models and data of every method before the first run starts."""
     from seqkd.training.setup import check
 
     for entry in entries:
@@ -75,21 +68,21 @@ def check_methods(entries: Sequence[Entry]) -> None:
 
 
 def compare(comparison: Comparison, entries: Sequence[Entry], jobs: int) -> int:
-    """Run every entry that is not finished, ``jobs`` at a time, and evaluate its student if the
-    comparison asks for it."""
+    """Run all unfinished entries, ``jobs`` at a time, and evaluate the students if
+    ``comparison.evaluate`` is set."""
     from seqkd.comparison import runner
 
     children = runner.Children()
 
     def run(number: int, entry: Entry) -> bool:
-        """Return whether anything was run."""
+        """Return whether a command was run."""
         title = f"[{number}/{len(entries)}] {entry.method}, seed {entry.seed}:"
         unfinished = not runner.is_finished(entry)
         if unfinished:
-            print_line(f"{title} {entry.directory}")
+            show(f"{title} {entry.directory}")
             if not children.run(entry, "train", *entry.arguments, "--resume"):
                 return False
-        print_line(f"{title} {runner.outcome(entry)}")
+        show(f"{title} {runner.outcome(entry)}")
         if comparison.evaluate is None or runner.is_evaluated(entry):
             return unfinished
         options = ["--no-initial"] if entry.method != comparison.against else []
@@ -106,13 +99,7 @@ def compare(comparison: Comparison, entries: Sequence[Entry], jobs: int) -> int:
             pool.shutdown(wait=False, cancel_futures=True)
             children.stop()
             raise
-    return show(comparison, entries)
-
-
-def print_line(text: str) -> None:
-    """Print a line in one write, so that the lines of parallel runs do not mix."""
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
+    return show_results(comparison, entries)
 
 
 def update(comparison: Comparison, entries: Sequence[Entry]) -> Result:
@@ -128,12 +115,12 @@ def update(comparison: Comparison, entries: Sequence[Entry]) -> Result:
     return result
 
 
-def show(comparison: Comparison, entries: Sequence[Entry]) -> int:
-    """Print the tables and what is missing; return 2 if a run is not finished."""
+def show_results(comparison: Comparison, entries: Sequence[Entry]) -> int:
+    """Print the tables and the problems. Return 2 if a run is not finished, else 0."""
     from seqkd.comparison import plan, results
 
     result = update(comparison, entries)
     directory = plan.directory(entries)
-    print(f"\n{results.render(result)}\n\n{directory / 'comparison.json'}")
-    print(directory / "report.html")
+    show("", *results.render(result))
+    show(f"\n{directory / 'comparison.json'}", str(directory / "report.html"))
     return 0 if sum(run.over for run in result.runs.values()) == len(entries) else 2

@@ -1,8 +1,9 @@
-"""``seqkd train --dry-run``, and the estimate of memory that a run shows too."""
+"""``seqkd train --dry-run``, and the memory estimate that ``seqkd train`` prints, too."""
 
 from __future__ import annotations
 
 import os
+import sys
 
 import torch
 
@@ -10,7 +11,7 @@ from actors import placement
 from seqkd.checks.memory import check_memory, estimate, gpu_memory, host_memory
 from seqkd.checks.preflight import Checked
 from seqkd.config.run import Config, dump
-from seqkd.console import print_message
+from seqkd.console import print_message, show
 from seqkd.errors import SeqkdError
 from seqkd.storage import run_directory
 from seqkd.training import trackers
@@ -18,30 +19,29 @@ from seqkd.training.setup import check
 
 
 def dry_run(config: Config, resume: bool) -> int:
-    """Print everything that can be known without starting an actor; return 2 if there are
-    errors, else 0."""
+    """Print the configuration, the plan and all findings without starting an actor. Return 2 if
+    there are errors, else 0."""
     directory, errors, warnings = run_directory.locate(config), list[str](), list[str]()
-    print(dump(config))
     plan = placement.plan(config)
-    print("plan:")
+    show(dump(config), "plan:")
     for actor in plan.actors:
         gpus = f", {actor.gpus:g} GPUs" if actor.gpus else ""
         name = f"{actor.role} {actor.teacher}".strip()
-        print(f"  {name} {actor.index}: {actor.threads} threads{gpus}, bundle {actor.bundle}")
-    print(f"  bundles ({config.placement}): {[dict(b) for b in plan.bundles]}")
-    print(f"  run directory: {directory}")
+        show(f"  {name} {actor.index}: {actor.threads} threads{gpus}, bundle {actor.bundle}")
+    show(f"  bundles ({config.placement}): {[dict(b) for b in plan.bundles]}")
+    show(f"  run directory: {directory}")
 
     def check_directory() -> None:
         changes = run_directory.resumption(directory, config, resume).changes
-        print("".join(f"  changed: {line}\n" for line in changes), end="")
+        show(*(f"  changed: {line}" for line in changes))
 
     def check_models_and_data() -> None:
         nonlocal config
         config, _, checked = check(config)
         warnings.extend(checked.warnings)
-        print(f"  {len(checked.train)} training prompts, {len(checked.heldout)} held-out prompts")
-        print("".join(f"    {line}\n" for line in checked.sources), end="")
-        warnings.extend(memory_warnings(config, checked, show=True))
+        show(f"  {len(checked.train)} training prompts, {len(checked.heldout)} held-out prompts")
+        show(*(f"    {line}" for line in checked.sources))
+        warnings.extend(memory_warnings(config, checked, verbose=True))
 
     def check_resources() -> None:
         if on_this_machine(config):
@@ -57,10 +57,10 @@ def dry_run(config: Config, resume: bool) -> int:
             step()
         except SeqkdError as error:
             errors.append(str(error))
-    print("findings:" if errors or warnings else "findings: none")
+    show("findings:" if errors or warnings else "findings: none")
     for level, texts in (("error", errors), ("warning", warnings)):
         for text in texts:
-            print_message(level, text, indent="  ")
+            print_message(level, text, indent="  ", file=sys.stdout)
     return 2 if errors else 0
 
 
@@ -69,14 +69,13 @@ def on_this_machine(config: Config) -> bool:
     return config.cluster is None and "RAY_ADDRESS" not in os.environ
 
 
-def memory_warnings(config: Config, checked: Checked, show: bool = False) -> list[str]:
-    """Estimate the memory of the plan and compare it with this machine's; ``show`` prints the
-    estimate."""
+def memory_warnings(config: Config, checked: Checked, verbose: bool = False) -> list[str]:
+    """Compare the estimated memory of the plan with this machine's memory, and return warnings.
+    ``verbose`` prints the estimate."""
     needs = estimate(config, checked.student, checked.teachers, placement.needed(config))
-    if show:
-        print("  memory by estimate, GiB (processes x each):")
-        for need in needs:
-            print(f"    {need}")
+    if verbose:
+        show("  estimated memory in GiB (processes x GiB per process):")
+        show(*(f"    {need}" for need in needs))
     if not on_this_machine(config):
         return []
     warning = check_memory(needs, host_memory(), gpu_memory())

@@ -1,18 +1,19 @@
-"""Evaluate a run's student, or any model, next to its teacher: divergences, text, curves."""
+"""Evaluate a run's student, or any model, and its teacher: divergences, text, curves."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import shutil
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from seqkd.cli.arguments import add_path, add_verbose
-from seqkd.console import print_message, quiet, run_command
+from seqkd.cli.arguments import add_overrides, add_path, add_verbose, at_least_one
+from seqkd.console import Progress, print_message, quiet, run_command, show
 from seqkd.errors import ConfigError, SeqkdError
 
 if TYPE_CHECKING:
@@ -23,11 +24,11 @@ if TYPE_CHECKING:
     from seqkd.workers import Workers
 
 CHUNK = 32
-"""Prompts that are answered and scored together; results are kept after each chunk."""
+"""Number of prompts that are answered and scored together. Results are saved after each chunk."""
 CACHE = "cache"
-"""Directory of the completions and scores so far, within the output directory."""
+"""Subdirectory of the output directory for the completions and scores so far."""
 ALL = 100_000
-"""``evaluation.prompts`` when every prompt of a file is evaluated."""
+"""``evaluation.prompts`` when all prompts of a file are evaluated."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,15 +38,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--bart facebook/bart-large-cnn rollout.max_tokens=128"
     )
     add_path(parser, "what", metavar="RUN|MODEL", help="a run directory, or a model")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. rollout.cpus=2")
-    add_path(parser, "--config", help="for a model: the YAML file with its teacher and its data")
+    add_overrides(parser, "rollout.cpus=2")
+    add_path(parser, "--config", help="for a model: YAML file with its teacher and data")
     add_path(
-        parser, "--prompts", help="other prompts, with or without answers; formats as for data.path"
+        parser,
+        "--prompts",
+        help="other prompts, with or without answers, in any format of data.path",
     )
-    parser.add_argument("--limit", type=int, help="maximum number of prompts")
-    parser.add_argument("--samples", type=int, default=1, help="completions per prompt (1)")
+    parser.add_argument("--limit", type=at_least_one, help="maximum number of prompts")
+    parser.add_argument(
+        "--samples", type=at_least_one, default=1, help="completions per prompt (1)"
+    )
     parser.add_argument("--no-initial", action="store_true", help="skip the initial student")
-    parser.add_argument("--bart", help="checkpoint for BARTScore")
+    parser.add_argument("--bart", help="BART model for BARTScore")
     add_path(
         parser, "--out", type=Path, help="output directory (RUN/evaluation/<name of the prompts>)"
     )
@@ -65,29 +70,32 @@ def run(args: argparse.Namespace) -> int:
 
 @dataclass(frozen=True)
 class Request:
-    """The models to evaluate, and the prompts."""
+    """Models and prompts to evaluate."""
 
     config: Config
-    """The student and the teachers; nothing is trained with it."""
+    """Student, teachers and prompts."""
     models: dict[str, str]
-    """Directories or hub names of students, by the name of their column."""
+    """Directories or hub names of the students, by the name of their column."""
     out: Path
+    """Output directory."""
     bart: str | None
+    """BART model for BARTScore."""
     run: Path | None = None
-    """The run whose report shows the result."""
+    """Run whose report shows the result."""
     problems: list[str] = field(default_factory=list)
+    """Errors that did not prevent the evaluation."""
 
 
 def read_request(args: argparse.Namespace) -> Request:
-    """Find the models and the configuration. Raises ConfigError."""
+    """Find the models and read the configuration. Raises ConfigError."""
     from seqkd.config.run import load
 
     run = Path(args.what).expanduser()
     file = run / "config.yaml"
     if not file.is_file() and args.config is None:
         raise ConfigError(
-            f"{args.what}: is no run directory (it has no config.yaml). Name a run directory; or a "
-            "model, with --config and the YAML file that names its teacher."
+            f"{args.what}: is not a run directory (it has no config.yaml). Pass a run directory, "
+            "or a model and --config with the YAML file that names its teacher."
         )
     overrides = [f"evaluation.samples_per_prompt={args.samples}"]
     if args.prompts:
@@ -99,7 +107,7 @@ def read_request(args: argparse.Namespace) -> Request:
         overrides.append(f"student={{model: {json.dumps(args.what)}, init: {{kind: checkpoint}}}}")
     config = load(args.config or file, [*overrides, *args.overrides])
     if not config.evaluation.prompts:
-        raise ConfigError("evaluation.prompts: is 0. Set it, or name prompts with --prompts.")
+        raise ConfigError("evaluation.prompts: is 0. Set it to at least 1, or pass --prompts.")
     name = Path(args.prompts).stem if args.prompts else "heldout"
     home = Path(config.runs_dir) / Path(args.what).name if args.config else run
     out = args.out or home / "evaluation" / name
@@ -115,14 +123,14 @@ def read_request(args: argparse.Namespace) -> Request:
         request.models["student"] = str(run / "student")
     else:
         request.problems.append(
-            f"{run}: has no student yet, so only the initial student is evaluated. Finish a phase "
-            "with seqkd train --resume."
+            f"{run}: has no trained student yet, so only the initial student was evaluated. Finish "
+            "a phase with seqkd train --resume."
         )
     return request
 
 
 def for_evaluation(config: Config, out: Path) -> Config:
-    """Return ``config`` without its training terms, and with a cache of the teacher in ``out``."""
+    """Return ``config`` without its training terms and with a teacher cache in ``out``."""
     data = config.model_dump(mode="json", exclude={"warmup", "extra_terms", "weight", "objective"})
     return type(config).model_validate(
         data | {"sampler": "teacher", "teacher_cache": {"path": str(out / CACHE / "teacher")}}
@@ -130,7 +138,7 @@ def for_evaluation(config: Config, out: Path) -> Config:
 
 
 def evaluate(request: Request, verbose: bool) -> int:
-    """Generate, measure, write and print; return 2 if something had to be skipped."""
+    """Generate, measure, write and print. Return 2 if a part had to be skipped, else 0."""
     from actors import build
     from seqkd import report
     from seqkd.evaluation import offline
@@ -138,7 +146,7 @@ def evaluate(request: Request, verbose: bool) -> int:
     bart = load_scorer(request)
     config, checked, with_teacher = check(request)
     request.out.mkdir(parents=True, exist_ok=True)
-    print(f"{len(checked.heldout)} prompts; results: {request.out}", flush=True)
+    show(f"{len(checked.heldout)} prompts; results: {request.out}")
     outputs: dict[str, ModelOutputs] = {}
     with build.connect(config, verbose):
         for name, path in request.models.items():
@@ -151,8 +159,8 @@ def evaluate(request: Request, verbose: bool) -> int:
     )
     if not any(held_out.references):
         request.problems.append(
-            "no prompt has an answer to compare with: ROUGE and BARTScore are skipped. Name "
-            "prompts with answers, or set data.reference_key to their column."
+            "--prompts: no prompt has a reference answer, so ROUGE and BARTScore were skipped. "
+            "Pass prompts with answers, or set data.reference_key to the column of the answers."
         )
     evaluation = {
         "source": request.config.data.heldout_path or request.config.data.path,
@@ -165,15 +173,15 @@ def evaluate(request: Request, verbose: bool) -> int:
     shutil.rmtree(request.out / CACHE)
     if request.run is not None:
         report.write([request.run], request.run / "report.html")
-    print(f"\n{offline.render(evaluation)}\n")
-    print(f"{request.out / 'evaluation.json'}\n{request.out / 'generations.jsonl'}")
+    show("", *offline.render(evaluation))
+    show(f"\n{request.out / 'evaluation.json'}", str(request.out / "generations.jsonl"))
     for problem in request.problems:
         print_message("error", problem)
     return 2 if request.problems else 0
 
 
 def load_scorer(request: Request) -> BartScorer | None:
-    """Load the BARTScore model; None if none was requested or it cannot be loaded."""
+    """Load the BARTScore model. Return None if none was requested or it cannot be loaded."""
     from seqkd.evaluation.bartscore import BartScorer
 
     if request.bart is None:
@@ -181,13 +189,16 @@ def load_scorer(request: Request) -> BartScorer | None:
     try:
         return BartScorer(request.bart)
     except SeqkdError as error:
-        request.problems.append(f"{error} BARTScore is skipped.")
+        request.problems.append(f"{error} BARTScore was skipped.")
         return None
 
 
 def check(request: Request) -> tuple[Config, Checked, bool]:
-    """Check as before training. If only the teacher does not fit, the student is evaluated without
-    it. Returns the configuration, what the checks loaded, and whether there is a teacher."""
+    """Run the checks of ``seqkd train``. If only the teacher fails them, evaluate without it.
+
+    Returns:
+        The configuration, the checked models and data, and whether there is a teacher.
+    """
     from seqkd.checks import preflight
 
     try:
@@ -200,7 +211,9 @@ def check(request: Request) -> tuple[Config, Checked, bool]:
             checked = preflight.check(config)
         except ConfigError:
             raise error from None
-        request.problems.append(f"{error}\nEverything that needs the teacher is skipped.")
+        request.problems.append(
+            f"{error}\nteacher: all figures that need the teacher were skipped."
+        )
         return config, checked, False
     for warning in checked.warnings:
         if not warning.endswith(f"fewer than evaluation.prompts = {ALL}; all of them are used."):
@@ -212,7 +225,7 @@ def check(request: Request) -> tuple[Config, Checked, bool]:
 def start_workers(
     config: Config, path: str, checked: Checked, with_teacher: bool
 ) -> Iterator[Workers]:
-    """Start all actors for the student at ``path``."""
+    """Start all actors for the student at ``path``, and stop them at the end of the block."""
     from actors import build
     from seqkd.checks.startup import check_workers
     from seqkd.models.loading import expand
@@ -222,7 +235,7 @@ def start_workers(
     if with_teacher:
         roles |= {"learner", "teacher_sampler"}
         roles |= {"teacher"} if config.teacher.distribution else set()
-    control = Control(config.recovery, lambda text: print(text, flush=True))
+    control = Control(config.recovery, show)
     build.check_resources(config, roles)
     with control.signals(), build.workers(config, expand(path), checked, roles, control) as workers:
         if with_teacher:
@@ -234,8 +247,8 @@ def start_workers(
 def generate(
     config: Config, name: str, workers: Workers, checked: Checked, with_teacher: bool, out: Path
 ) -> dict[str, ModelOutputs]:
-    """Generate and score the texts of one student and its teacher, by model. Completed chunks are
-    kept in ``out`` until the evaluation is done."""
+    """Generate and score the completions of one student and its teacher, and return them by model.
+    Completed chunks are kept in ``out`` until the evaluation is done."""
     from seqkd.evaluation.heldout import Answers, HeldOut
     from seqkd.evaluation.table import ModelOutputs
     from seqkd.teachers.cache import open_caches, with_caches
@@ -247,17 +260,20 @@ def generate(
     workers = ReplayLog(out / CACHE / name, config).wrap(workers, config, checked.vocabulary)
     samples, prompts = config.evaluation.samples_per_prompt, checked.heldout
     student, teacher = Answers([], {}), Answers([], {})
-    for low in range(0, len(prompts), CHUNK):
-        chunk = prompts[low : low + CHUNK]
-        if with_teacher:
-            both = HeldOut(workers, chunk, samples, config.seed).answers(checked.stop_ids)
-        else:
-            drawn = workers.student.sample(chunk, [samples] * len(chunk), config.seed)
-            both = Answers(drawn, {r.sample_id: {} for r in drawn}), Answers([], {})
-        for total, part in zip((student, teacher), both, strict=True):
-            total.rollouts.extend(part.rollouts)
-            total.measured.update(part.measured)
-        print(f"  {name}: {low + len(chunk)} of {len(prompts)} prompts", flush=True)
+    with closing(Progress()) as progress:
+        for low in range(0, len(prompts), CHUNK):
+            start = time.perf_counter()
+            chunk = prompts[low : low + CHUNK]
+            if with_teacher:
+                both = HeldOut(workers, chunk, samples, config.seed).answers(checked.stop_ids)
+            else:
+                drawn = workers.student.sample(chunk, [samples] * len(chunk), config.seed)
+                both = Answers(drawn, {r.sample_id: {} for r in drawn}), Answers([], {})
+            for total, part in zip((student, teacher), both, strict=True):
+                total.rollouts.extend(part.rollouts)
+                total.measured.update(part.measured)
+            seconds = (time.perf_counter() - start) / len(chunk)
+            progress.step(name, low + len(chunk), len(prompts), "prompts", seconds)
     if not with_teacher:
         return {name: ModelOutputs(student)}
     return {"teacher": ModelOutputs(teacher), name: ModelOutputs(student, teacher)}

@@ -1,4 +1,4 @@
-"""The command ``seqkd``: one module per subcommand."""
+"""The command ``seqkd``. Each subcommand is a module of this package."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import shtab
 
 from seqkd.cli import compare, evaluate, inspect_data, precompute, report, train
+from seqkd.cli.arguments import Parser
 
 COMMANDS = {
     "train": train,
@@ -23,11 +24,15 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand and return its exit code.
 
-    0: done. 2: a message on stderr says what to fix. 1: a defect, with its traceback. 128 + number:
-    stopped by a signal.
+    The exit codes are:
+
+    - 0: success.
+    - 1: a bug in seqkd, with a traceback.
+    - 2: an error that the user can fix, with a message on stderr.
+    - 128 + number: stopped by the signal with this number.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="seqkd", description="Sequence-level on-policy distillation of language models."
     )
     shtab.add_argument_to(parser, help="print a completion script for a shell")
@@ -42,8 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         module.add_arguments(command)
     if not arguments or arguments[0] not in COMMANDS:
-        parser.parse_args(arguments)  # exits, with help, completion or an error
-    # A parser with subcommands cannot take options between positional arguments; this one can.
+        parser.parse_args(arguments)  # prints help, completion or an error, and exits
+    # Only a parser without subcommands accepts options between positional arguments.
     args = commands.choices[arguments[0]].parse_intermixed_args(arguments[1:])
     code: int = COMMANDS[arguments[0]].run(args)
     return code

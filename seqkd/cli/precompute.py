@@ -1,14 +1,15 @@
-"""Record the teacher's samples and scores, so that seqkd train needs no teacher."""
+"""Record the teacher's samples and scores for a later seqkd train without a teacher."""
 
 from __future__ import annotations
 
 import argparse
 import time
+from contextlib import closing
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from seqkd.cli.arguments import add_config, add_verbose
-from seqkd.console import print_message, quiet, run_command
+from seqkd.console import Progress, print_message, quiet, run_command, show
 from seqkd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -35,14 +36,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def precompute(config: Config, verbose: bool) -> int:
-    """Check, start the teacher's actors, and record everything that the run will draw from them.
-    What is recorded already is kept."""
+    """Check, start the teacher's actors, and record everything that the run will read from them.
+    Samples and scores that are already recorded are kept."""
     from seqkd.config.samplers import RECORDED
 
     if RECORDED not in config.samplers:
-        raise ConfigError(
-            "sampler: no term has sampler 'teacher_cache'. Add sampler=teacher_cache."
-        )
+        raise ConfigError("sampler: no term uses 'teacher_cache'. Set sampler=teacher_cache.")
     if not verbose:
         quiet()
     from actors import build, placement
@@ -57,24 +56,20 @@ def precompute(config: Config, verbose: bool) -> int:
         print_message("warning", warning)
     _, caches = open_caches(config, teacher_here=True)
     for cache in caches.values():
-        print(f"teacher_cache: {cache.directory}", flush=True)
+        show(f"teacher_cache: {cache.directory}")
     roles = placement.recording(config)
-    print(size_limit(config, "teacher" in roles), flush=True)
+    show(size_limit(config, "teacher" in roles))
     start = time.perf_counter()
     steps = sum(p.steps for _, p in config.phases if RECORDED in p.by_sampler)
-    control = Control(config.recovery, lambda text: print(text, flush=True))
+    control = Control(config.recovery, show)
 
-    def progress(done: int, tokens: int) -> None:
+    def report(done: int, tokens: int) -> None:
         control.saved()
         seconds = time.perf_counter() - start
-        left = seconds / done * (steps - done)
-        print(
-            f"{done:>5}/{steps} steps  {tokens} tokens  {tokens / seconds:.0f} tokens/s  "
-            f"ETA {int(left // 60)}:{int(left % 60):02d}",
-            flush=True,
-        )
+        figures = f"{tokens} tokens  {tokens / seconds:.0f} tokens/s"
+        progress.step("recording", done, steps, figures, seconds / done)
 
-    with build.connect(config, verbose):
+    with closing(Progress()) as progress, build.connect(config, verbose):
         build.check_resources(config, roles)
         with build.workers(config, config.student.model, checked, roles, control) as workers:
             learner: Any = TeacherAlone(config)
@@ -83,16 +78,18 @@ def precompute(config: Config, verbose: bool) -> int:
                 print_message("warning", warning)
             keep_teachers(config, caches)
             workers = with_caches(workers, config, checked.stop_ids, checked.vocabulary, caches)
-            print(f"actors ready after {time.perf_counter() - start:.0f} s", flush=True)
+            progress.note(f"actors ready after {time.perf_counter() - start:.0f} s")
             start = time.perf_counter()
-            record(config, workers, checked, progress)
-    without = ", without a teacher" if config.two_step else ""
-    print(f"done: seqkd train with the same configuration reads it{without}")
+            record(config, workers, checked, report)
+    show(
+        "done: seqkd train with the same configuration reads the recording"
+        + (" and starts no teacher" if config.two_step else "")
+    )
     return 0
 
 
 def size_limit(config: Config, scored: bool) -> str:
-    """Describe the maximum size of the recording before it is written."""
+    """Describe the maximum size of the recording."""
     from seqkd.config.samplers import RECORDED
     from seqkd.teachers.cache import bytes_per_token
 
@@ -111,7 +108,7 @@ def size_limit(config: Config, scored: bool) -> str:
 
 
 def samples_per_prompt(config: Config, phase: PhaseConfig) -> int:
-    """Return the number of completions recorded per prompt."""
+    """Return the number of completions that are recorded per prompt."""
     from seqkd.config.samplers import RECORDED, SAMPLERS
 
     return 1 if SAMPLERS[config.source(RECORDED)].from_data else config.samples_per_prompt(phase)

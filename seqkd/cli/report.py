@@ -1,4 +1,4 @@
-"""Write the report of a run, or of several runs side by side, as one HTML page."""
+"""Write an HTML report of one run, or of several runs side by side."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from seqkd.cli.arguments import add_path
-from seqkd.console import run_command
+from seqkd.console import run_command, show
 from seqkd.errors import Stopped
 
 
@@ -20,13 +20,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser,
         "--out",
         type=Path,
-        help="the page (RUN/report.html; of several runs ./report.html)",
+        help="output file (RUN/report.html; for several runs ./report.html)",
     )
     parser.add_argument(
         "--watch",
         type=interval,
         metavar="SECONDS",
-        help="rewrite the page at this interval until every run is over; an open page reloads",
+        help="rewrite the report at this interval until all runs are over; an open page reloads",
     )
 
 
@@ -38,23 +38,25 @@ def run(args: argparse.Namespace) -> int:
 
 
 def follow(runs: list[Path], out: Path, seconds: float | None) -> int:
-    """Write the page, once or every ``seconds`` until every run is over."""
+    """Write the report once, or every ``seconds`` until all runs are over."""
     from seqkd import report
 
     over = report.write(runs, out, seconds)
-    print(f"report: {out}", flush=True)
+    show(f"report: {out}")
     try:
         while seconds and not over:
             time.sleep(seconds)
             over = report.write(runs, out, seconds)
     except (KeyboardInterrupt, Stopped):
-        report.write(runs, out)  # once more, as a page that does not reload
+        report.write(runs, out)  # again, without the automatic reload
     return 0
 
 
 def interval(text: str) -> float:
-    """Parse a number of seconds, at least one."""
+    """Parse a number of seconds of at least 1."""
     seconds = float(text)
     if not 1 <= seconds < math.inf:
-        raise argparse.ArgumentTypeError(f"{text}: must be at least one second, such as 10.")
+        raise argparse.ArgumentTypeError(
+            f"{text} is less than 1 second or not finite. Set it to 10, for example."
+        )
     return seconds

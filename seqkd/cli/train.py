@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from seqkd.cli.arguments import add_config, add_verbose
-from seqkd.console import print_message, quiet, run_command
+from seqkd.console import print_message, quiet, run_command, show
 from seqkd.errors import LearnerLost, StorageError
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class RunResult:
     metrics: Path
     """``metrics.jsonl``: one JSON object per optimizer step."""
     report: Path | None
-    """The HTML report; None if it could not be written."""
+    """The HTML report, or None if it could not be written."""
     figures: Mapping[str, Mapping[str, Interval]]
     """Held-out figures with their 95 % intervals, by stage ("initial", then the name of each
     phase), then by the names in docs/metrics.md. Empty if ``evaluation.prompts`` is 0."""
@@ -52,12 +52,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="print the resolved configuration, the plan and every finding; start nothing",
+        help="print the resolved configuration, the plan and all findings, and exit",
     )
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="continue from the newest checkpoint of this run; start it if there is none",
+        help="continue from the newest checkpoint of the run, or start it if there is none",
     )
     add_verbose(parser)
 
@@ -83,23 +83,23 @@ def run(args: argparse.Namespace) -> int:
 def train(config: Config, *, resume: bool = False, verbose: bool = False) -> RunResult:
     """Train, evaluate and export the student of ``config``, and return the result of the run.
 
-    The call blocks until the run is over and prints what ``seqkd train`` prints. Unless a cluster
-    is configured, it starts a local Ray for the duration of the run. On SIGINT or SIGTERM the run
-    is checkpointed first. Call it from the main thread.
+    The function blocks until the run is over, and prints the same lines as ``seqkd train``. Unless
+    a cluster is configured, it starts a local Ray for the duration of the run. On SIGINT or SIGTERM
+    it writes a checkpoint before it raises Stopped. Call it from the main thread.
 
     Args:
         config: The configuration, from :func:`seqkd.load_config`.
-        resume: Continue from the newest checkpoint of the run; start it if there is none.
-        verbose: Show the logs of the libraries.
+        resume: Continue from the newest checkpoint of the run, or start it if there is none.
+        verbose: Print the libraries' logs.
 
     Raises:
-        SeqkdError: Base class of all errors below; its string is the whole message.
+        SeqkdError: Base class of the errors below. Its string is the whole message.
         ConfigError: The configuration, models and data do not fit together, or the run directory
-            holds another run.
+            contains another run.
         ResourceError: The machine or the cluster has too few cores, GPUs or memory.
         ActorError: An actor failed more often than ``recovery.restarts`` allows.
         LearningFault: An invariant was violated during training.
-        Stopped: A signal stopped the run. Call again with ``resume=True`` to continue.
+        Stopped: A signal stopped the run. Call the function with ``resume=True`` to continue.
     """
     from seqkd.storage import run_directory
 
@@ -107,7 +107,7 @@ def train(config: Config, *, resume: bool = False, verbose: bool = False) -> Run
     directory = run_directory.locate(config)
     resumption = run_directory.resumption(directory, config, resume)
     if not verbose:
-        quiet()  # before the libraries below are imported: some print notices then
+        quiet()  # before the imports below, during which some libraries print notices
     from seqkd.cli.dry_run import memory_warnings
     from seqkd.training import trackers
     from seqkd.training.setup import check
@@ -120,9 +120,9 @@ def train(config: Config, *, resume: bool = False, verbose: bool = False) -> Run
     if resumption.exists:
         run_directory.refuse_other_data(directory, data)
         for line in resumption.changes:
-            print(f"changed: {line}")
+            show(f"changed: {line}")
     elif resume:
-        print(f"--resume: {directory} holds no run yet; starting it")
+        show(f"--resume: {directory} contains no run yet; starting it")
 
     from actors import build
     from seqkd import report
@@ -137,20 +137,21 @@ def train(config: Config, *, resume: bool = False, verbose: bool = False) -> Run
         with run_directory.lock(directory), closing(Recorder(directory, resolved)) as recorder:
             replay_log.discard(directory / replay_log.FOLDER, resumption)
             run_directory.initialize(directory, config, data)
-            print(f"run directory: {directory}\nstarting the actors", flush=True)
+            recorder.note(f"run directory: {directory}")
+            recorder.wait("starting the actors")
             measured = learn(directory, resolved, checked, caches, recorder)
     evaluation = run_reader.read_evaluation(directory) if measured else None
     if evaluation:
-        print("\n" + summary.render(evaluation))
+        show("", *summary.render(evaluation))
     model_card.write(directory, config, evaluation)
     page: Path | None = directory / "report.html"
     try:
         report.write([directory], directory / "report.html")
-    except StorageError as error:  # the run itself is complete
+    except StorageError as error:  # a warning, because the run itself is complete
         print_message("warning", str(error))
         page = None
     seconds = time.perf_counter() - start
-    print("\n" + summary.closing(directory, recorder.stage_seconds, seconds))
+    show("\n" + summary.closing(directory, recorder.stage_seconds, seconds))
     finished = run_reader.read(directory)
     figures = {stage: intervals for stage, (_, intervals) in finished.figures.items()}
     return RunResult(
@@ -166,7 +167,7 @@ def learn(
     caches: dict[str, TeacherCache],
     recorder: Recorder,
 ) -> dict[str, Measurement]:
-    """Start every actor, check them, train and measure; return what was measured, by stage."""
+    """Start and check the actors, train, and return the held-out measurements by stage."""
     from actors import build, placement
     from seqkd.checks.startup import check_workers
     from seqkd.models.export import materialize_student

@@ -6,8 +6,9 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
+from seqkd import console
 from seqkd.comparison.plan import Comparison, Entry
 from seqkd.comparison.statistics import Estimate, difference, estimate, holm
 from seqkd.config.base import BudgetKind
@@ -19,6 +20,10 @@ from seqkd.evaluation.intervals import Ratio
 from seqkd.files import atomic_write, disk_errors
 from seqkd.storage import run_reader
 from seqkd.storage.run_reader import Run
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
 
 KINDS: tuple[BudgetKind, ...] = get_args(BudgetKind)
 FIRST = ("reverse_kl_per_token", "forward_kl_per_token", "student_length", "student_eos_rate")
@@ -240,23 +245,27 @@ def _plain(estimates: ByMethod) -> dict[str, dict[str, dict[str, Any]]]:
     return {m: {figure: asdict(e) for figure, e in row.items()} for m, row in estimates.items()}
 
 
-def render(result: Result) -> str:
-    """Return all tables as text."""
+def render(result: Result) -> Iterator[RenderableType]:
+    """Yield all tables and problems for a terminal."""
     heads = ["mean over seeds", "steps", *(kind.replace("_", " ") for kind in KINDS)]
     spent = {method: result.spent(method) for method in result.comparison.methods}
     costs = [[m, *(f"{v:,.0f}" for v in means.values())] for m, means in spent.items() if means]
-    parts = [table.aligned([heads, *costs])] if costs else []
+    if costs:
+        yield console.table(costs, heads)
     for tables in result.tables:
-        parts.append(
-            f"{tables.name}: {tables.prompts} prompts; mean [95 % interval over seeds and "
+        yield (
+            f"\n{tables.name}: {tables.prompts} prompts; mean [95 % interval over seeds and "
             f"prompts], each seed, and the difference from {result.comparison.against}"
         )
-        parts += [_figure_table(tables, figure) for figure in tables.names]
-    return "\n\n".join([*parts, "\n".join(result.problems)]).strip()
+        for figure in tables.names:
+            yield ""
+            yield _figure_table(tables, figure)
+    if result.problems:
+        yield "\n" + "\n".join(result.problems)
 
 
-def _figure_table(tables: Tables, figure: str) -> str:
-    rows = [[labeled(figure), "", "", "", ""]]
+def _figure_table(tables: Tables, figure: str) -> Table:
+    rows = []
     for method, estimates in tables.figures.items():
         if (estimate := estimates.get(figure)) is None:
             continue
@@ -270,7 +279,7 @@ def _figure_table(tables: Tables, figure: str) -> str:
                 tables.verdict(method, figure) if from_baseline else "",
             ]
         )
-    return table.aligned(rows)
+    return console.table(rows, [labeled(figure), "", "", "", ""])
 
 
 def shown(value: Estimate, sign: str = "") -> str:

@@ -6,8 +6,9 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from seqkd import console
 from seqkd.evaluation import table
 from seqkd.evaluation.bartscore import BartScorer
 from seqkd.evaluation.catalog import labeled
@@ -15,6 +16,9 @@ from seqkd.evaluation.intervals import Interval
 from seqkd.evaluation.table import ModelOutputs
 from seqkd.evaluation.text import without_eos
 from seqkd.types import Prompt
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 
 @dataclass(frozen=True)
@@ -83,25 +87,24 @@ def write(
     (out / "evaluation.json").write_text(text + "\n", encoding="utf-8")
 
 
-def render(evaluation: Mapping[str, Any]) -> str:
-    """Format the table of figures, the paired changes and the curves for a terminal."""
+def render(evaluation: Mapping[str, Any]) -> Iterator[RenderableType]:
+    """Yield the table of figures, the paired changes and the curves for a terminal."""
     figures = {
         name: {key: Interval(**value) for key, value in row.items()}
         for name, row in evaluation["figures"].items()
     }
-    blocks = [
+    yield (
         f"{evaluation['prompts']} prompts, {evaluation['with_references']} with references, "
-        f"{evaluation['samples_per_prompt']} completions each; mean [95 % interval over prompts]",
-        table.render(figures),
-    ]
+        f"{evaluation['samples_per_prompt']} completions each; mean [95 % interval over prompts]\n"
+    )
+    yield table.render(figures)
     changes = evaluation["changes"]
     for pair in dict.fromkeys(pair for change in changes.values() for pair in change):
         intervals = {key: Interval(**row[pair]) for key, row in changes.items() if pair in row}
-        rows = [[f"  {labeled(key)}", str(i), i.verdict] for key, i in intervals.items()]
-        blocks.append(f"{pair}, paired over prompts:\n{table.aligned(rows)}")
+        yield f"\n{pair}, paired over prompts:"
+        yield console.table([f"  {labeled(k)}", str(i), i.verdict] for k, i in intervals.items())
     for name, curves in evaluation["curves"].items():
-        blocks.append("\n".join(f"{name}: {line}" for line in _curve_lines(curves)))
-    return "\n\n".join(blocks)
+        yield "\n" + "\n".join(f"{name}: {line}" for line in _curve_lines(curves))
 
 
 def _curve_lines(curves: Mapping[str, Any]) -> Iterator[str]:

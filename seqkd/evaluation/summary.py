@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import math
-import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from seqkd import console
 from seqkd.evaluation.catalog import labeled, metric
 from seqkd.evaluation.heldout import FIGURES, Example, Measurement
 from seqkd.evaluation.intervals import Interval, Ratio, paired_change
 from seqkd.types import Prompt
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 
 def evaluation_json(
@@ -51,32 +54,29 @@ def evaluation_json(
     }
 
 
-def render(evaluation: dict[str, Any]) -> str:
-    """Return the figures, the paired changes and the completions side by side as text."""
+def render(evaluation: dict[str, Any]) -> Iterator[RenderableType]:
+    """Yield the figures, the paired changes and the completions for a terminal."""
     stages = [stage for stage in evaluation["figures"] if not stage.startswith("step ")]
     names = [name for name in FIGURES if name in evaluation["figures"][stages[0]]]
-    width = 2 + max(len(labeled(name)) for name in names)
-    lines = [
-        f"Held-out prompts: {evaluation['prompts']}; mean [95 % interval over prompts]",
-        "",
-        " " * width + "".join(f"{stage_label(stage):<26}" for stage in stages),
+    yield f"Held-out prompts: {evaluation['prompts']}; mean [95 % interval over prompts]\n"
+    rows = [
+        [labeled(name), *(str(Interval(**evaluation["figures"][s][name])) for s in stages)]
+        for name in names
     ]
-    for name in names:
-        cells = [str(Interval(**evaluation["figures"][stage][name])) for stage in stages]
-        lines.append(f"{labeled(name):<{width}}" + "".join(f"{cell:<26}" for cell in cells))
-    lines.append("")
+    yield console.table(rows, ["", *map(stage_label, stages)])
+    yield ""
     for figure, changes in evaluation["changes"].items():
         for pair, change in changes.items():
             interval = Interval(**change)
-            lines.append(
+            yield (
                 f"{metric(figure).label}, {pair}: {interval} "
                 f"(paired over prompts; {interval.verdict})"
             )
     for example in evaluation["examples"]:
-        lines += ["", f"Prompt: {_shown(example['prompt'])}"]
-        for who, text in example["completions"].items():
-            lines.append(_wrapped(who, text))
-    return "\n".join(lines)
+        yield f"\nPrompt: {_shown(example['prompt'])}"
+        yield console.table(
+            (f"  {who}", _shown(text)) for who, text in example["completions"].items()
+        )
 
 
 def _pairs(stages: list[str]) -> list[tuple[str, str]]:
@@ -122,12 +122,6 @@ def _tokens(shown: Example, tokenizer: Any) -> list[tuple[str, float | None]]:
 
 def _shown(text: str) -> str:
     return " ".join(text.split()) or "(nothing)"
-
-
-def _wrapped(who: str, text: str) -> str:
-    return textwrap.fill(
-        _shown(text), 100, initial_indent=f"  {who:<15}", subsequent_indent=" " * 17
-    )
 
 
 def closing(directory: Path, stage_seconds: Mapping[str, float], seconds: float) -> str:

@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from seqkd import console
 from seqkd.evaluation.bartscore import BartScorer
 from seqkd.evaluation.calibration import end_calibration
 from seqkd.evaluation.catalog import labeled
@@ -20,6 +21,9 @@ from seqkd.evaluation.heldout import Answers, aggregate_by_prompt, totals
 from seqkd.evaluation.intervals import Interval, Ratio, paired_change
 from seqkd.evaluation.text import distinct, per_prompt, repeated, rouge, self_bleu, without_eos
 from seqkd.types import Prompt, Rollout
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 MEASURED = (
     "reverse_kl_per_token", "reverse_kl_per_sequence",
@@ -131,23 +135,11 @@ def curves(written: ModelOutputs, prompts: Sequence[Prompt]) -> dict[str, Any]:
     return curves_json
 
 
-def render(table: Mapping[str, Mapping[str, Interval]]) -> str:
-    """Return the figures of several models as text, one column per model."""
-    names = [name for name in FIGURES if any(name in column for column in table.values())]
-    columns = [["", *map(labeled, names)]]
-    columns += [
-        [model, *(_cell(column.get(name)) for name in names)] for model, column in table.items()
-    ]
-    return aligned(list(zip(*columns, strict=True)))
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Return rows of cells as text with aligned columns."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )
+def render(models: Mapping[str, Mapping[str, Interval]]) -> Table:
+    """Return the figures of several models, one column per model, for a terminal."""
+    names = [name for name in FIGURES if any(name in column for column in models.values())]
+    rows = [[labeled(n), *(_cell(column.get(n)) for column in models.values())] for n in names]
+    return console.table(rows, ["", *models])
 
 
 def _cell(value: Interval | None) -> str:

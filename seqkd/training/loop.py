@@ -69,7 +69,7 @@ def save(run: TrainingContext, progress: Progress) -> None:
 def measure(run: TrainingContext, progress: Progress, stage: str, note: str) -> None:
     """Measure the current student on held-out prompts, unless that was done before."""
     if run.evaluation and stage not in progress.measured:
-        run.recorder.note(note)
+        run.recorder.wait(note)
         progress.measured[stage] = run.evaluation.measure()
         run.recorder.held_out(progress.step, progress.measured[stage])
         run.publish(progress.measured)

@@ -1,11 +1,10 @@
-"""What a run tells: metrics.jsonl, its trackers, and one line a step for the person watching."""
+"""Records of a run: metrics.jsonl, the trackers, and the steps on the terminal."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from seqkd.config.phases import PhaseConfig
 from seqkd.config.run import Config
 from seqkd.config.wording import describe_phase
+from seqkd.console import Progress
 from seqkd.files import atomic_write, disk_errors
 from seqkd.storage.metrics_file import NAME, Row, read_rows
 from seqkd.training.budget import Cost
@@ -25,12 +25,11 @@ if TYPE_CHECKING:
 
 
 class Recorder:
-    """Writes a run's metrics as they come; closed by the caller. Each row of metrics.jsonl is on
-    disk before the next step begins."""
+    """Writer of a run's metrics. The caller closes it. Each row of metrics.jsonl is on disk before
+    the next step begins."""
 
     def __init__(self, directory: Path, config: Config, out: TextIO | None = None) -> None:
-        self.out = out or sys.stdout
-        self.live = self.out.isatty()
+        self.progress = Progress(out)
         self.config = config
         self.stage_seconds = dict.fromkeys((*STAGES, "other"), 0.0)
         self.path = directory / NAME
@@ -38,8 +37,8 @@ class Recorder:
         self.trackers = Trackers(directory, config, self.note)
 
     def rewind(self, step: int) -> list[Row]:
-        """Go on with ``step``: later rows, and one that was not written to its end, are cut off.
-        Returns the rows that are left."""
+        """Resume at ``step``: remove later rows, and an incompletely written one. Return the
+        remaining rows."""
         self._close_file()
         with disk_errors(self.path):
             rows = read_rows(self.path)[0] if self.path.exists() else []
@@ -50,16 +49,19 @@ class Recorder:
         return rows
 
     def note(self, text: str) -> None:
-        """A line for the person watching."""
-        self._line(text, keep=True)
+        """Print a line."""
+        self.progress.note(text)
+
+    def wait(self, text: str) -> None:
+        """Print a line, and in a terminal the time until the next one."""
+        self.progress.wait(text)
 
     def begin(self, name: str, phase: PhaseConfig) -> None:
         """Announce a phase."""
-        self.recent: list[float] = []
-        self.note(describe_phase(self.config, name, phase))
+        self.progress.begin(describe_phase(self.config, name, phase))
 
     def step(self, step: int, row: dict[str, Any], costs: Cost, clock: Clock, steps: int) -> None:
-        """Record one optimizer step of about ``steps``.
+        """Record one optimizer step. The run has about ``steps`` in all.
 
         ``row`` is from :func:`seqkd.training.step_metrics.step_metrics`, ``costs`` from
         :func:`seqkd.training.budget.cost`.
@@ -80,54 +82,42 @@ class Recorder:
             os.fsync(self.file.fileno())
         scalars = {key: value for key, value in row.items() if isinstance(value, (int, float))}
         self.trackers.log(step, scalars)
-        self.recent = [*self.recent[-9:], total]
-        self._line(self._progress(row, step + 1, steps), keep=step + 1 == steps)
+        self.progress.step(row["phase"], step + 1, steps, _figures(row), total)
 
     def held_out(self, step: int, measured: Measurement) -> None:
-        """Show what was measured on held-out prompts after ``step`` steps."""
+        """Send the held-out figures after ``step`` steps to the trackers."""
         figures = {f"heldout/{name}": interval.mean for name, interval in measured.table().items()}
         self.trackers.log(step, figures)
 
     def close(self) -> None:
-        """Flush and close every file and tracker."""
+        """Flush and close every file and tracker, and stop the display."""
+        self.progress.close()
         self._close_file()
         self.trackers.close()
 
     def _close_file(self) -> None:
         if self.file is not None:
-            with suppress(OSError):  # a row that could not be written was said when it was
+            with suppress(OSError):  # step() has already raised an error for a row on a full disk
                 self.file.close()
 
-    def _progress(self, row: dict[str, Any], done: int, steps: int) -> str:
-        filled = round(16 * done / steps)
-        left = (steps - done) * sum(self.recent) / len(self.recent)
-        parts = [
-            f"{row['phase']:<6} {done:>3}/{steps} [{'#' * filled}{'.' * (16 - filled)}]",
-            f"loss {row['loss']:<8.4g}",
-            *(
-                f"{label} {row[key]:<6.4g}"
-                for key, label in (
-                    ("reverse_kl_per_token", "reverse KL/token"),
-                    ("forward_kl_per_token", "forward KL/token"),
-                )
-                if key in row
-            ),
-            f"length {row['length']:<5.3g}",
-            f"{row['tokens_per_s']:.0f} tokens/s",
-            f"{row['time_step_s']:.1f} s/step",
-            f"ETA {int(left // 60)}:{int(left % 60):02d}",
-        ]
-        return "  ".join(parts)
 
-    def _line(self, text: str, keep: bool) -> None:
-        if self.live:
-            self.out.write("\r\033[K" + text + ("\n" if keep else ""))
-        else:
-            self.out.write(text + "\n")
-        self.out.flush()
+def _figures(row: Mapping[str, Any]) -> str:
+    """Return the figures of one step that are shown while the run is going."""
+    labels = {
+        "reverse_kl_per_token": "reverse KL/token",
+        "forward_kl_per_token": "forward KL/token",
+    }
+    parts = [
+        f"loss {row['loss']:<8.4g}",
+        *(f"{label} {row[key]:<6.4g}" for key, label in labels.items() if key in row),
+        f"length {row['length']:<5.3g}",
+        f"{row['tokens_per_s']:.0f} tokens/s",
+        f"{row['time_step_s']:.1f} s/step",
+    ]
+    return "  ".join(parts)
 
 
 def _finite(row: Mapping[str, Any]) -> dict[str, Any]:
-    """With null in place of what JSON has no number for."""
-    lost = [k for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)]
-    return {**row, **dict.fromkeys(lost)}
+    """Replace infinity and NaN, which JSON cannot represent, by None."""
+    not_finite = [k for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)]
+    return {**row, **dict.fromkeys(not_finite)}

@@ -35,7 +35,7 @@ def test_a_model_beside_its_teacher_and_without(tiny, tiny_config, tmp_path):
     done = evaluate(tiny["student"], *options, "--out", str(out), "--bart", "/nowhere")
     assert done.returncode == 2, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
-    assert done.stdout.splitlines()[-1].startswith("error: --bart: '/nowhere'")
+    assert done.stderr.splitlines()[-1].startswith("error: --bart: '/nowhere'")
     found = json.loads((out / "evaluation.json").read_text())
     assert (found["prompts"], found["with_references"], found["samples_per_prompt"]) == (2, 2, 2)
     figures = found["figures"]
@@ -69,11 +69,9 @@ def test_without_answers_or_with_another_tokenizer_the_rest_is_done(tiny, tiny_c
         "--out", str(out), f"teacher.model={other}",
     )  # fmt: skip
     assert done.returncode == 2, done.stdout + done.stderr
-    assert (
-        "error: teacher.model: " in done.stdout
-        and "Everything that needs the teacher" in done.stdout
-    )
-    assert "no prompt has an answer to compare with" in done.stdout
+    assert "error: teacher.model: " in done.stderr
+    assert "error: teacher: all figures that need the teacher were skipped." in done.stderr
+    assert "error: --prompts: no prompt has a reference answer" in done.stderr
     found = json.loads((out / "evaluation.json").read_text())
     assert found["figures"].keys() == {"student"}
     assert {"length", "ended", "distinct1"} <= found["figures"]["student"].keys()
@@ -83,7 +81,7 @@ def test_without_answers_or_with_another_tokenizer_the_rest_is_done(tiny, tiny_c
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere"], "nowhere: is no run directory (it has no config.yaml)."),
+        (["nowhere"], "nowhere: is not a run directory (it has no config.yaml)."),
         (["x", "--config", "CONFIG"], "student.model: 'x' cannot be loaded"),
     ],
 )

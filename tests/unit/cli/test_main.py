@@ -1,4 +1,4 @@
-"""One command: its help, its errors, its completion, and the scripts that wrap it."""
+"""The command ``seqkd``: help, errors, completion, and the scripts that wrap it."""
 
 from __future__ import annotations
 
@@ -13,20 +13,30 @@ import pytest
 from seqkd.cli.main import COMMANDS, main
 from tests.conftest import ROOT
 
-HEAVY = ("torch", "transformers", "pydantic", "numpy", "ray", "vllm", "deepspeed", "datasets")
+HEAVY = (
+    "rich",
+    "torch",
+    "transformers",
+    "pydantic",
+    "numpy",
+    "ray",
+    "vllm",
+    "deepspeed",
+    "datasets",
+)
 SCRIPTS = {name: f"{module.__name__.rpartition('.')[2]}.py" for name, module in COMMANDS.items()}
 
 
 def run(*command):
-    """The exit code and output of a process that begins in another directory."""
+    """Run a Python process in another directory, and return its exit code and output."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]])}
     return subprocess.run(
         [sys.executable, *command], cwd="/", env=environment, capture_output=True, text=True
     )
 
 
-def test_every_help_imports_nothing_heavy():
-    """One process asks for the help of all commands, and for the Python API."""
+def test_help_imports_no_large_library():
+    """One process prints the help of all commands and imports the Python API."""
     code = f"""
 import sys, json, seqkd
 from seqkd.cli.main import main
@@ -52,12 +62,18 @@ print(json.dumps([name for name in {HEAVY} if name in sys.modules]))
         ((), "the following arguments are required: COMMAND"),
         (("trian",), "invalid choice: 'trian' (choose from 'train', 'evaluate', "),
         (("--verbose", "train", "x.yaml"), "unrecognized arguments: --verbose"),
-        (("train",), "seqkd train: error: the following arguments are required: config"),
-        (("compare", "x.yaml", "--jobs", "0"), "argument --jobs: 0: must be at least 1."),
-        (("inspect", "x.yaml", "-n", "0"), "argument -n: invalid positive value: '0'"),
+        (("train",), "\nerror: the following arguments are required: config\n"),
+        (
+            ("compare", "x.yaml", "--jobs", "0"),
+            "error: argument --jobs: '0' is not an integer of at least 1.",
+        ),
+        (
+            ("inspect", "x.yaml", "-n", "0"),
+            "error: argument -n: '0' is not an integer of at least 1.",
+        ),
     ],
 )
-def test_a_wrong_command_line_is_refused(capsys, arguments, message):
+def test_wrong_command_lines_are_rejected(capsys, arguments, message):
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
     assert stopped.value.code == 2
@@ -66,14 +82,14 @@ def test_a_wrong_command_line_is_refused(capsys, arguments, message):
 
 @pytest.mark.parametrize("name", ["train", "precompute", "inspect"])
 def test_options_may_be_between_overrides(capsys, tmp_path, name):
-    """The configuration is missing, but everything before that is understood."""
+    """Only the missing configuration is reported, so the arguments were parsed."""
     option = ["-n", "1"] if name == "inspect" else ["--verbose"]
     arguments = [name, str(tmp_path / "none.yaml"), "steps=1", *option, "learner.lr=1"]
     assert main(arguments) == 2
     assert f"error: {tmp_path}/none.yaml: no such file" in capsys.readouterr().err
 
 
-def test_a_shell_completes_commands_options_and_files(tmp_path, monkeypatch, capsys):
+def test_shells_complete_commands_options_and_files(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["--print-completion", "bash"])
     assert stopped.value.code == 0
@@ -101,10 +117,10 @@ printf '%s\\n' "${COMPREPLY[@]}"
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_script_is_its_command(name):
-    """Its exit code and every line, from a directory that is not on the path of Python."""
+def test_a_script_behaves_like_its_command(name):
+    """Compare the exit codes and all lines, in a directory that is not on Python's path."""
     script = run(str(ROOT / "scripts" / SCRIPTS[name]), "--unknown")
     command = run("-m", "seqkd", name, "--unknown")
     assert script.returncode == command.returncode == 2
     assert script.stderr == command.stderr
-    assert f"seqkd {name}: error: " in script.stderr
+    assert script.stderr.startswith(f"usage: seqkd {name} ") and "\nerror: " in script.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 
@@ -14,6 +15,7 @@ from seqkd.cli import compare
 from seqkd.cli.main import main
 from seqkd.comparison import plan, results, runner
 from seqkd.comparison.statistics import Estimate, difference, estimate, holm
+from seqkd.console import show
 from seqkd.errors import ConfigError, DataError
 from seqkd.evaluation.intervals import Ratio
 from tests.comparison_runs import write_comparison, write_evaluation
@@ -247,13 +249,15 @@ def test_the_tables_in_words(tmp_path):
     comparison, entries = write_comparison(tmp_path)
     result = results.read(comparison, entries)
     write_evaluation(entries[0].directory, "other", {"student": {"rougeL": [10.0, 30.0]}})
-    text = results.render(results.read(comparison, entries))
+    out = io.StringIO()
+    show(*results.render(results.read(comparison, entries)), file=out)
+    text = out.getvalue()
     (held_out,) = result.tables
     of = held_out.figures["default"]["reverse_kl_per_token"]
     line = next(line for line in text.splitlines() if line.startswith("  default "))
     assert f"{of.mean:.3g} [{of.low:.3g}, {of.high:.3g}]" in line
-    assert line.endswith(held_out.verdict("default", "reverse_kl_per_token"))
-    assert re.search(r"^ROUGE-L \(0 to 100\)\n  sft +20 \[", text, re.MULTILINE)
+    assert line.rstrip().endswith(held_out.verdict("default", "reverse_kl_per_token"))
+    assert re.search(r"^ROUGE-L \(0 to 100\) *\n  sft +20 \[", text, re.MULTILINE)
     results.write(result, tmp_path)
     found = json.loads((tmp_path / "comparison.json").read_text())
     assert found["tables"]["held-out prompts"]["figures"]["default"]["reverse_kl_per_token"] == {
@@ -308,7 +312,7 @@ def test_a_run_that_fails_is_said_with_its_first_error(tmp_path, capsys):
     log = entry.directory.with_name("sft-0.log")
     log.write_text("error: of an earlier attempt\n")
     assert not runner.Children().run(entry, "train", "missing.yaml")
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert "error: seqkd train ended with exit code 2" in said and str(log) in said
     assert "missing.yaml: no such file" in said and "earlier attempt" not in said
     assert log.read_text().startswith("error: of an earlier attempt")

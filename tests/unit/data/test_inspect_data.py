@@ -11,6 +11,7 @@ import yaml
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
+from seqkd import console
 from seqkd.cli.inspect_data import pieces
 from seqkd.cli.main import main
 
@@ -86,11 +87,13 @@ def test_a_corpus_has_loss_from_its_second_token(inspect):
 
 def test_color_on_a_terminal(inspect, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
     _, out, _ = inspect("sampler=dataset", "--row", "2")
-    green = re.findall(r"\033\[32m(?:\033\[1m)?(.*?)\033\[0m", out)
+    green = re.findall(r"\033\[(?:1;)?32m(.*?)\033\[0m", out)
     assert green == ["t", "w", "o", "<|end|>"]
     monkeypatch.setenv("NO_COLOR", "1")
+    console._console.cache_clear()
     assert "\033" not in inspect("sampler=dataset")[1]
 
 
@@ -109,7 +112,7 @@ def test_the_space_before_a_word_is_shown():
         ("data.path=/none.jsonl", "error: data.path: /none.jsonl: no such file"),
         ("student.model=/none", "error: student.model: '/none' does not exist"),
         ("data.pth=x", "Did you mean 'path'"),
-        ("--row=3", "error: --row: 3: there are 2 prompts"),
+        ("--row=3", "error: --row: is 3, but there are 2 prompts"),
     ],
 )
 def test_an_error_is_one_message(inspect, argument, message):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import math
 
 import numpy as np
 import pytest
 
+from seqkd.console import show
 from seqkd.evaluation.heldout import Answers
 from seqkd.evaluation.intervals import Interval, Ratio
 from seqkd.evaluation.table import Figures, ModelOutputs, changes, curves, figures, render
@@ -111,7 +113,9 @@ def test_the_table_has_a_column_a_model_and_a_dash_where_nothing_is_known():
         ).table(),
         "student": figures(student(), PROMPTS, REFERENCES, decode, None).table(),
     }
-    lines = render(table).splitlines()
+    out = io.StringIO()
+    show(render(table), file=out)
+    lines = out.getvalue().splitlines()
     assert lines[0].split() == ["teacher", "student"]
     row = next(line for line in lines if line.startswith("reverse KL per token"))
     assert row.split()[-2:] == ["-", "2"]

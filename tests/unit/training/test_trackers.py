@@ -243,7 +243,7 @@ def test_without_a_tracker_that_fails_the_run_goes_on(registered, tmp_path, of, 
     for step in range(3):
         recorder.step(step, ROW, COSTS, Clock(), 1)
     recorder.close()
-    said = recorder.out.getvalue()
+    said = recorder.progress.file.getvalue()
     assert said.count(f"warning: wandb failed: {reason}. The run continues without wandb.") == 1
     assert said.count("warning") == 1
     assert Recording.made[-1].of("loss") == board(tmp_path)["loss"] == [(i, 1.0) for i in range(3)]
