@@ -1,36 +1,66 @@
-"""Submit configs/quickstart.yaml as a Ray job to the local head, starting one if none answers."""
+"""Run configs/quickstart.yaml as a Ray job on the local head. Starts a head if none answers."""
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import os
+import re
+import shlex
 import subprocess
 import sys
 from itertools import count
 from pathlib import Path
 
 from actors.local_cluster import ENVIRONMENT, RAY, local_head
-from seqkd.console import run_command
+from seqkd.console import run_command, show
+from seqkd.errors import ResourceError
 
 ROOT = Path(__file__).resolve().parent.parent
+RAYS_OWN = re.compile(r"\d{4}-\d\d-\d\d .*\t(INFO|WARNING) |Running entrypoint for job ")
+"""Begin of the lines that Ray itself writes into the output of a job."""
 
 
 def main() -> int:
     """Return the exit code of the job. Arguments are passed on as overrides."""
+    os.environ.update(ENVIRONMENT)  # before `import ray`, which reads the authentication mode
     if head_answers():
-        return submit([])
-    print("starting a local Ray head", flush=True)
+        return asyncio.run(submit(None))
+    show("starting a local Ray head")
     with local_head(ENVIRONMENT) as head:
-        return submit(["--address", head.jobs])
+        return asyncio.run(submit(head.jobs))
 
 
-def submit(options: list[str]) -> int:
-    """Run the quickstart as a job, print its output and return its exit code."""
+async def submit(address: str | None) -> int:
+    """Run the quickstart as a job, print its output and return its exit code. Ray's own lines are
+    printed only if the job fails."""
+    from ray.job_submission import JobStatus, JobSubmissionClient
+
+    logging.getLogger("ray").setLevel(logging.WARNING)  # hides the log of the upload
     runs = ROOT / "runs"
-    command = [
-        *(RAY, "job", "submit", *options, "--working-dir", str(ROOT), "--"),
-        *(sys.executable, "scripts/train.py", "configs/quickstart.yaml"),
-        *(f"runs_dir={runs}", f"name={free_name(runs)}", *sys.argv[1:]),
-    ]
-    return subprocess.run(command, env=ENVIRONMENT, cwd=ROOT, check=False).returncode
+    overrides = [f"runs_dir={runs}", f"name={free_name(runs)}", *sys.argv[1:]]
+    command = [sys.executable, "scripts/train.py", "configs/quickstart.yaml", *overrides]
+    hidden, printed = "", False
+    try:
+        client = JobSubmissionClient(address)
+        job = client.submit_job(
+            entrypoint=shlex.join(command), runtime_env={"working_dir": str(ROOT)}
+        )
+        show(f"submitted Ray job {job}")
+        async for chunk in client.tail_job_logs(job):
+            for line in chunk.splitlines():
+                if RAYS_OWN.match(line):
+                    hidden += f"{line}\n"
+                else:
+                    show(line)
+                    printed = True
+        info = client.get_job_info(job)
+    except (RuntimeError, ConnectionError) as error:
+        raise ResourceError(f"Ray cannot run the job: {error}\n  {hidden}") from error
+    if info.status == JobStatus.SUCCEEDED:
+        return 0
+    show(hidden + ("" if printed else str(info.message)), file=sys.stderr)
+    return max(1, info.driver_exit_code or 0)
 
 
 def head_answers() -> bool:

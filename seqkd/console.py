@@ -88,9 +88,14 @@ def table(rows: Iterable[Sequence[str]], heads: Sequence[str] = ()) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    grid = Table(*heads, box=None, pad_edge=False, show_header=bool(heads), header_style="bold")
+    def cells(texts: Sequence[str]) -> list[Text]:
+        return [Text(clean(text), overflow="fold") for text in texts]
+
+    grid = Table(box=None, pad_edge=False, show_header=bool(heads), header_style="bold")
+    for head in cells(heads):
+        grid.add_column(head)
     for row in rows:
-        grid.add_row(*(Text(clean(cell), overflow="fold") for cell in row))
+        grid.add_row(*cells(row))
     return grid
 
 
@@ -131,12 +136,11 @@ class Progress:
     def begin(self, text: str) -> None:
         """Print a line, and begin with a new bar."""
         self.close()
-        self.recent.clear()
         self.note(text)
 
     def note(self, text: str) -> None:
         """Print a line."""
-        if self.bar is None:
+        if self.display is not None and self.bar is None:
             self.close()
         show(text, file=self.file)
 
@@ -149,29 +153,16 @@ class Progress:
 
             clock = Bar(SpinnerColumn(), TimeElapsedColumn())
             clock.add_task("", total=None)
-            self._display(clock, transient=True)
+            self.display = self._start(clock, transient=True)
 
     def step(self, title: str, done: int, total: int, figures: str, seconds: float) -> None:
         """Show the figures of step ``done`` of ``total``, which took ``seconds``."""
         self.recent.append(seconds)
         left = str(timedelta(seconds=int((total - done) * fmean(self.recent))))
-        if not self.console.is_interactive:
+        if self.console.is_interactive:
+            self._draw(title, done, total, figures, left)
+        else:
             self.note(f"{title:<6} {done:>3}/{total}  {figures}  ETA {left}")
-            return
-        from rich.console import Group
-        from rich.text import Text
-
-        if self.bar is None:
-            self.close()
-            self.bar = self._bar()
-            self._display(self.bar)
-        self.bar.update(
-            self.bar.task_ids[0], description=title, completed=done, total=total, left=left
-        )
-        assert self.display is not None
-        # The options of a note that is printed above would switch wrapping off.
-        below = Text(clean(figures), no_wrap=False, overflow="fold")
-        self.display.update(Group(self.bar, below))
         if done >= total:
             self.close()
 
@@ -180,27 +171,38 @@ class Progress:
         if self.display is not None:
             self.display.stop()
         self.display = self.bar = None
+        self.recent.clear()
 
-    def _bar(self) -> Bar:
+    def _draw(self, title: str, done: int, total: int, figures: str, left: str) -> None:
+        from rich.console import Group
         from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn
         from rich.progress import Progress as Bar
         from rich.table import Column
+        from rich.text import Text
 
-        bar = Bar(
-            SpinnerColumn(),
-            TextColumn("{task.description}", markup=False),
-            MofNCompleteColumn(),
-            BarColumn(None, table_column=Column(max_width=40)),
-            TextColumn("ETA {task.fields[left]}", markup=False),
-        )
-        bar.add_task("", left="")
-        return bar
+        if self.bar is None or self.display is None:
+            if self.display is not None:  # the clock of a wait
+                self.display.stop()
+            self.bar = Bar(
+                SpinnerColumn(),
+                TextColumn("{task.description}", markup=False),
+                MofNCompleteColumn(),
+                BarColumn(None, table_column=Column(max_width=40)),
+                TextColumn("ETA {task.fields[left]}", markup=False),
+            )
+            self.bar.add_task(title, left=left)
+            self.display = self._start(self.bar)
+        self.bar.update(self.bar.task_ids[0], completed=done, total=total, left=left)
+        # The options of a note that is printed above would switch wrapping off.
+        below = Text(clean(figures), no_wrap=False, overflow="fold")
+        self.display.update(Group(self.bar, below))
 
-    def _display(self, content: Bar, transient: bool = False) -> None:
+    def _start(self, content: Bar, transient: bool = False) -> Live:
         from rich.live import Live
 
-        self.display = Live(content, console=self.console, transient=transient)
-        self.display.start()
+        display = Live(content, console=self.console, transient=transient)
+        display.start()
+        return display
 
 
 def quiet() -> None:

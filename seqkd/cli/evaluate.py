@@ -148,10 +148,14 @@ def evaluate(request: Request, verbose: bool) -> int:
     request.out.mkdir(parents=True, exist_ok=True)
     show(f"{len(checked.heldout)} prompts; results: {request.out}")
     outputs: dict[str, ModelOutputs] = {}
-    with build.connect(config, verbose):
+    warned = set[str]()
+    with closing(Progress()) as progress, build.connect(config, verbose):
         for name, path in request.models.items():
-            with start_workers(config, path, checked, with_teacher) as workers:
-                outputs |= generate(config, name, workers, checked, with_teacher, request.out)
+            progress.wait(f"{name}: starting the actors")
+            with start_workers(config, path, checked, with_teacher, warned) as workers:
+                outputs |= generate(
+                    config, name, workers, checked, with_teacher, request.out, progress
+                )
     held_out = offline.PromptSet(
         list(checked.heldout),
         [checked.references.get(p.prompt_id, ()) for p in checked.heldout],
@@ -223,9 +227,10 @@ def check(request: Request) -> tuple[Config, Checked, bool]:
 
 @contextmanager
 def start_workers(
-    config: Config, path: str, checked: Checked, with_teacher: bool
+    config: Config, path: str, checked: Checked, with_teacher: bool, warned: set[str]
 ) -> Iterator[Workers]:
-    """Start all actors for the student at ``path``, and stop them at the end of the block."""
+    """Start all actors for the student at ``path``, and stop them at the end of the block. Warnings
+    in ``warned`` are not printed again."""
     from actors import build
     from seqkd.checks.startup import check_workers
     from seqkd.models.loading import expand
@@ -240,12 +245,20 @@ def start_workers(
     with control.signals(), build.workers(config, expand(path), checked, roles, control) as workers:
         if with_teacher:
             for warning in check_workers(config, checked, workers, roles):
-                print_message("warning", warning)
+                if warning not in warned:
+                    print_message("warning", warning)
+                warned.add(warning)
         yield workers
 
 
 def generate(
-    config: Config, name: str, workers: Workers, checked: Checked, with_teacher: bool, out: Path
+    config: Config,
+    name: str,
+    workers: Workers,
+    checked: Checked,
+    with_teacher: bool,
+    out: Path,
+    progress: Progress,
 ) -> dict[str, ModelOutputs]:
     """Generate and score the completions of one student and its teacher, and return them by model.
     Completed chunks are kept in ``out`` until the evaluation is done."""
@@ -260,20 +273,20 @@ def generate(
     workers = ReplayLog(out / CACHE / name, config).wrap(workers, config, checked.vocabulary)
     samples, prompts = config.evaluation.samples_per_prompt, checked.heldout
     student, teacher = Answers([], {}), Answers([], {})
-    with closing(Progress()) as progress:
-        for low in range(0, len(prompts), CHUNK):
-            start = time.perf_counter()
-            chunk = prompts[low : low + CHUNK]
-            if with_teacher:
-                both = HeldOut(workers, chunk, samples, config.seed).answers(checked.stop_ids)
-            else:
-                drawn = workers.student.sample(chunk, [samples] * len(chunk), config.seed)
-                both = Answers(drawn, {r.sample_id: {} for r in drawn}), Answers([], {})
-            for total, part in zip((student, teacher), both, strict=True):
-                total.rollouts.extend(part.rollouts)
-                total.measured.update(part.measured)
-            seconds = (time.perf_counter() - start) / len(chunk)
-            progress.step(name, low + len(chunk), len(prompts), "prompts", seconds)
+    for low in range(0, len(prompts), CHUNK):
+        start = time.perf_counter()
+        chunk = prompts[low : low + CHUNK]
+        if with_teacher:
+            both = HeldOut(workers, chunk, samples, config.seed).answers(checked.stop_ids)
+        else:
+            drawn = workers.student.sample(chunk, [samples] * len(chunk), config.seed)
+            both = Answers(drawn, {r.sample_id: {} for r in drawn}), Answers([], {})
+        for total, part in zip((student, teacher), both, strict=True):
+            total.rollouts.extend(part.rollouts)
+            total.measured.update(part.measured)
+        seconds = (time.perf_counter() - start) / len(chunk)
+        tokens = sum(len(rollout.completion_ids) for rollout in student.rollouts)
+        progress.step(name, low + len(chunk), len(prompts), f"{tokens} tokens", seconds)
     if not with_teacher:
         return {name: ModelOutputs(student)}
     return {"teacher": ModelOutputs(teacher), name: ModelOutputs(student, teacher)}

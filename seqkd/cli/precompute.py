@@ -71,6 +71,7 @@ def precompute(config: Config, verbose: bool) -> int:
 
     with closing(Progress()) as progress, build.connect(config, verbose):
         build.check_resources(config, roles)
+        progress.wait("starting the actors")
         with build.workers(config, config.student.model, checked, roles, control) as workers:
             learner: Any = TeacherAlone(config)
             workers = replace(workers, learner=learner)
