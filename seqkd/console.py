@@ -74,7 +74,7 @@ def print_message(level: str, text: str, indent: str = "", file: TextIO | None =
 
 
 def show(*parts: RenderableType, file: TextIO | None = None) -> None:
-    """Print texts without wrapping them, and tables at the width of the terminal. Flushes."""
+    """Print texts without wrapping, and tables that fit the terminal, and flush ``file``."""
     from rich.text import Text
 
     out = console(file or sys.stdout)
@@ -122,8 +122,8 @@ def _console(file: TextIO) -> Console:
 
 
 class Progress:
-    """Notes, waits and steps of a loop. In a terminal, steps are a bar with the figures of the last
-    step; elsewhere, one line per step. The caller closes it."""
+    """Progress of a loop. In a terminal, a bar and the figures of the last step are shown.
+    Elsewhere, each step is one line. The caller closes the object."""
 
     def __init__(self, file: TextIO | None = None) -> None:
         self.file = file or sys.stdout
@@ -200,7 +200,9 @@ class Progress:
     def _start(self, content: Bar, transient: bool = False) -> Live:
         from rich.live import Live
 
-        display = Live(content, console=self.console, transient=transient)
+        # Rich would send a redirected stderr to the terminal.
+        both = sys.stderr.isatty()
+        display = Live(content, console=self.console, transient=transient, redirect_stderr=both)
         display.start()
         return display
 
