@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 """Control characters except tab and line feed, bidirectional overrides, and lone surrogates."""
-UNLIMITED = 10_000
+UNLIMITED = 100_000
 """Columns of a file or pipe, where lines are never wrapped."""
 STYLES = {"error": "bold red", "stopped": "bold yellow", "warning": "yellow"}
 
@@ -80,6 +80,10 @@ def show(*parts: RenderableType, file: TextIO | None = None) -> None:
     out = console(file or sys.stdout)
     for part in parts:
         text = Text(clean(part)) if isinstance(part, str) else part
+        if not isinstance(text, Text) and not out.is_terminal:
+            with out.capture() as capture:
+                out.print(text)
+            text = Text("\n".join(line.rstrip() for line in capture.get().splitlines()))
         out.print(text, soft_wrap=isinstance(text, Text))
 
 

@@ -256,8 +256,8 @@ def test_the_tables_in_words(tmp_path):
     of = held_out.figures["default"]["reverse_kl_per_token"]
     line = next(line for line in text.splitlines() if line.startswith("  default "))
     assert f"{of.mean:.3g} [{of.low:.3g}, {of.high:.3g}]" in line
-    assert line.rstrip().endswith(held_out.verdict("default", "reverse_kl_per_token"))
-    assert re.search(r"^ROUGE-L \(0 to 100\) *\n  sft +20 \[", text, re.MULTILINE)
+    assert line.endswith(held_out.verdict("default", "reverse_kl_per_token"))
+    assert re.search(r"^ROUGE-L \(0 to 100\)\n  sft +20 \[", text, re.MULTILINE)
     results.write(result, tmp_path)
     found = json.loads((tmp_path / "comparison.json").read_text())
     assert found["tables"]["held-out prompts"]["figures"]["default"]["reverse_kl_per_token"] == {
