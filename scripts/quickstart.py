@@ -17,8 +17,8 @@ from seqkd.console import run_command, show
 from seqkd.errors import ResourceError
 
 ROOT = Path(__file__).resolve().parent.parent
-RAYS_OWN = re.compile(r"\d{4}-\d\d-\d\d .*\t(INFO|WARNING) |Running entrypoint for job ")
-"""Begin of the lines that Ray itself writes into the output of a job."""
+RAY_LINE = re.compile(r"\d{4}-\d\d-\d\d .*\t(INFO|WARNING) |Running entrypoint for job ")
+"""Start of the lines that Ray itself writes into the output of a job."""
 
 
 def main() -> int:
@@ -36,7 +36,7 @@ async def submit(address: str | None) -> int:
     printed only if the job fails."""
     from ray.job_submission import JobStatus, JobSubmissionClient
 
-    logging.getLogger("ray").setLevel(logging.WARNING)  # hides the log of the upload
+    logging.disable(logging.WARNING)  # the client's notices; Ray resets the levels of its loggers
     runs = ROOT / "runs"
     overrides = [f"runs_dir={runs}", f"name={free_name(runs)}", *sys.argv[1:]]
     command = [sys.executable, "scripts/train.py", "configs/quickstart.yaml", *overrides]
@@ -49,7 +49,7 @@ async def submit(address: str | None) -> int:
         show(f"submitted Ray job {job}")
         async for chunk in client.tail_job_logs(job):
             for line in chunk.splitlines():
-                if RAYS_OWN.match(line):
+                if RAY_LINE.match(line):
                     hidden += f"{line}\n"
                 else:
                     show(line)
@@ -59,7 +59,7 @@ async def submit(address: str | None) -> int:
         raise ResourceError(f"Ray cannot run the job: {error}\n  {hidden}") from error
     if info.status == JobStatus.SUCCEEDED:
         return 0
-    show(hidden + ("" if printed else str(info.message)), file=sys.stderr)
+    show((hidden + ("" if printed else str(info.message))).rstrip(), file=sys.stderr)
     return max(1, info.driver_exit_code or 0)
 
 
