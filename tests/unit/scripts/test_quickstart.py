@@ -46,7 +46,10 @@ def submit(monkeypatch):
 
 
 def test_lines_of_ray_are_hidden(submit, capsys):
-    chunks = [RAY_LINE + "Running entrypoint for job raysubmit_1: python\n", "a\nmain 1/2  \033[1mx\n"]
+    chunks = [
+        RAY_LINE + "Running entrypoint for job raysubmit_1: python\n",
+        "a\nmain 1/2  \033[1mx\n",
+    ]
     assert submit(chunks, JobStatus.SUCCEEDED, 0) == 0
     assert capsys.readouterr() == ("submitted Ray job raysubmit_1\na\nmain 1/2  [1mx\n", "")
 
