@@ -1,9 +1,9 @@
-# make quickstart | test | check | lint | setup | browser | clean
+# make quickstart | test | check | lint | docs | setup | browser | clean
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: quickstart test check lint setup browser clean
+.PHONY: quickstart test check lint docs setup browser clean
 
 quickstart: setup
 	$(BIN)/python scripts/prepare_quickstart.py
@@ -12,7 +12,7 @@ quickstart: setup
 # Two files at a time, each as a whole: half of a test is waiting for processes to start.
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-test: lint browser
+test: lint docs browser
 	$(PYTEST) --durations=20
 
 # For daily work: what starts no actors.
@@ -23,6 +23,10 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The documentation site, in site/. Needs no network; a broken link or anchor is an error.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # A Chromium for the test of the report's page.
 browser:
@@ -47,4 +51,4 @@ setup: .venv/.installed
 	@touch $@
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs site
