@@ -26,7 +26,7 @@ lint: setup
 
 # The documentation site, in site/. Needs no network; a broken link or anchor is an error.
 docs: setup
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # A Chromium for the test of the report's page.
 browser:

@@ -143,8 +143,8 @@ def test_keys_on_other_pages_exist(page):
     keys = {key.rstrip("[]") for key in first_cells((DOCS / "configuration.md").read_text())}
     text = page.read_text().partition("## Changed")[0]  # renamed keys in the changelog
     for key in re.findall(rf"`((?:{SECTIONS})\.[a-z_.]+)(?:[:=][^`]*)?`", text):
-        known = key in keys or any(k.startswith(f"{key}.") for k in keys)
-        assert known or key.endswith((".json", ".md", ".py", ".jsonl", ".html")), key
+        exists = key in keys or any(k.startswith(f"{key}.") for k in keys)
+        assert exists or key.endswith((".json", ".md", ".py", ".jsonl", ".html")), key
 
 
 def test_every_key_has_a_description():
@@ -303,7 +303,7 @@ contain: what the command needs beyond a machine with 2 cores."""
 def shell_commands(page):
     """Yield the words of all commands of a page, in code blocks and in inline code.
 
-    Scripts, which begin with ``#!``, are not included: tests/unit/test_clusters_page.py runs them.
+    Scripts, which begin with ``#!``, are not included: tests/unit/test_cluster_page.py runs them.
     """
     text = page.read_text()
     inline = r"(?<!`)`((?:seqkd|python|make|\.venv/bin/\w+) [^`…|]+)`"
