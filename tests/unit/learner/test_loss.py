@@ -148,7 +148,7 @@ def test_a_plan_that_does_not_fit_reports_keys_to_lower():
     with pytest.raises(ResourceError) as caught:
         the_plan.check(cpus=8, gpus=4, where="the cluster")
     assert "needs 19 CPU cores, but the cluster has 8" in str(caught.value)
-    assert "rollout.cpus or rollout.actors (now 16 together)" in str(caught.value)
+    assert "rollout.cpus or rollout.actors (now 16 in total)" in str(caught.value)
     assert "placement to colocated" in str(caught.value)
     with pytest.raises(
         ResourceError, match=r"needs 2 GPUs, but the cluster has 0\. Lower teacher\.gpus"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import psutil
 import pytest
 
@@ -37,16 +39,19 @@ def start(tmp_path):
         training.stop()
 
 
-def states(training):
+def wait_until_stopped(training, stopped=(True, True)):
+    """Wait until the process and its child are stopped, or not: a signal takes effect later."""
     (child,) = training.process.children()
-    return [process.status() == psutil.STATUS_STOPPED for process in (training.process, child)]
+    end = time.monotonic() + 30
+    while tuple(p.status() == psutil.STATUS_STOPPED for p in (training.process, child)) != stopped:
+        assert time.monotonic() < end
 
 
 def test_a_paused_process_takes_no_step_until_its_turn(start):
     first = start(50)
     first.next_step()
     first.pause()
-    assert states(first) == [True, True]
+    wait_until_stopped(first)
     completed = first.completed()
     second = start(50)
     for _ in range(3):
@@ -56,10 +61,10 @@ def test_a_paused_process_takes_no_step_until_its_turn(start):
     taken = second.completed()
     assert first.turn() > 0
     assert completed < first.completed() < 50
-    assert states(first) == [True, True]
+    wait_until_stopped(first)
     assert second.completed() == taken
     first.resume()
-    assert states(first) == [False, False]
+    wait_until_stopped(first, (False, False))
 
 
 def test_a_process_that_ends_reports_why(start):
