@@ -23,6 +23,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m tests.language
 
 # The documentation site, in site/. Needs no network; a broken link or anchor is an error.
 docs: setup

@@ -50,7 +50,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Chip:
-    """GPU, or the cores of a CPU."""
+    """Speed and memory of one GPU, or of the cores of one CPU."""
 
     name: str
     products: float
