@@ -54,7 +54,7 @@ class PhaseConfig(TermConfig):
     extra_terms: tuple[TermConfig, ...] = ()
     """Additional terms of the loss, each with its own weight."""
     steps: int = Field(ge=1)
-    """Number of optimizer steps. A budget may end the main phase earlier."""
+    """Number of optimizer steps."""
     prompts_per_step: int = Field(4, ge=1)
     """Number of prompts (or answers, or texts) per step for each sampler."""
     updates_per_rollout: int = Field(1, ge=1)

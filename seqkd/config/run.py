@@ -77,8 +77,8 @@ class Config(PhaseConfig):
     """Experiment trackers that receive the metrics in addition to TensorBoard; see
     docs/metrics.md."""
     placement: Literal["colocated", "split"] = "colocated"
-    """Placement of the roles. colocated: the roles run alternately on the same cores and GPUs;
-    split: every role has its own."""
+    """Placement of the roles. colocated: the roles run alternately on the same cores of one node,
+    and share GPUs only if they request fractions; split: every role has its own."""
     cluster: str | None = None
     """Address of the Ray cluster. If unset: the cluster of the job, or a local Ray."""
 

@@ -12,6 +12,7 @@ import time
 import psutil
 
 from tests.conftest import ROOT
+from tests.fork_server import JOB_CONFIG
 
 PATIENCE_S = 300
 
@@ -38,7 +39,7 @@ def start(tiny_config, directory, *arguments):
     return subprocess.Popen(
         [*command, "evaluation.prompts=0", *arguments], cwd=ROOT, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env={k: v for k, v in os.environ.items() if not k.startswith("RAY_")},
+        env={k: v for k, v in os.environ.items() if not k.startswith("RAY_") or k == JOB_CONFIG},
     )  # fmt: skip
 
 
