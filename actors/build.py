@@ -229,7 +229,7 @@ def _endpoint_teacher(
     writing = (teacher, key, expand(student.model))
     return (
         _Actors(ApiScorer, (), (teacher, key, checked.vocabulary), paid=True),
-        _Actors(ApiSampler, (checked.stop_ids,), writing, paid=True),
+        _Actors(ApiSampler, (checked.stop_ids, checked.content_tokens), writing, paid=True),
     )
 
 

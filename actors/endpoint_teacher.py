@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from seqkd.config.teacher import EndpointTeacherConfig
+from seqkd.data.content import ContentTokenizer
 from seqkd.errors import ModelError
 from seqkd.learner import batching
 from seqkd.models.loading import load_tokenizer
@@ -24,8 +25,8 @@ class ApiSampler:
     """Sampler of completions from an endpoint. A teacher that scores returns the student's token
     ids (completions interface). Other teachers return text, which is tokenized here."""
 
-    def __init__(self, stop_ids: tuple[int, ...]) -> None:
-        self.stop_ids = stop_ids
+    def __init__(self, stop_ids: tuple[int, ...], content_tokens: tuple[str, ...] = ()) -> None:
+        self.stop_ids, self.content_tokens = stop_ids, content_tokens
 
     def start(self, config: EndpointTeacherConfig, key: str, tokenizer_from: str) -> None:
         """Load the student's tokenizer. This is separate from the constructor so that a failure
@@ -33,6 +34,7 @@ class ApiSampler:
         self.client = EndpointClient(config, key)
         self.by_id = config.scores != "none"
         self.tokenizer: Any = load_tokenizer(tokenizer_from, "student.model")
+        self.content = ContentTokenizer(self.tokenizer, self.content_tokens)
         eos = self.tokenizer.eos_token_id
         self.eos_id = self.stop_ids[0] if eos is None else eos
 
@@ -69,7 +71,7 @@ class ApiSampler:
     ) -> Rollout:
         ids = list(reply.token_ids)
         if not ids:
-            ids = self.tokenizer(reply.text, add_special_tokens=False).input_ids
+            (ids,) = self.content.content([reply.text])
             # A truncated completion gets no end-of-sequence token: training on one would teach the
             # student to stop in the middle of a sentence.
             ids = [*ids, self.eos_id] if reply.ended else ids

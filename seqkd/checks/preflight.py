@@ -43,6 +43,8 @@ class Checked:
     train: Sequence[Prompt]
     heldout: Sequence[Prompt]
     corpus: Sequence[Prompt]
+    content_tokens: tuple[str, ...]
+    """Added tokens that text may contain as tokens."""
     references: Mapping[str, Sequence[str]]
     """Reference answers of the data set to held-out prompts, by prompt id."""
     sources: tuple[str, ...]
@@ -117,8 +119,8 @@ def check(config: Config, teacher_here: bool = True) -> Checked:
     sources = tuple(map(str, data.summaries))
     warnings = (*findings.warnings, *data.warnings)
     return Checked(
-        tokenizer, stop_ids, data.train, data.heldout, data.corpus, data.references, sources,
-        max_model_len, vocabulary, student, teachers, warnings,
+        tokenizer, stop_ids, data.train, data.heldout, data.corpus, config.data.content_tokens,
+        data.references, sources, max_model_len, vocabulary, student, teachers, warnings,
     )  # fmt: skip
 
 

@@ -50,6 +50,9 @@ class DataConfig(BaseConfig):
     blank lines."""
     thinking: bool | None = None
     """Value of the chat template's enable_thinking. If unset: the template's default."""
+    content_tokens: tuple[str, ...] = ()
+    """Tokens that the text of prompts and answers may contain as tokens, such as <think>. All other
+    special tokens, and tokens of the chat template, are encoded as ordinary text."""
     system: str | None = None
     """System message for conversations that have none."""
     max_prompt_tokens: int = Field(512, ge=1)

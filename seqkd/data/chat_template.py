@@ -8,6 +8,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from seqkd.config.data import DataConfig
+from seqkd.data.content import ContentTokenizer, unmarked
 from seqkd.data.formats import Message
 from seqkd.errors import DataError
 
@@ -17,6 +18,7 @@ class Renderer:
 
     def __init__(self, data: DataConfig, tokenizer: Any) -> None:
         self.data, self.tokenizer = data, tokenizer
+        self.content = ContentTokenizer(tokenizer, data.content_tokens)
         self.options = {} if data.thinking is None else {"enable_thinking": data.thinking}
         if data.chat and tokenizer.chat_template is None:
             raise DataError(
@@ -31,16 +33,27 @@ class Renderer:
 
     def __call__(self, messages: Sequence[Message], where: str, prompt: bool = True) -> str:
         """Render a prompt that the student continues (``prompt=True``) or a complete conversation
-        (``prompt=False``)."""
+        (``prompt=False``). If a message contains the text of a special token, the template's
+        special tokens are marked (:meth:`seqkd.data.content.ContentTokenizer.render`)."""
+        contents = [content for _, content in messages]
         if not self.data.chat:
-            return "\n\n".join(content for _, content in messages)
-        try:
+            return "\n\n".join(contents)
+
+        def template(contents: Sequence[str]) -> str:
+            pairs = zip(messages, contents, strict=True)
             rendered: str = self.tokenizer.apply_chat_template(
-                [{"role": role, "content": content} for role, content in messages],
+                [{"role": role, "content": content} for (role, _), content in pairs],
                 add_generation_prompt=prompt,
                 tokenize=False,
                 **self.options,
             )
+            return rendered
+
+        special = [self.content.has_special(content) for content in contents]
+        try:
+            if any(special):
+                return self.content.render(contents, template)
+            return template(contents)
         except TemplateError as error:
             fix = "Fix or remove the row, or set data.chat to false."
             if self.data.system is not None:
@@ -48,23 +61,22 @@ class Renderer:
             raise DataError(
                 f"{where}: the student's chat template rejects the prompt: {error}. {fix}"
             ) from None
-        return rendered
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from None
 
-    def encode(self, texts: list[str], whole: bool = True) -> list[list[int]]:
-        """Tokenize texts. ``whole`` is True for texts at the start of a sequence."""
-        special = whole and not self.data.chat  # a chat template adds special tokens itself
-        ids: list[list[int]] = []
-        if texts:
-            ids = self.tokenizer(texts, add_special_tokens=special).input_ids
-        return ids
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Tokenize texts that this renderer returned."""
+        if self.data.chat:
+            return self.content.rendered(texts)
+        return self.content.content(texts, special=True)
 
     def difference(
         self, messages: tuple[Message, ...], answer: str, eos_id: int, where: str
     ) -> str | None:
         """Return a warning if the template renders an answer differently from the text that the
         student is trained on, otherwise None."""
-        rendered = self((*messages, ("assistant", answer)), where, prompt=False)
-        expected = self(messages, where) + answer + self.tokenizer.decode([eos_id])
+        rendered = unmarked(self((*messages, ("assistant", answer)), where, prompt=False))
+        expected = unmarked(self(messages, where)) + answer + self.tokenizer.decode([eos_id])
         if rendered.startswith(expected) and not rendered[len(expected) :].strip():
             return None
         pairs = enumerate(zip(rendered, expected, strict=False))

@@ -8,6 +8,7 @@ from typing import Any
 
 from seqkd.config.data import DataConfig
 from seqkd.config.messages import shown
+from seqkd.data.content import ContentTokenizer
 from seqkd.data.formats import is_text
 from seqkd.data.prompt_table import PromptTable, batch_of
 from seqkd.data.read_stats import BATCH, ReadStats, T
@@ -24,12 +25,13 @@ def read_corpus(data: DataConfig, tokenizer: Any, eos_id: int) -> tuple[PromptTa
     assert data.corpus_path is not None
     source = Source("data.corpus_path", data.corpus_path, data.corpus_subset, data.corpus_split)
     summary, batches = ReadStats(source), []
+    content = ContentTokenizer(tokenizer, data.content_tokens)
     for some in _batches(source.rows(data.rows, data.streaming)):
         texts = [_plain(row, data.text_key, where) for where, row in some]
         kept = [text for text in texts if text.strip()]
         summary.blank += len(texts) - len(kept)
         rows = []
-        for number, ids in enumerate(tokenizer(kept).input_ids if kept else [], 1):
+        for number, ids in enumerate(content.content(kept, special=True), 1):
             ids = [*ids, eos_id]
             for low in range(0, len(ids) - 1, data.corpus_tokens):
                 piece = ids[low : low + data.corpus_tokens]
@@ -44,6 +46,7 @@ def read_corpus(data: DataConfig, tokenizer: Any, eos_id: int) -> tuple[PromptTa
         raise DataError(
             f"{source.field}: {source}: has no rows with text. Add rows, or set data.text_key."
         )
+    summary.special = frozenset(content.encoded)
     return PromptTable(batches, []), summary
 
 

@@ -189,6 +189,7 @@ class Reader:
         if not self.summary.prompts:
             name = f"{self.summary.source.field}: {self.summary.source}"
             raise DataError(f"{name}: {self._nothing_left()}")
+        self.summary.special = frozenset(self.render.content.encoded)
         return PromptTable(self._prompts, self._conversations)
 
     def warnings(self) -> list[str]:
@@ -297,7 +298,7 @@ class Reader:
             yield from ((None, False) for _ in fitting)
             return
         texts = [draft.answer or "" for draft, _ in fitting]
-        for ids in self.render.encode(texts, whole=False):
+        for ids in self.render.content.content(texts):
             if len(ids) < self.longest:
                 yield [*ids, self.eos_id], False
             elif self.data.too_long == "truncate":

@@ -31,6 +31,8 @@ class ReadStats:
     unanswered: int = 0
     blank: int = 0
     duplicates: int = 0
+    special: frozenset[str] = frozenset()
+    """Special tokens whose text occurs in the texts."""
     mismatch: str | None = None
     """Warning that the chat template renders answers differently from the training text."""
 
@@ -58,4 +60,11 @@ class ReadStats:
             (self.blank, "texts dropped: they are blank"),
             (self.duplicates, "prompts dropped: duplicates of an earlier prompt and answer"),
         )  # fmt: skip
-        return [f"{self.source.field}: {count} {what}." for count, what in lines if count]
+        printed = [f"{self.source.field}: {count} {what}." for count, what in lines if count]
+        if self.special:
+            printed.append(
+                f"{self.source.field}: texts contain {' '.join(sorted(self.special))}, which is "
+                "encoded as ordinary text. If it is meant as a token, add it to "
+                "data.content_tokens."
+            )
+        return printed

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from seqkd.data.content import ContentTokenizer
 from seqkd.errors import ModelError
 from seqkd.evaluation.text import PerPrompt, column
 from seqkd.models.loading import expand, first_line, load_tokenizer, read_config
@@ -64,6 +65,7 @@ class BartScorer:
                 f"{FIELD}: the tokenizer of {model!r} adds no end-of-text token or has no padding "
                 "token. Set it to a BART checkpoint with its own tokenizer."
             )
+        self.content = ContentTokenizer(self.tokenizer)
         limits = (getattr(config, "max_position_embeddings", None), self.tokenizer.model_max_length)
         self.max_length: int = min(limit for limit in limits if limit)
         """Maximum tokens of a text, special tokens included."""
@@ -129,11 +131,11 @@ class BartScorer:
 
     def _encode(self, text: str) -> tuple[tuple[int, ...], bool]:
         """Return token ids of at most the maximum length, and whether the text was truncated."""
-        ids = tuple(self.tokenizer(text, verbose=False).input_ids)
+        (ids,) = self.content.content([text], special=True)
         if len(ids) <= self.max_length:
-            return ids, False
-        cut = self.tokenizer(text, truncation=True, max_length=self.max_length)
-        return tuple(cut.input_ids), True
+            return tuple(ids), False
+        last = self.content.around[1]
+        return (*ids[: self.max_length - len(last)], *last), True
 
     def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Pad [B][T_i] token ids to [B, T]; return them with the mask of real tokens."""
