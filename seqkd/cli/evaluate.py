@@ -162,10 +162,14 @@ def evaluate(request: Request, verbose: bool) -> int:
         lambda ids: str(checked.tokenizer.decode(ids, skip_special_tokens=True)),
     )
     if not any(held_out.references):
-        request.problems.append(
-            "--prompts: no prompt has a reference answer, so ROUGE and BARTScore were skipped. "
-            "Pass prompts with answers, or set data.reference_key to the column of the answers."
+        text = (
+            "no prompt has a reference answer, so ROUGE and BARTScore do not apply. Pass prompts "
+            "with answers, or set data.reference_key to the column of the answers."
         )
+        if bart:
+            request.problems.append(f"--bart: {text}")
+        else:
+            print_message("warning", text)
     evaluation = {
         "source": request.config.data.heldout_path or request.config.data.path,
         "samples_per_prompt": request.config.evaluation.samples_per_prompt,

@@ -105,41 +105,16 @@ def train(config: Config, *, resume: bool = False, verbose: bool = False) -> Run
 
     start = time.perf_counter()
     directory = run_directory.locate(config)
-    resumption = run_directory.resumption(directory, config, resume)
     if not verbose:
         quiet()  # before the imports below, during which some libraries print notices
-    from seqkd.cli.dry_run import memory_warnings
-    from seqkd.training import trackers
-    from seqkd.training.setup import check
-
-    trackers.check(config.trackers)
-    resolved, caches, checked = check(config)
-    for warning in (*checked.warnings, *memory_warnings(resolved, checked)):
-        print_message("warning", warning)
-    data = {"training": checked.train, "held-out": checked.heldout, "corpus": checked.corpus}
-    if resumption.exists:
-        run_directory.refuse_other_data(directory, data)
-        for line in resumption.changes:
-            show(f"changed: {line}")
-    elif resume:
-        show(f"--resume: {directory} contains no run yet; starting it")
-
-    from actors import build
     from seqkd import report
     from seqkd.evaluation import summary
     from seqkd.report import model_card
     from seqkd.storage import run_reader
-    from seqkd.training import replay_log
-    from seqkd.training.recorder import Recorder
 
-    with build.connect(resolved, verbose):
-        build.check_resources(resolved)
-        with run_directory.lock(directory), closing(Recorder(directory, resolved)) as recorder:
-            replay_log.discard(directory / replay_log.FOLDER, resumption)
-            run_directory.initialize(directory, config, data)
-            recorder.note(f"run directory: {directory}")
-            recorder.wait("starting the actors")
-            measured = learn(directory, resolved, checked, caches, recorder)
+    # Locked before the data is prepared, so that a second run of this name ends at once.
+    with run_directory.lock(directory):
+        measured, recorder = check_and_learn(directory, config, resume, verbose)
     evaluation = run_reader.read_evaluation(directory) if measured else None
     if evaluation:
         show("", *summary.render(evaluation))
@@ -158,6 +133,40 @@ def train(config: Config, *, resume: bool = False, verbose: bool = False) -> Run
         directory, directory / "student", directory / "metrics.jsonl", page, figures,
         finished.done, seconds,
     )  # fmt: skip
+
+
+def check_and_learn(
+    directory: Path, config: Config, resume: bool, verbose: bool
+) -> tuple[dict[str, Measurement], Recorder]:
+    """Check everything that needs no actors, connect to Ray and call :func:`learn`. Returns the
+    held-out measurements by stage and the closed recorder."""
+    from actors import build
+    from seqkd.cli.dry_run import memory_warnings
+    from seqkd.storage import run_directory
+    from seqkd.training import replay_log, trackers
+    from seqkd.training.recorder import Recorder
+    from seqkd.training.setup import check
+
+    trackers.check(config.trackers)
+    resumption = run_directory.resumption(directory, config, resume)
+    resolved, caches, checked = check(config)
+    for warning in (*checked.warnings, *memory_warnings(resolved, checked)):
+        print_message("warning", warning)
+    data = {"training": checked.train, "held-out": checked.heldout, "corpus": checked.corpus}
+    if resumption.exists:
+        run_directory.refuse_other_data(directory, data)
+        for line in resumption.changes:
+            show(f"changed: {line}")
+    elif resume:
+        show(f"--resume: {directory} contains no run yet; starting it")
+    with build.connect(resolved, verbose):
+        build.check_resources(resolved)
+        with closing(Recorder(directory, resolved)) as recorder:
+            replay_log.discard(directory / replay_log.FOLDER, resumption)
+            run_directory.initialize(directory, config, data)
+            recorder.note(f"run directory: {directory}")
+            recorder.wait("starting the actors")
+            return learn(directory, resolved, checked, caches, recorder), recorder
 
 
 def learn(

@@ -55,9 +55,9 @@ class ContentTokenizer:
 
     def has_special(self, text: str) -> bool:
         """Return True if a text contains the text of a special token."""
-        found = self.pattern.findall(text)
-        self.encoded.update(found)
-        return bool(found)
+        special = self.pattern.findall(text)
+        self.encoded.update(special)
+        return bool(special)
 
     def content(self, texts: Sequence[str], special: bool = False) -> list[list[int]]:
         """Return the token ids of texts without markers. With ``special``, the tokenizer's special

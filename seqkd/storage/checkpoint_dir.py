@@ -44,16 +44,20 @@ def save(
     return final
 
 
-def newest(root: Path) -> tuple[Path | None, dict[str, Any], list[str]]:
+def newest(
+    root: Path, check: Callable[[Path, dict[str, Any]], None] = lambda path, state: None
+) -> tuple[Path | None, dict[str, Any], list[str]]:
     """Find the newest complete checkpoint. Returns its path, its state, and one line for each later
-    checkpoint that is incomplete or damaged. The path is None and the state is empty if there is no
-    complete checkpoint.
+    checkpoint that is incomplete, damaged, or for which ``check`` raises CheckpointError. The path
+    is None and the state is empty if there is no other checkpoint.
     """
     skipped: list[str] = []
     for path in _checkpoints(root):
         try:
             _verify(path)
-            return path, load_state(path), skipped
+            state = load_state(path)
+            check(path, state)
+            return path, state, skipped
         except CheckpointError as error:
             skipped.append(str(error))
     return None, {}, skipped

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from seqkd.config.run import Config, dump, load
 from seqkd.errors import ConfigError
@@ -18,8 +20,8 @@ PACKAGED = "working_dir_files"
 """Folder in the path of every working directory that Ray unpacks for a job."""
 STARTUP_FILES = (
     "config.yaml", "data.json", "environment.json", "evaluation.json", "lock", "report.html",
-    "student_initial", "student_initial.partial", "student_initial.old", "tensorboard", "trackers",
-    "replay_log",
+    "run_id", "student_initial", "student_initial.partial", "student_initial.old", "tensorboard",
+    "trackers", "replay_log",
 )  # fmt: skip
 """Files that a run writes before its first step. A directory with only these files may be reused,
 so a failed start can be repeated."""
@@ -81,14 +83,18 @@ def refuse_used(directory: Path) -> None:
 
 @contextmanager
 def lock(directory: Path) -> Iterator[None]:
-    """Create the directory and lock it against other processes while the block runs. Raises
-    ConfigError if another process has locked it."""
+    """Create the directory and lock it against other processes while the block runs. If nothing
+    else was written, the directory is removed again. Raises ConfigError if another process has
+    locked it."""
+    file = directory / "lock"
     with _written(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        lock = (directory / "lock").open("w")
+        lock = file.open("w")
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.fstat(lock.fileno()).st_nlink:  # removed by its previous owner just now
+                raise BlockingIOError
         except BlockingIOError:
             raise ConfigError(
                 f"name: {directory} is in use by a running process. Stop that run first, or choose "
@@ -96,7 +102,12 @@ def lock(directory: Path) -> Iterator[None]:
             ) from None
         except OSError:  # a file system without locks
             pass
-        yield
+        try:
+            yield
+        finally:
+            if [path.name for path in directory.iterdir()] == [file.name]:
+                file.unlink()
+                directory.rmdir()
 
 
 def under_way(directory: Path) -> bool | None:
@@ -109,6 +120,14 @@ def under_way(directory: Path) -> bool | None:
     except OSError:
         return None
     return False
+
+
+def run_id(directory: Path) -> str:
+    """Return the random id of the run in the directory, which is created at the first call."""
+    file = directory / "run_id"
+    if not file.exists():
+        atomic_write(file, uuid4().hex)
+    return file.read_text()
 
 
 def initialize(directory: Path, config: Config, data: Mapping[str, Sequence[Any]]) -> None:

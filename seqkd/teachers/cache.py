@@ -10,10 +10,12 @@ they do not recur (:mod:`seqkd.training.replay_log` stores them temporarily).
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -187,9 +189,14 @@ def keep_teachers(config: Config, caches: Mapping[str, TeacherCache]) -> None:
         text = json.dumps(teacher.describe(), indent=2)
         with disk_errors(description):
             cache.directory.mkdir(parents=True, exist_ok=True)
-            if teacher.local:
-                export_head(teacher.model, teacher.precision, Path(cache.teacher))
-        atomic_write(description, text + "\n")
+            with (cache.directory / "lock").open("w") as lock:
+                with suppress(OSError):  # a file system without locks
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+                if description.exists():  # written by another run in the meantime
+                    continue
+                if teacher.local:
+                    export_head(teacher.model, teacher.precision, Path(cache.teacher))
+                atomic_write(description, text + "\n")
 
 
 def with_caches(

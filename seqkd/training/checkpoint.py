@@ -22,6 +22,11 @@ from seqkd.training.control import Control
 from seqkd.training.positions import Position, ReplayPositions
 from seqkd.types import rollout_from
 
+KEYS = {
+    "run", "step", "policy_version", "running", "measured", "spent", "baseline", "position"
+}  # fmt: skip
+"""Keys of the state of a checkpoint."""
+
 
 @dataclass
 class FeedState:
@@ -60,17 +65,19 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-    """Checkpoints of one run."""
+    """Checkpoints of one run, the one with the id ``run``."""
 
     def __init__(
         self,
         directory: Path,
+        run: str,
         config: CheckpointsConfig,
         learner: Learner,
         positions: ReplayPositions,
         control: Control,
     ) -> None:
-        self.directory, self.config, self.learner = directory, config, learner
+        self.directory, self.run = directory, run
+        self.config, self.learner = config, learner
         self.positions, self.control = positions, control
         self.last_step, self.last_time = 0, time.monotonic()
 
@@ -78,7 +85,7 @@ class Checkpoints:
         """Restore the learner, the caches and the replay log from the newest valid checkpoint, or
         reset them to the start of the run if there is no checkpoint. Raises CheckpointError if
         there are checkpoints but none is valid."""
-        path, state, skipped = checkpoint_dir.newest(self.directory)
+        path, state, skipped = checkpoint_dir.newest(self.directory, self._check)
         damaged = [line for line in skipped if not line.endswith(checkpoint_dir.UNFINISHED)]
         if path is None and damaged:
             raise CheckpointError(
@@ -96,6 +103,12 @@ class Checkpoints:
         measured = {name: _measurement(row) for name, row in state["measured"].items()}
         progress = Progress(state["step"], measured, FeedState(running, state["spent"]))
         return Restored(progress, state["baseline"], skipped)
+
+    def _check(self, path: Path, state: dict[str, Any]) -> None:
+        if missing := sorted(KEYS - state.keys()):
+            raise CheckpointError(f"{path}: {checkpoint_dir.STATE} is damaged: no {missing[0]!r}.")
+        if state["run"] != self.run:
+            raise CheckpointError(f"{path}: belongs to another run. Remove it.")
 
     def due(self, progress: Progress) -> bool:
         """Return True if enough steps or time have passed since the last checkpoint."""
@@ -116,6 +129,7 @@ class Checkpoints:
         if feed.mid_draw or not self.learner.is_consistent or not recorded:
             return False
         state = {
+            "run": self.run,
             "step": progress.step,
             "policy_version": self.learner.policy_version,
             "running": {name: _running_row(r) for name, r in feed.running.items()},

@@ -14,7 +14,7 @@ from seqkd.checks.preflight import Checked
 from seqkd.config.run import Config
 from seqkd.evaluation import summary
 from seqkd.evaluation.heldout import HeldOut, Measurement
-from seqkd.storage import run_reader
+from seqkd.storage import run_directory, run_reader
 from seqkd.teachers.cache import TeacherCache, open_caches, with_caches
 from seqkd.training.checkpoint import Checkpoints
 from seqkd.training.context import TrainingContext
@@ -89,7 +89,12 @@ def prepare(
         recorder=recorder,
         positions=positions,
         checkpoints=Checkpoints(
-            directory / "checkpoints", config.checkpoints, workers.learner, positions, control
+            directory / "checkpoints",
+            run_directory.run_id(directory),
+            config.checkpoints,
+            workers.learner,
+            positions,
+            control,
         ),
         monitor=Monitor(
             canary,

@@ -8,6 +8,7 @@ import multiprocessing
 
 import pytest
 
+from seqkd.cli.train import train
 from seqkd.config.run import Config
 from seqkd.data.prompt_table import PromptTable, batch_of
 from seqkd.errors import ConfigError, StorageError
@@ -131,6 +132,25 @@ def test_missing_or_damaged_data_fingerprint(tmp_path, content):
         (directory / "data.json").write_text(content)
     with pytest.raises(ConfigError, match=r"data\.json, .* is missing or damaged"):
         run_directory.refuse_other_data(directory, {"training": table("a")})
+
+
+def test_a_start_that_wrote_nothing_leaves_no_directory(tmp_path):
+    with pytest.raises(KeyError), run_directory.lock(tmp_path / "x"):
+        raise KeyError
+    assert not (tmp_path / "x").exists()
+    with run_directory.lock(tmp_path / "x"):
+        (tmp_path / "x" / "config.yaml").write_text("")
+    assert (tmp_path / "x" / "lock").exists()
+
+
+def test_a_name_in_use_is_refused_before_the_data_is_read(tmp_path):
+    missing = {"path": "missing.jsonl", "heldout_path": "missing.jsonl"}
+    run = config(data=missing, runs_dir=str(tmp_path))
+    with (
+        run_directory.lock(run_directory.locate(run)),
+        pytest.raises(ConfigError, match="is in use by a running process"),
+    ):
+        train(run)
 
 
 def test_running_directory_is_locked(tmp_path):

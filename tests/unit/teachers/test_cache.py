@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -234,6 +237,23 @@ def test_recorded_teacher_replaces_a_missing_checkpoint(tiny, tmp_path):
     other = config(tiny, tmp_path, teacher={"kind": "vllm", "model": tiny["student"]})
     with pytest.raises(TeacherCacheError, match=r"it contains .*moved"):
         open_caches(other, teacher_here=False)
+
+
+def test_runs_that_start_at_the_same_moment_share_a_cache(tiny, tmp_path):
+    for attempt in range(5):
+        c = config(tiny, tmp_path / str(attempt))
+        caches = [open_caches(c, teacher_here=True)[1] for _ in range(4)]
+        start = threading.Barrier(len(caches))
+
+        def begin(opened, c=c, start=start):
+            start.wait()
+            keep_teachers(c, opened)
+
+        with ThreadPoolExecutor(len(caches)) as pool:
+            list(pool.map(begin, caches))
+        directory = caches[0][""].directory
+        assert json.loads((directory / "teacher.json").read_text()) == c.teacher.describe()
+        assert not list(directory.rglob("*.partial"))
 
 
 def test_missing_entries_are_counted_before_a_run_starts(tiny, tmp_path):
