@@ -9,6 +9,7 @@ import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
+from urllib.request import ProxyHandler, build_opener
 
 from actors import placement
 from actors.groups import LearnerGroup, RolloutGroup, TeacherGroup
@@ -18,6 +19,7 @@ from seqkd.config.rollout import RolloutConfig
 from seqkd.config.run import Config
 from seqkd.config.student import StudentConfig
 from seqkd.config.teacher import EndpointTeacherConfig, LocalTeacherConfig, TeacherConfig
+from seqkd.console import print_message
 from seqkd.errors import LearnerLost, ResourceError
 from seqkd.models.loading import expand
 from seqkd.teachers.endpoint import key_of
@@ -37,14 +39,31 @@ def connect(config: Config, verbose: bool) -> Iterator[None]:
         _reach(address)
         level = logging.INFO if verbose else logging.ERROR
         before = signal.getsignal(signal.SIGTERM)
-        ray.init(address, log_to_driver=verbose, logging_level=level, **options)
+        context = ray.init(address, log_to_driver=verbose, logging_level=level, **options)
         signal.signal(signal.SIGTERM, before)  # Ray's own handler would end with its exit code
     except Exception as error:  # Ray raises bare RuntimeError and ConnectionError here
         raise _no_cluster(address, error) from error
     try:
+        if address != "local" and context.dashboard_url and is_open(context.dashboard_url):
+            print_message(
+                "warning",
+                f"cluster: {address!r} accepts requests without a token, so anyone who reaches its "
+                "ports can run code as this user. Restart its head with RAY_AUTH_MODE=token (see "
+                "docs/clusters.md).",
+            )
         yield
     finally:
         ray.shutdown()
+
+
+def is_open(dashboard: str) -> bool:
+    """Return True if the job API at host:port answers a request without a token."""
+    direct = build_opener(ProxyHandler({}))
+    try:
+        with direct.open(f"http://{dashboard}/api/jobs/", timeout=5) as answer:
+            return bool(answer.status == 200)
+    except (OSError, ValueError):  # refused, or not reachable from here
+        return False
 
 
 def _reach(address: str) -> None:

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 import pytest
 import torch
@@ -324,6 +326,26 @@ def test_a_stopped_job_resumes_where_it_was(head, environment, tiny_config, tmp_
     assert "changed: learner.ranks: 1 -> 2" in done.stdout
     assert f"resuming after step {steps}" in done.stdout
     assert [row["step"] for row in metrics(run_of)] == list(range(80))
+
+
+def test_the_head_refuses_requests_without_the_token(head):
+    from actors.build import is_open
+
+    assert not is_open(head.jobs.removeprefix("http://"))
+    with pytest.raises(HTTPError, match="401"):
+        urlopen(f"{head.jobs}/api/jobs/", timeout=30)
+
+
+def test_a_head_without_authentication_is_reported(environment, tiny_config, tmp_path):
+    """RAY_AUTH_MODE=disabled replaces the default, which is token if there is a token file."""
+    from actors.local_cluster import local_head
+
+    open_to_all = environment | {"RAY_AUTH_MODE": "disabled"}
+    with local_head(open_to_all, "--num-cpus=1") as head:
+        cluster = f"cluster={head.cluster}"
+        done = direct(open_to_all, tiny_config, cluster, "rollout.cpus=64", f"runs_dir={tmp_path}")
+    refused(done, "needs 64 CPU cores")
+    assert f"warning: cluster: {head.cluster!r} accepts requests without a token" in done.stdout
 
 
 def test_a_missing_token(head, environment, tiny_config, tmp_path):
