@@ -47,12 +47,13 @@ class LearnerRank:
         """File that weights are published to."""
 
     def rendezvous(self) -> tuple[str, int]:
-        """Return the address and a free port of this rank, at which the ranks connect."""
+        """Listen for the other ranks, on one address of this node only. Return address and port."""
         import ray
 
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+        address = "127.0.0.1" if self.config.ranks == 1 else ray.util.get_node_ip_address()
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        self.listener = socket.create_server((address, 0), family=family)
+        return address, self.listener.getsockname()[1]
 
     def start(
         self,
@@ -80,7 +81,8 @@ class LearnerRank:
         # DeepSpeed would compile an operator that only inference uses. If the compilation is
         # killed, it leaves a lock for which all later processes wait forever.
         deepspeed.ops.__compatible_ops__ = {}
-        deepspeed.init_distributed("nccl" if self.config.gpus else "gloo", verbose=False)
+        self._join(master)
+        deepspeed.init_distributed(verbose=False)
         if not self.config.gpus:
             use_onednn()
         student = load_causal_lm(model, self.config.precision, "student.model")
@@ -116,6 +118,22 @@ class LearnerRank:
             bias = None if head.bias is None else head.bias.to(self.device)
             self.teacher_heads[name] = replace(head, weight=head.weight.to(self.device), bias=bias)
         return sharing
+
+    def _join(self, master: tuple[str, int]) -> None:
+        """Form the process group. Its store has no authentication, and torch would let it listen on
+        every interface."""
+        from torch import distributed
+
+        listener = self.listener.detach() if self.rank == 0 else None
+        store = distributed.TCPStore(
+            *master, self.config.ranks, is_master=self.rank == 0, master_listen_fd=listener
+        )
+        distributed.init_process_group(
+            "nccl" if self.config.gpus else "gloo",
+            store=store,
+            rank=self.rank,
+            world_size=self.config.ranks,
+        )
 
     def step(self, parts: list[RankPart], lr: float) -> StepResult:
         """Take an optimizer step on this rank's micro-batches. The sums of the result are those of

@@ -138,6 +138,23 @@ def learners(local_ray, tmp_path_factory):
         group.kill()
 
 
+def listening(rank):
+    """Addresses on which a rank's process listens."""
+    connections = psutil.Process().net_connections("tcp")
+    return [c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN]
+
+
+def test_ranks_listen_on_the_address_of_their_node_only(local_ray, tiny):
+    """Every Ray worker has one port on all interfaces, which is Ray's own."""
+    group = start(tiny, ranks=2)
+    try:
+        addresses = local_ray.get([r.__ray_call__.remote(listening) for r in group.ranks])
+        assert [sum(ip in ("::", "0.0.0.0") for ip in rank) for rank in addresses] == [1, 1]
+        assert local_ray.util.get_node_ip_address() in addresses[0]
+    finally:
+        group.kill()
+
+
 def trained(learner, batch, counts):
     """Return the results of STEPS steps, and the published weights."""
     results = [learner.step([Part(*batch, counts, TERMS)], LR) for _ in range(STEPS)]
