@@ -125,7 +125,7 @@ class LearnerRank:
         from torch import distributed
 
         listener = self.listener.detach() if self.rank == 0 else None
-        store = distributed.TCPStore(
+        store = distributed.TCPStore(  # type: ignore[attr-defined]
             *master, self.config.ranks, is_master=self.rank == 0, master_listen_fd=listener
         )
         distributed.init_process_group(

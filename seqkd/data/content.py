@@ -95,7 +95,7 @@ class ContentTokenizer:
                 spec["model"]["unk_token"] = renamed(unknown)
         # It would add the sequence's special tokens by their ids, which differ in the copy.
         spec["post_processor"] = spec["truncation"] = spec["padding"] = None
-        copy = Tokenizer.from_str(json.dumps(spec))
+        copy: Any = Tokenizer.from_str(json.dumps(spec))
         added = spec["added_tokens"]
         return copy, {copy.token_to_id(token["content"]): token["id"] for token in added}
 
