@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,10 +83,13 @@ def refuse_used(directory: Path) -> None:
 
 @contextmanager
 def lock(directory: Path) -> Iterator[None]:
-    """Create the directory and lock it against other processes while the block runs. If nothing
-    else was written, the directory is removed again. Raises ConfigError if another process has
-    locked it."""
+    """Create the directory and lock it against other processes while the block runs.
+
+    If nothing else was written, all created directories are removed again. Raises ConfigError if
+    another process has locked it.
+    """
     file = directory / "lock"
+    created = [folder for folder in (directory, *directory.parents) if not folder.exists()]
     with _written(directory):
         directory.mkdir(parents=True, exist_ok=True)
         lock = file.open("w")
@@ -107,7 +110,9 @@ def lock(directory: Path) -> Iterator[None]:
         finally:
             if [path.name for path in directory.iterdir()] == [file.name]:
                 file.unlink()
-                directory.rmdir()
+                with suppress(OSError):  # another run has written into a parent
+                    for folder in created:
+                        folder.rmdir()
 
 
 def under_way(directory: Path) -> bool | None:

@@ -135,9 +135,9 @@ def test_missing_or_damaged_data_fingerprint(tmp_path, content):
 
 
 def test_a_start_that_wrote_nothing_leaves_no_directory(tmp_path):
-    with pytest.raises(KeyError), run_directory.lock(tmp_path / "x"):
+    with pytest.raises(KeyError), run_directory.lock(tmp_path / "runs" / "x"):
         raise KeyError
-    assert not (tmp_path / "x").exists()
+    assert not (tmp_path / "runs").exists()
     with run_directory.lock(tmp_path / "x"):
         (tmp_path / "x" / "config.yaml").write_text("")
     assert (tmp_path / "x" / "lock").exists()
