@@ -81,6 +81,17 @@ def test_other_figures_are_computed_without_references_or_with_another_tokenizer
     assert not {"rouge1", "reverse_kl_per_token"} & result["figures"]["student"].keys()
 
 
+def test_prompts_without_answers_are_evaluated(tiny, tiny_config, tmp_path):
+    prompts, out = tmp_path / "set.jsonl", tmp_path / "out"
+    prompts.write_text(json.dumps(ROWS[1]) + "\n")
+    options = ["--config", str(tiny_config), "--prompts", str(prompts), "--out", str(out)]
+    done = evaluate(tiny["student"], *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "warning: no prompt has a reference answer" in done.stdout
+    figures = json.loads((out / "evaluation.json").read_text())["figures"]["student"]
+    assert "reverse_kl_per_token" in figures and "rouge1" not in figures
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
