@@ -102,7 +102,8 @@ def trained_students(out: Path) -> None:
         print(f"\r(b) language {index + 1} of {LANGUAGES}", end="", flush=True)
     print(
         f"\r(b) Trained to convergence on {LANGUAGES} languages (3 tokens, up to 8 long), from the "
-        "student\n    with the lowest forward KL: mean [least, most] over languages, exact figures.\n"
+        "student\n    with the lowest forward KL: mean [least, most] over languages, exact "
+        "figures.\n"
     )
     labels = ("total (nats)", "rate (nats per token)", "length / teacher's")
     print(f"{'objective':22}" + "".join(f"{label:>26}" for label in labels))
