@@ -71,13 +71,6 @@ class LearnerRank:
         import deepspeed
 
         self.rank = rank
-        os.environ |= {
-            "MASTER_ADDR": master[0],
-            "MASTER_PORT": str(master[1]),
-            "RANK": str(self.rank),
-            "LOCAL_RANK": "0",
-            "WORLD_SIZE": str(self.config.ranks),
-        }
         # DeepSpeed would compile an operator that only inference uses. If the compilation is
         # killed, it leaves a lock for which all later processes wait forever.
         deepspeed.ops.__compatible_ops__ = {}
@@ -124,6 +117,13 @@ class LearnerRank:
         every interface."""
         from torch import distributed
 
+        os.environ |= {
+            "MASTER_ADDR": master[0],
+            "MASTER_PORT": str(master[1]),
+            "RANK": str(self.rank),
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": str(self.config.ranks),
+        }
         listener = self.listener.detach() if self.rank == 0 else None
         store = distributed.TCPStore(  # type: ignore[attr-defined]
             *master, self.config.ranks, is_master=self.rank == 0, master_listen_fd=listener

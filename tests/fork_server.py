@@ -35,8 +35,7 @@ FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 def python() -> list[str]:
-    """Return the command that stands for the Python executable, the forking one where there is a
-    server."""
+    """Return the command to use as the Python executable: the client if there is a server."""
     address = os.environ.get(ADDRESS)
     return (
         [sys.executable, "-S", "-E", __file__, address, "python"] if address else [sys.executable]
@@ -44,7 +43,7 @@ def python() -> list[str]:
 
 
 def client(address: str, arguments: list[str]) -> int:
-    """Have a process forked and wait for its end. Return its exit code."""
+    """Let the server fork a process, and wait for its end. Return its exit code."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as link:
         _connect(link, address)
         request = json.dumps(
@@ -63,7 +62,8 @@ def client(address: str, arguments: list[str]) -> int:
         status = int.from_bytes(_receive(link, 8), "big")
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
-        signal.signal(number, signal.SIG_DFL) if number != signal.SIGKILL else None
+        if number != signal.SIGKILL:
+            signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
     return os.waitstatus_to_exitcode(status)
 

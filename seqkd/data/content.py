@@ -50,6 +50,7 @@ class ContentTokenizer:
         """Ids of the tokens that content must not become, by text."""
         longest_first = sorted(self.tokens, key=len, reverse=True)
         self.pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self.marker = re.compile(f"{BEGIN}(?:{self.pattern.pattern}){END}")
         self.encoded: set[str] = set()
         """Special tokens whose text was encoded as ordinary text so far."""
 
@@ -72,7 +73,9 @@ class ContentTokenizer:
     def rendered(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of texts that a chat template or :meth:`render` wrote."""
         ids = self.original(list(texts), add_special_tokens=False).input_ids if texts else []
-        return [self._encode(text) if BEGIN in text else ids[i] for i, text in enumerate(texts)]
+        # Not "if BEGIN in text": a message without special tokens may contain that character.
+        marked = map(self.marker.search, texts)
+        return [self._encode(t) if m else i for t, m, i in zip(texts, marked, ids, strict=True)]
 
     @cached_property
     def copy(self) -> tuple[Any, dict[int, int]]:

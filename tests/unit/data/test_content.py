@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from scripts.tiny_models import tiny_tokenizer
 from seqkd.config.data import DataConfig
 from seqkd.data.chat_template import Renderer
-from seqkd.data.content import HOLD, ContentTokenizer, unmarked
+from seqkd.data.content import BEGIN, HOLD, ContentTokenizer, unmarked
 from seqkd.data.corpus import read_corpus
 from seqkd.data.dataset import Reader
 from seqkd.data.readers import Source
@@ -172,6 +172,14 @@ def test_a_template_that_interprets_a_token_is_reported():
         Renderer(DataConfig(path="-"), tokenizer)(messages, "row 3")
     allowed = DataConfig(path="-", content_tokens=("<think>",))
     assert "<think>" not in Renderer(allowed, tokenizer)(messages, "row 3")
+
+
+def test_a_noncharacter_alone_does_not_hide_the_markers_of_the_template():
+    tokenizer = tiny_tokenizer()
+    render = Renderer(DataConfig(path="-"), tokenizer)
+    (ids,) = render.encode([render((("user", f"a{BEGIN}b"),), "")])
+    markers = [tokenizer.convert_tokens_to_ids(t) for t in ("<|user|>", "<|end|>", "<|assistant|>")]
+    assert [i for i in ids if i in markers] == markers
 
 
 def test_noncharacters_are_rejected():
