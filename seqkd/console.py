@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import signal as signals
 import sys
 import warnings
@@ -21,6 +20,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, TextIO
 
 from seqkd.errors import SeqkdError, Stopped
+from seqkd.escaping import clean
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bar
     from rich.table import Table
 
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-"""Control characters except tab and line feed, bidirectional overrides, and lone surrogates."""
 UNLIMITED = 100_000
 """Columns of a file or pipe, where lines are never wrapped."""
 STYLES = {"error": "bold red", "stopped": "bold yellow", "warning": "yellow"}
@@ -101,11 +99,6 @@ def table(rows: Iterable[Sequence[str]], heads: Sequence[str] = ()) -> Table:
     for row in rows:
         grid.add_row(*cells(row))
     return grid
-
-
-def clean(text: str) -> str:
-    """Remove the characters that a terminal would interpret."""
-    return CONTROL.sub("", text)
 
 
 def console(file: TextIO) -> Console:
@@ -194,7 +187,7 @@ class Progress:
                 BarColumn(None, table_column=Column(max_width=40)),
                 TextColumn("ETA {task.fields[left]}", markup=False),
             )
-            self.bar.add_task(title, left=left)
+            self.bar.add_task(clean(title), left=left)
             self.display = self._start(self.bar)
         self.bar.update(self.bar.task_ids[0], completed=done, total=total, left=left)
         # The options of a note that is printed above would switch wrapping off.

@@ -10,7 +10,7 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 LAYERS = (
-    ("seqkd.types", "seqkd.errors"),
+    ("seqkd.types", "seqkd.errors", "seqkd.escaping"),
     ("seqkd.files", "seqkd.console"),
     ("seqkd.config",),
     ("seqkd.objectives", "seqkd.data", "seqkd.models", "seqkd.protocols"),

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from seqkd.cli.arguments import add_config, at_least_one
 from seqkd.console import console, print_message, quiet, run_command, show
 from seqkd.errors import DataError
+from seqkd.escaping import printable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -133,7 +134,7 @@ def format_tokens(
     special = set(tokenizer.all_special_ids)
     shown = Text()
     for cell, text in pieces(ids, before, tokenizer):
-        line, feed = text.translate(PICTURES).replace("\n", "↵\n"), ""
+        line, feed = printable(text.translate(PICTURES)).replace("\n", "↵\n"), ""
         if line.endswith("\n"):  # the mark at the end of a token comes before the line feed
             line, feed = line[:-1], "\n"
         line += f"×{len(cell)}" if len(cell) > 1 else ""

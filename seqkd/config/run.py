@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 from pydantic import Field, model_validator
@@ -25,6 +25,7 @@ from seqkd.config.rollout import RolloutConfig
 from seqkd.config.samplers import SAMPLERS, SamplerName
 from seqkd.config.student import StudentConfig
 from seqkd.config.teacher import SingleTeacherConfig, TeacherConfig
+from seqkd.escaping import CONTROL
 
 
 class TeacherCacheConfig(BaseConfig):
@@ -172,8 +173,10 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def dump(config: Config) -> str:
     """Return the resolved configuration as YAML, from which :func:`load` reads an equal
     configuration."""
-    data = config.model_dump(mode="json")
-    text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
-    if "\x85" in text:  # YAML reads an unescaped \x85 as a line feed
-        text = yaml.safe_dump(data, sort_keys=False)
-    return text
+    return as_yaml(config.model_dump(mode="json"))
+
+
+def as_yaml(data: dict[str, Any]) -> str:
+    """Return readable YAML in which control characters are escape sequences."""
+    text: str = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(data, sort_keys=False) if CONTROL.search(text) else text

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from seqkd import console
+from seqkd.escaping import as_json
 from seqkd.evaluation import table
 from seqkd.evaluation.bartscore import BartScorer
 from seqkd.evaluation.catalog import labeled
@@ -82,8 +82,8 @@ def write(
                     for name, group in groups.items()
                 },
             }
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    text = json.dumps(evaluation, indent=2, ensure_ascii=False)
+            file.write(as_json(row) + "\n")
+    text = as_json(evaluation, indent=2)
     (out / "evaluation.json").write_text(text + "\n", encoding="utf-8")
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -135,7 +136,7 @@ def closing(directory: Path, stage_seconds: Mapping[str, float], seconds: float)
         f"student:     {directory / 'student'}\n"
         + (f"adapter:     {adapter}\n" if adapter.is_dir() else "")
         + f"metrics:     {directory / 'metrics.jsonl'}\n"
-        f"TensorBoard: tensorboard --logdir {directory / 'tensorboard'}"
+        f"TensorBoard: tensorboard --logdir {quote(str(directory / 'tensorboard'))}"
     )
 
 

@@ -96,7 +96,7 @@ def render(result: Result, place: Path) -> str:
         quality=dict(_quality(result, keys)),
         examples=samples.side_by_side(first),
         links={
-            (entry.method, entry.seed): quote(os.path.relpath(report, place))
+            (entry.method, entry.seed): quote(os.fsencode(os.path.relpath(report, place)))
             for entry in result.entries
             if (report := entry.directory / "report.html").exists()
         },

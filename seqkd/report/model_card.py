@@ -12,10 +12,11 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from seqkd.config.run import Config
+from seqkd.config.run import Config, as_yaml
 from seqkd.config.samplers import SAMPLERS
 from seqkd.config.student import PruneInitConfig
 from seqkd.data.readers import JSON, TABLES
+from seqkd.escaping import markdown_block, markdown_code, printable
 from seqkd.evaluation.catalog import labeled
 from seqkd.evaluation.heldout import FIGURES
 from seqkd.evaluation.intervals import Interval
@@ -51,7 +52,8 @@ def write(run: Path, config: Config, evaluation: Mapping[str, Any] | None) -> No
         samplers=SAMPLERS,
         tokens=trained_tokens(run / "metrics.jsonl"),
         version=version("seqkd"),
-        yaml=yaml.safe_dump(_shaping_options(config), sort_keys=False, allow_unicode=True),
+        code=markdown_code,
+        configuration=markdown_block(as_yaml(_shaping_options(config)), "yaml"),
     )
     atomic_write(file, card.content + "\n")
 
@@ -101,7 +103,7 @@ def license_of(model: str) -> dict[str, str]:
         fields = ModelCard.load(file, ignore_metadata_errors=True).data.to_dict()
     except (OSError, ValueError, yaml.YAMLError):  # a page that is not a card
         return {}
-    return {key: str(fields[key]) for key in LICENSE if fields.get(key)}
+    return {key: printable(str(fields[key])) for key in LICENSE if fields.get(key)}
 
 
 def trained_tokens(metrics: Path) -> Counter[str]:

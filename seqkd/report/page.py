@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from seqkd.config.run import Config
+from seqkd.escaping import printable
 from seqkd.evaluation.catalog import labeled, metric, title
 from seqkd.evaluation.summary import Evaluation
 from seqkd.files import atomic_write, disk_errors
@@ -28,7 +29,7 @@ class Table(NamedTuple):
 
 
 def render(template: str, **values: Any) -> str:
-    """Return the HTML of a page."""
+    """Return the HTML of a page. Values are escaped, and control characters are shown as codes."""
     environment = Environment(
         loader=PackageLoader("seqkd.report"),
         autoescape=True,
@@ -39,7 +40,7 @@ def render(template: str, **values: Any) -> str:
     environment.globals |= {
         "metric": metric, "title_of": title, "samples": samples, "wording": wording,
     }  # fmt: skip
-    return environment.get_template(template).render(written=datetime.now(UTC), **values)
+    return printable(environment.get_template(template).render(written=datetime.now(UTC), **values))
 
 
 def save(text: str, out: Path) -> None:

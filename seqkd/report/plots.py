@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from seqkd.escaping import printable
 from seqkd.evaluation.catalog import metric, title
 from seqkd.evaluation.heldout import TEACHER_FIGURES
 from seqkd.report.curves import POINTS, Array, CostAxis, column, curves, paths, spent, spent_before
@@ -203,7 +204,7 @@ def _frame(drawn: Plot, runs: Sequence[Run], on: CostAxis, values: Array, unit: 
         if index % 2 == 0:
             drawn.axes.axvspan(low, high, color=COLOR["band"], linewidth=0, zorder=0)
         transform = drawn.axes.get_xaxis_transform()
-        drawn.axes.text(low, 1.02, f" {span.name}", transform=transform, fontsize=10)
+        drawn.axes.text(low, 1.02, f" {printable(span.name)}", transform=transform, fontsize=10)
     return unit
 
 

@@ -116,7 +116,7 @@ def evaluated(run: Run) -> dict[str, tuple[int, list[Table]]]:
             evaluation.prompts,
             [
                 page.figure_table("Figures by model", dict(evaluation.figures), table.FIGURES),
-                page.change_table(evaluation, lambda pair: pair.replace("->", "→")),
+                page.change_table(evaluation, lambda pair: pair.replace(" -> ", " → ")),
             ],
         )
         for name, evaluation in run.evaluated.items()

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from itertools import pairwise
 
 from seqkd.evaluation.summary import Completions, Token
-from seqkd.report.wording import printable
 from seqkd.storage.run_reader import Run
 
 BOUNDS = (0.1, 0.5, 1.0, 2.0, 4.0)
@@ -59,4 +58,4 @@ def legend() -> list[tuple[str, str]]:
 
 def visible(token: str) -> str:
     """Return a token with marks for line breaks and for parts of a multi-token character."""
-    return printable(token).replace("\n", "↵\n") or "·"
+    return token.replace("\n", "↵\n") or "·"

@@ -83,6 +83,7 @@ def plot(name: str, title: str) -> Iterator[Plot]:
         "svg.fonttype": "none",
         "svg.hashsalt": name,  # so that ids are unique in the page
         "svg.id": None,
+        "text.parse_math": False,
         "font.size": 11,
         "grid.linewidth": 0.7,
         "path.simplify": False,
@@ -115,18 +116,24 @@ def _inline(text: str, name: str, title: str, description: str) -> Markup:
     assert view is not None
     body = text[text.index(">", view.end()) + 1 :]
     body = re.sub(r"<(metadata|style).*?</\1>|<!--.*?-->\s*", "", body, flags=re.DOTALL)
-    body = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", body)
-    body = re.sub(r' (d|x|y|transform)="[^"]*"', lambda m: _short(m[0]), body)
     used = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', body))
-    body = re.sub(r' id="([^"]*)"', lambda m: m[0] if m[1] in used else "", body)
-    for code, variable in _CODES.items():
-        body = body.replace(code, f"var(--{variable})")
+    body = re.sub(r"<[^>]+>", lambda tag: _attributes(tag[0], used), body)
     head = (
         f'<svg class="plot" role="img" viewBox="{view[1]}" '
         f'aria-labelledby="{name}-title {name}-desc"><title id="{name}-title">{escape(title)}'
         f'</title><desc id="{name}-desc">{escape(description)}</desc>'
     )
     return Markup(head + re.sub(r"\n\s*", "\n", body).strip())
+
+
+def _attributes(tag: str, used: set[str]) -> str:
+    """Return a tag with shorter attributes, without unused ids, and with the page's colors."""
+    tag = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", tag)
+    tag = re.sub(r' (d|x|y|transform)="[^"]*"', lambda m: _short(m[0]), tag)
+    tag = re.sub(r' id="([^"]*)"', lambda m: m[0] if m[1] in used else "", tag)
+    for code, variable in _CODES.items():
+        tag = tag.replace(code, f"var(--{variable})")
+    return tag
 
 
 def _short(attribute: str) -> str:

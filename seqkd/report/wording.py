@@ -37,9 +37,3 @@ def signed(interval: Interval) -> str:
 def between(pair: str) -> str:
     """Return the two measurements of a change, for example "before → after main"."""
     return " → ".join(stage_label(name) for name in pair.split(" -> "))
-
-
-def printable(text: str) -> str:
-    """Return the text with each control character replaced by its code."""
-    codes = [code for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"]
-    return text.translate({code: f"\\x{code:02x}" for code in codes})

@@ -15,6 +15,7 @@ from typing import Any
 from seqkd.config.base import BudgetKind
 from seqkd.config.run import Config, load
 from seqkd.errors import DataError, SeqkdError
+from seqkd.escaping import as_json
 from seqkd.evaluation.intervals import Interval
 from seqkd.evaluation.summary import Evaluation, number, read_figures
 from seqkd.files import atomic_write, disk_errors
@@ -199,7 +200,7 @@ def write_evaluation(directory: Path, evaluation: dict[str, Any]) -> None:
     """Write ``evaluation.json``. Raises StorageError if it cannot be written."""
     file = directory / "evaluation.json"
     with disk_errors(file):
-        atomic_write(file, json.dumps(evaluation, indent=2, ensure_ascii=False) + "\n")
+        atomic_write(file, as_json(evaluation, indent=2) + "\n")
 
 
 def read_evaluation(directory: Path) -> dict[str, Any]:

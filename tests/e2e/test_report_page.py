@@ -11,8 +11,9 @@ from playwright.sync_api import sync_playwright
 
 from seqkd import report
 from seqkd.comparison import results
-from seqkd.report import comparison_page
+from seqkd.report import comparison_page, page, run_page
 from tests.comparison_runs import METHODS, write_comparison
+from tests.hostile import TEXTS, hostile_run
 from tests.report_runs import write_run
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
@@ -34,15 +35,17 @@ def browser():
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
-    """Pages by name: of one run, of three runs, of a complete comparison with more methods than
-    colors, and of a comparison with missing runs."""
+    """Pages by name: of one run, of three runs, of runs with hostile texts, of a complete
+    comparison with more methods than colors, and of a comparison with missing runs."""
     folder = tmp_path_factory.mktemp("runs")
     runs = [
         write_run(folder, name, draw, 0.2 * draw) for draw, name in enumerate(("one", "two", "3"))
     ]
     report.write(runs[:1], folder / "one.html")
     report.write(runs, folder / "three.html")
-    files = {"one": folder / "one.html", "three": folder / "three.html"}
+    hostile = [hostile_run(folder / "hostile", text, i) for i, text in enumerate(TEXTS.values())]
+    page.save(run_page.render(hostile, None), folder / "hostile.html")
+    files = {name: folder / f"{name}.html" for name in ("one", "three", "hostile")}
     many = METHODS | {f"rkl_discount_{i}": [f"objective.discount=0.{i}"] for i in range(1, 5)}
     absent = [("default", seed) for seed in (0, 1, 2)] + [("sft", 2)]
     for name, methods, missing in (("whole", many, ()), ("partly", METHODS, absent)):
@@ -152,9 +155,11 @@ def test_a_wide_table_scrolls_in_its_own_box(opened, size):
 
 
 def test_markup_in_text_is_escaped(opened):
-    page = opened("one")
-    assert page.locator("article script, article img").count() == 0
-    assert "<script>document.title" in page.locator("article").nth(1).inner_text()
+    page = opened("hostile")
+    assert page.title() == f"{len(TEXTS)} runs compared · seqkd"
+    assert page.locator("script, img, svg svg, h1 ~ h1, [onmouseover], [onload]").count() == 0
+    names = page.locator("header .entries strong").all_inner_texts()
+    assert names[0].endswith(TEXTS["script"]) and len(names) == len(TEXTS)
 
 
 MARKS = """row => {

@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from seqkd.console import Progress, clean, print_message, show, table
+from seqkd.console import Progress, print_message, show, table
+from seqkd.escaping import clean
 
 HOSTILE = "[bold]a[/bold] :smile: \x1b[31mred\x1b]0;title\x07 \r\x00\u202eb"
 HARMLESS = "[bold]a[/bold] :smile: [31mred]0;title b"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -24,6 +26,7 @@ from seqkd.training import trackers
 from seqkd.training.clock import Clock
 from seqkd.training.recorder import Recorder
 from tests.conftest import ROOT
+from tests.hostile import TEXTS
 from tests.unit.config.test_config import MINIMAL
 from tests.unit.training.test_recovery import CONFIG, World
 
@@ -112,6 +115,20 @@ def board(directory):
 def test_accelerate_has_all_trackers_of_the_schema_and_none_needs_a_directory():
     for name in get_args(TrackerName):
         assert not LOGGER_TYPE_TO_CLASS[name].requires_logging_directory
+
+
+def test_tensorboard_and_metrics_have_only_numbers(tmp_path):
+    """Neither TensorBoard, which renders text as Markdown, nor the names of metrics contain text of
+    the configuration."""
+    text = " ".join(TEXTS.values())
+    recorder = begun(tmp_path, config("one", data={"path": text, "heldout_path": text}))
+    recorder.step(0, ROW, COSTS, Clock(), 1)
+    recorder.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    used = {kind for kind, names in events.Tags().items() if names} - {"graph", "meta_graph"}
+    assert used == {"scalars"}
+    names = {*events.Tags()["scalars"], *json.loads((tmp_path / "metrics.jsonl").read_text())}
+    assert all(re.fullmatch(r"[a-z0-9_/]+", name) for name in names), names
 
 
 def test_a_tracker_receives_the_configuration(registered, tmp_path):
