@@ -15,6 +15,7 @@ from pathlib import Path
 from actors.local_cluster import ENVIRONMENT, RAY, local_head
 from seqkd.console import run_command, show
 from seqkd.errors import ResourceError
+from seqkd.escaping import as_json
 
 ROOT = Path(__file__).resolve().parent.parent
 RAY_LINE = re.compile(r"\d{4}-\d\d-\d\d .*\t(INFO|WARNING) |Running entrypoint for job ")
@@ -38,7 +39,7 @@ async def submit(address: str | None) -> int:
 
     logging.disable(logging.WARNING)  # the client's notices; Ray resets the levels of its loggers
     runs = ROOT / "runs"
-    overrides = [f"runs_dir={runs}", f"name={free_name(runs)}", *sys.argv[1:]]
+    overrides = [f"runs_dir={as_json(str(runs))}", f"name={free_name(runs)}", *sys.argv[1:]]
     command = [sys.executable, "scripts/train.py", "configs/quickstart.yaml", *overrides]
     hidden, printed = "", False
     try:

@@ -32,6 +32,7 @@ TEXTS = {
     "zero": "a\x00b\r\nc\rd\x0be\x0cf\x1cg",
     "surrogate": "\ud800 \udcff \udfff",
     "line": '"}\n{"step": 0, "loss": 1}\n\u2028{"step": 1}\u2029',
+    "letters": "\u00e9 \u6f22\u5b57 \U0001f600 \u0639\u0631\u0628\u064a",
     "markup": "[bold]a[/bold] :smile: [link=http://x.example]b[/link]",
 }
 """Hostile texts by the syntax that they use."""

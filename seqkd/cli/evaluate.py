@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import time
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from seqkd.cli.arguments import add_overrides, add_path, add_verbose, at_least_one
 from seqkd.console import Progress, print_message, quiet, run_command, show
 from seqkd.errors import ConfigError, SeqkdError
+from seqkd.escaping import as_json
 
 if TYPE_CHECKING:
     from seqkd.checks.preflight import Checked
@@ -100,11 +100,11 @@ def read_request(args: argparse.Namespace) -> Request:
     overrides = [f"evaluation.samples_per_prompt={args.samples}"]
     if args.prompts:
         overrides += ["data.heldout_split=null", "data.heldout_fraction=null"]
-        overrides += [f"data.heldout_path={json.dumps(args.prompts)}"]
+        overrides += [f"data.heldout_path={as_json(args.prompts)}"]
     if args.limit or args.prompts:
         overrides.append(f"evaluation.prompts={args.limit or ALL}")
     if args.config:
-        overrides.append(f"student={{model: {json.dumps(args.what)}, init: {{kind: checkpoint}}}}")
+        overrides.append(f"student={{model: {as_json(args.what)}, init: {{kind: checkpoint}}}}")
     config = load(args.config or file, [*overrides, *args.overrides])
     if not config.evaluation.prompts:
         raise ConfigError("evaluation.prompts: is 0. Set it to at least 1, or pass --prompts.")

@@ -15,6 +15,7 @@ from seqkd.config.lifecycle import BudgetConfig
 from seqkd.config.loading import read
 from seqkd.config.run import Config
 from seqkd.errors import ConfigError
+from seqkd.escaping import as_json
 from seqkd.storage import run_directory
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
@@ -113,8 +114,8 @@ def _runs_of_seed(
             f"steps={UNLIMITED}",
             *comparison.overrides,
             *keys,
-            f"name={method}-{seed}",
-            f"runs_dir={Path(comparison.runs_dir) / comparison.name}",
+            f"name={as_json(f'{method}-{seed}')}",
+            f"runs_dir={as_json(str(Path(comparison.runs_dir) / comparison.name))}",
             f"seed={seed}",
             f"budget={{kind: {budget.kind}, amount: {budget.amount:.17g}}}",
         ]

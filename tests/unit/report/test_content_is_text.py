@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
+import os
 import re
 import shlex
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.parse import unquote_to_bytes
 from xml.etree import ElementTree
 
 import pytest
@@ -18,10 +21,11 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
 from seqkd import console
+from seqkd.cli import evaluate
 from seqkd.cli.inspect_data import format_tokens
-from seqkd.comparison import results
+from seqkd.comparison import plan, results
 from seqkd.config.run import dump, load
-from seqkd.escaping import printable
+from seqkd.escaping import markdown_block, printable
 from seqkd.evaluation import offline, summary, table
 from seqkd.evaluation.intervals import Interval
 from seqkd.report import comparison_page, model_card, page, plots, run_page
@@ -124,12 +128,14 @@ def test_page_of_a_comparison(tmp_path):
 
 
 def test_links_to_directories_with_any_name(tmp_path):
-    comparison, entries = write_comparison(tmp_path, {"a": [], "b": []}, seeds=(0,))
-    place = Path("x") / 'javascript:"><\udcff%\n'
-    text = comparison_page.render(results.read(comparison, entries), place)
+    parent = tmp_path / 'javascript:"><b>\udcff%20\n?#'
+    parent.mkdir()
+    comparison, entries = write_comparison(parent, {"a": [], "b": []}, seeds=(0,))
+    text = comparison_page.render(results.read(comparison, entries), tmp_path)
     links = [link for link in pages.links(text) if not link.startswith("#")]
-    assert len(links) == 2
-    assert all(re.fullmatch(r"(\.\./|[\w.%/-])+report\.html", link) for link in links), links
+    assert all(re.fullmatch(r"[\w.%/-]+", link) for link in links)
+    targets = {tmp_path / os.fsdecode(unquote_to_bytes(link)) for link in links}
+    assert targets == {entry.directory / "report.html" for entry in entries}
 
 
 @pytest.mark.parametrize("text", [t for t in TEXTS.values() if "\n" not in t])
@@ -234,6 +240,12 @@ def test_hub_names_in_the_card(tmp_path, monkeypatch, name):
         assert name in [t.content for t in tokens if t.type == "code_inline"]
 
 
+@pytest.mark.parametrize("text", ["a: b\n", "```\n# c\n", "~~~\n   `````\n*d*\n"])
+def test_markdown_block(text):
+    (token,) = markdown(markdown_block(text, "yaml"))
+    assert (token.type, token.info, token.content) == ("fence", "yaml", text)
+
+
 # YAML and JSON
 
 
@@ -245,6 +257,30 @@ def test_configuration_of_a_run(tmp_path, text):
     assert yaml.safe_load(content).keys() == config.model_dump().keys()
     (tmp_path / "config.yaml").write_text(content, encoding="utf-8")
     assert load(tmp_path / "config.yaml") == config
+
+
+@every_text
+def test_paths_in_overrides(tmp_path, text):
+    """Commands set paths with overrides, whose values are YAML."""
+    config = configuration("x", extra_terms=[], warmup=None).model_dump(mode="json")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    arguments = {"what": text, "prompts": text, "config": str(tmp_path / "config.yaml"), "limit": 1}
+    options = {"samples": 1, "overrides": [], "out": tmp_path, "bart": None}
+    request = evaluate.read_request(argparse.Namespace(**arguments, **options))
+    assert request.models == {"student": text}
+    assert request.config.student.model == request.config.data.heldout_path == text
+    plan_file = {"name": "study", "config": "config.yaml", "runs_dir": text, "methods": METHODS,
+                 "budget": {"kind": "prompts", "amount": 1}, "seeds": [1]}  # fmt: skip
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(plan_file))
+    comparison = plan.load(tmp_path / "study.yaml")
+    for entry in plan.entries(comparison, tmp_path / "study.yaml"):
+        assert entry.config.name == f"{entry.method}-1"
+        assert entry.config.runs_dir == str(Path(text) / "study")
+        assert load(entry.arguments[0], entry.arguments[1:]) == entry.config
+
+
+METHODS = {"a": [], "2026-01": []}
+"""Methods of a comparison. The name of a run of the second one is a date in YAML."""
 
 
 @every_text

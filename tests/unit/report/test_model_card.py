@@ -208,7 +208,7 @@ def test_card_describes_the_training(run):
     text = written(run, config()).text
     for words in (
         f"seqkd {version('seqkd')}",
-        "[Qwen/Qwen2.5-7B-Instruct](https://huggingface.co/Qwen/Qwen2.5-7B-Instruct)",
+        "[`Qwen/Qwen2.5-7B-Instruct`](https://huggingface.co/Qwen/Qwen2.5-7B-Instruct)",
         "warmup: 3 steps of `sequence_forward_kl` on the teacher's samples; 8 prompts per step",
         "main: 2 steps of `sequence_reverse_kl` (estimator rao_blackwell, baseline leave_one_out, "
         "normalization rate, future_weight 1.0, discount 1.0) on the student's samples + 0.5 `sft` "

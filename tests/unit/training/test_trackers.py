@@ -121,7 +121,7 @@ def test_tensorboard_and_metrics_have_only_numbers(tmp_path):
     """Neither TensorBoard, which renders text as Markdown, nor the names of metrics contain text of
     the configuration."""
     text = " ".join(TEXTS.values())
-    recorder = begun(tmp_path, config("one", data={"path": text, "heldout_path": text}))
+    recorder = begun(tmp_path, config(data={"path": text, "heldout_path": text}))
     recorder.step(0, ROW, COSTS, Clock(), 1)
     recorder.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
