@@ -103,3 +103,13 @@ def hostile_run(parent, text, index=0):
         environment=environment | {"packages": {text: text}},
         problems=[text],
     )
+
+
+def groups(texts):
+    """Return the texts as a few long ones."""
+    return [" / ".join([*texts.values()][start::4]) for start in range(4)]
+
+
+def hostile_runs(parent, texts):
+    """Return runs of one page that have all ``texts``."""
+    return [hostile_run(parent, text, index) for index, text in enumerate(groups(texts))]

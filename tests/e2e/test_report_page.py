@@ -13,7 +13,7 @@ from seqkd import report
 from seqkd.comparison import results
 from seqkd.report import comparison_page, page, run_page
 from tests.comparison_runs import METHODS, write_comparison
-from tests.hostile import TEXTS, hostile_run
+from tests.hostile import TEXTS, hostile_runs
 from tests.report_runs import write_run
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
@@ -43,8 +43,7 @@ def pages(tmp_path_factory):
     ]
     report.write(runs[:1], folder / "one.html")
     report.write(runs, folder / "three.html")
-    hostile = [hostile_run(folder / "hostile", text, i) for i, text in enumerate(TEXTS.values())]
-    page.save(run_page.render(hostile, None), folder / "hostile.html")
+    page.save(run_page.render(hostile_runs(folder, TEXTS), None), folder / "hostile.html")
     files = {name: folder / f"{name}.html" for name in ("one", "three", "hostile")}
     many = METHODS | {f"rkl_discount_{i}": [f"objective.discount=0.{i}"] for i in range(1, 5)}
     absent = [("default", seed) for seed in (0, 1, 2)] + [("sft", 2)]
@@ -156,10 +155,10 @@ def test_a_wide_table_scrolls_in_its_own_box(opened, size):
 
 def test_markup_in_text_is_escaped(opened):
     page = opened("hostile")
-    assert page.title() == f"{len(TEXTS)} runs compared · seqkd"
+    assert page.title() == "4 runs compared · seqkd"
     assert page.locator("script, img, svg svg, h1 ~ h1, [onmouseover], [onload]").count() == 0
     names = page.locator("header .entries strong").all_inner_texts()
-    assert names[0].endswith(TEXTS["script"]) and len(names) == len(TEXTS)
+    assert names[0].startswith(f"1. {TEXTS['script']}") and len(names) == 4
 
 
 MARKS = """row => {

@@ -32,7 +32,16 @@ from seqkd.report import comparison_page, model_card, page, plots, run_page
 from seqkd.storage import run_reader
 from tests import pages
 from tests.comparison_runs import write_comparison, write_evaluation
-from tests.hostile import HARMLESS, TEXTS, hostile_run, interpreted, with_codes, without
+from tests.hostile import (
+    HARMLESS,
+    TEXTS,
+    groups,
+    hostile_run,
+    hostile_runs,
+    interpreted,
+    with_codes,
+    without,
+)  # fmt: skip
 from tests.report_runs import configuration
 
 every_text = pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
@@ -77,15 +86,14 @@ def check_page(hostile, harmless, texts):
 
 
 def test_page_of_runs(tmp_path):
-    """Each run of a page has another text, in every place."""
-    runs = [
-        [hostile_run(tmp_path / kind, text, i) for i, text in enumerate(texts.values())]
-        for kind, texts in (("hostile", TEXTS), ("harmless", HARMLESS))
-    ]
-    hostile, harmless = (run_page.render(each, None) for each in runs)
-    check_page(hostile, harmless, TEXTS.values())
+    """Each run of a page has other texts, in every place."""
+    hostile, harmless = (
+        run_page.render(hostile_runs(tmp_path / name, texts), None)
+        for name, texts in (("hostile", TEXTS), ("harmless", HARMLESS))
+    )
+    check_page(hostile, harmless, groups(TEXTS))
     shown = "".join(Parsed(hostile).texts)
-    for number, text in enumerate(TEXTS.values(), 1):
+    for number, text in enumerate(groups(TEXTS), 1):
         for line in (f"{number}. {with_codes(text)}", f"Seconds per step of {with_codes(text)}"):
             assert line in shown
 
@@ -270,11 +278,11 @@ def test_paths_in_overrides(tmp_path, text):
     assert request.models == {"student": text}
     assert request.config.student.model == request.config.data.heldout_path == text
     plan_file = {"name": "study", "config": "config.yaml", "runs_dir": text, "methods": METHODS,
-                 "budget": {"kind": "prompts", "amount": 1}, "seeds": [1]}  # fmt: skip
+                 "budget": {"kind": "prompts", "amount": 1}, "seeds": [10]}  # fmt: skip
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(plan_file))
     comparison = plan.load(tmp_path / "study.yaml")
     for entry in plan.entries(comparison, tmp_path / "study.yaml"):
-        assert entry.config.name == f"{entry.method}-1"
+        assert entry.config.name == f"{entry.method}-10"
         assert entry.config.runs_dir == str(Path(text) / "study")
         assert load(entry.arguments[0], entry.arguments[1:]) == entry.config
 
