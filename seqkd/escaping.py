@@ -24,13 +24,13 @@ def clean(text: str) -> str:
 
 def printable(text: str) -> str:
     r"""Replace the same characters by their codes, for example ``\x1b``."""
-    return CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
+    return CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 def as_json(value: Any, indent: int | None = None) -> str:
     """Return JSON with readable text, in which the same characters are escape sequences."""
     text = json.dumps(value, indent=indent, ensure_ascii=False)
-    return CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    return CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def markdown_code(text: str) -> str:
