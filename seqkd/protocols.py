@@ -13,8 +13,8 @@ from seqkd.types import Counts, Prompt, Rollout, StepResult, TeacherScore, Weigh
 Scores = Mapping[str, TeacherScore]
 """Teacher scores by sample id. Empty if no teacher is needed."""
 
-Finished = Callable[[Rollout], None]
-"""Callback that receives a completed rollout."""
+Finished = Callable[[int, Rollout], None]
+"""Callback that receives the index of a prompt and a completed rollout of that prompt."""
 
 
 class Sampler(Protocol):
