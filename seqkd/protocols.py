@@ -84,6 +84,8 @@ class Part:
     """Usage of the teacher's endpoint so far."""
     masked: Sequence[Rollout] = ()
     """Completions of the same draw that are excluded from the loss because they were truncated."""
+    skipped: int = 0
+    """Number of completions of the same draw that an endpoint refused to write or to score."""
 
 
 Measured = dict[str, dict[str, list[float]]]

@@ -97,7 +97,7 @@ class TeacherCache:
 
     def _score_row(self, address: str, score: TeacherScore) -> dict[str, Any]:
         tensors = {n: getattr(score, n) for n in TENSORS}
-        tokens = next(len(t) for t in tensors.values() if t is not None)
+        tokens = next((len(t) for t in tensors.values() if t is not None), 0)
         return {"address": address, "tokens": tokens} | {
             n: None if t is None else _bytes(t.to(self._dtype(n))) for n, t in tensors.items()
         }

@@ -16,6 +16,7 @@ from torch import Tensor
 from seqkd.config.phases import PhaseConfig
 from seqkd.config.run import Config
 from seqkd.config.samplers import SAMPLERS, SamplerName
+from seqkd.errors import ModelError
 from seqkd.learner.running_costs import by_position
 from seqkd.objectives import mixture_weight
 from seqkd.protocols import Finished, Sampler, Scores
@@ -69,7 +70,7 @@ class Scoring:
         group = self.waiting.setdefault(prompt // self.prompts, [])
         group.append(rollout)
         if len(group) == self.prompts * self.samples:
-            self.begun[prompt // self.prompts] = self.thread.submit(self.score, _ordered(group))
+            self.begun[prompt // self.prompts] = self.thread.submit(self._scores, group)
 
     def all(self, rollouts: Sequence[Rollout]) -> Scores:
         """Return the scores of all completions, which are in the order of their prompts."""
@@ -79,12 +80,13 @@ class Scoring:
             scores |= begun.result()
         for group, first in enumerate(range(0, len(rollouts), size)):
             if group not in self.begun:
-                scores |= self.score(_ordered(rollouts[first : first + size]))
+                scores |= self._scores(rollouts[first : first + size])
         return scores
 
-
-def _ordered(rollouts: Sequence[Rollout]) -> list[Rollout]:
-    return sorted(rollouts, key=lambda r: r.sample_id)
+    def _scores(self, group: Sequence[Rollout]) -> Scores:
+        ordered = sorted(group, key=lambda r: r.sample_id)
+        completed = [r for r in ordered if not r.refused]
+        return self.score(completed) if completed else {}
 
 
 class RolloutSource:
@@ -122,13 +124,30 @@ class RolloutSource:
         asked = self.scored or any(rollout.source == "teacher" for rollout in rollouts)
         return ScoredRollouts(steps, scores, self.workers.usage() if asked else {})
 
-    def split(self, rollouts: list[Rollout]) -> tuple[list[Rollout], list[Rollout]]:
-        """Return the completions to train on, and those masked because they are truncated."""
+    def split(
+        self, rollouts: list[Rollout], scores: Scores
+    ) -> tuple[list[Rollout], list[Rollout], int]:
+        """Return the completions to train on, those masked because they are truncated, and the
+        number of completions without text or score, because an endpoint refused it.
+
+        Raises ModelError if the endpoint refused all of them.
+        """
+        refused = {r.sample_id for r in rollouts if r.refused}
+        refused |= {r.sample_id for r in rollouts if r.sample_id in scores
+                    and scores[r.sample_id].refused}  # fmt: skip
+        kept = [r for r in rollouts if r.sample_id not in refused]
+        if not kept:
+            raise ModelError(
+                f"teacher.on_refusal: the endpoint refused all {len(rollouts)} completions of a "
+                "step, so nothing is left to train on. Check the endpoint, or remove the prompts "
+                "that it refuses."
+            )
+        skipped = len(rollouts) - len(kept)
         mask = self.config.rollout.mask_truncated and not self.from_data
-        cut = [r for r in rollouts if mask and r.finish_reason == "length"]
-        if not cut or len(cut) == len(rollouts):
-            return rollouts, []
-        return [r for r in rollouts if r.finish_reason == "stop"], cut
+        cut = [r for r in kept if mask and r.finish_reason == "length"]
+        if not cut or len(cut) == len(kept):
+            return kept, [], skipped
+        return [r for r in kept if r.finish_reason == "stop"], cut, skipped
 
     def _rollouts(
         self, prompts: list[Prompt], step: int, clock: Clock, finished: Finished
