@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -67,10 +67,10 @@ class ApiSampler:
         return prompt.token_ids if self.by_id else self.tokenizer.decode(prompt.token_ids)
 
     def _rollout(
-        self, prompt: Prompt, seed: int, reply: Reply, max_tokens: int, own: bool
+        self, prompt: Prompt, seed: int, reply: Reply | None, max_tokens: int, own: bool
     ) -> Rollout:
-        ids = list(reply.token_ids)
-        if not ids:
+        ids = list(reply.token_ids) if reply else []
+        if reply and not ids:
             (ids,) = self.content.content([reply.text])
             # A truncated completion gets no end-of-sequence token: training on one would teach the
             # student to stop in the middle of a sentence.
@@ -80,12 +80,20 @@ class ApiSampler:
             sample_id=f"{prompt.prompt_id}/teacher/{seed:08x}",
             prompt_ids=prompt.token_ids,
             completion_ids=tuple(ids[:max_tokens]),
-            rollout_logprobs=reply.logprobs if reply.logprobs and own else None,
+            rollout_logprobs=reply.logprobs if reply and reply.logprobs and own else None,
             source="teacher",
             policy_version=0,
-            finish_reason="stop" if reply.ended and len(ids) <= max_tokens else "length",
+            finish_reason=_finish_reason(reply, len(ids), max_tokens),
             tag=prompt.tag,
         )
+
+
+def _finish_reason(
+    reply: Reply | None, tokens: int, max_tokens: int
+) -> Literal["stop", "length", "refused"]:
+    if reply is None:
+        return "refused"
+    return "stop" if reply.ended and tokens <= max_tokens else "length"
 
 
 class ApiScorer:
@@ -102,7 +110,10 @@ class ApiScorer:
         scored = self.client.score(
             [[*r.prompt_ids, *r.completion_ids] for r in rollouts], self.top_k
         )
-        return [self._score(r, s) for r, s in zip(rollouts, scored, strict=True)]
+        return [
+            self._score(r, s) if s else TeacherScore(r.sample_id)
+            for r, s in zip(rollouts, scored, strict=True)
+        ]
 
     def usage(self) -> dict[str, int]:
         """Return the usage counts of the endpoint so far."""

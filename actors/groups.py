@@ -63,7 +63,7 @@ class RolloutGroup:
             if at not in drawn:
                 drawn[at] = rollout
                 if finished:
-                    finished(rollout)
+                    finished(at[0], rollout)
 
         self.pool.stream(
             "sample",

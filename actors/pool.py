@@ -6,6 +6,7 @@ replaced. All waiting for Ray happens in this module.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -78,11 +79,13 @@ class Calls:
         control: Control,
         check: Callable[[], None] | None = None,
         starting: bool = False,
+        stall_s: float | None = None,
     ) -> None:
         """Create an empty set of calls. ``check`` raises if waiting must end. Processes that are
-        ``starting`` may wait for resources before they can answer."""
+        ``starting`` may wait for resources before they can answer. A call may take ``stall_s``
+        seconds, by default ``recovery.stall_s``."""
         self.what, self.control, self.check = what, control, check or control.check
-        self.starting = starting
+        self.starting, self.stall_s = starting, stall_s or control.recovery.stall_s
         self.pending: dict[Any, _Call] = {}
 
     def add(self, index: int, actor: Any, ref: Any) -> None:
@@ -146,8 +149,8 @@ class Calls:
         import ray
 
         now, recovery = time.monotonic(), self.control.recovery
-        if now - call.begun > recovery.stall_s:
-            return f"has not finished within recovery.stall_s = {recovery.stall_s:g} s"
+        if now - call.begun > self.stall_s:
+            return f"has not finished within recovery.stall_s = {self.stall_s:g} s"
         if call.beat is None:
             call.beat, call.asked = is_alive(call.actor), now
         elif ray.wait([call.beat], timeout=0)[0]:
@@ -245,7 +248,12 @@ class Pool:
         """Call ``method`` on every process that has arguments, without waiting. Returns a function
         that waits and returns the results, with None for processes without arguments. For
         ``arrived`` see :meth:`stream`."""
-        calls = Calls(f"{self.name} {what or method}", self.control, starting=method == "start")
+        starting = method == "start"
+        # Requests to an endpoint have their own time limits. A slow endpoint is not a hung process.
+        stall_s = math.inf if self.paid and not starting else None
+        calls = Calls(
+            f"{self.name} {what or method}", self.control, starting=starting, stall_s=stall_s
+        )
         for index, call in enumerate(arguments):
             if call is not None:
                 self._call(calls, index, method, call)

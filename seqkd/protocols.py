@@ -13,8 +13,8 @@ from seqkd.types import Counts, Prompt, Rollout, StepResult, TeacherScore, Weigh
 Scores = Mapping[str, TeacherScore]
 """Teacher scores by sample id. Empty if no teacher is needed."""
 
-Finished = Callable[[Rollout], None]
-"""Callback that receives a completed rollout."""
+Finished = Callable[[int, Rollout], None]
+"""Callback that receives the index of a prompt and a completed rollout of that prompt."""
 
 
 class Sampler(Protocol):
@@ -84,6 +84,8 @@ class Part:
     """Usage of the teacher's endpoint so far."""
     masked: Sequence[Rollout] = ()
     """Completions of the same draw that are excluded from the loss because they were truncated."""
+    skipped: int = 0
+    """Number of completions of the same draw that an endpoint refused to write or to score."""
 
 
 Measured = dict[str, dict[str, list[float]]]

@@ -83,16 +83,23 @@ class Rollout:
     prompt_ids: tuple[int, ...]
     completion_ids: tuple[int, ...]
     """Token ids of the completion, at least one. The last one is the end-of-sequence token unless
-    ``finish_reason`` is "length"."""
+    ``finish_reason`` is "length". Empty if it is "refused"."""
     rollout_logprobs: tuple[float, ...] | None
     """Log-probability of each completion token under the distribution that it was sampled from.
     None for completions from a data set."""
     source: Source
     policy_version: int
     """Number of weight syncs that the sampling engine had received (0: initial weights)."""
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "refused"]
+    """stop: ended by the model; length: truncated; refused: no completion, because the endpoint
+    refused or its responses were invalid."""
     tag: str = ""
     """Tag of the prompt."""
+
+    @property
+    def refused(self) -> bool:
+        """True if there is no completion."""
+        return self.finish_reason == "refused"
 
 
 def rollout_from(values: Mapping[str, Any]) -> Rollout:
@@ -155,7 +162,7 @@ def _unpack(packed: _Packed) -> Tensor:
 @dataclass(frozen=True, slots=True)
 class TeacherScore(TensorRecord):
     """A teacher's scores of one rollout: either ``hidden``, or ``logprobs`` with or without the two
-    ``top`` fields."""
+    ``top`` fields. None of them if an endpoint refused to score the rollout."""
 
     sample_id: str
     hidden: Tensor | None = None
@@ -171,6 +178,11 @@ class TeacherScore(TensorRecord):
     remaining probability (the tail)."""
     teacher: str = ""
     """Name of the teacher, if there are several."""
+
+    @property
+    def refused(self) -> bool:
+        """True if there is no score."""
+        return self.hidden is None and self.logprobs is None
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,6 +65,11 @@ class Workers:
             self.student.load(version)
 
 
+def renumbered(finished: Finished | None, places: Sequence[int]) -> Finished | None:
+    """Return a callback for a call with only the prompts at ``places``."""
+    return None if finished is None else lambda i, rollout: finished(places[i], rollout)
+
+
 class MultiSampler:
     """Samplers of several teachers. Every prompt is completed by its own teacher."""
 
@@ -92,7 +97,7 @@ class MultiSampler:
                     seed,
                     temperature,
                     top_p,
-                    finished,
+                    renumbered(finished, places),
                 )
             )
             drawn |= {i: [next(rollouts) for _ in range(samples[i])] for i in places}

@@ -12,7 +12,16 @@ from seqkd.config.data import DataConfig
 from seqkd.config.rollout import RolloutConfig
 from seqkd.config.teacher import EndpointTeacherConfig
 from seqkd.errors import ModelError
-from seqkd.teachers.endpoint import UNREADABLE, EndpointClient, Request, cause, key_of, same_model
+from seqkd.teachers.endpoint import (
+    UNREADABLE,
+    EndpointClient,
+    Request,
+    cause,
+    key_of,
+    redirected,
+    redirection,
+    same_model,
+)
 
 TEXT = (
     "Water boils at a lower temperature on a mountain, because the air there presses less. In 1648 "
@@ -35,13 +44,19 @@ def check_endpoint(config: EndpointTeacherConfig) -> EndpointClient:
 
     key = key_of(config)
     # Errors found here are rarely transient, so fewer retries than in the run are enough.
-    patient = config.model_copy(update={"max_retries": min(config.max_retries, 5)})
-    client = openai.OpenAI(base_url=config.base_url, api_key=key, timeout=20, max_retries=3)
+    retries = {"max_retries": min(config.max_retries, 5), "on_refusal": "fail"}
+    patient = config.model_copy(update=retries)
+    http = openai.DefaultHttpxClient(follow_redirects=False)
+    client = openai.OpenAI(
+        base_url=config.base_url, api_key=key, timeout=20, max_retries=3, http_client=http
+    )
     try:
         served = _served(client)
     except openai.NotFoundError:  # listing models is optional
         return EndpointClient(patient, key)
     except (*UNREADABLE, openai.OpenAIError) as error:
+        if target := redirection(error):
+            raise redirected(config.base_url, target) from None
         raise ModelError(
             f"teacher.base_url: {config.base_url} does not list its models: {cause(error, key)}. "
             f"Check the address (it usually ends in /v1) and the key in {config.api_key_env}."
@@ -86,7 +101,7 @@ def check_answers(
     ids = _tokens(tokenizer, longest + rollout.max_tokens)
     changed = [ids[1], *ids[1:]]
     top_k = teacher.top_k if teacher.scores == "top_k" else 0
-    first, second, third = (s.logprobs for s in client.score([ids, ids, changed], top_k))
+    first, second, third = (s.logprobs for s in client.score([ids, ids, changed], top_k) if s)
     _repeats(teacher, first, second)
     half = len(first) // 2
     if half and first[half:] == third[half:]:

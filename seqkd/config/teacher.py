@@ -189,9 +189,19 @@ class EndpointTeacherConfig(SingleTeacherConfig):
     concurrency: int = Field(8, ge=1)
     """Maximum number of concurrent requests."""
     timeout_s: float = Field(120.0, gt=0)
-    """Seconds after which a request is retried."""
+    """Seconds after which a request, including its response, is retried."""
     max_retries: int = Field(10, ge=0)
-    """Maximum number of retries of a request, with increasing delays, before the run fails."""
+    """Maximum number of retries of a request that fails (rate limits, server errors, lost
+    connections, timeouts), with increasing delays, before the run fails."""
+    answer_retries: int = Field(3, ge=0)
+    """Maximum number of retries after an invalid or refused response, such as one stopped by a
+    content filter."""
+    on_refusal: Literal["skip", "fail"] = "skip"
+    """Action when all responses to a request are invalid or refused. skip: drop the completion from
+    training and evaluation; fail: the run fails."""
+    max_skipped_share: float = Field(0.1, ge=0, le=1)
+    """Largest share of a process's completions or scores that may be skipped before the run fails,
+    after the first 20."""
     scores: Literal["none", "logprobs", "top_k"] = "none"
     """Content of the teacher's scores. none: no scores, the teacher only writes completions;
     logprobs: log-probs of the completion tokens only; top_k: log-probs of the most probable tokens,

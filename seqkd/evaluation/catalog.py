@@ -96,6 +96,9 @@ CATALOG: dict[str, Metric] = {
     "tokens_per_s": Metric("throughput", "tokens per second"),
     "teacher_requests": Metric("endpoint requests", "count"),
     "teacher_unreadable": Metric("unreadable endpoint responses", "count", "lower"),
+    "teacher_refused": Metric("refused endpoint responses", "count", "lower"),
+    "teacher_skipped": Metric("skipped requests", "count", "lower"),
+    "teacher_skipped_share": Metric("share of skipped completions", "share", "lower"),
     "teacher_prompt_tokens": Metric("endpoint prompt tokens", "tokens"),
     "teacher_completion_tokens": Metric("endpoint completion tokens", "tokens"),
 }

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+from seqkd.errors import ModelError
 from seqkd.evaluation.intervals import Array, Interval, Ratio
 from seqkd.protocols import Measured, Scores
 from seqkd.types import Prompt, Rollout
@@ -89,13 +90,26 @@ class HeldOut:
         self, workers: Workers, prompts: Sequence[Prompt], samples: int, seed: int, shown: int = 0
     ) -> None:
         """Sample and score the teacher's completions. The first completions of the first ``shown``
-        prompts are kept for display."""
-        self.workers, self.prompts, self.seed, self.shown = workers, prompts, seed, shown
-        self.samples = [samples] * len(prompts)
-        self.teacher_rollouts = workers.teacher_sampler.sample(prompts, self.samples, seed)
-        scores = self._scores(self.teacher_rollouts)
+        prompts are kept for display. Prompts that an endpoint refuses are removed from
+        ``prompts``."""
+        self.workers, self.seed, self.shown = workers, seed, shown
+        drawn = workers.teacher_sampler.sample(prompts, [samples] * len(prompts), seed)
+        scores = self._scores([r for r in drawn if not r.refused])
+        refused = _refused(drawn, scores)
+        self.prompts = [p for p in prompts if p.prompt_id not in refused]
+        if not self.prompts:
+            raise ModelError(
+                f"teacher.on_refusal: the endpoint refused all {len(prompts)} held-out prompts. "
+                "Check the endpoint, or evaluate on other prompts."
+            )
+        self.samples = [samples] * len(self.prompts)
+        self.teacher_rollouts = [r for r in drawn if r.prompt_id not in refused]
         # Copied, because tensors that are read in place occupy Ray's object store until released.
-        self.teacher_scores = {i: score.map_tensors(Tensor.clone) for i, score in scores.items()}
+        self.teacher_scores = {
+            r.sample_id: scores[r.sample_id].map_tensors(Tensor.clone)
+            for r in self.teacher_rollouts
+            if r.sample_id in scores
+        }
 
     def measure(self) -> Measurement:
         """Measure the current student, with the same random numbers at every call."""
@@ -108,24 +122,37 @@ class HeldOut:
         rollouts = self.workers.student.sample(self.prompts, self.samples, self.seed)
         scored = self.workers.distribution and self.workers.live_teacher
         scores = self._scores(rollouts) if scored else {}
+        # Both models lose the same prompts, so that they stay comparable.
+        refused = _refused(rollouts, scores)
+        student, teacher = (
+            [r for r in all_ if r.prompt_id not in refused]
+            for all_ in (rollouts, self.teacher_rollouts)
+        )
         measure = self.workers.learner.measure
         return (
-            Answers(rollouts, measure(rollouts, scores, ends)),
-            Answers(
-                self.teacher_rollouts,
-                measure(self.teacher_rollouts, self.teacher_scores, ends),
-            ),
+            Answers(student, measure(student, scores, ends)),
+            Answers(teacher, measure(teacher, self.teacher_scores, ends)),
         )
 
     def _scores(self, rollouts: Sequence[Rollout]) -> Scores:
         return self.workers.teacher.score(rollouts) if self.workers.distribution else {}
 
 
+def _refused(rollouts: Sequence[Rollout], scores: Scores) -> set[str]:
+    """Return the ids of the prompts with a completion or score that an endpoint refused."""
+    return {
+        r.prompt_id
+        for r in rollouts
+        if r.refused or (r.sample_id in scores and scores[r.sample_id].refused)
+    }
+
+
 def aggregate_by_prompt(
     prompts: Sequence[Prompt], student: Answers, teacher: Answers, shown: int = 0
 ) -> Measurement:
     """Sum all measurements over the samples of each prompt. Student and teacher must have the same
-    number of samples. The first samples of the first ``shown`` prompts are kept for display."""
+    number of samples; all sums of a prompt without samples are 0. The first samples of the first
+    ``shown`` prompts are kept for display."""
 
     def sums(answers: Answers, values: dict[str, float]) -> Array:
         """Return [P] sums of ``values``, which are by sample id."""
@@ -162,9 +189,14 @@ def totals(answers: Answers, name: str) -> dict[str, float]:
 
 
 def _first(prompts: Sequence[Prompt], answers: Answers, cost: str) -> tuple[Example, ...]:
-    by_prompt = {r.prompt_id: r for r in reversed(answers.rollouts)}
+    none = {
+        p.prompt_id: Rollout(p.prompt_id, "", p.token_ids, (), None, "teacher", 0, "refused")
+        for p in prompts
+    }
+    by_prompt = none | {r.prompt_id: r for r in reversed(answers.rollouts)}
     first = [by_prompt[p.prompt_id] for p in prompts]
-    return tuple(Example(r, tuple(answers.measured[r.sample_id].get(cost, ()))) for r in first)
+    measured = answers.measured
+    return tuple(Example(r, tuple(measured.get(r.sample_id, {}).get(cost, ()))) for r in first)
 
 
 def _lengths(answers: Answers) -> dict[str, float]:

@@ -74,9 +74,9 @@ class TeacherCache:
         """Model directory with only the teacher's configuration, tokenizer and output head."""
         return str(self.directory / "teacher")
 
-    def read_score(self, address: str, sample_id: str) -> TeacherScore:
-        """Read the score under ``address`` as the score of ``sample_id``."""
-        (row,) = self.scores.rows(address, 0, 1)
+    def read_score(self, address: str, sample_id: str, index: int = 0) -> TeacherScore:
+        """Read a score under ``address`` as the score of ``sample_id``."""
+        (row,) = self.scores.rows(address, index, index + 1)
         tokens = row["tokens"].as_py()
         tensors: dict[str, Any] = {n: self._tensor(n, row[n], tokens) for n in TENSORS}
         return TeacherScore(sample_id, **tensors)
@@ -97,7 +97,7 @@ class TeacherCache:
 
     def _score_row(self, address: str, score: TeacherScore) -> dict[str, Any]:
         tensors = {n: getattr(score, n) for n in TENSORS}
-        tokens = next(len(t) for t in tensors.values() if t is not None)
+        tokens = next((len(t) for t in tensors.values() if t is not None), 0)
         return {"address": address, "tokens": tokens} | {
             n: None if t is None else _bytes(t.to(self._dtype(n))) for n, t in tensors.items()
         }
@@ -294,8 +294,8 @@ class CachedSampler:
         return {**(self.inner.usage() if self.inner else {}), "reused": self.reused}
 
 
-class StoredTeacher:
-    """Teacher behind stored scores: base class of the cache and of the replay log.
+class CachedTeacher:
+    """Scores from the cache and new scores, which are stored except those of student samples.
 
     Scores are addressed by the scored tokens and by their form (:func:`score_form`).
     """
@@ -304,53 +304,43 @@ class StoredTeacher:
         self, inner: Teacher | None, cache: TeacherCache, form: str, name: str = ""
     ) -> None:
         self.inner, self.cache, self.form, self.name = inner, cache, form, name
+        self.reused = 0
 
     def missing(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
         """Return the rollouts that have no stored score."""
         return [r for r in rollouts if self.address(r) not in self.cache.scores]
 
-    def read(self, rollout: Rollout) -> TeacherScore:
-        """Read the stored score of a rollout."""
-        score = self.cache.read_score(self.address(rollout), rollout.sample_id)
-        return replace(score, teacher=self.name)
-
     def address(self, rollout: Rollout) -> str:
         """Return the address of a rollout's score."""
         return address_of([rollout.prompt_ids, rollout.completion_ids, self.form])
 
-    def usage(self) -> dict[str, int]:
-        """See :class:`seqkd.protocols.Teacher`."""
-        return self.inner.usage() if self.inner else {}
-
-
-class CachedTeacher(StoredTeacher):
-    """Scores from the cache and new scores, which are stored except those of student samples."""
-
-    reused = 0
-
     def score(self, rollouts: Sequence[Rollout]) -> dict[str, TeacherScore]:
-        """See :class:`seqkd.protocols.Teacher`."""
-        missing = {self.address(r): r for r in self.missing(rollouts)}
-        self.reused += len(rollouts) - len(missing)
-        new: dict[str, TeacherScore] = {}
-        if missing:
-            if self.inner is None:
-                raise _missing_error(self.cache, f"scores of {len(missing)} completions")
-            scores = self.inner.score(list(missing.values()))
-            new = {address: scores[r.sample_id] for address, r in missing.items()}
-            kept = [(a, new[a]) for a, r in missing.items() if r.source != "student"]
-            self.cache.add_scores(kept)
-        return {
-            r.sample_id: replace(new[a], sample_id=r.sample_id)
-            if (a := self.address(r)) in new
-            else self.read(r)
-            for r in rollouts
-        }
+        """See :class:`seqkd.protocols.Teacher`. Student samples are scored in a request of their
+        own, so that their scores do not depend on the contents of the cache."""
+        by_student = [r for r in rollouts if r.source == "student"]
+        others = [r for r in rollouts if r.source != "student"]
+        missing = {self.address(r): r for r in self.missing(others)}
+        self.reused += len(others) - len(missing)
+        new = self._new(list(missing.values()))
+        self.cache.add_scores([(a, new[r.sample_id]) for a, r in missing.items()])
+        return self._new(by_student) | {r.sample_id: self._read(r) for r in others}
 
     def usage(self) -> dict[str, int]:
         """Return the requests to an endpoint so far, and the number of scores read from the
         cache."""
-        return {**super().usage(), "reused_scores": self.reused}
+        inner = self.inner.usage() if self.inner else {}
+        return {**inner, "reused_scores": self.reused}
+
+    def _new(self, rollouts: list[Rollout]) -> dict[str, TeacherScore]:
+        if not rollouts:
+            return {}
+        if self.inner is None:
+            raise _missing_error(self.cache, f"scores of {len(rollouts)} completions")
+        return self.inner.score(rollouts)
+
+    def _read(self, rollout: Rollout) -> TeacherScore:
+        score = self.cache.read_score(self.address(rollout), rollout.sample_id)
+        return replace(score, teacher=self.name)
 
 
 def sampling_settings(

@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 from urllib.parse import urlsplit
 
 from seqkd.config.teacher import EndpointTeacherConfig
-from seqkd.errors import ActorError, ModelError
+from seqkd.errors import ActorError, ModelError, SeqkdError
 
 T = TypeVar("T")
 
@@ -24,12 +24,26 @@ LOWEST = -9999.0
 """Value that vLLM's server writes for minus infinity, which JSON does not have."""
 BY_ID = {"return_tokens_as_token_ids": True}
 """vLLM's option to return tokens as "token_id:17", since several tokens may have the same text."""
+LARGEST = 2**27
+"""Largest response in bytes. The scores of 32,768 tokens with top_k 64 have about 2**26."""
+LEAST = 20
+"""Number of requests before ``max_skipped_share`` applies."""
 NEUTRAL = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 """vLLM's options that would otherwise take the defaults of the served checkpoint."""
 
 
 class Unreadable(ValueError):
     """Invalid response; the request is repeated."""
+
+
+class Refused(Unreadable):
+    """Response without an answer, because the endpoint refused to give one."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(
+            f"the endpoint refused to answer ({why}). Remove the prompt, or set teacher.on_refusal "
+            "to skip."
+        )
 
 
 UNREADABLE = (ValueError, TypeError, AttributeError, IndexError)
@@ -104,14 +118,18 @@ def same_model(served: str, asked: str) -> bool:
 class EndpointClient:
     """Client that sends up to ``config.concurrency`` requests at a time and counts their usage.
 
-    Results are in the order of the requests. An invalid response is requested again. Raises
-    ActorError if a request fails permanently, ModelError if another model responds."""
+    Results are in the order of the requests. Invalid and refused responses are requested again,
+    and then skipped: their result is None. Raises ActorError if a request fails permanently.
+    Raises ModelError if another model responds, if the endpoint redirects to another address, or
+    if more is skipped than the configuration allows."""
 
     def __init__(self, config: EndpointTeacherConfig, key: str) -> None:
         self.config, self.key = config, key
         self.used: Counter[str] = Counter()
-        """Counts of requests, unreadable (invalid responses, requested again), prompt_tokens and
-        completion_tokens."""
+        """Counts of requests, unreadable (invalid responses), refused (refused responses), skipped
+        (requests without an answer after all retries), prompt_tokens and completion_tokens."""
+        self.ended = 0
+        """Number of requests with an answer or skipped."""
 
     def complete(
         self,
@@ -120,7 +138,7 @@ class EndpointClient:
         temperature: float,
         top_p: float,
         stop_ids: Sequence[int] = (),
-    ) -> list[Reply]:
+    ) -> list[Reply | None]:
         """Return a completion for each request. ``stop_ids`` end completions of token-id
         prompts."""
         options = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
@@ -129,9 +147,10 @@ class EndpointClient:
     def prompt_tokens(self, requests: Sequence[Request]) -> list[int]:
         """Return the number of prompt tokens that the model read for each request."""
         calls = [self._completion(request, {"max_tokens": 1}, ()) for request in requests]
-        return self._run([_Call(call.api, call.body, _read_prompt_tokens) for call in calls])
+        read = self._run([_Call(call.api, call.body, _read_prompt_tokens) for call in calls])
+        return [tokens for tokens in read if tokens is not None]
 
-    def score(self, sequences: Sequence[Sequence[int]], top_k: int) -> list[Scored]:
+    def score(self, sequences: Sequence[Sequence[int]], top_k: int) -> list[Scored | None]:
         """Return log-probs of each sequence of token ids, through the completions API."""
 
         def call(ids: Sequence[int]) -> _Call[Scored]:
@@ -156,10 +175,10 @@ class EndpointClient:
         body |= {"prompt": list(prompt), "logprobs": 1, "extra_body": BY_ID | NEUTRAL | stop}
         return _Call("completions", body, lambda a: _read_tokens(a, len(prompt), stop_ids))
 
-    def _run(self, calls: Sequence[_Call[T]]) -> list[T]:
+    def _run(self, calls: Sequence[_Call[T]]) -> list[T | None]:
         return asyncio.run(self._all(calls))
 
-    async def _all(self, calls: Sequence[_Call[T]]) -> list[T]:
+    async def _all(self, calls: Sequence[_Call[T]]) -> list[T | None]:
         import openai
 
         limit = asyncio.Semaphore(self.config.concurrency)
@@ -168,9 +187,10 @@ class EndpointClient:
             api_key=self.key,
             timeout=self.config.timeout_s,
             max_retries=self.config.max_retries,
+            http_client=bounded_client(self.config.timeout_s),
         ) as client:
 
-            async def one(call: _Call[T]) -> T:
+            async def one(call: _Call[T]) -> T | None:
                 async with limit:
                     return await self._answer(client, call)
 
@@ -181,27 +201,51 @@ class EndpointClient:
                 raise failed.exceptions[0] from None  # the first error cancelled the other tasks
         return [task.result() for task in tasks]
 
-    async def _answer(self, client: Any, call: _Call[T]) -> T:
+    async def _answer(self, client: Any, call: _Call[T]) -> T | None:
         import openai
 
         interface = client.chat.completions if call.api == "chat" else client.completions
-        for attempt in range(self.config.max_retries + 1):
+        for attempt in range(self.config.answer_retries + 1):
             self.used["requests"] += 1
             try:
                 answer = await interface.create(model=self.config.model, **call.body)
                 self._account(answer)
-                return call.read(answer)
+                result = call.read(answer)
+                self.ended += 1
+                return result
             except (*UNREADABLE, openai.APIResponseValidationError) as error:
-                problem = error
-                self.used["unreadable"] += 1
-                await asyncio.sleep(min(8.0, 0.1 * 2**attempt) * random.uniform(0.5, 1))
+                problem: Exception = error
             except openai.OpenAIError as error:  # the client has already used up its retries
-                raise ActorError(
-                    f"teacher endpoint {self._where()}: {cause(error, self.key)}"
-                ) from None
-        raise ActorError(
-            f"teacher endpoint {self._where()}: invalid response: {cause(problem, self.key)}"
-        )
+                if not is_filtered(error):
+                    raise self._failed(error) from None
+                problem = Refused("content filter")
+            if isinstance(problem, Refused):
+                self.used["refused"] += 1
+            else:
+                self.used["unreadable"] += 1
+            await asyncio.sleep(min(8.0, 0.1 * 2**attempt) * random.uniform(0.5, 1))
+        self._skip(problem)
+        return None
+
+    def _failed(self, error: Exception) -> SeqkdError:
+        if target := redirection(error):
+            return redirected(self.config.base_url, target)
+        return ActorError(f"teacher endpoint {self._where()}: {cause(error, self.key)}")
+
+    def _skip(self, problem: Exception) -> None:
+        """Count a request without an answer. Raises ModelError if it must not be skipped."""
+        self.ended += 1
+        self.used["skipped"] += 1
+        skipped, allowed = self.used["skipped"], self.config.max_skipped_share
+        text = f"teacher endpoint {self._where()}: invalid response: {cause(problem, self.key)}"
+        if self.config.on_refusal == "fail":
+            raise ModelError(text)
+        if self.ended >= LEAST and skipped > allowed * self.ended:
+            raise ModelError(
+                f"teacher.max_skipped_share: {skipped} of {self.ended} requests had no valid "
+                f"answer, more than the share of {allowed:g} that may be skipped. The last cause: "
+                f"{text}"
+            )
 
     def _account(self, answer: Any) -> None:
         """Count the tokens of a response. Raises ModelError if another model responded."""
@@ -219,8 +263,58 @@ class EndpointClient:
         return f"{self.config.model!r} at {self.config.base_url}"
 
 
+def bounded_client(seconds: float) -> Any:
+    """Return an HTTP client whose responses are complete within ``seconds`` and have at most
+    :data:`LARGEST` bytes. It follows no redirects, because the prompts and the key are only for the
+    configured address."""
+    import httpx2
+    import openai
+
+    class Bounded(openai.DefaultAsyncHttpxClient):
+        async def send(self, request: httpx2.Request, **options: Any) -> httpx2.Response:
+            body = bytearray()
+            try:
+                async with asyncio.timeout(seconds):
+                    response = await super().send(request, **options | {"stream": True})
+                    async for part in response.aiter_bytes():
+                        body += part
+                        if len(body) > LARGEST:
+                            await response.aclose()
+                            raise httpx2.ReadError(f"the response has more than {LARGEST} bytes")
+            except TimeoutError:
+                raise httpx2.ReadTimeout(f"no complete response within {seconds:g} s") from None
+            decoded = ("content-encoding", "content-length", "transfer-encoding")
+            kept = [(k, v) for k, v in response.headers.items() if k not in decoded]
+            status = response.status_code
+            return httpx2.Response(status, headers=kept, content=bytes(body), request=request)
+
+    return Bounded(follow_redirects=False)
+
+
+def is_filtered(error: Exception) -> bool:
+    """Return True if an HTTP error is a refusal by a content filter."""
+    return getattr(error, "code", None) in ("content_filter", "content_policy_violation")
+
+
+def redirection(error: Exception) -> str:
+    """Return the target if an HTTP error is a redirect, otherwise an empty string."""
+    response = getattr(error, "response", None)
+    return str(response.headers.get("location", "")) if response is not None else ""
+
+
+def redirected(base_url: str, target: str) -> ModelError:
+    """Return the error for a redirect."""
+    return ModelError(
+        f"teacher.base_url: {base_url} redirects to {target:.200}. Redirects are not followed, "
+        "because the prompts and the key would be sent there. If you trust that address, set "
+        "teacher.base_url to it."
+    )
+
+
 def _read_chat(answer: Any) -> Reply:
     (choice,) = answer.choices
+    if refusal := getattr(choice.message, "refusal", None):
+        raise Refused(f"{refusal!s:.80}")
     return _reply(choice.message.content, choice.finish_reason)
 
 
@@ -230,16 +324,22 @@ def _read_text(answer: Any) -> Reply:
 
 
 def _reply(text: Any, reason: Any) -> Reply:
+    if reason == "content_filter":
+        raise Refused("content filter")
     if not isinstance(text, str) or reason not in ("stop", "length"):
         raise Unreadable(f"text {text!r:.40}, finish_reason {reason!r}")
     if not text and reason == "length":
         raise Unreadable("empty text with finish_reason 'length'")
+    if any(0xD800 <= ord(character) < 0xE000 for character in text):
+        raise Unreadable("the text has a lone surrogate, so it is not valid Unicode")
     return Reply(text, reason == "stop")
 
 
 def _read_tokens(answer: Any, prompt: int, stop_ids: Sequence[int]) -> Reply:
     ids, logprobs, _ = _read_logprobs(answer, prompt)
     (choice,) = answer.choices
+    if choice.finish_reason == "content_filter":
+        raise Refused("content filter")
     ended = choice.finish_reason == "stop"
     if choice.finish_reason not in ("stop", "length") or ended != (ids[-1] in stop_ids):
         raise Unreadable(f"finish_reason {choice.finish_reason!r} at token {ids[-1]}")

@@ -166,7 +166,7 @@ class RolloutFeed:
 
     def _part(self, source: RolloutSource, index: int) -> Part:
         drawn, running = self.draw.rollouts[source.sampler], self.state.running[source.sampler]
-        rollouts, masked = source.split(drawn.steps[index])
+        rollouts, masked, skipped = source.split(drawn.steps[index], drawn.scores)
         scores = {r.sample_id: drawn.scores[r.sample_id] for r in rollouts} if drawn.scores else {}
         if source.needs_costs and not running.known:
             # The first batch of a phase has no earlier batch to estimate costs from, so it is
@@ -175,7 +175,7 @@ class RolloutFeed:
                 running.update(*source.costs(rollouts, scores))
         return Part(
             rollouts, scores, running.counts(rollouts), source.terms, source.fraction, drawn.usage,
-            masked,
+            masked, skipped,
         )  # fmt: skip
 
     def _take(self, step: int) -> Draw:

@@ -19,7 +19,7 @@ from seqkd.config.run import Config
 from seqkd.protocols import Finished, Sampler, StudentSampler, Teacher
 from seqkd.storage.arrow_store import ArrowStore
 from seqkd.storage.run_directory import Resumption
-from seqkd.teachers.cache import StoredTeacher, TeacherCache, address_of, score_form
+from seqkd.teachers.cache import TeacherCache, address_of, score_form
 from seqkd.types import Prompt, Rollout, TeacherScore, WeightVersion, rollout_from
 from seqkd.workers import Workers
 
@@ -182,33 +182,39 @@ class RecordedStudent(RecordedSampler):
         return self.inner.logprobs(token_ids)
 
 
-class RecordedTeacher(StoredTeacher):
-    """Teacher whose scores are requested only once per run."""
+class RecordedTeacher:
+    """Teacher that records scores. The same call returns the same scores again.
+
+    A call is recorded as a whole. Its scores do not replace those of another call with some of the
+    same sequences, because the last bits of a score depend on the other sequences of its batch.
+    """
 
     def __init__(
         self, inner: Teacher, log: ReplayLog, name: str, form: str, student_only: bool
     ) -> None:
-        """Wrap ``inner``. With ``student_only``, only scores of the student's text are recorded,
-        because a teacher cache stores all others."""
-        super().__init__(inner, log.scores[name], form, name)
-        self.teacher, self.log, self.student_only = inner, log, student_only
+        """Wrap ``inner``. With ``student_only``, calls without student samples are not recorded,
+        because a teacher cache stores their scores."""
+        self.inner, self.log, self.name, self.form = inner, log, name, form
+        self.student_only = student_only
 
     def score(self, rollouts: Sequence[Rollout]) -> dict[str, TeacherScore]:
         """See :class:`seqkd.protocols.Teacher`."""
-        missing = self.missing(rollouts)
-        # All missing scores are requested in one batch, because batches change their last bits.
-        new = self.teacher.score(rollouts) if missing else {}
-        kept = {
-            self.address(r): new[r.sample_id]
-            for r in missing
-            if r.source == "student" or not self.student_only
-        }
+        if self.student_only and all(r.source != "student" for r in rollouts):
+            return self.inner.score(rollouts)
+        texts = [(r.prompt_ids, r.completion_ids) for r in rollouts]
+        address, cache = address_of([self.form, texts]), self.log.scores[self.name]
+        if address in cache.scores:
+            read = [cache.read_score(address, r.sample_id, i) for i, r in enumerate(rollouts)]
+            return {score.sample_id: replace(score, teacher=self.name) for score in read}
+        scores = self.inner.score(rollouts)
         if self.log.kept < self.log.room:
-            self.log.kept += sum(map(_size, kept.values()))
-            self.cache.add_scores(list(kept.items()))
-        return {
-            r.sample_id: new[r.sample_id] if r.sample_id in new else self.read(r) for r in rollouts
-        }
+            self.log.kept += sum(map(_size, scores.values()))
+            cache.add_scores([(address, scores[r.sample_id]) for r in rollouts])
+        return scores
+
+    def usage(self) -> dict[str, int]:
+        """See :class:`seqkd.protocols.Teacher`."""
+        return self.inner.usage()
 
 
 def _size(score: TeacherScore) -> int:

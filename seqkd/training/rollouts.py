@@ -16,12 +16,13 @@ from torch import Tensor
 from seqkd.config.phases import PhaseConfig
 from seqkd.config.run import Config
 from seqkd.config.samplers import SAMPLERS, SamplerName
+from seqkd.errors import ModelError
 from seqkd.learner.running_costs import by_position
 from seqkd.objectives import mixture_weight
 from seqkd.protocols import Finished, Sampler, Scores
 from seqkd.training.clock import Clock
-from seqkd.types import Prompt, Rollout, Source
-from seqkd.workers import Workers
+from seqkd.types import Prompt, Rollout, Source, TeacherScore
+from seqkd.workers import Workers, renumbered
 
 
 @dataclass(frozen=True)
@@ -37,38 +38,55 @@ class ScoredRollouts:
 
 class Scoring:
     """Teacher scoring of a draw that starts before all its completions are sampled. It must be
-    closed."""
+    closed.
+
+    Completions are scored in groups of consecutive prompts, each group in one request as soon as it
+    is complete. The groups do not depend on the order in which completions arrive, because the last
+    bits of a score depend on the other sequences of its batch.
+    """
 
     def __init__(
-        self, score: Callable[[Sequence[Rollout]], Scores], together: int | None = None
+        self,
+        score: Callable[[Sequence[Rollout]], Scores],
+        samples: int,
+        together: int | None = None,
     ) -> None:
-        """Create the scoring. Finished completions are scored in groups of ``together``. If unset,
-        all are scored at the end."""
-        self.score, self.together = score, together
-        self.waiting: list[Rollout] = []
-        self.begun: list[Future[Scores]] = []
+        """Create the scoring of a draw with ``samples`` completions per prompt. A group has at
+        least ``together`` completions. If unset, all are scored at the end in one group."""
+        self.score, self.samples = score, samples
+        self.prompts = -(-together // samples) if together else None
+        self.waiting: dict[int, list[Rollout]] = {}
+        self.begun: dict[int, Future[Scores]] = {}
         self.thread = ThreadPoolExecutor(1)
 
     def close(self) -> None:
         """Wait for running requests and cancel the others."""
         self.thread.shutdown(cancel_futures=True)
 
-    def finished(self, rollout: Rollout) -> None:
-        """Add a finished completion while others may still be sampled."""
-        self.waiting.append(rollout)
-        if len(self.waiting) == self.together:
-            self.begun.append(self.thread.submit(self.score, self.waiting))
-            self.waiting = []
+    def finished(self, prompt: int, rollout: Rollout) -> None:
+        """Add a finished completion of a prompt while others may still be sampled."""
+        if self.prompts is None:
+            return
+        group = self.waiting.setdefault(prompt // self.prompts, [])
+        group.append(rollout)
+        if len(group) == self.prompts * self.samples:
+            self.begun[prompt // self.prompts] = self.thread.submit(self._scores, group)
 
     def all(self, rollouts: Sequence[Rollout]) -> Scores:
-        """Return the scores of all completions."""
-        scores = {
-            sample_id: score
-            for future in self.begun
-            for sample_id, score in future.result().items()
-        }
-        rest = [r for r in rollouts if r.sample_id not in scores]
-        return {**scores, **(self.score(rest) if rest else {})}
+        """Return the scores of all completions, which are in the order of their prompts."""
+        size = self.prompts * self.samples if self.prompts else len(rollouts)
+        scores: dict[str, TeacherScore] = {}
+        for begun in self.begun.values():
+            scores |= begun.result()
+        for group, first in enumerate(range(0, len(rollouts), size)):
+            if group not in self.begun:
+                scores |= self._scores(rollouts[first : first + size])
+        return scores
+
+    def _scores(self, group: Sequence[Rollout]) -> Scores:
+        ordered = sorted(group, key=lambda r: r.sample_id)
+        completed = [r for r in ordered if not r.refused]
+        return self.score(completed) if completed else {}
 
 
 class RolloutSource:
@@ -84,6 +102,7 @@ class RolloutSource:
         self.config, self.phase, self.sampler, self.workers = config, phase, sampler, workers
         self.source = config.source(sampler)
         self.asks_student = SAMPLERS[sampler].on_student
+        self.from_data = SAMPLERS[self.source].from_data
         self.terms = phase.by_sampler[sampler]
         self.fraction = config.rollout.teacher_fraction if SAMPLERS[sampler].weighted else None
         needs = {term.objective.teacher_need for term in self.terms}
@@ -94,8 +113,9 @@ class RolloutSource:
         """Sample and score together the completions for ``len(batches)`` steps from ``step``
         on."""
         prompts = [p for batch in batches for p in batch]
+        samples = 1 if self.from_data else self.config.samples_per_prompt(self.phase)
         together = self.config.scored_together if self.scored else None
-        with closing(Scoring(self.workers.teacher.score, together)) as scoring:
+        with closing(Scoring(self.workers.teacher.score, samples, together)) as scoring:
             by_prompt = iter(self._rollouts(prompts, step, clock, scoring.finished))
             steps = [[r for _ in batch for r in next(by_prompt)] for batch in batches]
             rollouts = [r for batch in steps for r in batch]
@@ -104,20 +124,37 @@ class RolloutSource:
         asked = self.scored or any(rollout.source == "teacher" for rollout in rollouts)
         return ScoredRollouts(steps, scores, self.workers.usage() if asked else {})
 
-    def split(self, rollouts: list[Rollout]) -> tuple[list[Rollout], list[Rollout]]:
-        """Return the completions to train on, and those masked because they are truncated."""
-        mask = self.config.rollout.mask_truncated and not SAMPLERS[self.source].from_data
-        cut = [r for r in rollouts if mask and r.finish_reason == "length"]
-        if not cut or len(cut) == len(rollouts):
-            return rollouts, []
-        return [r for r in rollouts if r.finish_reason == "stop"], cut
+    def split(
+        self, rollouts: list[Rollout], scores: Scores
+    ) -> tuple[list[Rollout], list[Rollout], int]:
+        """Return the completions to train on, those masked because they are truncated, and the
+        number of completions without text or score, because an endpoint refused it.
+
+        Raises ModelError if the endpoint refused all of them.
+        """
+        refused = {r.sample_id for r in rollouts if r.refused}
+        refused |= {r.sample_id for r in rollouts if r.sample_id in scores
+                    and scores[r.sample_id].refused}  # fmt: skip
+        kept = [r for r in rollouts if r.sample_id not in refused]
+        if not kept:
+            raise ModelError(
+                f"teacher.on_refusal: the endpoint refused all {len(rollouts)} completions of a "
+                "step, so nothing is left to train on. Check the endpoint, or remove the prompts "
+                "that it refuses."
+            )
+        skipped = len(rollouts) - len(kept)
+        mask = self.config.rollout.mask_truncated and not self.from_data
+        cut = [r for r in kept if mask and r.finish_reason == "length"]
+        if not cut or len(cut) == len(kept):
+            return kept, [], skipped
+        return [r for r in kept if r.finish_reason == "stop"], cut, skipped
 
     def _rollouts(
         self, prompts: list[Prompt], step: int, clock: Clock, finished: Finished
     ) -> list[list[Rollout]]:
         """Return the completions of each prompt. ``finished`` is called with each sampled
         completion as it arrives."""
-        if SAMPLERS[self.source].from_data:
+        if self.from_data:
             return [[reference_rollout(p, cast(Source, self.source))] for p in prompts]
         # Held-out evaluation samples with the plain seed, which training never uses.
         seed = (self.config.seed + 1) * 1_000_003 + step
@@ -142,13 +179,13 @@ class RolloutSource:
         seed: int,
         finished: Finished,
     ) -> list[list[Rollout]]:
-        wanted = [(p, int(n)) for p, n in zip(prompts, samples, strict=True) if n]
-        rollout = self.config.rollout
+        places = [i for i, number in enumerate(samples) if number]
+        chosen, numbers = [prompts[i] for i in places], [int(samples[i]) for i in places]
+        how = self.config.rollout.temperature, self.config.rollout.top_p
         drawn: Iterator[Rollout] = iter(())
-        if wanted:
-            chosen, numbers = zip(*wanted, strict=True)
-            how = rollout.temperature, rollout.top_p
-            drawn = iter(sampler.sample(chosen, numbers, seed, *how, finished))
+        if places:
+            report = renumbered(finished, places)
+            drawn = iter(sampler.sample(chosen, numbers, seed, *how, report))
         return [[next(drawn) for _ in range(n)] for n in samples]
 
     def costs(self, rollouts: list[Rollout], scores: Scores) -> tuple[Tensor, Tensor]:

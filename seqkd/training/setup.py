@@ -77,7 +77,8 @@ def prepare(
 
     def publish(measured: Mapping[str, Measurement]) -> None:
         examples = config.evaluation.examples
-        figures = summary.evaluation_json(measured, checked.heldout, checked.tokenizer, examples)
+        assert evaluation is not None
+        figures = summary.evaluation_json(measured, evaluation.prompts, checked.tokenizer, examples)
         run_reader.write_evaluation(directory, figures)
 
     return TrainingContext(

@@ -60,6 +60,17 @@ def test_a_lost_call_is_repeated_by_a_new_process(pool, how):
         assert not psutil.pid_exists(pid), "the hung process is left behind"
 
 
+def test_a_slow_endpoint_is_not_a_hung_process(pool):
+    """Requests have their own time limits, so recovery.stall_s applies only to other calls."""
+    pool.control.recovery = SOON.model_copy(update={"stall_s": 0.5, "restarts": 0})
+    pool.paid = True
+    assert pool.call("slow", [(2,), None]) == [2, None]
+    assert pool.lines == []
+    pool.paid = False
+    with pytest.raises(ActorError, match=r"recovery\.stall_s = 0\.5 s"):
+        pool.call("slow", [(2,), None])
+
+
 def test_a_process_that_hangs_during_startup_releases_its_resources(
     local_ray, tmp_path, monkeypatch
 ):

@@ -49,6 +49,10 @@ class Worker:
     def hang(self):
         threading.Event().wait()
 
+    def slow(self, seconds):
+        threading.Event().wait(seconds)
+        return seconds
+
     def once(self, number, how):
         """Return ``number``. As many calls as ``file`` has letters fail instead."""
         if how and take(self.file):

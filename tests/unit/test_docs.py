@@ -191,7 +191,7 @@ def test_metrics_page_lists_exactly_the_recorded_metrics(tmp_path):
     table = first_cells(text.partition("## Trackers")[0])
     assert len(table) == len(set(table))
     usage = dict.fromkeys(usage_counters(), 1)
-    assert len(usage) == 4
+    assert len(usage) == 6
     rate = {"kind": "sequence_reverse_kl", "normalization": "rate"}
     keys = recorded(tmp_path / "a", "mixture", rate, teacher_fraction=0.2, usage=usage)
     keys |= recorded(tmp_path / "b", "teacher", {"kind": "sequence_forward_kl"})

@@ -7,6 +7,7 @@ import math
 import random
 import socket
 import threading
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -17,6 +18,7 @@ from seqkd.checks.teacher_endpoint import check_answers, check_endpoint
 from seqkd.config.run import Config
 from seqkd.config.teacher import EndpointTeacherConfig
 from seqkd.errors import ActorError, ModelError
+from seqkd.teachers import endpoint
 from seqkd.teachers.endpoint import EndpointClient, Request, key_of
 from seqkd.types import Prompt, Rollout
 from tests.unit.config.test_config import MINIMAL
@@ -40,6 +42,8 @@ class Peer(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
+        if "elsewhere" in self.path:
+            return self.reply(307, {}, ("Location", f"http://127.0.0.1:{self.server.elsewhere}/"))
         if "page" in self.path:
             return self.send(200, b"<html></html>", kind="text/html")
         return self.reply(200, {"object": "list", "data": [{"id": "t", "object": "model"}]})
@@ -73,6 +77,14 @@ class Peer(BaseHTTPRequestHandler):
             return self.connection.shutdown(socket.SHUT_RDWR)
         if fault == "malformed":
             return self.send(200, b'{"choices": [{"index"')
+        if fault == "elsewhere":
+            port = self.server.elsewhere
+            target = f"http://127.0.0.1:{port}{self.path}"
+            return self.reply(307, {}, ("Location", target))
+        if fault == "blocked":
+            return self.reply(400, {"error": {"message": "no", "code": "content_filter"}})
+        if fault == "endless":
+            return self.endless()
         if fault == "slow":
             threading.Event().wait(3)
         if isinstance(body.get("prompt"), list):
@@ -87,8 +99,25 @@ class Peer(BaseHTTPRequestHandler):
             choice["message"]["content"] = None
         if fault == "no choices":
             return self.reply(200, {"id": "x"})
+        if fault == "surrogate":
+            choice["message"]["content"] = "a \ud800 b"
+        if fault == "filtered":
+            choice["finish_reason"] = "content_filter"
+        if fault == "declined":
+            choice["message"]["refusal"] = "I cannot help with that."
         read = 3 if self.server.counts is None else self.server.counts(text)
         return self.answer(choice, read, 2)
+
+    def endless(self):
+        """Send one byte at a time and never end."""
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", "1000000")
+        self.end_headers()
+        with suppress(OSError):
+            while not self.server.closing.wait(0.05):
+                self.wfile.write(b" ")
+        self.close_connection = True
 
     def answer(self, choice, read, written):
         usage = {"prompt_tokens": read, "completion_tokens": written}
@@ -177,9 +206,11 @@ def peer():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Peer)
     server.faults, server.bodies, server.lock = [], [], threading.Lock()
     server.under_way = server.most = 0
+    server.closing = threading.Event()
     server.law, server.counts, server.noise, server.model = distribution, None, 0.0, "t"
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield server
+    server.closing.set()
     server.shutdown()
 
 
@@ -206,8 +237,10 @@ def test_completions_come_in_order(peer, api):
 
 
 @pytest.mark.parametrize(
-    "fault", [429, 500, 503, "cut", "malformed", "no content", "no choices", "slow"]
-)
+    "fault",
+    [429, 500, 503, "cut", "malformed", "no content", "no choices", "slow", "endless",
+     "surrogate", "filtered", "declined", "blocked"],
+)  # fmt: skip
 def test_faulty_requests_are_retried(peer, fault):
     peer.faults = [fault]
     _, (reply,) = ask(peer, timeout_s=1.0)
@@ -241,9 +274,66 @@ def test_permanent_errors_are_not_retried(peer, fault, cause):
 
 def test_retries_are_limited(peer):
     peer.faults = ["no content"] * 5
-    with pytest.raises(ActorError, match="invalid response: text None"):
-        ask(peer, max_retries=2)
+    with pytest.raises(ModelError, match="invalid response: text None"):
+        ask(peer, answer_retries=2, on_refusal="fail")
     assert len(peer.bodies) == 3
+
+
+@pytest.mark.parametrize("fault", ["surrogate", "filtered", "declined", "blocked", "no content"])
+def test_unanswered_requests_are_counted_and_skipped(peer, fault):
+    peer.faults = [fault] * 3
+    client, replies = ask(peer, 4, answer_retries=2, concurrency=1, max_skipped_share=0.5)
+    assert [r and r.text for r in replies] == [None, "re: q1", "re: q2", "re: q3"]
+    counted = "refused" if fault in ("filtered", "declined", "blocked") else "unreadable"
+    assert client.used["skipped"] == 1
+    assert client.used[counted] == 3
+    peer.faults = [fault] * 3
+    with pytest.raises(ModelError, match=r"teacher endpoint 't' at http.*: invalid response: "):
+        ask(peer, 4, answer_retries=2, concurrency=1, on_refusal="fail")
+
+
+def test_the_skipped_share_is_limited(peer):
+    peer.faults = ["filtered", None] * 30
+    with pytest.raises(ModelError, match=r"max_skipped_share: 11 of 21 requests .*content filter"):
+        ask(peer, 60, answer_retries=0, concurrency=1)
+
+
+def test_a_skipped_completion_is_marked(peer, tiny):
+    sampler = ApiSampler(stop_ids=(0,))
+    sampler.start(config(peer, answer_retries=0), "key", tiny["student"])
+    peer.faults = ["filtered"]
+    prompt = Prompt("p", (5, 6), "x", messages=(("user", "x"),))
+    drawn = [r for *_, r in sampler.sample([prompt], [3], [2], 9, 1.0, 1.0)]
+    assert sorted(len(r.completion_ids) > 0 for r in drawn) == [False, True]
+    assert sorted(r.finish_reason for r in drawn) == ["refused", "stop"]
+
+
+def test_a_skipped_score_is_empty(peer):
+    peer.faults = ["NaN"]
+    _, scored = score(peer, rollouts(3), answer_retries=0, concurrency=1)
+    assert [s.refused for s in scored] == [True, False, False]
+
+
+def test_large_responses_are_refused(peer, monkeypatch):
+    monkeypatch.setattr(endpoint, "LARGEST", 100)
+    with pytest.raises(ActorError, match="the response has more than 100 bytes"):
+        ask(peer, max_retries=0)
+
+
+@pytest.mark.parametrize("checked", [False, True])
+def test_redirects_are_not_followed(peer, checked):
+    """A followed redirect would send the prompts to another address."""
+    other = ThreadingHTTPServer(("127.0.0.1", 0), Peer)
+    other.bodies, peer.elsewhere = [], other.server_address[1]
+    peer.faults = ["elsewhere"]
+    with other, pytest.raises(ModelError, match=r"teacher\.base_url: .* redirects to http"):
+        if checked:
+            port = peer.server_address[1]
+            check_endpoint(
+                EndpointTeacherConfig(model="t", base_url=f"http://127.0.0.1:{port}/elsewhere")
+            )
+        ask(peer)
+    assert other.bodies == []
 
 
 def test_the_endpoint_is_checked_before_the_run(peer):
@@ -371,8 +461,8 @@ def test_invalid_scores_are_requested_again(peer, fault):
 @pytest.mark.parametrize("fault", SPOIL)
 def test_permanently_invalid_scores_raise(peer, fault):
     peer.faults = [fault] * 2
-    with pytest.raises(ActorError, match="invalid response: "):
-        score(peer, rollouts(5)[4:], max_retries=1)
+    with pytest.raises(ModelError, match="invalid response: "):
+        score(peer, rollouts(5)[4:], answer_retries=1, on_refusal="fail")
     assert len(peer.bodies) == 2
 
 
@@ -427,7 +517,14 @@ def test_scoring_teacher_samples_in_student_tokens(peer, tiny, fault):
 def check(server, words, longest=40, **options):
     port = server.server_address[1]
     teacher = {"kind": "openai", "model": "t", "base_url": f"http://127.0.0.1:{port}/v1"}
-    teacher |= {"api": "completions", "scores": "logprobs", **SCORING, "max_retries": 1, **options}
+    teacher |= {
+        "api": "completions",
+        "scores": "logprobs",
+        **SCORING,
+        "max_retries": 1,
+        "answer_retries": 1,
+        **options,
+    }
     data = {**MINIMAL["data"], "max_prompt_tokens": longest}
     run = {**MINIMAL, "data": data, "teacher": teacher, "sampler": "teacher"}
     run["rollout"] = {"max_tokens": 8}
@@ -461,7 +558,7 @@ def test_text_truncation_is_detected(peer, tokenizer, api, limit):
 def test_token_truncation_is_detected(peer, tokenizer):
     peer.faults = ["reads less"] * 9
     with pytest.raises(
-        ActorError, match=r"it read 46 of 48 prompt tokens\. Increase the server's context"
+        ModelError, match=r"it read 46 of 48 prompt tokens\. Increase the server's context"
     ):
         check(peer, tokenizer)
 
@@ -474,20 +571,20 @@ def test_unreported_truncation_is_detected(peer, tokenizer):
 
 def test_missing_log_probs_are_detected(peer, tokenizer):
     peer.faults = ["no log-probs"] * 9
-    with pytest.raises(ActorError, match=r"returns no log-probs.*or set teacher\.scores to none\."):
+    with pytest.raises(ModelError, match=r"returns no log-probs.*or set teacher\.scores to none\."):
         check(peer, tokenizer)
 
 
 def test_tokens_as_text_are_detected(peer, tokenizer):
     peer.faults = ["text"] * 9
-    with pytest.raises(ActorError, match=r"returns tokens as text \('a'\), .*as_token_ids"):
+    with pytest.raises(ModelError, match=r"returns tokens as text \('a'\), .*as_token_ids"):
         check(peer, tokenizer)
 
 
 def test_too_few_top_tokens_are_detected(peer, tokenizer):
     peer.faults = ["few on top"] * 9
     with pytest.raises(
-        ActorError, match=r"returns 1 tokens per state, .*teacher\.top_k = 20. Decrease"
+        ModelError, match=r"returns 1 tokens per state, .*teacher\.top_k = 20. Decrease"
     ):
         check(peer, tokenizer, scores="top_k")
 

@@ -6,8 +6,10 @@ from __future__ import annotations
 import io
 import json
 import math
+import random
 import signal
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +27,7 @@ from seqkd.errors import (
     StorageError,
 )
 from seqkd.storage.run_directory import Resumption
+from seqkd.teachers.cache import TeacherCache
 from seqkd.training import loop, recovery, replay_log, setup
 from seqkd.training.checkpoint import Progress
 from seqkd.training.control import Control
@@ -115,6 +118,9 @@ class Learner:
 
 
 class Sampler:
+    texts = 1e6
+    """Number of different completions."""
+
     def __init__(self, lives, asked, source):
         self.lives, self.asked, self.source = lives, asked, source
         self.policy_version, self.weights = 0, 0.5
@@ -133,16 +139,19 @@ class Sampler:
     def sample(self, prompts, samples, seed, temperature=1.0, top_p=1.0, finished=None):
         self.lives("sample")
         self.asked.update((self.source, p.prompt_id, seed, self.weights) for p in prompts)
+        places = [(place, i) for place, n in enumerate(samples) for i in range(n)]
         drawn = [
             Rollout(p.prompt_id, f"{p.prompt_id}/{self.source}/{seed}/{i}", p.token_ids,
-                    (int(1e6 * unit(self.weights, p.prompt_id, seed, i)), 7),
+                    (int(self.texts * unit(self.weights, p.prompt_id, seed, i)), 7),
                     (math.log(unit(self.weights, i)), -1.0), self.source, self.policy_version,
                     "length")
-            for p, n in zip(prompts, samples, strict=True)
-            for i in range(n)
+            for place, i in places
+            for p in [prompts[place]]
         ]  # fmt: skip
-        for rollout in drawn if finished else []:
-            finished(rollout)
+        arrived = [(i, rollout) for (i, _), rollout in zip(places, drawn, strict=True)]
+        random.shuffle(arrived)  # the order is a matter of chance
+        for place, rollout in arrived if finished else []:
+            finished(place, rollout)
         return drawn
 
     def usage(self):
@@ -150,16 +159,23 @@ class Sampler:
 
 
 class Teacher:
+    """Teacher whose scores depend on all sequences of a request, as the last bits of real scores
+    do."""
+
     def __init__(self, lives, asked):
         self.lives, self.asked = lives, asked
 
     def score(self, rollouts):
         self.lives("score")
-        self.asked.update(("score", r.sample_id) for r in rollouts if "canary" not in r.sample_id)
+        scored = [r for r in rollouts if "canary" not in r.sample_id]
+        self.asked.update(("score", r.sample_id) for r in scored)
+        batch = 1e-3 * unit([(r.prompt_ids, r.completion_ids) for r in scored])
         return {
             r.sample_id: TeacherScore(
                 r.sample_id,
-                logprobs=torch.tensor([-unit("teacher", r.completion_ids)] * len(r.completion_ids)),
+                logprobs=torch.tensor(
+                    [-batch - unit("teacher", r.completion_ids)] * len(r.completion_ids)
+                ),
             )
             for r in rollouts
         }
@@ -205,7 +221,7 @@ def checked(train=PROMPTS):
 class World:
     """All objects of a run that are not on disk."""
 
-    def __init__(self, directory, at=None, error=None, config=CONFIG):
+    def __init__(self, directory, at=None, error=None, config=CONFIG, train=PROMPTS):
         self.lives, self.asked = Lives(at, error), Counter()
         learner = Learner(self.lives)
         workers = Workers(
@@ -219,10 +235,13 @@ class World:
         self.out, directory = io.StringIO(), Path(directory)
         self.recorder = Recorder(directory, config, self.out)
         self.control = Control(config.recovery, self.recorder.note)
+        caches = {}
+        if config.teacher_cache:
+            caches[""] = TeacherCache(directory / config.teacher_cache.path, "float32")
+        roles = {"rollout", "teacher", "learner"}
         self.run = setup.prepare(
-            directory, config, checked(), workers, {"rollout", "teacher", "learner"}, {},
-            self.recorder, self.control,
-        )  # fmt: skip
+            directory, config, checked(train), workers, roles, caches, self.recorder, self.control
+        )
 
     def finish(self):
         try:
@@ -235,7 +254,9 @@ def left(directory):
     """Return the output of a run: metrics without times, and the student."""
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     for row in rows:
-        for key in [k for k in row if k.startswith("time_") or k == "tokens_per_s"]:
+        for key in [
+            k for k in row if k.startswith("time_") or "reused" in k or k == "tokens_per_s"
+        ]:
             del row[key]
     return rows, (directory / "student").read_text()
 
@@ -269,6 +290,57 @@ def test_a_run_whose_driver_is_killed_at_any_call_resumes_to_the_same(quiet, tmp
         # Results of the interrupted call and the student's held-out samples are not logged.
         twice = {what for what in first.asked if second.asked[what] and "h" not in str(what[1])}
         assert call in ("sample", "score") or not twice, (at, call, twice)
+
+
+SCORED = {"objective": {"kind": "token_reverse_kl"}}
+HIDDEN = {"teacher": {"kind": "hf", "model": "b"}}
+REPEATED = {
+    "student": {},
+    "teacher": {"sampler": "teacher", **SCORED, **HIDDEN},
+    "dataset": {"sampler": "dataset", **SCORED, **HIDDEN},
+    "mixture": {"sampler": "mixture"},
+    "several samplers": {"extra_terms": [{"sampler": "teacher", **SCORED}], **HIDDEN},
+    "split": {
+        "placement": "split",
+        "data": {**MINIMAL["data"], "max_prompt_tokens": 8},
+        "teacher": {"kind": "hf", "model": "b", "scores": "logprobs", "batch_tokens": 32},
+    },
+}
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("changes", REPEATED.values(), ids=REPEATED)
+def test_a_run_with_repeated_prompts_is_exact_after_a_kill_at_any_call(
+    tmp_path, monkeypatch, changes, cached
+):
+    """Prompts and completions recur within the reach of the replay log, so that its entries from
+    other steps could take the place of a step's own scores."""
+    monkeypatch.setattr(Sampler, "texts", 2)
+    config = Config.model_validate(
+        {
+            **MINIMAL, "steps": 6, "prompts_per_step": 2,
+            "teacher": {"kind": "hf", "model": "b", "scores": "logprobs"},
+            "objective": {"estimator": "reward_to_go", "normalization": "rate"},
+            "evaluation": {"prompts": 1},
+            "rollout": {"samples_per_prompt": 2, "max_tokens": 8},
+            "checkpoints": {"every_steps": 2, "keep_last": 2}, "recovery": {"backoff_s": 0},
+            "teacher_cache": {"path": "cache"} if cached else None,
+        } | changes
+    )  # fmt: skip
+    few = [replace(p, reference_ids=(p.token_ids[0], 5)) for p in PROMPTS[:4]]
+    undisturbed = World(tmp_path, config=config, train=few)
+    undisturbed.finish()
+    expected = left(tmp_path)
+    assert len(expected[0]) == 6
+    for at, call in enumerate(undisturbed.lives.calls):
+        if call == "measure":  # leaves the same files as the call before it
+            continue
+        directory = tmp_path / str(at)
+        directory.mkdir()
+        with pytest.raises(Crash):
+            World(directory, at, Crash(), config, few).finish()
+        World(directory, config=config, train=few).finish()
+        assert left(directory) == expected, (at, call)
 
 
 def test_a_learner_lost_at_any_call_is_restored_within_the_run(quiet, tmp_path):

@@ -8,15 +8,17 @@ from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
+import torch
 
 from seqkd.config.run import Config
-from seqkd.errors import ActorError
+from seqkd.errors import ActorError, ModelError
 from seqkd.learner.running_costs import RunningCosts
 from seqkd.training.clock import Clock
 from seqkd.training.rollouts import RolloutSource
 from seqkd.types import Prompt, Rollout, TeacherScore
 from tests.unit.config.test_config import MINIMAL
 
+ZEROS = torch.zeros(2)
 PROMPTS = [Prompt(str(i), (i,), "", (7, 0)) for i in range(12)]
 
 
@@ -64,9 +66,9 @@ class Early(Sampler):
     def sample(self, *args):
         drawn, finished = super().sample(*args), args[-1]
         for at in self.order[:-1]:
-            finished(drawn[at])
+            finished(at // 2, drawn[at])
         assert self.seen.wait(30)
-        finished(drawn[self.order[-1]])
+        finished(self.order[-1] // 2, drawn[self.order[-1]])
         return drawn
 
 
@@ -77,7 +79,7 @@ class Teacher:
     def score(self, rollouts):
         self.batches.append([r.sample_id for r in rollouts])
         self.seen.set()
-        return {r.sample_id: TeacherScore(r.sample_id) for r in rollouts}
+        return {r.sample_id: TeacherScore(r.sample_id, logprobs=ZEROS) for r in rollouts}
 
 
 class Learner:
@@ -163,20 +165,23 @@ def test_finished_completions_are_scored_while_others_are_sampled(sampler, order
         workers.student = Early("student", order, workers.teacher.seen)
     drawn = s.draw([PROMPTS[:5]], 0, Clock())
     batches = [[int(i.split("/")[0]) for i in ids] for ids in workers.teacher.batches]
-    first = [at // 2 for at in order]
-    assert batches == [first[:4], first[4:8], sorted(first[8:])]
+    assert sorted(batches) == [[0, 0, 1, 1], [2, 2, 3, 3], [4, 4]], "whatever the order"
+    assert len(set(workers.teacher.batches[0])) == 4
     assert drawn.scores.keys() == {r.sample_id for r in drawn.steps[0]}
 
 
-@pytest.mark.parametrize(("sampler", "placement"), [("student", "colocated"), ("teacher", "split")])
-def test_without_early_completions_all_are_scored_at_once(sampler, placement):
-    """Colocated roles run alternately, and a sampler such as a cache may report no early
+@pytest.mark.parametrize(
+    ("sampler", "placement", "sizes"),
+    [("student", "colocated", [10]), ("teacher", "split", [4, 4, 2])],
+)
+def test_the_same_batches_are_scored_without_early_completions(sampler, placement, sizes):
+    """Colocated roles run alternately. A sampler such as a cache may report no early
     completions."""
     changes = {"placement": placement, "objective": {"kind": "token_forward_kl"}}
     s, workers = source(sampler, prompts_per_step=5, **SPLIT | changes)
     workers.student = Early("student", range(10), SimpleNamespace(wait=lambda _: True))
     s.draw([PROMPTS[:5]], 0, Clock())
-    assert [len(batch) for batch in workers.teacher.batches] == [10]
+    assert [len(batch) for batch in workers.teacher.batches] == sizes
 
 
 def test_a_scoring_failure_during_sampling_ends_the_draw():
@@ -194,7 +199,7 @@ def test_reference_text_needs_no_sampler(sampler):
     changes = {"data": {**MINIMAL["data"], "corpus_path": "texts.jsonl"}}
     s, workers = source(sampler, **changes)
     drawn = s.draw([PROMPTS[:4]], 0, Clock())
-    rollouts, masked = s.split(drawn.steps[0])
+    rollouts, masked, _ = s.split(drawn.steps[0], drawn.scores)
     assert [r.completion_ids for r in rollouts] == [(7, 0)] * 4
     assert {r.source for r in rollouts} == {sampler}
     assert drawn.scores == {} and not masked
@@ -206,10 +211,45 @@ def test_truncated_completions_can_be_masked_out_of_the_loss():
     workers.student = Cutting("student")
     workers.student.hopeless = ("2", "3")
     drawn = s.draw([PROMPTS[:2], PROMPTS[2:4]], 0, Clock())
-    rollouts, masked = s.split(drawn.steps[0])
+    rollouts, masked, _ = s.split(drawn.steps[0], drawn.scores)
     assert len(rollouts) == len(masked) == 4
     assert {r.finish_reason for r in rollouts} == {"stop"}
     assert {r.finish_reason for r in masked} == {"length"}
     assert {r.sample_id for r in (*rollouts, *masked)} == {r.sample_id for r in drawn.steps[0]}
-    all_cut, none_masked = s.split(drawn.steps[1])
+    all_cut, none_masked, _ = s.split(drawn.steps[1], drawn.scores)
     assert len(all_cut) == 8 and not none_masked
+
+
+class Refusing(Sampler):
+    """Endpoint that refuses all completions of the prompts in ``refused``."""
+
+    refused = ("1",)
+
+    def sample(self, prompts, *args):
+        return [
+            replace(r, completion_ids=(), finish_reason="refused")
+            if r.prompt_id in self.refused else r
+            for r in super().sample(prompts, *args)
+        ]  # fmt: skip
+
+
+def test_refused_completions_and_scores_are_dropped_and_counted():
+    changes = {"objective": {"kind": "token_forward_kl"}, "rollout": {"samples_per_prompt": 2}}
+    s, workers = source("teacher", **changes)
+    workers.teacher_sampler = Refusing("teacher")
+    s.scored, score = True, workers.teacher.score
+
+    def some(rollouts):
+        scores = score(rollouts)
+        return scores | {i: TeacherScore(i) for i in scores if i.startswith("2/")}
+
+    workers.teacher.score = some
+    drawn = s.draw([PROMPTS[:4]], 0, Clock())
+    assert {i.split("/")[0] for i in workers.teacher.batches[0]} == {"0", "2", "3"}
+    kept, masked, skipped = s.split(drawn.steps[0], drawn.scores)
+    assert [r.prompt_id for r in kept] == ["0", "0", "3", "3"]
+    assert (masked, skipped) == ([], 4)
+    workers.teacher_sampler.refused = ("0", "1", "2", "3")
+    drawn = s.draw([PROMPTS[:4]], 1, Clock())
+    with pytest.raises(ModelError, match=r"teacher\.on_refusal: the endpoint refused all 8"):
+        s.split(drawn.steps[0], drawn.scores)
