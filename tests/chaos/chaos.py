@@ -1,5 +1,8 @@
-"""Kill, stop and slow the processes of a run while it trains, and compare its output with that of
-an undisturbed run: python -m tests.chaos.chaos --kills 50 --seed 0"""
+"""Disturb a run while it trains, and compare its output with that of an undisturbed run:
+python -m tests.chaos.chaos --kills 50 --seed 0
+
+Its data has fewer prompts than the run needs, so that prompts repeat within the replay log.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +14,20 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 import psutil
 
 from actors.local_cluster import ENVIRONMENT, RAY, Head, free_ports, local_head
+from seqkd.config.run import load as load_config
 from seqkd.console import print_message
 from seqkd.files import file_digest
 from seqkd.storage.metrics_file import read_rows
+from tests.chaos import endpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -30,6 +36,8 @@ ROLES = {
     "teacher": "TeacherActor",
     "learner": "LearnerRank",
 }
+RAY_PROCESSES = {"gcs": "gcs_server", "raylet": "raylet"}
+"""Names of the processes of Ray's head."""
 FAULTS = (
     *(("kill", role) for role in ROLES),
     *(("hang", role) for role in ROLES),
@@ -39,6 +47,13 @@ FAULTS = (
     ("cut", "learner"),
     ("kill", "driver"),
     ("stop", "driver"),
+    ("kill", "gcs"),
+    ("kill", "raylet"),
+    ("flip", "teacher"),
+    ("flip", "student"),
+    ("flip", "checkpoint"),
+    ("foreign", "checkpoint"),
+    ("second", "driver"),
 )
 """Kinds of faults, with the affected role.
 
@@ -47,9 +62,20 @@ FAULTS = (
 - slow: SIGSTOP for two seconds
 - cut: destroys the TCP connections of the process (by `ss -K`, which requires root)
 - stop: SIGTERM
+- flip: kills the driver and flips one bit of a model or of the newest checkpoint. A changed model
+  must be refused, and is repaired. A damaged checkpoint must be skipped.
+- foreign: kills the driver and copies the newest checkpoint of another run. It must be skipped.
+- second: starts a second driver on the same run directory. It must be refused.
 
-A driver that has ended is started again with --resume.
+After the loss of Ray's head, a new head is started. A driver that has ended is started again with
+--resume.
 """
+ENDPOINT_FAULTS = (
+    *(("answer", fault) for fault in endpoint.FAULTS),
+    ("kill", "driver"),
+    ("stop", "driver"),
+)
+"""Kinds of faults of a run with a teacher behind an endpoint; see :mod:`tests.chaos.endpoint`."""
 STAGES = (
     "RolloutActor.load", "RolloutActor.sample", "RolloutActor.logprobs", "TeacherActor.score",
     "LearnerRank.measure", "LearnerRank.step", "LearnerRank.publish", "LearnerRank.save",
@@ -59,6 +85,7 @@ OVERRIDES = (
     "recovery={restarts: 1000, backoff_s: 0.1, heartbeat_s: 8, stall_s: 90}",
     "checkpoints={every_steps: 5, keep_last: 2}",
     "evaluation.prompts=4",
+    "data.rows=6",
 )
 PATIENCE_S = 600
 """Seconds without a step after which a run counts as hung."""
@@ -83,34 +110,44 @@ def main() -> int:
         action="store_true",
         help="instead of --kills: kill the driver after each of 10 steps, and in every stage",
     )
+    parser.add_argument(
+        "--endpoint", action="store_true", help="faults of a teacher behind an endpoint"
+    )
     parser.add_argument("--directory", type=Path, default=ROOT / "runs" / "chaos")
     args = parser.parse_intermixed_args()
     shutil.rmtree(args.directory, ignore_errors=True)
     args.directory.mkdir(parents=True)
-    faults = driver_faults() if args.stages else schedule(args.kills, args.seed)
+    kinds = ENDPOINT_FAULTS if args.endpoint else FAULTS
+    faults = driver_faults() if args.stages else schedule(args.kills, args.seed, kinds)
     steps = 10 if args.stages else 2 * args.kills
     overrides = [*OVERRIDES, f"steps={steps}", f"runs_dir={args.directory}"]
     overrides += ["placement=split"] if args.nodes == 2 else []
-    command = [sys.executable, "-m", "seqkd", "train", args.config, *overrides, *args.overrides]
-
-    print("undisturbed run", flush=True)
-    with cluster(args.nodes) as ray:
-        run = Trial(
-            [*command, "name=quiet", f"cluster={ray.head.cluster}"], args.directory / "quiet"
-        )
-        run.finish()
-    print(f"run with {len(faults)} faults", flush=True)
-    begun = time.monotonic()
-    with cluster(args.nodes) as ray:
-        run = Trial(
-            [*command, "name=chaos", f"cluster={ray.head.cluster}"], args.directory / "chaos"
-        )
-        disturb(run, faults, ray, random.Random(args.seed))
-        run.finish()
-        problems = left_behind(run)
+    with endpoint.serve() as server:
+        models = [] if args.endpoint else copied_models(args.config, args.directory / "models")
+        overrides += endpoint.overrides(server) if args.endpoint else models
+        command = [sys.executable, "-m", "seqkd", "train", args.config, *overrides, *args.overrides]
+        print("undisturbed run", flush=True)
+        with Cluster(args.nodes) as ray:
+            Trial([*command, "name=quiet"], args.directory / "quiet", ray).finish()
+        print(f"run with {len(faults)} faults", flush=True)
+        begun = time.monotonic()
+        with Cluster(args.nodes) as ray:
+            run = Trial([*command, "name=chaos"], args.directory / "chaos", ray, server)
+            disturb(run, faults, random.Random(args.seed))
+            run.finish()
+            problems = run.problems + left_behind(run)
     problems += differences(args.directory / "quiet", args.directory / "chaos")
     report(run, time.monotonic() - begun, problems)
     return 1 if problems else 0
+
+
+def copied_models(config: str, folder: Path) -> list[str]:
+    """Copy both models, whose files the faults change, and return the overrides for the copies."""
+    read = load_config(config)
+    paths = {"teacher": read.teacher.model, "student": read.student.model}
+    for name, path in paths.items():
+        shutil.copytree(Path(path).expanduser(), folder / name, symlinks=False)
+    return [f"{name}.model={folder / name}" for name in paths]
 
 
 @dataclass(frozen=True)
@@ -130,11 +167,11 @@ class Fault:
         return f"{self.what} {self.role}" + (f" in {self.stage}" if self.stage else "")
 
 
-def schedule(faults: int, seed: int) -> list[Fault]:
+def schedule(faults: int, seed: int, kinds: Sequence[tuple[str, str]]) -> list[Fault]:
     """Return one fault per step. All kinds occur about equally often in random order, half of them
     in a stage and half of them at a random time."""
     generator = random.Random(seed)
-    kinds = [FAULTS[i % len(FAULTS)] for i in range(faults)]
+    kinds = [kinds[i % len(kinds)] for i in range(faults)]
     generator.shuffle(kinds)
     return [
         Fault(step, *kind, generator.choice(STAGES), generator.uniform(0, 0.02))
@@ -151,26 +188,38 @@ def driver_faults() -> list[Fault]:
     return sorted([*after, *within], key=lambda fault: fault.step)
 
 
-@dataclass
 class Cluster:
-    """A Ray cluster on this machine, with one node or two."""
+    """A Ray cluster on this machine, with one node or two. Its head has enough cores for all
+    actors, so that it can replace the actors of a lost node."""
 
-    head: Head
-    second: subprocess.Popen[bytes] | None
+    def __init__(self, nodes: int) -> None:
+        self.nodes, self.stack = nodes, ExitStack()
+        self.second: subprocess.Popen[bytes] | None = None
 
+    def __enter__(self) -> Self:
+        self.head = self.stack.enter_context(local_head(ENVIRONMENT, "--num-cpus=4"))
+        if self.nodes == 2:
+            self.second = second_node(self.head)
+            self.stack.callback(self.second.wait)
+            self.stack.callback(self.second.terminate)
+        return self
 
-@contextmanager
-def cluster(nodes: int) -> Iterator[Cluster]:
-    """Run a cluster whose head has enough cores for all actors, so that it can replace the actors
-    of a lost node."""
-    with ExitStack() as stack:
-        head = stack.enter_context(local_head(ENVIRONMENT, "--num-cpus=4"))
-        second = None
-        if nodes == 2:
-            second = second_node(head)
-            stack.callback(second.wait)
-            stack.callback(second.terminate)
-        yield Cluster(head, second)
+    def __exit__(self, *_: object) -> None:
+        self.stack.close()
+
+    def kill(self, process: str) -> bool:
+        """Kill a process of the head. Returns False if there is none."""
+        for child in psutil.Process().children(recursive=True):
+            with suppress(psutil.Error):
+                if child.name() == RAY_PROCESSES[process]:
+                    child.kill()
+                    return True
+        return False
+
+    def restart(self) -> None:
+        """Start a new head in place of a lost one."""
+        self.stack.close()
+        self.__enter__()
 
 
 def second_node(head: Head) -> subprocess.Popen[bytes]:
@@ -193,7 +242,10 @@ class Trial:
 
     command: list[str]
     directory: Path
+    ray: Cluster
+    server: endpoint.Server | None = None
     done: Counter[str] = field(default_factory=Counter)
+    problems: list[str] = field(default_factory=list)
     seen: set[psutil.Process] = field(default_factory=set)
     """All processes of the run so far."""
 
@@ -204,10 +256,32 @@ class Trial:
 
     def begin(self) -> None:
         """Start the driver, which continues from the newest checkpoint."""
-        self.driver = subprocess.Popen(
-            [*self.command, "--resume"], cwd=ROOT, env=ENVIRONMENT, stdout=self.out, stderr=self.out
-        )
+        self.begun_at = self.log.stat().st_size
+        self.driver = self.start()
         self.seen.add(psutil.Process(self.driver.pid))
+
+    def start(self) -> subprocess.Popen[bytes]:
+        """Start a driver without waiting for it."""
+        command = [*self.command, f"cluster={self.ray.head.cluster}", "--resume"]
+        return subprocess.Popen(
+            command, cwd=ROOT, env=ENVIRONMENT, stdout=self.out, stderr=self.out
+        )
+
+    def printed(self) -> str:
+        """Return the output since the last start of the driver."""
+        return self.log.read_bytes()[self.begun_at :].decode()
+
+    def kill(self) -> None:
+        """Kill the driver and wait for its end."""
+        self.driver.kill()
+        self.driver.wait()
+
+    def refused(self, driver: subprocess.Popen[bytes], text: str) -> None:
+        """Require that a driver ends with exit code 2 and prints ``text``."""
+        code = driver.wait(PATIENCE_S)
+        printed = self.printed()
+        if code != 2 or text not in printed or "Traceback" in printed:
+            self.problems.append(f"exit code {code} without {text!r}: {printed[-500:]}")
 
     def steps(self) -> int:
         """Return the number of rows of metrics."""
@@ -275,25 +349,40 @@ def is_actor(process: psutil.Process, name: str) -> bool:
         return False
 
 
-def disturb(run: Trial, faults: list[Fault], ray: Cluster, generator: random.Random) -> None:
+def disturb(run: Trial, faults: list[Fault], generator: random.Random) -> None:
     """Apply the faults in order."""
     for number, fault in enumerate(faults, 1):
         while not (run.reach(fault.step) and run.at(fault.stage)):
             if not run.restart():
                 return
         time.sleep(fault.delay)
-        if ray.second and number == len(faults) // 2:
-            kill_node(ray.second)
+        if run.ray.second and number == len(faults) // 2:
+            kill_node(run.ray.second)
             run.done["kill node"] += 1
             print("  kill node", flush=True)
         there = strike(run, fault, generator)
         run.done[f"{fault.what} {fault.role}"] += there
-        missed = "" if there else ": no such process"
+        missed = "" if there else ": not possible"
         print(f"{number:>4}/{len(faults)} after step {run.steps()}: {fault}{missed}", flush=True)
 
 
 def strike(run: Trial, fault: Fault, generator: random.Random) -> int:
-    """Apply one fault. Returns 1 if a process of the role existed, else 0."""
+    """Apply one fault. Returns 1 if it was possible, else 0."""
+    if fault.what == "answer":
+        assert run.server
+        run.server.break_next(fault.role)
+        return 1
+    if fault.what in ("flip", "foreign"):
+        return damage(run, fault, generator)
+    if fault.what == "second":
+        run.refused(run.start(), "is in use by a running process")
+        return 1
+    if fault.role in RAY_PROCESSES:
+        there = run.ray.kill(fault.role)
+        run.driver.wait(PATIENCE_S)
+        run.ray.restart()
+        run.begin()
+        return int(there)
     until = time.monotonic() + 180
     while not (there := run.processes(fault.role)):  # the process may be restarting
         if time.monotonic() > until or (run.driver.poll() is not None and not run.restart()):
@@ -309,6 +398,46 @@ def strike(run: Trial, fault: Fault, generator: random.Random) -> int:
             time.sleep(2)
             victim.send_signal(signal.SIGCONT)
     return 1
+
+
+def damage(run: Trial, fault: Fault, generator: random.Random) -> int:
+    """Kill the driver, damage a file or add a foreign checkpoint, and resume."""
+    saved = sorted((run.directory / "checkpoints").glob("step-*"))
+    if fault.role == "checkpoint" and len(saved) < 2:  # no earlier checkpoint to continue from
+        return 0
+    run.kill()
+    if fault.what == "foreign":
+        other = sorted((run.directory.parent / "quiet" / "checkpoints").glob("step-*"))[-1]
+        shutil.copytree(other, saved[-1].parent / "step-00099999")
+        run.begin()
+        run.reach(run.steps() + 1)
+        if "belongs to another run" not in run.printed():
+            run.problems.append("a checkpoint of another run was not reported")
+        return 1
+    if fault.role == "checkpoint":
+        files = sorted(f for f in saved[-1].rglob("*") if f.is_file() and f.stat().st_size)
+        flip(generator.choice(files), generator)
+        run.begin()
+        run.reach(run.steps() + 1)
+        if saved[-1].name not in run.printed():
+            run.problems.append(f"a changed bit in {saved[-1]} was not reported")
+        return 1
+    file = run.directory.parent / "models" / fault.role / "model.safetensors"
+    repair = flip(file, generator)
+    run.begin()
+    run.refused(run.driver, file.name)
+    repair()
+    run.begin()
+    return 1
+
+
+def flip(file: Path, generator: random.Random) -> Callable[[], object]:
+    """Flip one bit of a file. Returns a function that restores it."""
+    before = file.read_bytes()
+    after = bytearray(before)
+    after[generator.randrange(len(after))] ^= 1 << generator.randrange(8)
+    file.write_bytes(after)
+    return lambda: file.write_bytes(before)
 
 
 def cut(victim: psutil.Process) -> int:
@@ -360,8 +489,10 @@ def differences(quiet: Path, chaos: Path) -> list[str]:
 
 
 def timed(key: str) -> bool:
-    """Return True if a metric depends on the clock."""
-    return key.startswith("time_") or key == "tokens_per_s"
+    """Return True if a metric depends on the clock, or counts since the start of a process."""
+    counts = ("teacher_requests", "teacher_unreadable", "teacher_refused", "teacher_prompt_tokens",
+              "teacher_completion_tokens")  # fmt: skip
+    return key.startswith("time_") or key in ("tokens_per_s", *counts)
 
 
 def report(run: Trial, seconds: float, problems: list[str]) -> None:
