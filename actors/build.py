@@ -11,7 +11,10 @@ from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 from urllib.request import ProxyHandler, build_opener
 
+import psutil
+
 from actors import placement
+from actors.gcs_watch import JOINED_S, OWN_S, GcsWatch
 from actors.groups import LearnerGroup, RolloutGroup, TeacherGroup
 from actors.pool import Pool, remote
 from seqkd.checks.preflight import Checked
@@ -20,7 +23,7 @@ from seqkd.config.run import Config
 from seqkd.config.student import StudentConfig
 from seqkd.config.teacher import EndpointTeacherConfig, LocalTeacherConfig, TeacherConfig
 from seqkd.console import print_message
-from seqkd.errors import LearnerLost, ResourceError
+from seqkd.errors import ClusterLost, LearnerLost, ResourceError
 from seqkd.models.loading import expand
 from seqkd.teachers.endpoint import key_of
 from seqkd.training.control import Control
@@ -43,6 +46,7 @@ def connect(config: Config, verbose: bool) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)  # Ray's own handler would end with its exit code
     except Exception as error:  # Ray raises bare RuntimeError and ConnectionError here
         raise _no_cluster(address, error) from error
+    own = [] if address != "local" else psutil.Process().children(recursive=True)
     try:
         if address != "local" and context.dashboard_url and is_open(context.dashboard_url):
             print_message(
@@ -54,6 +58,9 @@ def connect(config: Config, verbose: bool) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+        for process in own:  # agents outlive the loss of their cluster
+            with suppress(psutil.Error):
+                process.kill()
 
 
 def is_open(dashboard: str) -> bool:
@@ -118,7 +125,12 @@ def workers(
             )
         with _started(config, plan, group, student_path, checked, control) as crew:
             yield crew
-    finally:
+    except ClusterLost:
+        raise  # a request to the lost cluster would wait until Ray ends this process
+    except BaseException:
+        remove_placement_group(group)
+        raise
+    else:
         remove_placement_group(group)
 
 
@@ -151,6 +163,7 @@ def _started(
             writers[name] = pool("teacher_sampler", name, writing)
     pools = [student, *scorers.values(), *writers.values()]
     learner = _learner(config, plan, group, student_path, control)
+    control.watch = _gcs_watch(config)
     try:
         starting = [p.ask("start", [p.starting] * len(p.actors)) for p in pools]
         if learner:
@@ -162,10 +175,19 @@ def _started(
             learner.ready()
         yield _assemble_workers(config.rollout, config.teacher, learner, student, scorers, writers)
     finally:
+        control.watch = lambda: None
         for p in pools:
             p.kill()
         if learner:
             learner.kill()
+
+
+def _gcs_watch(config: Config) -> GcsWatch:
+    import ray
+
+    joined = config.cluster or os.environ.get("RAY_ADDRESS")
+    address = ray.get_runtime_context().gcs_address
+    return GcsWatch(address, JOINED_S if joined else OWN_S)
 
 
 def _assemble_workers(

@@ -45,6 +45,10 @@ class ResourceError(SeqkdError):
     """Fewer cores or GPUs or less memory than the run needs, or no cluster to run on."""
 
 
+class ClusterLost(ResourceError):
+    """A cluster that no longer answers."""
+
+
 class ActorError(SeqkdError):
     """A failed actor. The message reports the first cause, not the last symptom.
 

@@ -28,6 +28,8 @@ class Control:
         """Restarts since the last checkpoint."""
         self.first: SeqkdError | None = None
         """Cause of the first of these restarts."""
+        self.watch: Callable[[], None] = lambda: None
+        """Raises if the cluster is lost."""
         self.signal: signal.Signals | None = None
         self._asked = 0.0
 
@@ -53,6 +55,7 @@ class Control:
         """Raise Stopped if a signal was received. A draw in parallel with the learner, in its own
         thread, has the same grace period as the learner's step: if it were abandoned, a different
         student would repeat it."""
+        self.watch()
         if threading.current_thread() is not threading.main_thread():
             self.check_after_grace()
         elif self.signal is not None:
@@ -60,6 +63,7 @@ class Control:
 
     def check_after_grace(self) -> None:
         """Raise Stopped if a signal was received more than ``recovery.grace_s`` seconds ago."""
+        self.watch()
         over = time.monotonic() - self._asked > self.recovery.grace_s
         if self.signal is not None and over:
             raise Stopped(self.signal)

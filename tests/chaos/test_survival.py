@@ -58,6 +58,20 @@ def reach(process, run, steps):
     return psutil.Process(process.pid).children(recursive=True)
 
 
+def test_the_loss_of_the_own_cluster_is_reported_and_leaves_no_process(tiny_config, tmp_path):
+    """Ray itself ends the driver after 60 s, without an error, and leaves its agents running."""
+    run = tmp_path / "tiny"
+    driver = start(tiny_config, tmp_path)
+    processes = reach(driver, run, 2)
+    (control,) = [p for p in processes if p.name() == "gcs_server"]
+    control.kill()
+    printed, _ = driver.communicate(timeout=PATIENCE_S)
+    assert driver.returncode == 2, printed
+    assert "Ray's control process (gcs_server) at 1" in printed
+    assert "Traceback" not in printed
+    assert psutil.wait_procs(processes, timeout=60)[1] == []
+
+
 def test_a_killed_driver_leaves_no_process_and_ctrl_c_saves(tiny_config, tmp_path):
     run = tmp_path / "tiny"
     first = start(tiny_config, tmp_path)
