@@ -40,8 +40,10 @@ class Comparison:
 def compare(student: Ratio, other: Ratio) -> Comparison:
     """Compare a figure over the prompts where both are defined; there must be at least one."""
     both = (student.below > 0) & (other.below > 0)
-    means = (float(side.above[both].sum() / side.below[both].sum()) for side in (student, other))
-    return Comparison(*means, paired_change(other, student), int(both.sum()))
+    own, others = (
+        float(side.above[both].sum() / side.below[both].sum()) for side in (student, other)
+    )
+    return Comparison(own, others, paired_change(other, student), int(both.sum()))
 
 
 def length_warning(

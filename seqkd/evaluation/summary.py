@@ -48,7 +48,8 @@ def evaluation_json(
     stage, last = list(ratios.items())[-1]
     from_teacher = {f: compare(last[f], last[other]) for f, other in TEACHER_FIGURES.items()}
     changes |= {f: {f"teacher -> {stage}": asdict(c.change)} for f, c in from_teacher.items()}
-    warning = None if stage == "initial" else length_warning(*from_teacher.values())
+    length, ended = from_teacher["student_length"], from_teacher["student_eos_rate"]
+    warning = None if stage == "initial" else length_warning(length, ended)
     return {
         "prompts": len(prompts),
         "interval": "95 % percentile bootstrap over prompts",
