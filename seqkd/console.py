@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from rich.live import Live
     from rich.progress import Progress as Bar
     from rich.table import Table
+    from rich.text import Text
 
 UNLIMITED = 100_000
 """Columns of a file or pipe, where lines are never wrapped."""
@@ -69,6 +70,13 @@ def print_message(level: str, text: str, indent: str = "", file: TextIO | None =
     for line in clean(text).splitlines():
         prefix = ("", "") if line.startswith(" ") else (f"{level}: ", STYLES[level])
         show(Text.assemble(indent, prefix, line), file=file)
+
+
+def red_warning(text: str) -> Text:
+    """Return a warning about the result, for :func:`show`."""
+    from rich.text import Text
+
+    return Text(f"warning: {clean(text)}", STYLES["error"])
 
 
 def show(*parts: RenderableType, file: TextIO | None = None) -> None:

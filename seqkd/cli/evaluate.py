@@ -141,6 +141,7 @@ def evaluate(request: Request, verbose: bool) -> int:
     """Generate, measure, write and print. Return 2 if a part had to be skipped, else 0."""
     from actors import build
     from seqkd import report
+    from seqkd.data.content import ContentTokenizer
     from seqkd.evaluation import offline
 
     bart = load_scorer(request)
@@ -156,10 +157,13 @@ def evaluate(request: Request, verbose: bool) -> int:
                 outputs |= generate(
                     config, name, workers, checked, with_teacher, request.out, progress
                 )
+    content = ContentTokenizer(checked.tokenizer, checked.content_tokens)
     held_out = offline.PromptSet(
         list(checked.heldout),
         [checked.references.get(p.prompt_id, ()) for p in checked.heldout],
         lambda ids: str(checked.tokenizer.decode(ids, skip_special_tokens=True)),
+        lambda text: len(content.content([text])[0]),
+        config.rollout.max_tokens,
     )
     if not any(held_out.references):
         text = (

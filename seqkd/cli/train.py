@@ -14,7 +14,7 @@ from seqkd.console import print_message, quiet, run_command, show
 from seqkd.errors import LearnerLost, StorageError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from seqkd.checks.preflight import Checked
     from seqkd.config.run import Config
@@ -39,6 +39,9 @@ class RunResult:
     figures: Mapping[str, Mapping[str, Interval]]
     """Held-out figures with their 95 % intervals, by stage ("initial", then the name of each
     phase), then by the names in docs/metrics.md. Empty if ``evaluation.prompts`` is 0."""
+    warnings: Sequence[str]
+    """Warnings about the student, such as a completion length that is significantly away from the
+    teacher's. The divergences in ``figures`` do not show it."""
     steps: int
     """Optimizer steps of the run, including those before it was resumed."""
     seconds: float
@@ -131,7 +134,7 @@ def train(config: Config, *, resume: bool = False, verbose: bool = False) -> Run
     figures = {stage: intervals for stage, (_, intervals) in finished.figures.items()}
     return RunResult(
         directory, directory / "student", directory / "metrics.jsonl", page, figures,
-        finished.done, seconds,
+        finished.warnings, finished.done, seconds,
     )  # fmt: skip
 
 

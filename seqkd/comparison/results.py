@@ -203,6 +203,17 @@ def _problems(
                 f"{entry.method}, seed {entry.seed}: the run ended after {spent:g} of "
                 f"{budget.amount:g} {budget.kind}."
             )
+    warned: dict[tuple[str, str], list[str]] = {}
+    for (method, seed), run in runs.items():
+        sets: dict[str, Any] = {"held-out prompts": run.over and run.warnings}
+        sets |= {name: run.over and other.warnings for name, other in run.evaluated.items()}
+        for name in filter(sets.get, sets):
+            warned.setdefault((method, name), []).append(str(seed))
+    for (method, name), seeds in warned.items():
+        yield (
+            f"{method}, seed {', '.join(seeds)}: on {name}, length or EOS rate is significantly "
+            "away from the teacher's. Figures and fixes are in the report of each run."
+        )
     if len(comparison.seeds) < 2:
         yield (
             "There is only one seed: intervals are over prompts only, and differences are not "

@@ -13,6 +13,7 @@ from seqkd.evaluation import table
 from seqkd.evaluation.bartscore import BartScorer
 from seqkd.evaluation.catalog import labeled
 from seqkd.evaluation.intervals import Interval
+from seqkd.evaluation.length import compare, length_warning
 from seqkd.evaluation.table import ModelOutputs
 from seqkd.evaluation.text import without_eos
 from seqkd.types import Prompt
@@ -30,6 +31,10 @@ class PromptSet:
     """Answers from the data set for each prompt, possibly none."""
     decode: Callable[[Sequence[int]], str]
     """Decoder from token ids to text, without special tokens."""
+    tokens: Callable[[str], int]
+    """Number of tokens of a text."""
+    max_tokens: int
+    """Token limit of the completions."""
 
 
 def figures_json(
@@ -41,11 +46,17 @@ def figures_json(
         name: table.figures(output, prompts, held_out.references, held_out.decode, bart)
         for name, output in outputs.items()
     }
+    if "teacher" not in figures and any(held_out.references):
+        figures["references"] = table.reference_lengths(
+            held_out.references, held_out.tokens, held_out.max_tokens
+        )
     changes = {
         f"{before} -> student": table.changes(figures[before], figures["student"])
-        for before in ("initial", "teacher")
+        for before in ("initial", "teacher", "references")
         if {before, "student"} <= figures.keys()
     }
+    curves = {n: table.curves(o, prompts) for n, o in outputs.items() if o.on_teacher}
+    warning = _length_warning(figures, curves)
     return {
         "prompts": len(prompts),
         "with_references": sum(map(bool, held_out.references)),
@@ -56,9 +67,24 @@ def figures_json(
             for key in table.FIGURES
             if any(key in change for change in changes.values())
         },
+        "warnings": {"student": warning} if warning else {},
         "per_prompt": {n: {k: v.plain() for k, v in f.ratios.items()} for n, f in figures.items()},
-        "curves": {n: table.curves(o, prompts) for n, o in outputs.items() if o.on_teacher},
+        "curves": curves,
     }
+
+
+def _length_warning(
+    figures: Mapping[str, table.Figures], curves: Mapping[str, Mapping[str, Any]]
+) -> str | None:
+    """Return the warning about the trained student, compared with the teacher or, without a
+    teacher, with the references."""
+    other = next((name for name in ("teacher", "references") if name in figures), None)
+    if other is None or "student" not in figures:
+        return None
+    student, others = figures["student"].ratios, figures[other].ratios
+    length, ended = (compare(student[name], others[name]) for name in ("length", "ended"))
+    ends = curves.get("student", {}).get("end_calibration")
+    return length_warning(length, ended, ends, references=other == "references")
 
 
 def write(
@@ -88,7 +114,7 @@ def write(
 
 
 def render(evaluation: Mapping[str, Any]) -> Iterator[RenderableType]:
-    """Yield the table of figures, the paired changes and the curves for a terminal."""
+    """Yield figures, paired changes, curves and warnings for a terminal."""
     figures = {
         name: {key: Interval(**value) for key, value in row.items()}
         for name, row in evaluation["figures"].items()
@@ -105,6 +131,7 @@ def render(evaluation: Mapping[str, Any]) -> Iterator[RenderableType]:
         yield console.table([f"  {labeled(k)}", str(i), i.verdict] for k, i in intervals.items())
     for name, curves in evaluation["curves"].items():
         yield "\n" + "\n".join(f"{name}: {line}" for line in _curve_lines(curves))
+    yield from map(console.red_warning, evaluation["warnings"].values())
 
 
 def _curve_lines(curves: Mapping[str, Any]) -> Iterator[str]:

@@ -15,8 +15,9 @@ import numpy as np
 
 from seqkd import console
 from seqkd.evaluation.catalog import labeled, metric
-from seqkd.evaluation.heldout import FIGURES, Example, Measurement
+from seqkd.evaluation.heldout import FIGURES, TEACHER_FIGURES, Example, Measurement
 from seqkd.evaluation.intervals import Interval, Ratio, paired_change
+from seqkd.evaluation.length import compare, length_warning
 from seqkd.types import Prompt
 
 if TYPE_CHECKING:
@@ -29,7 +30,9 @@ def evaluation_json(
     tokenizer: Any,
     examples: int,
 ) -> dict[str, Any]:
-    """Return all measurements as plain data: figures by stage, paired changes, completions."""
+    """Return all measurements as plain data: figures by stage, paired changes, completions.
+
+    The last stage is compared with the teacher. A warning is about a trained student only."""
     ratios = {stage: m.ratios() for stage, m in measurements.items()}
     tables = {stage: m.table() for stage, m in measurements.items()}
     phases = [stage for stage in ratios if not stage.startswith("step ")]
@@ -42,11 +45,17 @@ def evaluation_json(
         }
         for figure in ([f for f in divergences if f in measured_figures] or ["nll_per_token"])
     }
+    stage, last = list(ratios.items())[-1]
+    from_teacher = {f: compare(last[f], last[other]) for f, other in TEACHER_FIGURES.items()}
+    changes |= {f: {f"teacher -> {stage}": asdict(c.change)} for f, c in from_teacher.items()}
+    length, ended = from_teacher["student_length"], from_teacher["student_eos_rate"]
+    warning = None if stage == "initial" else length_warning(length, ended)
     return {
         "prompts": len(prompts),
         "interval": "95 % percentile bootstrap over prompts",
         "figures": {s: {k: asdict(v) for k, v in t.items()} for s, t in tables.items()},
         "changes": changes,
+        "warnings": {stage: warning} if warning else {},
         "per_prompt": {s: {k: v.plain() for k, v in row.items()} for s, row in ratios.items()},
         "examples": [
             _example(i, measurements, prompts, tokenizer)
@@ -56,7 +65,7 @@ def evaluation_json(
 
 
 def render(evaluation: dict[str, Any]) -> Iterator[RenderableType]:
-    """Yield the figures, the paired changes and the completions for a terminal."""
+    """Yield the figures, the paired changes, the warnings and the completions for a terminal."""
     stages = [stage for stage in evaluation["figures"] if not stage.startswith("step ")]
     names = [name for name in FIGURES if name in evaluation["figures"][stages[0]]]
     yield f"Held-out prompts: {evaluation['prompts']}; mean [95 % interval over prompts]\n"
@@ -73,6 +82,7 @@ def render(evaluation: dict[str, Any]) -> Iterator[RenderableType]:
                 f"{metric(figure).label}, {pair}: {interval} "
                 f"(paired over prompts; {interval.verdict})"
             )
+    yield from map(console.red_warning, evaluation["warnings"].values())
     for example in evaluation["examples"]:
         yield f"\nPrompt: {_shown(example['prompt'])}"
         yield console.table(
@@ -86,8 +96,8 @@ def _pairs(stages: list[str]) -> list[tuple[str, str]]:
 
 
 def stage_label(stage: str) -> str:
-    """Return the label of a measurement, for example "before" or "after warmup"."""
-    return "before" if stage == "initial" else f"after {stage}"
+    """Return the label of a measurement, for example "before", "after warmup" or "teacher"."""
+    return {"initial": "before", "teacher": "teacher"}.get(stage, f"after {stage}")
 
 
 def _example(
@@ -164,6 +174,8 @@ class Evaluation:
     """Intervals by stage ("initial" first) and figure."""
     changes: dict[str, dict[str, Interval]]
     """Changes, paired over prompts, by figure and "before -> after"."""
+    warnings: dict[str, str]
+    """Warnings about completion length, by stage."""
     per_prompt: dict[str, dict[str, Ratio]]
     """Sums of each prompt by stage and figure."""
     examples: list[Completions]
@@ -184,6 +196,7 @@ def read_figures(file: Path) -> Evaluation:
         interval=str(content.get("interval", "")),
         figures={stage: _intervals(row) for stage, row in content["figures"].items()},
         changes={figure: _intervals(row) for figure, row in content.get("changes", {}).items()},
+        warnings={str(stage): str(text) for stage, text in content.get("warnings", {}).items()},
         per_prompt={stage: ratios(row) for stage, row in content.get("per_prompt", {}).items()},
         examples=[read_completions(example) for example in content.get("examples", [])],
     )

@@ -107,6 +107,24 @@ def figures(
     return Figures(ratios | {n: v.ratio() for n, v in text.items() if v.values}, whole)
 
 
+def reference_lengths(
+    references: Sequence[Sequence[str]], tokens: Callable[[str], int], max_tokens: int
+) -> Figures:
+    """Measure length and EOS rate of the references as if they were completions: with a token that
+    ends them, and cut at ``max_tokens``.
+
+    Args:
+        references: [P] the data set's answers to each prompt, possibly none.
+        tokens: number of tokens of a text.
+    """
+    lengths = [[tokens(text) + 1 for text in texts] for texts in references]
+    values = {
+        "length": [np.minimum(row, max_tokens).mean() if row else None for row in lengths],
+        "ended": [(np.array(row) <= max_tokens).mean() if row else None for row in lengths],
+    }
+    return Figures({name: per_prompt(column).ratio() for name, column in values.items()}, {})
+
+
 def changes(before: Figures, after: Figures) -> dict[str, Interval]:
     """Return after - before for every figure with a value per prompt, with paired resampling."""
     both = [name for name in FIGURES if name in before.ratios.keys() & after.ratios.keys()]

@@ -38,6 +38,7 @@ def render(runs: Sequence[Run], refresh: float | None) -> str:
         phases={key: _phases(run) for key, run in zip(keys, runs, strict=True)},
         facts=facts(runs[0]),
         notes=list(_notes(runs)),
+        warnings=list(_warnings(runs)),
         headlines=headlines(runs[0]) if len(runs) == 1 else {},
         interval=runs[0].evaluation and runs[0].evaluation.interval,
         tables=held_out(runs[0]) if len(runs) == 1 else [last_figures(runs, keys)],
@@ -109,11 +110,13 @@ def last_figures(runs: Sequence[Run], keys: Sequence[Key]) -> Table:
     return page.figure_table("Last held-out figures of every run", figures, names)
 
 
-def evaluated(run: Run) -> dict[str, tuple[int, list[Table]]]:
-    """Return the number of prompts and the tables of seqkd evaluate, by prompt set."""
+def evaluated(run: Run) -> dict[str, tuple[int, list[str], list[Table]]]:
+    """Return the number of prompts, the warnings and the tables of seqkd evaluate, by prompt
+    set."""
     return {
         name: (
             evaluation.prompts,
+            list(evaluation.warnings.values()),
             [
                 page.figure_table("Figures by model", dict(evaluation.figures), table.FIGURES),
                 page.change_table(evaluation, lambda pair: pair.replace(" -> ", " → ")),
@@ -161,6 +164,12 @@ def times(runs: Sequence[Run]) -> Iterator[tuple[str, Table, Panel]]:
 def _phases(run: Run) -> list[str]:
     phases = run.config.phases if run.config else ()
     return [describe_phase(run.config, name, phase) for name, phase in phases if run.config]
+
+
+def _warnings(runs: Sequence[Run]) -> Iterator[str]:
+    """Yield the warnings about the last measured student of each run."""
+    for run in runs:
+        yield from (f"{run.name}: {text}" if len(runs) > 1 else text for text in run.warnings)
 
 
 def _notes(runs: Sequence[Run]) -> Iterator[str]:

@@ -91,6 +91,12 @@ class Run:
         }
 
     @property
+    def warnings(self) -> list[str]:
+        """Warnings about the last measured student."""
+        by_stage = self.evaluation.warnings if self.evaluation else {}
+        return [by_stage[stage] for stage in [*self.figures][-1:] if stage in by_stage]
+
+    @property
     def over(self) -> bool:
         """True if the run is finished: no process is running, every step is taken, and the final
         student is measured if the configuration requires it."""

@@ -52,20 +52,19 @@ def test_a_model_and_its_teacher(tiny, tiny_config, tmp_path):
     assert not (out / "cache").exists()
 
 
-def test_other_figures_are_computed_without_references_or_with_another_tokenizer(
-    tiny, tiny_config, tmp_path
-):
-    """The teacher cannot be compared with, so only the text is evaluated and the reason is
-    printed."""
+def test_other_figures_are_computed_with_another_tokenizer(tiny, tiny_config, tmp_path, tokenizer):
+    """The teacher cannot be compared with, so only the text is evaluated, with the references in
+    place of the teacher, and the reason is printed."""
     from transformers import AutoTokenizer
 
     other = tmp_path / "other"
     shutil.copytree(tiny["teacher"], other)
-    tokenizer = AutoTokenizer.from_pretrained(other)
-    tokenizer.add_tokens(["<extra>"])
-    tokenizer.save_pretrained(other)
+    changed = AutoTokenizer.from_pretrained(other)
+    changed.add_tokens(["<extra>"])
+    changed.save_pretrained(other)
     prompts = tmp_path / "set.jsonl"
-    prompts.write_text(json.dumps(ROWS[1]) + "\n")
+    rows = [{"prompt": f"Write {i}.", "completion": "one two"} for i in range(12)]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     out = tmp_path / "out"
     done = evaluate(
         tiny["student"], "--config", str(tiny_config), "--prompts", str(prompts),
@@ -74,11 +73,14 @@ def test_other_figures_are_computed_without_references_or_with_another_tokenizer
     assert done.returncode == 2, done.stdout + done.stderr
     assert "error: teacher.model: " in done.stderr
     assert "error: teacher: all figures that need the teacher were skipped." in done.stderr
-    assert "warning: no prompt has a reference answer" in done.stdout
     result = json.loads((out / "evaluation.json").read_text())
-    assert result["figures"].keys() == {"student"}
-    assert {"length", "ended", "distinct1"} <= result["figures"]["student"].keys()
-    assert not {"rouge1", "reverse_kl_per_token"} & result["figures"]["student"].keys()
+    assert result["figures"].keys() == {"student", "references"}
+    tokens = len(tokenizer("one two", add_special_tokens=False).input_ids) + 1
+    assert result["figures"]["references"]["length"]["mean"] == tokens < 10
+    assert "warning: student completions are" in done.stdout
+    assert "tokens longer than the references" in done.stdout
+    assert {"ended", "distinct1", "rouge1"} <= result["figures"]["student"].keys()
+    assert "reverse_kl_per_token" not in result["figures"]["student"]
 
 
 def test_prompts_without_answers_are_evaluated(tiny, tiny_config, tmp_path):

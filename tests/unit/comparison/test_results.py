@@ -251,6 +251,21 @@ def test_limitations_of_a_comparison_are_reported(tmp_path):
     assert "token_forward_kl" not in result.tables[0].figures
 
 
+def test_warnings_about_length_are_listed_by_method(tmp_path):
+    comparison, entries = write_comparison(tmp_path, missing=[("default", 0)])
+    others = [e for e in entries if e.method == "default" and e.seed]
+    for entry in others:
+        file = entry.directory / "evaluation.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"warnings": {"main": "short"}}))
+    seeds = ", ".join(str(entry.seed) for entry in others)
+    assert len(others) > 1
+    assert results.read(comparison, entries).problems == [
+        "default, seed 0: not started.",
+        f"default, seed {seeds}: on held-out prompts, length or EOS rate is significantly away "
+        "from the teacher's. Figures and fixes are in the report of each run.",
+    ]
+
+
 def test_tables_as_text_and_json(tmp_path):
     comparison, entries = write_comparison(tmp_path)
     result = results.read(comparison, entries)

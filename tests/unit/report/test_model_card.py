@@ -204,6 +204,14 @@ def test_table_has_the_figures_of_the_evaluation(run, tokenizer):
     assert "On 6 held-out prompts" in card.text
 
 
+def test_card_has_the_warning_about_length(run, tokenizer):
+    stages = {"initial": measurement(0), "main": measurement(2)}
+    evaluation = json.loads(json.dumps(evaluation_json(stages, ["prompt"] * 6, tokenizer, 0)))
+    assert "Warning" not in written(run, config(), evaluation).text
+    text = written(run, config(), evaluation | {"warnings": {"main": "student completions"}}).text
+    assert text.index("**Warning:** student completions.\n\n| |") < text.index("reverse KL")
+
+
 def test_card_describes_the_training(run):
     text = written(run, config()).text
     for words in (

@@ -28,7 +28,16 @@ from seqkd.storage import run_directory
 from seqkd.storage.run_reader import read
 from tests import pages
 from tests.conftest import ROOT
-from tests.report_runs import HOSTILE, MAIN, SKIPPED, WARMUP, configuration, replace_yaml, write_run
+from tests.report_runs import (
+    HOSTILE,
+    MAIN,
+    SKIPPED,
+    WARMUP,
+    configuration,
+    evaluation,
+    replace_yaml,
+    write_run,
+)
 
 
 @pytest.fixture
@@ -295,7 +304,7 @@ def test_figures_on_other_prompts(few):
         "changes": {"rougeL": {"initial -> student": change}},
     }  # fmt: skip
     file.write_text(json.dumps(content))
-    ((name, (prompts, (figures, changes))),) = run_page.evaluated(read(few)).items()
+    ((name, (prompts, _, (figures, changes))),) = run_page.evaluated(read(few)).items()
     assert (name, prompts, figures.heads) == ("selfinst", 252, ["Figure", "teacher", "student"])
     assert figures.rows == [
         ["ROUGE-L (0 to 100)", *[Interval(**one)] * 2],
@@ -303,7 +312,9 @@ def test_figures_on_other_prompts(few):
     ]
     ((label, pair, words),) = changes.rows
     assert (label, pair) == ("ROUGE-L (0 to 100)", "initial → student") and "4.5" in words
+    warn(file, student=WARNING)
     text = run_page.render([read(few)], None)
+    assert text.index('id="evaluated-1"') < text.index(WARNING[:30]) < text.index("ROUGE-L")
     assert 'href="#evaluated-1"' in text and "21.5" in text and "[0.125" not in text
     file.write_text("{")
     run = read(few)
@@ -311,6 +322,46 @@ def test_figures_on_other_prompts(few):
     assert any(
         p.startswith("evaluation/selfinst/evaluation.json: is damaged") for p in run.problems
     )
+
+
+WARNING = "student completions are 15.5 tokens shorter than the teacher's"
+
+
+def warn(file, **warnings):
+    """Add warnings to an evaluation.json."""
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"warnings": warnings}))
+
+
+def test_warning_about_length_is_red_and_next_to_the_divergence(few):
+    warn(few / "evaluation.json", main=WARNING)
+    text = run_page.render([read(few)], None)
+    warning = f"<strong>Warning:</strong> {WARNING.replace(chr(39), '&#39;')}</p>"
+    (summary,) = re.findall(r'<section class="headlines".*?</section>', text, re.DOTALL)
+    before, after = summary.split(f'<p class="warning">{warning}')
+    assert "<div>" not in before and "Reverse KL per token" in after[:80], "directly above it"
+    assert text.count("Warning:") == 1
+    (rule,) = re.findall(r"^\.warning \{(.*)\}$", text, re.MULTILINE)
+    assert "color: var(--warning)" in rule
+    pages.check_colors(text)
+
+
+def test_warning_is_about_the_last_measured_student(few):
+    warn(few / "evaluation.json", warmup=WARNING)
+    assert read(few).warnings == []
+    warn(few / "evaluation.json", main=WARNING)
+    assert read(few).warnings == [WARNING]
+    replace_yaml(few, steps=MAIN + 10)
+    assert read(few).warnings == [], "the run was extended; main is not measured yet"
+    assert "Warning:" not in run_page.render([read(few)], None)
+
+
+def test_warnings_of_several_runs_have_their_names(tmp_path):
+    paths = [write_run(tmp_path), write_run(tmp_path, "other", draw=1)]
+    warn(paths[1] / "evaluation.json", main=WARNING)
+    text = run_page.render([read(path) for path in paths], None)
+    (section,) = re.findall(r'<section id="held-out">.*?</section>', text, re.DOTALL)
+    warning = section.index(f"<strong>Warning:</strong> other: {WARNING[:30]}")
+    assert warning < section.index("reverse KL per token") and text.count("Warning:") == 1
 
 
 def test_figures_within_a_phase_are_only_plotted(few):
@@ -420,6 +471,7 @@ def test_contrast_of_text_and_curves(scheme):
     for back in ("paper", "band", "soft"):
         assert contrast(color["ink"], color[back]) >= 7
         assert contrast(color["muted"], color[back]) >= 4.5
+        assert contrast(color["warning"], color[back]) >= 4.5
         for number in range(1, 7):
             assert contrast(color[f"series-{number}"], color[back]) >= 4.5, (number, back)
 
@@ -541,37 +593,62 @@ def test_last_lines_of_a_run_list_the_page(tmp_path):
     assert f"adapter:     {tmp_path / 'student_adapter'}\n" in closing(tmp_path, {}, 1.0)
 
 
-@pytest.mark.parametrize("in_its_way", [False, True])
-def test_run_writes_its_page_and_survives_a_failure_to_write_it(
-    tmp_path, monkeypatch, capsys, in_its_way
-):
-    """``seqkd train`` runs with stubbed steps. If the page cannot be written, training still
-    succeeds."""
+@pytest.fixture
+def train_without_actors(tmp_path, monkeypatch):
+    """``seqkd train`` with stubbed steps: ``finish(directory)`` writes and returns the held-out
+    measurements."""
     from actors import build
     from seqkd.cli import dry_run, train
     from seqkd.report import model_card
     from seqkd.training import setup
 
-    config = configuration("x", runs_dir=str(tmp_path), evaluation={"prompts": 0})
     checked = SimpleNamespace(warnings=(), train=(), heldout=(), corpus=())
 
-    def learn(directory, config, checked, caches, recorder):
-        rows = [{"step": i, "phase": "main", "loss": 1.5} for i in range(WARMUP + MAIN)]
-        (directory / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    def run(finish, **changes):
+        def learn(directory, config, checked, caches, recorder):
+            rows = [{"step": i, "phase": "main", "loss": 1.5} for i in range(WARMUP + MAIN)]
+            (directory / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+            return finish(directory)
+
+        monkeypatch.setattr(setup, "check", lambda config: (config, {}, checked))
+        monkeypatch.setattr(dry_run, "memory_warnings", lambda config, checked: [])
+        monkeypatch.setattr(train, "learn", learn)
+        monkeypatch.setattr(build, "connect", lambda config, verbose: nullcontext())
+        monkeypatch.setattr(build, "check_resources", lambda config: None)
+        monkeypatch.setattr(model_card, "write", lambda *arguments: None)  # there is no student
+        return train.train(configuration("x", runs_dir=str(tmp_path), **changes), verbose=True)
+
+    return run
+
+
+@pytest.mark.parametrize("in_its_way", [False, True])
+def test_run_writes_its_page_and_survives_a_failure_to_write_it(
+    tmp_path, train_without_actors, capsys, in_its_way
+):
+    """If the page cannot be written, training still succeeds."""
+
+    def finish(directory):
         if in_its_way:
             (directory / "report.html").mkdir()
         return {}
 
-    monkeypatch.setattr(setup, "check", lambda config: (config, {}, checked))
-    monkeypatch.setattr(dry_run, "memory_warnings", lambda config, checked: [])
-    monkeypatch.setattr(train, "learn", learn)
-    monkeypatch.setattr(build, "connect", lambda config, verbose: nullcontext())
-    monkeypatch.setattr(build, "check_resources", lambda config: None)
-    monkeypatch.setattr(model_card, "write", lambda *arguments: None)  # there is no student
-    result = train.train(config, verbose=True)
+    result = train_without_actors(finish, evaluation={"prompts": 0})
     out, page = capsys.readouterr().out, tmp_path / "x" / "report.html"
     assert result.report == (None if in_its_way else page)
-    assert (result.steps, result.figures) == (WARMUP + MAIN, {})
+    assert (result.steps, result.figures, result.warnings) == (WARMUP + MAIN, {}, [])
     assert f"report:      {page}" in out
     assert page.is_dir() if in_its_way else "finished" in page.read_text()
     assert ("report.html: cannot be written" in out) == in_its_way
+
+
+def test_result_of_a_run_has_the_warning_that_is_printed(train_without_actors, capsys):
+    def finish(directory):
+        file = directory / "evaluation.json"
+        file.write_text(json.dumps(evaluation(np.random.default_rng(0))))
+        warn(file, main=WARNING)
+        return {"main": "measured"}
+
+    result = train_without_actors(finish)
+    assert result.warnings == [WARNING]
+    out = capsys.readouterr().out
+    assert out.index("paired over prompts") < out.index(f"warning: {WARNING}\n")
