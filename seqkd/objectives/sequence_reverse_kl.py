@@ -65,13 +65,15 @@ def sequence_reverse_kl(
     normalization: str = "minillm",
     future_weight: float = 1.0,
     discount: float = 1.0,
+    stop: str = "future",
     clip_ratio: float | None = None,
     importance_ratio_cap: float | None = None,
 ) -> Tensor:
     """Return the surrogate loss, a scalar, on student samples.
 
     Needs ``student_logprob``, and ``reverse_kl`` (rao_blackwell), ``teacher_logprob`` (reinforce,
-    reward_to_go) or both (single_step).
+    reward_to_go) or both (single_step), and ``content_logprob`` and ``graded_kl`` if ``stop`` is
+    graded.
     """
     mask = stats.loss_mask
     assert stats.student_logprob is not None
@@ -82,8 +84,8 @@ def sequence_reverse_kl(
     else:
         assert stats.teacher_logprob is not None
         cost = stats.student_logprob.detach() - stats.teacher_logprob
-    if normalization == "rate":
-        cost = cost - counts.rate
+    if normalization in ("rate", "neutral"):
+        cost = cost - _mean_cost(counts, normalization, mask)
     cost = cost * mask
 
     def returns_of(costs: Tensor) -> Tensor:
@@ -102,14 +104,28 @@ def sequence_reverse_kl(
             returns_of, counts, estimator, normalization, mask.shape[1], mask.device
         )
 
-    surrogate = policy_gradient_term(stats, returns, clip_ratio, importance_ratio_cap)
+    graded = stop == "graded"
+    surrogate = policy_gradient_term(stats, returns, clip_ratio, importance_ratio_cap, graded)
     if exact:
-        assert stats.reverse_kl is not None
-        surrogate = surrogate + stats.reverse_kl
+        divergence = stats.graded_kl if graded else stats.reverse_kl
+        assert divergence is not None
+        surrogate = surrogate + divergence
     if stats.weight is not None:
         surrogate = surrogate * stats.weight[:, None]
-    divisor = counts.sequences * (counts.length if normalization == "rate" else 1.0)
-    return (surrogate * mask).sum() / divisor
+    per_token = normalization in ("rate", "neutral")
+    return (surrogate * mask).sum() / (counts.sequences * (counts.length if per_token else 1.0))
+
+
+def _mean_cost(counts: Counts, normalization: str, mask: Tensor) -> Tensor | float:
+    """Return the cost of an average token: the rate, or [T] means by position, which are the rate
+    where no earlier sequence had a token."""
+    if normalization == "rate":
+        return counts.rate
+    assert counts.costs is not None and counts.survival is not None
+    means = torch.where(counts.survival > 0, counts.costs / counts.survival, counts.rate)
+    size = mask.shape[1]
+    padding = (0, max(0, size - len(means)))
+    return torch.nn.functional.pad(means, padding, value=counts.rate)[:size].to(mask.device)
 
 
 def _returns(cost: Tensor, estimator: str, future_weight: float, discount: float) -> Tensor:

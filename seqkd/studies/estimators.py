@@ -38,7 +38,7 @@ class Row:
 def _row(name: str, unbiased: bool, samples: int = 1, **options: Any) -> Row:
     baseline = options.pop("baseline", "none" if samples == 1 else "leave_one_out")
     normalization = options.pop("normalization", "total")
-    definition = "rate" if normalization == "rate" else "total"
+    definition = normalization if normalization in ("rate", "neutral") else "total"
     options = {"baseline": baseline, "normalization": normalization, **options}
     return Row(name, unbiased, options, samples=samples, definition=definition)
 
@@ -52,6 +52,7 @@ ROWS = (
     _row("rao_blackwell, position_mean", True, baseline="position_mean"),
     _row("rao_blackwell, leave-one-out of 2", True, 2),
     _row("rao_blackwell, leave-one-out of 4", True, 4),
+    _row("neutral", True, normalization="neutral"),
     _row("minillm", False, normalization="minillm"),
     _row("minillm, leave-one-out of 4", False, 4, normalization="minillm"),
     _row("future_weight 0.5", False, future_weight=0.5),
@@ -132,6 +133,7 @@ def _gradients(language: Language, theta: Tensor, row: Row) -> Iterator[tuple[Te
 TRAINED: dict[str, Row] = {
     "total": _row("total", True),
     "rate": _row("rate", True, normalization="rate"),
+    "neutral": _row("neutral", True, normalization="neutral"),
     "minillm": _row("minillm", False, normalization="minillm"),
     "discount 0.8": _row("rate, discount 0.8", False, normalization="rate", discount=0.8),
     "token level": Row("token_reverse_kl", False, function=token_mean),

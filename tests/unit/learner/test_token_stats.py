@@ -10,7 +10,7 @@ from seqkd.learner.teacher_distribution import FullTeacher, TopTeacher
 from seqkd.learner.token_stats import STATS, stats_of_logits, token_loss, token_stats
 from seqkd.models import output_head
 from seqkd.models.output_head import OutputHead, top_teacher
-from seqkd.types import Divergence, EndLogprob
+from seqkd.types import Divergence, EndStat
 
 N, H, V = 11, 6, 17
 
@@ -99,7 +99,7 @@ def test_equal_models_have_no_divergence(setup):
 
 def test_the_end_logprob_is_that_of_any_end_token(setup):
     """Without a teacher, and together with other statistics."""
-    end = EndLogprob((0, 3))
+    end = EndStat("end_logprob", (0, 3))
     head = OutputHead(setup["weight"], setup["bias"])
     stats = token_stats(setup["hidden"], head, setup["targets"], ("entropy", end))
     q = torch.softmax(setup["hidden"] @ setup["weight"].T + setup["bias"], -1)
@@ -388,7 +388,7 @@ def test_fused_kernels_compute_the_same(setup, monkeypatch, form):
     s, compiled, calls = setup, torch.compile(module._read, fullgraph=True), []
     monkeypatch.setattr(module, "_fused", lambda: calls.append(True) or compiled)
     names = {
-        "hidden": (*STATS, Divergence("gjsd", 0.5), EndLogprob((3, 5))),
+        "hidden": (*STATS, Divergence("gjsd", 0.5), EndStat("end_logprob", (3, 5))),
         "top k": ("student_logprob", "entropy", "reverse_kl", "forward_kl"),
         "none": ("student_logprob", "entropy"),
     }[form]
