@@ -174,7 +174,9 @@ class LearnerRank:
         with torch.no_grad():
             for batch in micro_batches:
                 batch = to_device(batch, self.device)
-                _, stats = self.engine(batch, (*stat_names(batch, (), ()), *extra), self._head(batch))
+                _, stats = self.engine(
+                    batch, (*stat_names(batch, (), ()), *extra), self._head(batch)
+                )
                 results.append(
                     {
                         name if isinstance(name, str) else "end_logprob": value.cpu()

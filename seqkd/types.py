@@ -54,8 +54,8 @@ class EndStat(NamedTuple):
 
 
 Stat = str | Divergence | EndStat
-"""A per-token quantity: the name of a field of :class:`TokenStats`, a divergence, or a quantity that
-separates the end."""
+"""A per-token quantity: the name of a field of :class:`TokenStats`, a divergence, or an
+:class:`EndStat`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -101,10 +101,10 @@ class SequenceReverseKLConfig(_PolicyGradientConfig):
     position."""
     normalization: Literal["rate", "total", "minillm", "neutral"] = "minillm"
     """Normalization of the loss. total: nats per sequence, exact, which favors short outputs; rate:
-    nats per token, exact, which favors long outputs where late tokens are cheap; minillm: the future
-    cost is divided by the number of remaining tokens, which is biased and favors short outputs;
-    neutral: nats per token with fixed weights of the positions, so that a longer or shorter output
-    of average cost at every position is not favored."""
+    nats per token, exact, which favors long outputs where late tokens are cheap; minillm: the
+    future cost is divided by the number of remaining tokens, which is biased and favors short
+    outputs; neutral: nats per token with fixed weights of the positions, so that an output is not
+    favored for its length alone."""
     future_weight: float = Field(1.0, ge=0, le=1)
     """Weight of the future cost. 0: token level; 1: sequence level."""
     discount: float = Field(1.0, ge=0, le=1)
@@ -112,8 +112,8 @@ class SequenceReverseKLConfig(_PolicyGradientConfig):
     stop: Literal["future", "graded"] = "future"
     """Cost of the decision to end the completion. future: the cost of later tokens, as for every
     token; graded: only its own divergence from the teacher's decision. Later tokens are then
-    charged to the choice of the token alone. graded is biased, and requires estimator single_step or
-    rao_blackwell and teacher.scores hidden."""
+    charged to the choice of the token alone. graded is biased. It requires estimator single_step
+    or rao_blackwell, and teacher.scores hidden."""
 
     @model_validator(mode="after")
     def _options_fit_the_estimator(self) -> SequenceReverseKLConfig:
@@ -121,7 +121,8 @@ class SequenceReverseKLConfig(_PolicyGradientConfig):
             raise ValueError(
                 f"normalization 'minillm' divides the future cost by the number of remaining "
                 f"tokens, but estimator {self.estimator!r} does not compute it separately. Set "
-                "estimator to single_step or rao_blackwell, or normalization to total, rate or neutral."
+                "estimator to single_step or rao_blackwell, or normalization to total, rate or "
+                "neutral."
             )
         if self.normalization == "minillm" and self.baseline == "position_mean":
             raise ValueError(
@@ -131,9 +132,9 @@ class SequenceReverseKLConfig(_PolicyGradientConfig):
             )
         if self.normalization == "neutral" and self.baseline == "position_mean":
             raise ValueError(
-                "baseline 'position_mean' is always 0 with normalization 'neutral', which subtracts "
-                "the mean cost at its position from every cost. Set baseline to leave_one_out or "
-                "none."
+                "baseline 'position_mean' is always 0 with normalization 'neutral', which "
+                "subtracts from every cost the mean at its position. Set baseline to "
+                "leave_one_out or none."
             )
         if self.stop == "graded" and self.estimator in ("reinforce", "reward_to_go"):
             raise ValueError(

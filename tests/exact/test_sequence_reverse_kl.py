@@ -142,17 +142,6 @@ class TestUnbiased:
     def test_leave_one_out_of_four(self, smallest, estimator, normalization):
         assert bias(smallest, normalization, samples=4, estimator=estimator) <= 1e-9
 
-    def test_position_mean(self, language, estimator, normalization):
-        """With the costs of another student. Costs need not be correct, only independent of the
-        sample."""
-        if normalization == "neutral":
-            pytest.skip("this baseline is 0 with neutral, and refused")
-        counts, other = language.counts(language.theta), language.counts(-language.theta)
-        assert (counts.costs - other.costs).abs().max() > 0.01
-        counts = replace(counts, costs=other.costs, survival=other.survival)
-        options = {"estimator": estimator, "baseline": "position_mean", "counts": counts}
-        assert bias(language, normalization, **options) <= 1e-9
-
     @pytest.mark.parametrize("baseline", ["none", "position_mean"])
     def test_mixture(self, language, estimator, normalization, baseline):
         p, q = language.teacher(), language.student(language.theta)
@@ -185,6 +174,18 @@ class TestUnbiased:
         )
         exact = gradient(getattr(language, normalization), language.theta)
         assert (expected - exact).abs().max() <= 1e-9
+
+
+@pytest.mark.parametrize("normalization", ["total", "rate"])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_position_mean_is_unbiased(language, estimator, normalization):
+    """With the costs of another student. Costs need not be correct, only independent of the
+    sample."""
+    counts, other = language.counts(language.theta), language.counts(-language.theta)
+    assert (counts.costs - other.costs).abs().max() > 0.01
+    counts = replace(counts, costs=other.costs, survival=other.survival)
+    options = {"estimator": estimator, "baseline": "position_mean", "counts": counts}
+    assert bias(language, normalization, **options) <= 1e-9
 
 
 def test_the_bias_of_neutral_with_wrong_estimates(language):
@@ -402,6 +403,30 @@ def test_truncation_and_clipping_match_their_formulas(language):
             truncated
         )
         assert sampled_token(one, counts, clip_ratio=0.1).item() == pytest.approx(clipped)
+
+
+def test_corrections_of_the_choice_alone_use_the_ratio_of_the_token(language):
+    """With stop graded, the factor of log q(y_t | not end) is the return times the truncated or
+    clipped ratio of the whole token."""
+    older = Older(language)
+    stats, counts = older.stats(language.theta), language.counts(language.theta)
+    ratio = (stats.student_logprob - stats.rollout_logprob).exp()
+
+    def factors(**options):
+        content = stats.content_logprob.clone().requires_grad_()
+        loss = sequence_reverse_kl(
+            replace(stats, content_logprob=content), counts, baseline="none",
+            normalization="neutral", stop="graded", **options
+        )  # fmt: skip
+        return torch.autograd.grad(loss, content)[0]
+
+    plain = factors()
+    assert plain.abs().max() > 0.01
+    capped = factors(importance_ratio_cap=1.1)
+    assert torch.allclose(capped, plain * ratio.clamp(max=1.1), atol=1e-12)
+    clipped = factors(clip_ratio=0.1)
+    free = torch.where(plain > 0, ratio > 0.9, ratio < 1.1)
+    assert torch.allclose(clipped, plain * ratio * free, atol=1e-12)
 
 
 def test_token_level_reverse_kl_on_student_samples_is_biased(language):
