@@ -31,14 +31,33 @@ KL(q || p).
   ``counts.length``, both independent of the batch), so an additional token of average cost does not
   change the loss. On real models late tokens are cheaper than the average, so it still favors long
   outputs.
-- ``minillm``: the paper's R_{t+1} / (T - t - 1) with the sequence length T; biased. It is the
-  default because it was the only one of the three that kept the teacher's length on a real pair of
-  models (docs/estimators.md).
+- ``minillm``: the paper's R_{t+1} / (T - t - 1) with the sequence length T; biased. It pushes the
+  student to end: at a stationary point of a student with free logits, the log-odds of the end
+  exceed the teacher's by KL_c, the divergence over the other tokens, plus the mean of that return
+  over continuations.
+- ``neutral``: the gradient of ``J_w = sum_t w_t mu_t`` with ``mu_t = E[KL_t | t < L]``, in nats per
+  token. The weights are P(t < L) / E[L] at the current student, as constants, so a change of the
+  length changes J_w only through the costs at each position. mu_t is subtracted from the cost at
+  position t in a return, and the sum is divided by E[L] (``counts.costs / counts.survival`` and
+  ``counts.length``, independent of the batch). An error of an estimate of mu_t adds that error
+  times the gradient of P(t < L), over E[L]. As the weights move with the student, no one quantity is
+  minimized over a whole training. Ending the expensive sequences and continuing the cheap ones
+  still pays.
 
 Two options interpolate between the token level (0) and the sequence level (1), with a bias for
 every value below 1: ``future_weight`` multiplies the future cost in every return, and ``discount``
-multiplies a cost u - t tokens ahead by discount^(u - t). ``clip_ratio`` and
-``importance_ratio_cap`` correct for samples of an older student
+multiplies a cost u - t tokens ahead by discount^(u - t).
+
+``stop`` selects what the decision to end the completion is charged for:
+
+- ``future``: the return, like every other choice.
+- ``graded``: only its own divergence from the teacher's decision. The return is the factor of
+  log q(y_t | not the end), and of nothing at a token that ends. KL_t outside returns is replaced by
+  :func:`~seqkd.objectives.divergences.graded_kl`. Biased: neither the effect of the end on later
+  costs nor its effect on the cost of the choice of the token is in the gradient. Requires
+  single_step or rao_blackwell.
+
+``clip_ratio`` and ``importance_ratio_cap`` correct for samples of an older student
 (:mod:`seqkd.objectives.importance`).
 
 If ``stats.weight`` is set (:mod:`seqkd.objectives.importance`), every sequence is multiplied by its

@@ -1,6 +1,6 @@
 """Languages small enough to enumerate, so that expectations over sequences are exact.
 
-Token 0, or any of several tokens, ends a sequence, and sequences are cut at the horizon. The student
+Token 0 (or each of several tokens) ends a sequence. Sequences are cut at the horizon. The student
 is a bigram model, so its states share parameters. The teacher is a trigram model, so no student can
 match it.
 """

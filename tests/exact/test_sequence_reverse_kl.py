@@ -194,9 +194,9 @@ def test_the_bias_of_neutral_with_wrong_estimates(language):
     reached."""
     theta = language.theta
     counts, other = language.counts(theta), language.counts(-theta)
-    known = language.horizon - 2
+    reached = language.horizon - 2
     estimates = torch.full((language.horizon,), counts.rate, dtype=torch.float64)
-    estimates[:known] = (other.costs / other.survival)[:known]
+    estimates[:reached] = (other.costs / other.survival)[:reached]
     means = counts.costs / counts.survival
 
     def definition(at):
@@ -211,8 +211,8 @@ def test_the_bias_of_neutral_with_wrong_estimates(language):
                 s,
                 replace(
                     counts,
-                    costs=torch.nn.functional.pad(other.costs[:known], (0, padding)),
-                    survival=torch.nn.functional.pad(other.survival[:known], (0, padding)),
+                    costs=torch.nn.functional.pad(other.costs[:reached], (0, padding)),
+                    survival=torch.nn.functional.pad(other.survival[:reached], (0, padding)),
                 ),
                 baseline="none",
                 normalization="neutral",
