@@ -40,8 +40,8 @@ KL(q || p).
   length changes J_w only through the costs at each position. mu_t is subtracted from the cost at
   position t in a return, and the sum is divided by E[L] (``counts.costs / counts.survival`` and
   ``counts.length``, independent of the batch). An error of an estimate of mu_t adds that error
-  times the gradient of P(t < L), over E[L]. As the weights move with the student, no one quantity is
-  minimized over a whole training. Ending the expensive sequences and continuing the cheap ones
+  times the gradient of P(t < L), over E[L]. The weights move with the student, so no one quantity
+  is minimized over a whole training. Ending the expensive sequences and continuing the cheap ones
   still pays.
 
 Two options interpolate between the token level (0) and the sequence level (1), with a bias for

@@ -52,7 +52,6 @@ ROWS = (
     _row("rao_blackwell, position_mean", True, baseline="position_mean"),
     _row("rao_blackwell, leave-one-out of 2", True, 2),
     _row("rao_blackwell, leave-one-out of 4", True, 4),
-    _row("neutral", True, normalization="neutral"),
     _row("minillm", False, normalization="minillm"),
     _row("minillm, leave-one-out of 4", False, 4, normalization="minillm"),
     _row("future_weight 0.5", False, future_weight=0.5),
@@ -135,6 +134,9 @@ TRAINED: dict[str, Row] = {
     "rate": _row("rate", True, normalization="rate"),
     "neutral": _row("neutral", True, normalization="neutral"),
     "minillm": _row("minillm", False, normalization="minillm"),
+    "neutral, graded": _row(
+        "neutral, graded, discount 0.8", False, normalization="neutral", stop="graded", discount=0.8
+    ),
     "discount 0.8": _row("rate, discount 0.8", False, normalization="rate", discount=0.8),
     "token level": Row("token_reverse_kl", False, function=token_mean),
 }
