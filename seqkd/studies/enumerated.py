@@ -84,6 +84,7 @@ class Language:
         """Return sum_t w_t E[KL_t | the sequence has a token t], where the weights w are constants:
         the student's survival curve at ``theta``, divided by its sum."""
         q, divergence = self.student(theta)[:, None], self.stats(theta).reverse_kl
+        assert divergence is not None
         survival = (q * self.mask).sum(0)
         weights = (survival / survival.sum()).detach()
         return (weights * (q * divergence).sum(0) / survival).sum()
