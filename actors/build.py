@@ -162,7 +162,7 @@ def _started(
             scorers[name] = pool("teacher", name, scoring)
             writers[name] = pool("teacher_sampler", name, writing)
     pools = [student, *scorers.values(), *writers.values()]
-    learner = _learner(config, plan, group, student_path, control)
+    learner = _learner(config, plan, group, student_path, checked.stop_ids, control)
     control.watch = _gcs_watch(config)
     try:
         starting = [p.ask("start", [p.starting] * len(p.actors)) for p in pools]
@@ -212,7 +212,12 @@ def _assemble_workers(
 
 
 def _learner(
-    config: Config, plan: placement.Plan, group: Any, student_path: str, control: Control
+    config: Config,
+    plan: placement.Plan,
+    group: Any,
+    student_path: str,
+    ends: tuple[int, ...],
+    control: Control,
 ) -> LearnerGroup | None:
     """Return the group of ranks without starting it, or None if the plan has no ranks."""
     from actors.learner import LearnerRank
@@ -224,7 +229,7 @@ def _learner(
         if teacher.scores == "hidden"
     }
 
-    init_args = (config.learner, config.student.lora, config.seed)
+    init_args = (config.learner, config.student.lora, config.seed, ends)
 
     def create() -> list[Any]:
         return [cls.options(**place.options(group)).remote(*init_args) for place in places]

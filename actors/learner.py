@@ -29,17 +29,22 @@ from seqkd.models.loading import load_causal_lm, without_dropout
 from seqkd.models.lora import Adapters
 from seqkd.models.output_head import OutputHead, load_head
 from seqkd.models.pruning import layers_of
-from seqkd.types import EndLogprob, PartResult, StepResult, TrainBatch, WeightVersion
+from seqkd.types import EndStat, PartResult, StepResult, TrainBatch, WeightVersion
 
 
 class LearnerRank:
     """One rank of the data-parallel learner."""
 
     def __init__(
-        self, config: LearnerConfig, lora: LoraConfig | None = None, seed: int = 0
+        self,
+        config: LearnerConfig,
+        lora: LoraConfig | None = None,
+        seed: int = 0,
+        ends: tuple[int, ...] = (),
     ) -> None:
-        """Create the rank. With ``lora``, only adapters are trained; ``seed`` initializes them."""
-        self.config, self.lora, self.seed = config, lora, seed
+        """Create the rank. With ``lora``, only adapters are trained; ``seed`` initializes them.
+        ``ends`` are the tokens that end a completion."""
+        self.config, self.lora, self.seed, self.ends = config, lora, seed, ends
         self.device = "cuda" if config.gpus else "cpu"
         self.teacher_heads: dict[str, OutputHead] = {}
         self.policy_version = 0
@@ -146,7 +151,7 @@ class LearnerRank:
         for number, (index, part, batch) in enumerate(pending, 1):
             self.engine.set_gradient_accumulation_boundary(number == len(pending))
             batch = to_device(batch, self.device)
-            names, head = stat_names(batch, part.terms), self._head(batch)
+            names, head = stat_names(batch, part.terms, self.ends), self._head(batch)
             loss, stats = self.engine(batch, names, head, partial(part.loss, batch))
             # DeepSpeed averages over ranks, but the loss already divides by global counts. A
             # non-finite loss makes the factor NaN, and therefore the gradient on all ranks.
@@ -163,13 +168,15 @@ class LearnerRank:
         """Return all statistics that the teacher's scores allow, of shape [B, T] each, in one dict
         per micro-batch. With ``ends`` (see :class:`seqkd.protocols.Learner`) also
         "end_logprob"."""
-        extra = (EndLogprob(ends),) if ends else ()
+        extra = (EndStat("end_logprob", ends),) if ends else ()
         self.engine.eval()
         results = []
         with torch.no_grad():
             for batch in micro_batches:
                 batch = to_device(batch, self.device)
-                _, stats = self.engine(batch, (*stat_names(batch, ()), *extra), self._head(batch))
+                _, stats = self.engine(
+                    batch, (*stat_names(batch, (), ()), *extra), self._head(batch)
+                )
                 results.append(
                     {
                         name if isinstance(name, str) else "end_logprob": value.cpu()

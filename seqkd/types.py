@@ -42,16 +42,20 @@ class Divergence(NamedTuple):
     multiplied by its square."""
 
 
-class EndLogprob(NamedTuple):
-    """The log-probability that a completion ends at a state, which is the probability of any of
-    ``token_ids``."""
+class EndStat(NamedTuple):
+    """A quantity that separates the decision to end the completion at a state from the choice of
+    the token."""
 
+    name: Literal["end_logprob", "content_logprob", "graded_kl"]
+    """``end_logprob``: log-probability that the completion ends at the state, which is the
+    probability of any of ``token_ids``. The other two are fields of :class:`TokenStats`."""
     token_ids: tuple[int, ...]
+    """Tokens that end a completion."""
 
 
-Stat = str | Divergence | EndLogprob
-"""A per-token quantity: the name of a field of :class:`TokenStats`, a divergence, or the
-log-probability of the end."""
+Stat = str | Divergence | EndStat
+"""A per-token quantity: the name of a field of :class:`TokenStats`, a divergence, or an
+:class:`EndStat`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,6 +274,10 @@ class TokenStats:
     """sum_v p(v|s_t) log p(v|s_t)/q(v|s_t), exact over the vocabulary."""
     entropy: Tensor | None = None
     """Entropy of the student, -sum_v q log q."""
+    content_logprob: Tensor | None = None
+    """log q(y_t | s_t, the completion does not end at s_t); 0 at a token that ends it."""
+    graded_kl: Tensor | None = None
+    """:func:`seqkd.objectives.divergences.graded_kl`, exact over the vocabulary."""
     divergence: Tensor | None = None
     """Divergence that a token-level objective requested."""
     rollout_logprob: Tensor | None = None

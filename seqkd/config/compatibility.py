@@ -111,6 +111,12 @@ def _check_teacher(teacher: TeacherConfig, objective: ObjectiveConfig, where: st
             "teacher.scores 'top_k' its running costs are truncated divergences, which are lower. "
             "Set objective.estimator to rao_blackwell, or teacher.scores to logprobs or hidden."
         )
+    if objective.end_stats() and scores == "top_k":
+        raise ValueError(
+            f"{where}objective.stop is 'graded', which needs the teacher's probability of the end "
+            "at every state, but teacher.scores is 'top_k'. Set objective.stop to future, or "
+            "teacher.scores to hidden (a teacher of kind vllm or hf)."
+        )
     wanted = objective.divergence()
     if wanted and wanted[2] != 1 and scores == "top_k":
         raise ValueError(

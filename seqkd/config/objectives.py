@@ -29,6 +29,10 @@ class _ObjectiveConfig(BaseConfig):
         reads."""
         raise NotImplementedError
 
+    def end_stats(self) -> tuple[Literal["content_logprob", "graded_kl"], ...]:
+        """Return the names of the :class:`~seqkd.types.EndStat` that the function reads."""
+        return ()
+
     def divergence(self) -> tuple[str, float | None, float] | None:
         """Return the :class:`~seqkd.types.Divergence` that the function reads, if any."""
         return None
@@ -95,14 +99,21 @@ class SequenceReverseKLConfig(_PolicyGradientConfig):
     """Baseline that is subtracted from the future cost. leave_one_out: mean over the other samples
     of the prompt at the same position; position_mean: mean over past batches at the same
     position."""
-    normalization: Literal["rate", "total", "minillm"] = "minillm"
-    """Normalization of the loss. total: nats per sequence, which favors short outputs; rate: nats
-    per token, exact; minillm: the future cost is divided by the number of remaining tokens, which
-    is biased."""
+    normalization: Literal["rate", "total", "minillm", "neutral"] = "minillm"
+    """Normalization of the loss. total: nats per sequence, exact, which favors short outputs; rate:
+    nats per token, exact, which favors long outputs where late tokens are cheap; minillm: the
+    future cost is divided by the number of remaining tokens, which is biased and favors short
+    outputs; neutral: nats per token with fixed weights of the positions, so that an output is not
+    favored for its length alone."""
     future_weight: float = Field(1.0, ge=0, le=1)
     """Weight of the future cost. 0: token level; 1: sequence level."""
     discount: float = Field(1.0, ge=0, le=1)
     """Discount factor of the future cost per token of distance."""
+    stop: Literal["future", "graded"] = "future"
+    """Cost of the decision to end the completion. future: the cost of later tokens, as for every
+    token; graded: only its own divergence from the teacher's decision. Later tokens are then
+    charged to the choice of the token alone. graded is biased. It requires estimator single_step
+    or rao_blackwell, and teacher.scores hidden."""
 
     @model_validator(mode="after")
     def _options_fit_the_estimator(self) -> SequenceReverseKLConfig:
@@ -110,13 +121,26 @@ class SequenceReverseKLConfig(_PolicyGradientConfig):
             raise ValueError(
                 f"normalization 'minillm' divides the future cost by the number of remaining "
                 f"tokens, but estimator {self.estimator!r} does not compute it separately. Set "
-                "estimator to single_step or rao_blackwell, or normalization to total or rate."
+                "estimator to single_step or rao_blackwell, or normalization to total, rate or "
+                "neutral."
             )
         if self.normalization == "minillm" and self.baseline == "position_mean":
             raise ValueError(
                 "baseline 'position_mean' is not available with normalization 'minillm': it "
                 "estimates mean costs per position, not per number of remaining tokens. Set "
                 "baseline to leave_one_out or none, or normalization to total or rate."
+            )
+        if self.normalization == "neutral" and self.baseline == "position_mean":
+            raise ValueError(
+                "baseline 'position_mean' is always 0 with normalization 'neutral', which "
+                "subtracts from every cost the mean at its position. Set baseline to "
+                "leave_one_out or none."
+            )
+        if self.stop == "graded" and self.estimator in ("reinforce", "reward_to_go"):
+            raise ValueError(
+                f"stop is 'graded', but estimator {self.estimator!r} does not compute the "
+                "divergence of a token separately. Set estimator to single_step or rao_blackwell, "
+                "or stop to future."
             )
         if self.estimator == "reinforce" and (self.future_weight != 1 or self.discount != 1):
             raise ValueError(
@@ -128,7 +152,10 @@ class SequenceReverseKLConfig(_PolicyGradientConfig):
 
     @property
     def running(self) -> bool:
-        return self.normalization == "rate" or self.baseline == "position_mean"
+        return self.normalization in ("rate", "neutral") or self.baseline == "position_mean"
+
+    def end_stats(self) -> tuple[Literal["content_logprob", "graded_kl"], ...]:
+        return ("content_logprob", "graded_kl") if self.stop == "graded" else ()
 
     def stats(self) -> tuple[str, ...]:
         return {

@@ -11,7 +11,7 @@ from torch import Tensor
 from seqkd.config.phases import TermConfig
 from seqkd.learner.student import as_token_stats
 from seqkd.objectives import OBJECTIVES, mixture_weight
-from seqkd.types import Counts, Divergence, PartResult, Stat, TrainBatch
+from seqkd.types import Counts, Divergence, EndStat, PartResult, Stat, TrainBatch
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,16 @@ class RankPart:
         return torch.stack(losses).sum()
 
 
-def stat_names(batch: TrainBatch, terms: tuple[TermConfig, ...]) -> tuple[Stat, ...]:
-    """Return the statistics that the terms read, and all others that the teacher's scores allow."""
+def stat_names(
+    batch: TrainBatch, terms: tuple[TermConfig, ...], ends: tuple[int, ...]
+) -> tuple[Stat, ...]:
+    """Return the statistics that the terms read, and all others that the teacher's scores allow.
+    ``ends`` are the tokens that end a completion."""
     names: list[Stat] = ["student_logprob", "entropy"]
     for term in terms:
         wanted = term.objective.divergence()
         names += [*term.objective.stats(), *([Divergence(*wanted)] if wanted else [])]
+        names += [EndStat(name, ends) for name in term.objective.end_stats()]
     if batch.teacher_hidden is not None or batch.teacher_logprobs is not None:
         names.append("teacher_logprob")
     if batch.teacher_hidden is not None or batch.teacher_top_ids is not None:

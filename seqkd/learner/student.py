@@ -13,7 +13,7 @@ from seqkd.learner import batching
 from seqkd.learner.teacher_distribution import FullTeacher, KnownTeacher, TopTeacher
 from seqkd.learner.token_stats import token_loss, token_stats
 from seqkd.models.output_head import OutputHead, head_of
-from seqkd.types import Divergence, Rollout, Stat, TokenStats, TrainBatch
+from seqkd.types import Divergence, EndStat, Rollout, Stat, TokenStats, TrainBatch
 
 
 def last_hidden(
@@ -129,7 +129,11 @@ def as_token_stats(
     weight: Tensor | None = None,
 ) -> TokenStats:
     """Convert the statistics of :class:`StudentModel` to the record that objectives read."""
-    named = {name: value for name, value in stats.items() if isinstance(name, str)}
+    named = {
+        name.name if isinstance(name, EndStat) else name: value
+        for name, value in stats.items()
+        if not isinstance(name, Divergence)
+    }
     return TokenStats(
         loss_mask=batch.loss_mask,
         group=batch.group,

@@ -28,7 +28,8 @@ from seqkd.models.output_head import (
     gather,
 )
 from seqkd.objectives import DIVERGENCES
-from seqkd.types import Divergence, EndLogprob, Stat
+from seqkd.objectives.divergences import graded_kl, without
+from seqkd.types import Divergence, EndStat, Stat
 
 STUDENT_ONLY = frozenset({"student_logprob", "entropy"})
 STATS = ("student_logprob", "teacher_logprob", "reverse_kl", "forward_kl", "entropy")
@@ -53,9 +54,9 @@ def token_stats(
         hidden: [N, H] student states.
         head: Output head of the student.
         targets: [N] tokens that were sampled at the states.
-        names: Names from :data:`STATS`, divergences or :class:`seqkd.types.EndLogprob`. Divergences
-            and the names that are not in :data:`STUDENT_ONLY` need the teacher.
-            ``teacher_logprob`` needs a :class:`FullTeacher`.
+        names: Names from :data:`STATS`, divergences or :class:`seqkd.types.EndStat`. Divergences,
+            ``graded_kl`` and the names that are not in :data:`STUDENT_ONLY` need the teacher.
+            ``teacher_logprob`` and ``graded_kl`` need a :class:`FullTeacher`.
         teacher: The teacher's distributions.
         fused: Compile the operations on logits. On a GPU they are always compiled.
 
@@ -396,8 +397,15 @@ def _statistics(
     values: dict[Stat, Tensor] = {}
 
     def value(name: Stat) -> Tensor:
-        if isinstance(name, EndLogprob):
-            return log_q[:, list(name.token_ids)].logsumexp(-1)
+        if isinstance(name, EndStat):
+            ends = torch.tensor(name.token_ids, device=targets.device)
+            if name.name == "end_logprob":
+                return log_q[:, ends].logsumexp(-1)
+            if name.name == "content_logprob":
+                content = gather(log_q, targets) - without(log_q, ends).logsumexp(-1)
+                return torch.where(torch.isin(targets, ends), 0.0, content)
+            assert log_p is not None
+            return graded_kl(log_q, log_p, ends)
         if name == "student_logprob":
             return gather(log_q, targets)
         if name == "teacher_logprob":

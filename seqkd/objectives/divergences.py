@@ -59,6 +59,37 @@ def total_variation(log_q: Tensor, log_p: Tensor) -> Tensor:
     return 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
 
 
+def graded_kl(log_q: Tensor, log_p: Tensor, ends: Tensor) -> Tensor:
+    """Return the divergence that grades the decision to end the completion on its own, in nats:
+    KL(h' || h) + sg(1 - h) KL(c || c') + sg(h) KL(e || e').
+
+    ``ends`` are the ids of the tokens that end a completion. For the student, h is their
+    probability, e the distribution over them, and c the distribution over all other tokens (h', e'
+    and c' for the teacher). sg is stop-gradient.
+
+    KL(q || p) = KL(h || h') + (1 - h) KL(c || c') + h KL(e || e'). A student that cannot match c'
+    lowers it by ending more often than the teacher: the optimal log-odds of the end are those of
+    the teacher plus KL(c || c') - KL(e || e'). Here they are those of the teacher. The binary
+    divergence KL(h' || h) is a proper score with a gradient of h - h' by the log-odds.
+    """
+
+    def split(log: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        end, content = log[..., ends], without(log, ends)
+        stop = torch.stack([end.logsumexp(-1), content.logsumexp(-1)], -1)
+        return stop, torch.log_softmax(end, -1), torch.log_softmax(content, -1)
+
+    (stop, end, content), (stop_p, end_p, content_p) = split(log_q), split(log_p)
+    gap = (content - content_p).index_fill(-1, ends, 0.0)  # instead of inf - inf
+    h, rest = stop.detach().exp().unbind(-1)
+    within = rest * (content.exp() * gap).sum(-1) + h * token_reverse_kl(end, end_p)
+    return token_forward_kl(stop, stop_p) + within
+
+
+def without(log_probs: Tensor, ends: Tensor) -> Tensor:
+    """Return [..., V] log-probs with those of the tokens ``ends`` set to -inf."""
+    return log_probs.index_fill(-1, ends, -torch.inf)
+
+
 DIVERGENCES: dict[str, Callable[..., Tensor]] = {
     "token_forward_kl": token_forward_kl,
     "token_reverse_kl": token_reverse_kl,

@@ -28,11 +28,16 @@ def mixture_weight(student_logprob: Tensor, teacher_logprob: Tensor, alpha: floa
 
 
 def policy_gradient_term(
-    stats: TokenStats, returns: Tensor, clip_ratio: float | None, importance_ratio_cap: float | None
+    stats: TokenStats,
+    returns: Tensor,
+    clip_ratio: float | None,
+    importance_ratio_cap: float | None,
+    content: bool = False,
 ) -> Tensor:
     """Return a [B, T] surrogate whose gradient is ``returns`` (costs, [B, T], detached) times the
     gradient of log q(y_t|s_t), with an optional correction by the token ratio
     w_t = q(y_t|s_t) / q_old(y_t|s_t), where q_old is the distribution that y_t was sampled from.
+    With ``content``, the gradient is that of ``content_logprob`` instead.
 
     - ``importance_ratio_cap`` C: the gradient is multiplied by min(w_t, C) (Ionides 2008, truncated
       importance sampling).
@@ -42,12 +47,14 @@ def policy_gradient_term(
     correct the distribution of y_t, but not the distribution of the states before it, which remains
     that of the older student.
     """
-    assert stats.student_logprob is not None
+    logprob = stats.content_logprob if content else stats.student_logprob
+    assert logprob is not None
     if clip_ratio is None and importance_ratio_cap is None:
-        return returns * stats.student_logprob
-    assert stats.rollout_logprob is not None
-    ratio = torch.exp(stats.student_logprob - stats.rollout_logprob)
+        return returns * logprob
+    assert stats.student_logprob is not None and stats.rollout_logprob is not None
+    ratio = torch.exp(stats.student_logprob.detach() - stats.rollout_logprob)
     if importance_ratio_cap is not None:
-        return returns * ratio.detach().clamp(max=importance_ratio_cap) * stats.student_logprob
+        return returns * ratio.clamp(max=importance_ratio_cap) * logprob
+    ratio = ratio * torch.exp(logprob - logprob.detach())
     assert clip_ratio is not None
     return torch.maximum(returns * ratio, returns * ratio.clamp(1 - clip_ratio, 1 + clip_ratio))

@@ -31,14 +31,33 @@ KL(q || p).
   ``counts.length``, both independent of the batch), so an additional token of average cost does not
   change the loss. On real models late tokens are cheaper than the average, so it still favors long
   outputs.
-- ``minillm``: the paper's R_{t+1} / (T - t - 1) with the sequence length T; biased. It is the
-  default because it was the only one of the three that kept the teacher's length on a real pair of
-  models (docs/estimators.md).
+- ``minillm``: the paper's R_{t+1} / (T - t - 1) with the sequence length T; biased. It pushes the
+  student to end: at a stationary point of a student with free logits, the log-odds of the end
+  exceed the teacher's by KL_c, the divergence over the other tokens, plus the mean of that return
+  over continuations.
+- ``neutral``: the gradient of ``J_w = sum_t w_t mu_t`` with ``mu_t = E[KL_t | t < L]``, in nats per
+  token. The weights are P(t < L) / E[L] at the current student, as constants, so a change of the
+  length changes J_w only through the costs at each position. mu_t is subtracted from the cost at
+  position t in a return, and the sum is divided by E[L] (``counts.costs / counts.survival`` and
+  ``counts.length``, independent of the batch). An error of an estimate of mu_t adds that error
+  times the gradient of P(t < L), over E[L]. The weights move with the student, so no one quantity
+  is minimized over a whole training. Ending the expensive sequences and continuing the cheap ones
+  still pays.
 
 Two options interpolate between the token level (0) and the sequence level (1), with a bias for
 every value below 1: ``future_weight`` multiplies the future cost in every return, and ``discount``
-multiplies a cost u - t tokens ahead by discount^(u - t). ``clip_ratio`` and
-``importance_ratio_cap`` correct for samples of an older student
+multiplies a cost u - t tokens ahead by discount^(u - t).
+
+``stop`` selects what the decision to end the completion is charged for:
+
+- ``future``: the return, like every other choice.
+- ``graded``: only its own divergence from the teacher's decision. The return is the factor of
+  log q(y_t | not the end), and of nothing at a token that ends. KL_t outside returns is replaced by
+  :func:`~seqkd.objectives.divergences.graded_kl`. Biased: neither the effect of the end on later
+  costs nor its effect on the cost of the choice of the token is in the gradient. Requires
+  single_step or rao_blackwell.
+
+``clip_ratio`` and ``importance_ratio_cap`` correct for samples of an older student
 (:mod:`seqkd.objectives.importance`).
 
 If ``stats.weight`` is set (:mod:`seqkd.objectives.importance`), every sequence is multiplied by its
@@ -65,13 +84,15 @@ def sequence_reverse_kl(
     normalization: str = "minillm",
     future_weight: float = 1.0,
     discount: float = 1.0,
+    stop: str = "future",
     clip_ratio: float | None = None,
     importance_ratio_cap: float | None = None,
 ) -> Tensor:
     """Return the surrogate loss, a scalar, on student samples.
 
     Needs ``student_logprob``, and ``reverse_kl`` (rao_blackwell), ``teacher_logprob`` (reinforce,
-    reward_to_go) or both (single_step).
+    reward_to_go) or both (single_step), and ``content_logprob`` and ``graded_kl`` if ``stop`` is
+    graded.
     """
     mask = stats.loss_mask
     assert stats.student_logprob is not None
@@ -82,8 +103,8 @@ def sequence_reverse_kl(
     else:
         assert stats.teacher_logprob is not None
         cost = stats.student_logprob.detach() - stats.teacher_logprob
-    if normalization == "rate":
-        cost = cost - counts.rate
+    if normalization in ("rate", "neutral"):
+        cost = cost - _mean_cost(counts, normalization, mask)
     cost = cost * mask
 
     def returns_of(costs: Tensor) -> Tensor:
@@ -102,14 +123,28 @@ def sequence_reverse_kl(
             returns_of, counts, estimator, normalization, mask.shape[1], mask.device
         )
 
-    surrogate = policy_gradient_term(stats, returns, clip_ratio, importance_ratio_cap)
+    graded = stop == "graded"
+    surrogate = policy_gradient_term(stats, returns, clip_ratio, importance_ratio_cap, graded)
     if exact:
-        assert stats.reverse_kl is not None
-        surrogate = surrogate + stats.reverse_kl
+        divergence = stats.graded_kl if graded else stats.reverse_kl
+        assert divergence is not None
+        surrogate = surrogate + divergence
     if stats.weight is not None:
         surrogate = surrogate * stats.weight[:, None]
-    divisor = counts.sequences * (counts.length if normalization == "rate" else 1.0)
-    return (surrogate * mask).sum() / divisor
+    per_token = normalization in ("rate", "neutral")
+    return (surrogate * mask).sum() / (counts.sequences * (counts.length if per_token else 1.0))
+
+
+def _mean_cost(counts: Counts, normalization: str, mask: Tensor) -> Tensor | float:
+    """Return the cost of an average token: the rate, or [T] means by position, which are the rate
+    where no earlier sequence had a token."""
+    if normalization == "rate":
+        return counts.rate
+    assert counts.costs is not None and counts.survival is not None
+    means = torch.where(counts.survival > 0, counts.costs / counts.survival, counts.rate)
+    size = mask.shape[1]
+    padding = (0, max(0, size - len(means)))
+    return torch.nn.functional.pad(means, padding, value=counts.rate)[:size].to(mask.device)
 
 
 def _returns(cost: Tensor, estimator: str, future_weight: float, discount: float) -> Tensor:

@@ -1,7 +1,8 @@
 """Languages small enough to enumerate, so that expectations over sequences are exact.
 
-Token 0 ends a sequence, and sequences are cut at the horizon. The student is a bigram model, so its
-states share parameters. The teacher is a trigram model, so no student can match it.
+Token 0 (or each of several tokens) ends a sequence. Sequences are cut at the horizon. The student
+is a bigram model, so its states share parameters. The teacher is a trigram model, so no student can
+match it.
 """
 
 from __future__ import annotations
@@ -12,9 +13,8 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from seqkd.objectives.divergences import graded_kl, without
 from seqkd.types import Counts, TokenStats
-
-EOS = 0
 
 
 class Language:
@@ -22,9 +22,11 @@ class Language:
     parameters ``theta``: [V + 1, V] float64 logits of the next token given the last token. Row V is
     for the first token."""
 
-    def __init__(self, seed: int, vocabulary: int = 3, horizon: int = 4) -> None:
-        self.vocabulary, self.horizon = vocabulary, horizon
-        self.sequences = _sequences(vocabulary, horizon)
+    def __init__(
+        self, seed: int, vocabulary: int = 3, horizon: int = 4, ends: tuple[int, ...] = (0,)
+    ) -> None:
+        self.vocabulary, self.horizon, self.ends = vocabulary, horizon, torch.tensor(ends)
+        self.sequences = _sequences(vocabulary, horizon, ends)
         self.mask = torch.tensor([[t < len(y) for t in range(horizon)] for y in self.sequences])
         self.tokens = torch.tensor([[*y, *[0] * (horizon - len(y))] for y in self.sequences])
         self.lengths = self.mask.sum(1).double()
@@ -45,6 +47,7 @@ class Language:
     def stats(self, theta: Tensor) -> TokenStats:
         """Return the statistics of all sequences, [N, T], each sequence as its own group."""
         log_q = self.log_q(theta)
+        content = self._sampled(log_q - without(log_q, self.ends).logsumexp(-1, keepdim=True))
         return TokenStats(
             loss_mask=self.mask,
             group=torch.arange(len(self.sequences)),
@@ -52,6 +55,8 @@ class Language:
             teacher_logprob=self._sampled(self.log_p),
             reverse_kl=(log_q.exp() * (log_q - self.log_p)).sum(-1) * self.mask,
             forward_kl=(self.log_p.exp() * (self.log_p - log_q)).sum(-1) * self.mask,
+            content_logprob=content.masked_fill(torch.isin(self.tokens, self.ends), 0.0),
+            graded_kl=graded_kl(log_q, self.log_p, self.ends) * self.mask,
         )
 
     def student(self, theta: Tensor) -> Tensor:
@@ -74,6 +79,15 @@ class Language:
     def rate(self, theta: Tensor) -> Tensor:
         """Return J = KL(q || p) / E_q[L]."""
         return self.total(theta) / self.length(theta)
+
+    def neutral(self, theta: Tensor) -> Tensor:
+        """Return sum_t w_t E[KL_t | the sequence has a token t], where the weights w are constants:
+        the student's survival curve at ``theta``, divided by its sum."""
+        q, divergence = self.student(theta)[:, None], self.stats(theta).reverse_kl
+        assert divergence is not None
+        survival = (q * self.mask).sum(0)
+        weights = (survival / survival.sum()).detach()
+        return (weights * (q * divergence).sum(0) / survival).sum()
 
     def counts(self, theta: Tensor, sequences: int = 1) -> Counts:
         """Return the counts for ``sequences`` sequences, with exact expectations as estimates."""
@@ -100,11 +114,11 @@ def gradient(function: Callable[[Tensor], Tensor], theta: Tensor) -> Tensor:
     return torch.autograd.grad(function(theta), theta)[0]
 
 
-def _sequences(vocabulary: int, horizon: int) -> list[tuple[int, ...]]:
-    """Return all sequences that end with EOS or at the horizon."""
+def _sequences(vocabulary: int, horizon: int, ends: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Return all sequences that end with an end token or at the horizon."""
     return [
         tokens
         for length in range(1, horizon + 1)
         for tokens in product(range(vocabulary), repeat=length)
-        if EOS not in tokens[:-1] and (tokens[-1] == EOS or length == horizon)
+        if not set(ends) & set(tokens[:-1]) and (tokens[-1] in ends or length == horizon)
     ]

@@ -38,7 +38,7 @@ class Row:
 def _row(name: str, unbiased: bool, samples: int = 1, **options: Any) -> Row:
     baseline = options.pop("baseline", "none" if samples == 1 else "leave_one_out")
     normalization = options.pop("normalization", "total")
-    definition = "rate" if normalization == "rate" else "total"
+    definition = normalization if normalization in ("rate", "neutral") else "total"
     options = {"baseline": baseline, "normalization": normalization, **options}
     return Row(name, unbiased, options, samples=samples, definition=definition)
 
@@ -132,7 +132,11 @@ def _gradients(language: Language, theta: Tensor, row: Row) -> Iterator[tuple[Te
 TRAINED: dict[str, Row] = {
     "total": _row("total", True),
     "rate": _row("rate", True, normalization="rate"),
+    "neutral": _row("neutral", True, normalization="neutral"),
     "minillm": _row("minillm", False, normalization="minillm"),
+    "neutral, graded": _row(
+        "neutral, graded, discount 0.8", False, normalization="neutral", stop="graded", discount=0.8
+    ),
     "discount 0.8": _row("rate, discount 0.8", False, normalization="rate", discount=0.8),
     "token level": Row("token_reverse_kl", False, function=token_mean),
 }

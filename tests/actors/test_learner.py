@@ -27,6 +27,8 @@ from seqkd.protocols import Part
 from seqkd.types import Counts, Rollout, TeacherScore
 
 TERMS = (TermConfig(objective=SequenceReverseKLConfig(normalization="rate")),)
+ENDS = (270, 290)
+"""Tokens that end a completion."""
 LR, STEPS = 1e-3, 2
 KEPT = 5
 """Number of groups that are kept for later tests."""
@@ -92,7 +94,7 @@ def start(models, heads=None, environment=None, **options):
         runtime_env={"env_vars": plan.environment() | (environment or {})}
     )
     group = LearnerGroup(
-        lambda: [cls.remote(config) for _ in range(config.ranks)],
+        lambda: [cls.remote(config, None, 0, ENDS) for _ in range(config.ranks)],
         (models["student"], heads or one),
         config.micro_batch_tokens,
         models["student"],
@@ -365,6 +367,61 @@ def test_terms_of_several_samplers_and_a_mixture(learners, tiny, batch):
     assert result.loss == pytest.approx(loss.item(), rel=1e-4)
     assert result.parts[0].sums["sequences"] == result.parts[1].sums["sequences"] == 4
     assert result.parts[1].sums["weight"] == 4
+
+
+def test_a_graded_end_on_two_ranks(learners, tiny, batch):
+    """Neutral normalization with stop graded agrees with plain torch. Most completions end with one
+    of two end tokens."""
+    drawn, scores = batch
+    rollouts = [
+        replace(r, completion_ids=(*r.completion_ids[:-1], ENDS[i % 2])) if i % 3 else r
+        for i, r in enumerate(drawn)
+    ]
+    # Positions without an earlier sequence have the mean cost 1.5.
+    costs, survival = torch.tensor([8.0, 2.0]), torch.tensor([4.0, 2.0])
+    counts = Counts(8, 40, rate=1.5, length=5.0, costs=costs, survival=survival)
+    objective = SequenceReverseKLConfig(normalization="neutral", discount=0.8, stop="graded")
+    model, teacher = (load_causal_lm(tiny[m], "float32", "model") for m in ("student", "teacher"))
+    others = [v for v in range(model.config.vocab_size) if v not in ENDS]
+    graded, returns, content = {}, {}, {}
+    for r in rollouts:
+        ids, span = torch.tensor([[*r.prompt_ids, *r.completion_ids]]), len(r.prompt_ids) - 1
+        q, p = (torch.softmax(m(ids).logits[0, span:-1], -1) for m in (model, teacher))
+        p = p.detach()
+        kl = (q * (q / p).log()).sum(-1).tolist()
+        parts = [(q[:, part], p[:, part]) for part in (list(ENDS), others)]
+        graded[r.sample_id] = sum(
+            b.sum(-1) * (b.sum(-1) / a.sum(-1)).log()
+            + a.sum(-1).detach() * _kl(a / a.sum(-1, keepdim=True), b / b.sum(-1, keepdim=True))
+            for a, b in parts
+        ).sum()
+        excess = [k - m for k, m in zip(kl, (2.0, 1.0, *[1.5] * len(kl)), strict=False)]
+        returns[r.sample_id] = [
+            sum(0.8 ** (u - t) * excess[u] for u in range(t + 1, len(kl))) for t in range(len(kl))
+        ]
+        content[r.sample_id] = [
+            (q[t, token] / q[t, others].sum()).log()
+            for t, token in enumerate(r.completion_ids)
+            if token not in ENDS
+        ]
+    loss = torch.zeros(())
+    for r in rollouts:
+        (other,) = [o for o in rollouts if o.prompt_id == r.prompt_id and o is not r]
+        loss = loss + graded[r.sample_id]
+        for t, logprob in enumerate(content[r.sample_id]):
+            base = returns[other.sample_id][t] if t < len(other.completion_ids) else 0.0
+            loss = loss + (returns[r.sample_id][t] - base) * logprob
+    loss = loss / (8 * 5.0)
+    loss.backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()
+    learner = learners(tiny, ranks=2, zero_stage=2, micro_batch_tokens=1)
+    result = learner.step([Part(rollouts, scores, counts, (TermConfig(objective=objective),))], LR)
+    assert result.loss == pytest.approx(loss.item(), rel=1e-4)
+    assert result.grad_norm == pytest.approx(norm, rel=1e-4)
+
+
+def _kl(a, b):
+    return (a * (a / b).log()).sum(-1)
 
 
 def steps(learner, batch, counts, number):

@@ -13,7 +13,7 @@ from seqkd.studies.enumerated import Language, gradient
 from tests.exact.expectation import expected_gradient, finite_difference, select
 
 ESTIMATORS = ("reinforce", "reward_to_go", "single_step", "rao_blackwell")
-NORMALIZATIONS = ("total", "rate")
+NORMALIZATIONS = ("total", "rate", "neutral")
 ALPHA = 0.3
 
 LANGUAGES = {"V3T4": (0, 3, 4), "V3T7": (1, 3, 7), "V4T5": (2, 4, 5)}
@@ -95,11 +95,36 @@ def test_rao_blackwell_identity(language):
     assert exact.item() == pytest.approx(language.total(language.theta).item(), abs=1e-12)
 
 
-@pytest.mark.parametrize("definition", NORMALIZATIONS)
+@pytest.mark.parametrize("definition", ["total", "rate"])
 def test_autograd_of_the_definition_is_its_finite_difference(language, definition):
     function = getattr(language, definition)
     exact = gradient(function, language.theta)
     assert torch.allclose(exact, finite_difference(function, language.theta), atol=1e-8)
+
+
+def test_neutral_is_a_mean_over_positions_with_constant_weights(language):
+    """Its gradient is the finite difference of sum_t w_t E[KL_t; t < L] / P(t < L), where w is the
+    survival curve at the student itself, with a sum of 1."""
+
+    def at_position(theta, t):
+        rows = [(q, c[t]) for q, c, y in zip(language.student(theta).tolist(),
+                language.stats(theta).reverse_kl.tolist(), language.sequences, strict=True)
+                if t < len(y)]  # fmt: skip
+        return sum(q * cost for q, cost in rows), sum(q for q, _ in rows)
+
+    survival = [at_position(language.theta, t)[1] for t in range(language.horizon)]
+
+    def definition(theta):
+        means = (cost / alive for cost, alive in
+                 (at_position(theta, t) for t in range(language.horizon)))  # fmt: skip
+        return sum(w * m for w, m in zip(survival, means, strict=True)) / sum(survival)
+
+    theta = language.theta
+    assert language.neutral(theta).item() == pytest.approx(definition(theta), abs=1e-12)
+    exact = gradient(language.neutral, theta)
+    assert torch.allclose(exact, finite_difference(definition, theta), atol=1e-8)
+    for other in ("total", "rate"):
+        assert (exact - gradient(getattr(language, other), theta)).abs().max() > 1e-3
 
 
 # --- unbiased
@@ -116,14 +141,6 @@ class TestUnbiased:
 
     def test_leave_one_out_of_four(self, smallest, estimator, normalization):
         assert bias(smallest, normalization, samples=4, estimator=estimator) <= 1e-9
-
-    def test_position_mean(self, language, estimator, normalization):
-        """With the costs of another student. Costs need not be correct, only independent of the
-        sample."""
-        counts, other = language.counts(language.theta), language.counts(language.theta + 1.3)
-        counts = replace(counts, costs=other.costs, survival=other.survival)
-        options = {"estimator": estimator, "baseline": "position_mean", "counts": counts}
-        assert bias(language, normalization, **options) <= 1e-9
 
     @pytest.mark.parametrize("baseline", ["none", "position_mean"])
     def test_mixture(self, language, estimator, normalization, baseline):
@@ -157,6 +174,53 @@ class TestUnbiased:
         )
         exact = gradient(getattr(language, normalization), language.theta)
         assert (expected - exact).abs().max() <= 1e-9
+
+
+@pytest.mark.parametrize("normalization", ["total", "rate"])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_position_mean_is_unbiased(language, estimator, normalization):
+    """With the costs of another student. Costs need not be correct, only independent of the
+    sample."""
+    counts, other = language.counts(language.theta), language.counts(-language.theta)
+    assert (counts.costs - other.costs).abs().max() > 0.01
+    counts = replace(counts, costs=other.costs, survival=other.survival)
+    options = {"estimator": estimator, "baseline": "position_mean", "counts": counts}
+    assert bias(language, normalization, **options) <= 1e-9
+
+
+def test_the_bias_of_neutral_with_wrong_estimates(language):
+    """With estimates m_t of E[KL_t | t < L], the bias is sum_t (E[KL_t | t < L] - m_t) times the
+    gradient of P(t < L), over E[L]. m_t is the rate at positions that no earlier sequence
+    reached."""
+    theta = language.theta
+    counts, other = language.counts(theta), language.counts(-theta)
+    reached = language.horizon - 2
+    estimates = torch.full((language.horizon,), counts.rate, dtype=torch.float64)
+    estimates[:reached] = (other.costs / other.survival)[:reached]
+    means = counts.costs / counts.survival
+
+    def definition(at):
+        survival = (language.student(at)[:, None] * language.mask).sum(0)
+        return language.neutral(at) + ((means - estimates) * survival).sum() / counts.length
+
+    for padding in (0, 1):  # an estimate of 0 sequences is no estimate
+        expected = expected_gradient(
+            language,
+            theta,
+            lambda s, padding=padding: sequence_reverse_kl(
+                s,
+                replace(
+                    counts,
+                    costs=torch.nn.functional.pad(other.costs[:reached], (0, padding)),
+                    survival=torch.nn.functional.pad(other.survival[:reached], (0, padding)),
+                ),
+                baseline="none",
+                normalization="neutral",
+            ),
+            language.student(theta),
+        )
+        assert (expected - gradient(definition, theta)).abs().max() <= 1e-9
+    assert (expected - gradient(language.neutral, theta)).abs().max() > 1e-3
 
 
 def test_position_mean_is_the_mean_return(language):
@@ -205,11 +269,15 @@ def test_mixture_weights_of_very_different_models_are_finite():
         {"normalization": "rate", "future_weight": 0.5},
         {"normalization": "total", "discount": 0.7},
         {"normalization": "rate", "discount": 0.7},
+        {"normalization": "neutral", "discount": 0.7},
+        {"normalization": "total", "stop": "graded"},
+        {"normalization": "rate", "stop": "graded"},
+        {"normalization": "neutral", "stop": "graded"},
     ],
     ids=str,
 )
 def test_biased(language, options):
-    definition = "rate" if options["normalization"] == "rate" else "total"
+    definition = options["normalization"].replace("minillm", "total")
     exact = gradient(getattr(language, definition), language.theta)
     expected = expected_gradient(
         language,
@@ -335,6 +403,30 @@ def test_truncation_and_clipping_match_their_formulas(language):
             truncated
         )
         assert sampled_token(one, counts, clip_ratio=0.1).item() == pytest.approx(clipped)
+
+
+def test_corrections_of_the_choice_alone_use_the_ratio_of_the_token(language):
+    """With stop graded, the factor of log q(y_t | not end) is the return times the truncated or
+    clipped ratio of the whole token."""
+    older = Older(language)
+    stats, counts = older.stats(language.theta), language.counts(language.theta)
+    ratio = (stats.student_logprob - stats.rollout_logprob).exp()
+
+    def factors(**options):
+        content = stats.content_logprob.clone().requires_grad_()
+        loss = sequence_reverse_kl(
+            replace(stats, content_logprob=content), counts, baseline="none",
+            normalization="neutral", stop="graded", **options
+        )  # fmt: skip
+        return torch.autograd.grad(loss, content)[0]
+
+    plain = factors()
+    assert plain.abs().max() > 0.01
+    capped = factors(importance_ratio_cap=1.1)
+    assert torch.allclose(capped, plain * ratio.clamp(max=1.1), atol=1e-12)
+    clipped = factors(clip_ratio=0.1)
+    free = torch.where(plain > 0, ratio > 0.9, ratio < 1.1)
+    assert torch.allclose(clipped, plain * ratio * free, atol=1e-12)
 
 
 def test_token_level_reverse_kl_on_student_samples_is_biased(language):

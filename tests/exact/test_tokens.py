@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from seqkd.objectives import DIVERGENCES, OBJECTIVES
+from seqkd.objectives.divergences import graded_kl
 from seqkd.studies.enumerated import Language, gradient
 from seqkd.types import Counts
 from tests.exact.expectation import expected_gradient, finite_difference, select
@@ -86,6 +87,55 @@ def test_equal_distributions_have_no_divergence_and_no_gradient(kind, coefficien
 
     assert abs(divergence(logits).item()) <= 1e-12
     assert gradient(divergence, logits).abs().max() <= 1e-12
+
+
+def split(probabilities, ends):
+    """Return [P(end), P(not end)], and the distributions over end tokens and over other tokens."""
+    parts = [[p for v, p in enumerate(probabilities) if (v in ends) == e] for e in (True, False)]
+    return [sum(part) for part in parts], *([p / sum(part) for p in part] for part in parts)
+
+
+@pytest.mark.parametrize("ends", [(0,), (1, 3), (4, 0, 2)])
+def test_graded_kl_and_its_gradient_match_the_definition(ends):
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        logits, teacher = (
+            torch.randn(5, generator=generator, dtype=torch.float64) * 2 for _ in range(2)
+        )
+        stop_p, end_p, content_p = split(softmax(teacher.tolist()), ends)
+        (h, rest), *_ = split(softmax(logits.tolist()), ends)  # constants of the gradient
+
+        def definition(x, stop_p=stop_p, end_p=end_p, content_p=content_p, h=h, rest=rest):
+            stop, end, content = split(softmax(x.tolist()), ends)
+            value = kl(stop_p, stop) + rest * kl(content, content_p) + h * kl(end, end_p)
+            return torch.tensor(value, dtype=torch.float64)
+
+        def divergence(x, teacher=teacher):
+            log_q, log_p = torch.log_softmax(x, -1), torch.log_softmax(teacher, -1)
+            return graded_kl(log_q, log_p, torch.tensor(ends))
+
+        assert divergence(logits).item() == pytest.approx(definition(logits).item(), abs=1e-12)
+        exact = finite_difference(definition, logits)
+        assert torch.allclose(gradient(divergence, logits), exact, atol=1e-7)
+        more_ends = torch.zeros(5, dtype=torch.float64)
+        more_ends[list(ends)] = 1.0  # the direction of the log-odds of the end
+        slope = gradient(divergence, logits) @ more_ends
+        assert slope.item() == pytest.approx(h - stop_p[0], abs=1e-12)
+        assert abs(divergence(teacher).item()) <= 1e-12
+
+
+def test_graded_kl_is_finite_for_a_certain_end():
+    """In float32 the log-prob of such an end is 0."""
+    ends = torch.tensor([0])
+    for sign in (60.0, -60.0):
+        logits = torch.tensor([sign, 1.0, -1.0], requires_grad=True)
+        log_q = torch.log_softmax(logits, -1)
+        log_p = torch.log_softmax(torch.tensor([0.5, 0.0, 2.0]), -1)
+        value = graded_kl(log_q, log_p, ends)
+        value.backward()
+        assert 1 < value.item() < 60
+        assert logits.grad.isfinite().all()
+        assert logits.grad[0].abs() > 0.1
 
 
 def test_generalized_jensen_shannon_tends_to_both_kls():

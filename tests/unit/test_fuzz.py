@@ -221,7 +221,8 @@ KINDS = ["sequence_reverse_kl", "sequence_forward_kl", "sampled_token", "sft", "
 OBJECTIVES = st.sampled_from(KINDS).map(lambda kind: {"kind": kind}) | some(
     estimator=st.sampled_from(["reinforce", "reward_to_go", "single_step", "rao_blackwell"]),
     baseline=st.sampled_from(["none", "leave_one_out", "position_mean"]),
-    normalization=st.sampled_from(["rate", "total", "minillm"]), discount=SHARE,
+    normalization=st.sampled_from(["rate", "total", "minillm", "neutral"]), discount=SHARE,
+    stop=st.sampled_from(["future", "graded"]),
     clip_ratio=SHARE, importance_ratio_cap=POSITIVE,
 )  # fmt: skip
 LOCAL = st.builds(

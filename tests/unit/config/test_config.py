@@ -194,6 +194,21 @@ def test_scientific_notation_is_a_number(path):
             "leave_one_out",
         ),
         (
+            ["objective={normalization: neutral, baseline: position_mean}"],
+            "always 0 with normalization 'neutral'",
+            "leave_one_out or none",
+        ),
+        (
+            ["objective={estimator: reward_to_go, normalization: total, stop: graded}"],
+            "stop is 'graded', but estimator 'reward_to_go'",
+            "stop to future",
+        ),
+        (
+            ["teacher.scores=top_k", "objective={stop: graded}"],
+            "teacher's probability of the end",
+            "teacher.scores to hidden",
+        ),
+        (
             ["sampler=mixture", "objective.clip_ratio=0.2"],
             "objective.clip_ratio",
             "Set sampler to student",

@@ -14,7 +14,7 @@ from seqkd.learner.student import StudentModel, as_token_stats, last_hidden
 from seqkd.models.loading import load_causal_lm
 from seqkd.models.output_head import head_of
 from seqkd.objectives import DIVERGENCES, OBJECTIVES
-from seqkd.types import Counts, Divergence, Rollout, TeacherScore, TokenStats
+from seqkd.types import Counts, Divergence, EndStat, Rollout, TeacherScore, TokenStats
 
 COEFFICIENT = {"gjsd": 0.5, "skew_kl": 0.1, "skew_reverse_kl": 0.1}
 SEQUENCE = "sequence_reverse_kl"
@@ -24,7 +24,8 @@ CASES = [
         (SEQUENCE, {"estimator": e, "normalization": "rate"})
         for e in ("reinforce", "reward_to_go", "single_step")
     ),
-    *((SEQUENCE, {"normalization": n}) for n in ("rate", "total", "minillm")),
+    *((SEQUENCE, {"normalization": n}) for n in ("rate", "total", "minillm", "neutral")),
+    *((SEQUENCE, {"normalization": n, "stop": "graded"}) for n in ("minillm", "neutral")),
     *((SEQUENCE, {"baseline": b, "normalization": "rate"}) for b in ("none", "position_mean")),
     (SEQUENCE, {"discount": 0.9}),
     (SEQUENCE, {"future_weight": 0.5}),
@@ -34,7 +35,12 @@ CASES = [
 ]
 COUNTS = Counts(6, 40, 0.7, 6.5, torch.tensor([3.0, 2, 1]), torch.tensor([4.0, 3, 1]))
 ALONE, SHARED = batching.Layout(1), batching.Layout(1, sharing=10**9)
-NAMES = ("student_logprob", "teacher_logprob", "reverse_kl", "forward_kl")
+ENDS = (5, 9)
+"""Tokens that end a completion: two of the completions have one."""
+NAMES = (
+    *("student_logprob", "teacher_logprob", "reverse_kl", "forward_kl"),
+    *(EndStat(name, ENDS) for name in ("content_logprob", "graded_kl")),
+)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +51,7 @@ def models(tiny):
 
 @pytest.fixture(scope="module")
 def data(models):
-    """Three prompts with two samples: one of one token, none with an end of sequence, two equal."""
+    """Three prompts with two samples: one of one token, two with an end token, two equal."""
     _, teacher = models
     generator = torch.Generator().manual_seed(0)
     rollouts, scores = [], {}
@@ -56,6 +62,8 @@ def data(models):
         for index, length in enumerate((first, second)):
             ids = torch.randint(5, 260, (length,), generator=generator).tolist()
             ids = alike if prompt_id == "c" else ids
+            if prompt_id == "b":
+                ids[-1] = ENDS[index]
             logprobs = tuple(-torch.rand(length, generator=generator) * 6)
             r = Rollout(
                 prompt_id,
@@ -150,7 +158,8 @@ def test_a_completion_of_8192_tokens_is_finite(kind, options):
     def drawn():
         return (torch.rand(size, generator=generator) * 12).requires_grad_()
 
-    leaves = {"student_logprob": drawn(), "reverse_kl": drawn(), "divergence": drawn()}
+    names = "student_logprob", "reverse_kl", "divergence", "content_logprob", "graded_kl"
+    leaves = {name: drawn() for name in names}
     stats = TokenStats(
         loss_mask=torch.ones(size, dtype=torch.bool),
         group=torch.tensor([0, 0]),
@@ -158,6 +167,8 @@ def test_a_completion_of_8192_tokens_is_finite(kind, options):
         teacher_logprob=-drawn().detach(),
         reverse_kl=leaves["reverse_kl"],
         divergence=leaves["divergence"],
+        content_logprob=-leaves["content_logprob"],
+        graded_kl=leaves["graded_kl"],
         rollout_logprob=-drawn().detach(),
     )
     loss = OBJECTIVES[kind](stats, COUNTS, **options)

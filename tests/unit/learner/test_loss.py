@@ -5,22 +5,27 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from seqkd.config.learner import LearnerConfig
+from seqkd.config.objectives import SequenceReverseKLConfig
+from seqkd.config.phases import TermConfig
 from seqkd.config.run import Config
 from seqkd.config.student import PruneInitConfig
 from seqkd.errors import ModelError, ResourceError
 from seqkd.evaluation.intervals import ratio
+from seqkd.learner.loss import stat_names
 from seqkd.learner.running_costs import RunningCosts, by_position
 from seqkd.learner.student import check_head, last_hidden
 from seqkd.models.loading import load_causal_lm, without_dropout
 from seqkd.models.output_head import head_of, load_head
 from seqkd.models.pruning import prune
 from seqkd.training.lr_schedule import learning_rate
+from seqkd.types import EndStat
 from tests.unit.config.test_config import MINIMAL
 
 
@@ -56,6 +61,16 @@ def test_running_costs_are_decayed_sums_over_past_batches():
     assert counts.length == pytest.approx(3 / 2)
     running.update(None, None)  # a step without a teacher changes nothing
     assert running.counts([]).rate == counts.rate
+
+
+def test_a_graded_end_reads_the_statistics_of_all_end_tokens():
+    graded = TermConfig(objective=SequenceReverseKLConfig(stop="graded"))
+    batch = SimpleNamespace(teacher_hidden=True, teacher_logprobs=None, teacher_top_ids=None)
+    names = stat_names(batch, (graded,), (3, 5))
+    for name in ("content_logprob", "graded_kl"):
+        assert EndStat(name, (3, 5)) in names
+    plain = TermConfig(objective=SequenceReverseKLConfig())
+    assert not [n for n in stat_names(batch, (plain,), (3, 5)) if isinstance(n, EndStat)]
 
 
 def test_a_ratio_of_sums_is_inside_its_interval():

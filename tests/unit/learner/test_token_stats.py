@@ -10,7 +10,7 @@ from seqkd.learner.teacher_distribution import FullTeacher, TopTeacher
 from seqkd.learner.token_stats import STATS, stats_of_logits, token_loss, token_stats
 from seqkd.models import output_head
 from seqkd.models.output_head import OutputHead, top_teacher
-from seqkd.types import Divergence, EndLogprob
+from seqkd.types import Divergence, EndStat
 
 N, H, V = 11, 6, 17
 
@@ -99,12 +99,43 @@ def test_equal_models_have_no_divergence(setup):
 
 def test_the_end_logprob_is_that_of_any_end_token(setup):
     """Without a teacher, and together with other statistics."""
-    end = EndLogprob((0, 3))
+    end = EndStat("end_logprob", (0, 3))
     head = OutputHead(setup["weight"], setup["bias"])
     stats = token_stats(setup["hidden"], head, setup["targets"], ("entropy", end))
     q = torch.softmax(setup["hidden"] @ setup["weight"].T + setup["bias"], -1)
     assert torch.allclose(stats[end], (q[:, 0] + q[:, 3]).log(), atol=1e-5)
     assert stats.keys() == {"entropy", end}
+
+
+@pytest.mark.parametrize("at_once", AT_ONCE)
+def test_statistics_that_separate_the_end_match_their_definitions(setup, monkeypatch, at_once):
+    """With two end tokens, the values and the gradient of the sum."""
+    set_chunk_sizes(monkeypatch, *at_once)
+    s, ends = setup, (0, 3)
+    s["targets"][:3] = torch.tensor([0, 3, 5])
+    names = (EndStat("content_logprob", ends), EndStat("graded_kl", ends))
+    stats = token_stats(s["hidden"], OutputHead(s["weight"]), s["targets"], names, teacher(s))
+    q = torch.softmax(s["hidden"] @ s["weight"].T, -1)
+    p = torch.softmax(s["teacher_hidden"] @ s["teacher_weight"].T, -1)
+    stop, stop_p = q[:, ends].sum(-1), p[:, ends].sum(-1)
+    others = [v for v in range(V) if v not in ends]
+    content = torch.zeros(N)
+    for row, target in enumerate(s["targets"].tolist()):
+        if target not in ends:
+            content[row] = (q[row, target] / q[row, others].sum()).log()
+    graded = stop_p * (stop_p / stop).log() + (1 - stop_p) * ((1 - stop_p) / (1 - stop)).log()
+    for part in (others, ends):
+        a, b = q[:, part], p[:, part]
+        share = a.sum(-1, keepdim=True)
+        a, b = a / share, b / b.sum(-1, keepdim=True)
+        graded = graded + share[:, 0].detach() * (a * (a / b).log()).sum(-1)
+    for name, expected in zip(names, (content, graded), strict=True):
+        assert torch.allclose(stats[name], expected, atol=1e-5), name
+    totals = (sum((i + 1) * v.sum() for i, v in enumerate(values)) for values in
+              ((stats[n] for n in names), (content, graded)))  # fmt: skip
+    computed, exact = (torch.autograd.grad(t, (s["hidden"], s["weight"])) for t in totals)
+    for a, b in zip(computed, exact, strict=True):
+        assert torch.allclose(a, b, atol=1e-4)
 
 
 def test_no_tokens(setup):
@@ -388,7 +419,11 @@ def test_fused_kernels_compute_the_same(setup, monkeypatch, form):
     s, compiled, calls = setup, torch.compile(module._read, fullgraph=True), []
     monkeypatch.setattr(module, "_fused", lambda: calls.append(True) or compiled)
     names = {
-        "hidden": (*STATS, Divergence("gjsd", 0.5), EndLogprob((3, 5))),
+        "hidden": (
+            *STATS,
+            Divergence("gjsd", 0.5),
+            *(EndStat(n, (3, 5)) for n in ("end_logprob", "content_logprob", "graded_kl")),
+        ),
         "top k": ("student_logprob", "entropy", "reverse_kl", "forward_kl"),
         "none": ("student_logprob", "entropy"),
     }[form]
