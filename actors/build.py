@@ -131,12 +131,15 @@ def workers(
     plan = placement.plan(config, roles)
     group = placement_group(list(plan.bundles), strategy="PACK")
     try:
-        if not group.wait(timeout_seconds=60):
-            raise ResourceError(
-                f"cluster: no node has {_largest(plan.bundles)} free (free in the cluster: "
-                f"{_free()}). Wait for other jobs to end, or set placement to split to allow "
-                "different nodes for the roles."
-            )
+        if not group.wait(timeout_seconds=5):
+            wanted = " and ".join(map(_listed, plan.bundles))
+            control.say(f"waiting up to 60 s for {wanted} ({_free()} are free in the cluster)")
+            if not group.wait(timeout_seconds=55):
+                raise ResourceError(
+                    f"cluster: no node has {_largest(plan.bundles)} free ({_free()} are free in "
+                    "the cluster). Wait for other jobs to end, or set placement to split to allow "
+                    "different nodes for the roles."
+                )
         with _started(config, plan, group, student_path, checked, control) as crew:
             yield crew
     finally:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -177,20 +176,14 @@ def is_alive(actor: Any) -> Any:
 
 def _stage(call: _Call) -> str:
     """Describe what a starting process waits for."""
-    import ray
     from ray._private.state import actors  # ray.util.state requires the dashboard
 
     if call.came_up:
         return "is still loading its model"
     if actors(call.actor._actor_id.hex()).get("Pid"):
         return "is still importing its libraries"
-    group = re.compile(r"(CPU|GPU)_group_[0-9a-f]{20,}")  # of the run; others name one bundle
-    free = {m[1]: n for key, n in ray.available_resources().items() if (m := group.fullmatch(key))}
-    listed = " and ".join(f"{free.get(name, 0.0):g} {name}s" for name in ("CPU", "GPU"))
-    return (
-        "is still waiting for resources that other processes of this run use (free in its "
-        f"placement group: {listed})"
-    )
+    # The run's placement group is reserved before its processes are created.
+    return "is still waiting for cores or GPUs that an earlier process of this run has not released"
 
 
 def kill_orphans(names: Sequence[str]) -> None:
