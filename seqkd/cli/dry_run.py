@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from actors import build, placement
+from actors import placement
 from seqkd.checks.memory import check_memory, estimate, gpu_memory, host_memory
 from seqkd.checks.preflight import Checked
 from seqkd.config.run import Config, dump
@@ -67,12 +67,10 @@ def on_this_machine(config: Config) -> bool:
 
 def check_machine(config: Config) -> None:
     """Raise ResourceError if the run starts its own cluster and this machine has too few cores or
-    GPUs, or if there is no cluster at the configured address."""
+    GPUs."""
     if on_this_machine(config):
         have = os.cpu_count() or 1, torch.cuda.device_count()
         placement.plan(config).check(*have, "this machine")
-    else:
-        build.reach(config)
 
 
 def memory_warnings(config: Config, checked: Checked, verbose: bool = False) -> list[str]:

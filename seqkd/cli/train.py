@@ -149,7 +149,8 @@ def check_and_learn(
 
     trackers.check(config.trackers)
     resumption = run_directory.resumption(directory, config, resume)
-    check_machine(config)  # before the data is prepared
+    check_machine(config)  # both before the data is prepared
+    build.reach(config)
     resolved, caches, checked = check(config)
     for warning in (*checked.warnings, *memory_warnings(resolved, checked)):
         print_message("warning", warning)
