@@ -15,7 +15,7 @@ from tests.conftest import ROOT
 
 
 def refuse(*arguments, **options):
-    raise AssertionError("the command went on")
+    raise AssertionError("the command continued")
 
 
 @pytest.mark.parametrize(
