@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
@@ -35,17 +34,16 @@ def connect(config: Config, verbose: bool) -> Iterator[None]:
     """Connect to the cluster of ``config`` or of the Ray job, or start one on this machine."""
     import ray
 
-    # Ray sets RAY_ADDRESS for the driver of a job.
-    address = config.cluster or os.environ.get("RAY_ADDRESS") or "local"
+    address = _address(config)
     options: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
+    reach(config)
     try:
-        _reach(address)
         level = logging.INFO if verbose else logging.ERROR
         before = signal.getsignal(signal.SIGTERM)
         context = ray.init(address, log_to_driver=verbose, logging_level=level, **options)
         signal.signal(signal.SIGTERM, before)  # Ray's own handler would end with its exit code
     except Exception as error:  # Ray raises bare RuntimeError and ConnectionError here
-        raise _no_cluster(address, error) from error
+        raise _no_cluster(config, str(error)) from error
     own = [] if address != "local" else psutil.Process().children(recursive=True)
     try:
         if address != "local" and context.dashboard_url and is_open(context.dashboard_url):
@@ -73,25 +71,47 @@ def is_open(dashboard: str) -> bool:
         return False
 
 
-def _reach(address: str) -> None:
-    """Raise OSError if nothing listens at host:port. Ray itself would retry for minutes."""
-    host, colon, port = address.removeprefix("ray://").rpartition(":")
-    if colon and port.isdigit():
-        socket.create_connection((host, int(port)), timeout=10).close()
+def _address(config: Config) -> str:
+    # Ray sets RAY_ADDRESS for the driver of a job.
+    return config.cluster or os.environ.get("RAY_ADDRESS") or "local"
 
 
-def _no_cluster(address: str, error: Exception) -> ResourceError:
-    text = " ".join(str(error).split())
-    if "token" in text.lower() or "auth" in type(error).__name__.lower():
+def reach(config: Config) -> None:
+    """Raise ResourceError unless a Ray head answers at host:port and accepts this process's token.
+    Ray itself would retry for up to several minutes, and not report a refusal."""
+    address = _address(config).removeprefix("ray://")
+    if ":" not in address:
+        return
+    from grpc import RpcError, StatusCode
+    from ray._private.grpc_utils import init_grpc_channel  # with the token and TLS, as Ray connects
+    from ray.exceptions import AuthenticationError
+
+    try:
+        with init_grpc_channel(address, [("grpc.enable_http_proxy", 0)]) as channel:
+            channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")(b"", timeout=10)
+    except AuthenticationError as error:  # RAY_AUTH_MODE=token without a token
+        raise _no_cluster(config, str(error)) from None
+    except RpcError as error:
+        if error.code() != StatusCode.UNIMPLEMENTED:  # Ray Client's server has other methods
+            refused = error.code() == StatusCode.UNAUTHENTICATED
+            raise _no_cluster(config, error.details() or error.code().name, refused) from None
+
+
+def _no_cluster(config: Config, reason: str, refused: bool = False) -> ResourceError:
+    field, address = "cluster" if config.cluster else "RAY_ADDRESS", _address(config)
+    reason = " ".join(reason.split())
+    if refused or "token" in reason.lower():
+        mode = os.environ.get("RAY_AUTH_MODE")
+        sent = "sent a wrong one" if mode == "token" and refused else "has none"
         return ResourceError(
-            f"cluster: {address!r} requires an authentication token, but none was found. Set "
-            "RAY_AUTH_MODE=token, and store the cluster's token in ~/.ray/auth_token or "
-            f"RAY_AUTH_TOKEN. ({text})"
+            f"{field}: the Ray head at {address!r} requires an authentication token, and this "
+            f"process {sent} (RAY_AUTH_MODE is {mode or 'not set'}). Set RAY_AUTH_MODE=token, and "
+            "store the head's token in ~/.ray/auth_token or RAY_AUTH_TOKEN."
         )
     return ResourceError(
-        f"cluster: no Ray cluster answers at {address!r}. Start one with `RAY_AUTH_MODE=token ray "
-        "start --head`, set cluster to another address, or unset it to run on this machine. If the "
-        f"cluster requires an authentication token, set RAY_AUTH_MODE=token. ({text})"
+        f"{field}: no Ray cluster answers at {address!r}: {reason:.300}. Start one with "
+        f"`RAY_AUTH_MODE=token ray start --head`, set {field} to host:port of its head (port 6379 "
+        f"by default, not the dashboard's 8265), or unset {field} to run on this machine."
     )
 
 
@@ -118,11 +138,15 @@ def workers(
     plan = placement.plan(config, roles)
     group = placement_group(list(plan.bundles), strategy="PACK")
     try:
-        if not group.wait(timeout_seconds=60):
-            raise ResourceError(
-                f"cluster: no node has {_largest(plan.bundles)} free. Wait for other jobs to end, "
-                "or set placement to split to allow different nodes for the roles."
-            )
+        if not group.wait(timeout_seconds=5):
+            wanted = " and ".join(map(_listed, plan.bundles))
+            control.say(f"waiting up to 60 s for {wanted} ({_free()} are free in the cluster)")
+            if not group.wait(timeout_seconds=55):
+                raise ResourceError(
+                    f"cluster: no node has {_largest(plan.bundles)} free ({_free()} are free in "
+                    "the cluster). Wait for other jobs to end, or set placement to split to allow "
+                    "different nodes for the roles."
+                )
         with _started(config, plan, group, student_path, checked, control) as crew:
             yield crew
     except ClusterLost:
@@ -287,6 +311,17 @@ TEACHER_ACTORS: dict[str, Callable[[Any, StudentConfig, Checked], tuple[_Actors,
 """Functions by teacher kind that return the scoring and the sampling actors."""
 
 
+def _free() -> str:
+    import ray
+
+    free = ray.available_resources()
+    return _listed({name: free.get(name, 0.0) for name in ("CPU", "GPU")})
+
+
 def _largest(bundles: tuple[dict[str, float], ...]) -> str:
     bundle = max(bundles, key=lambda b: (b.get("GPU", 0), b["CPU"]))
-    return " and ".join(f"{amount:g} {name}s" for name, amount in bundle.items())
+    return _listed(bundle)
+
+
+def _listed(resources: dict[str, float]) -> str:
+    return " and ".join(f"{amount:g} {name}s" for name, amount in resources.items())

@@ -19,7 +19,7 @@ from seqkd.errors import ActorError, SeqkdError
 from seqkd.training.control import TICK_S, Control
 
 UNUSUAL_S = 60.0
-"""Startup time of a process after which a message is printed."""
+"""Startup time of a process after which a message reports what it waits for."""
 REAPING_S = 60.0
 """Longest wait for the nodes of a cluster to end their processes."""
 HEALTH = "health"
@@ -151,6 +151,12 @@ class Calls:
         now, recovery = time.monotonic(), self.control.recovery
         if now - call.begun > self.stall_s:
             return f"has not finished within recovery.stall_s = {self.stall_s:g} s"
+        if self.starting and not call.reported and now - call.begun > UNUSUAL_S:
+            call.reported = True
+            self.control.say(
+                f"{self.what}: process {call.index} {_stage(call)} after {now - call.begun:.0f} s. "
+                "A start normally takes 20 to 120 s."
+            )
         if call.beat is None:
             call.beat, call.asked = is_alive(call.actor), now
         elif ray.wait([call.beat], timeout=0)[0]:
@@ -159,9 +165,6 @@ class Calls:
                 call.beat = None
         elif call.came_up and now - call.asked > recovery.heartbeat_s:
             return f"has not answered for recovery.heartbeat_s = {recovery.heartbeat_s:g} s"
-        elif not call.came_up and not call.reported and now - call.begun > UNUSUAL_S:
-            self.control.say(f"{self.what}: process {call.index} is still waiting for resources.")
-            call.reported = True
         return None
 
 
@@ -169,6 +172,18 @@ def is_alive(actor: Any) -> Any:
     """Return a reference that is ready as soon as the actor's process answers, even if it is
     busy."""
     return actor.__ray_call__.options(concurrency_group=HEALTH).remote(_nothing)
+
+
+def _stage(call: _Call) -> str:
+    """Describe what a starting process waits for."""
+    from ray._private.state import actors  # ray.util.state requires the dashboard
+
+    if call.came_up:
+        return "is still loading its model"
+    if actors(call.actor._actor_id.hex()).get("Pid"):
+        return "is still importing its libraries"
+    # The run's placement group is reserved before its processes are created.
+    return "is still waiting for cores or GPUs that an earlier process of this run has not released"
 
 
 def kill_orphans(names: Sequence[str]) -> None:

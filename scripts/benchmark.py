@@ -6,7 +6,6 @@ Compare the ratios. Run nothing else at the same time.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Callable, Iterable
@@ -14,6 +13,7 @@ from importlib import import_module
 from pathlib import Path
 
 from scripts.benchmarks.rows import Row, table
+from seqkd.cli.arguments import Parser
 from seqkd.console import quiet, run_command
 from seqkd.files import disk_errors
 
@@ -37,7 +37,7 @@ ON_CORES = [section for section in SECTIONS if section != "gpu"]
 
 def main(argv: list[str] | None = None) -> int:
     """Return the exit code: 0 for success, 2 for an error that the user can fix."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Measure speed and memory on this machine, each next to a reference.",
         epilog="The benchmarks use the models of the quickstart, which "
         "scripts/prepare_quickstart.py writes. trl and trl-bf16 require the extra: "

@@ -4,12 +4,12 @@ their gradients on real models."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections import defaultdict
 from pathlib import Path
 
 from scripts.figures import canvas, save
+from seqkd.cli.arguments import Parser
 
 SEED = 0
 LANGUAGES, SAMPLES, TOKENS = 8, 4, 48
@@ -18,7 +18,7 @@ PROMPTS = Path("~/.cache/seqkd/data/chat_train.jsonl").expanduser()
 
 def main(argv: list[str] | None = None) -> int:
     """Print the tables and write the figures."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__,
         epilog="Example: python -m scripts.estimators --student runs/quickstart/student "
         "--teacher ~/.cache/seqkd/models/SmolLM2-135M-Instruct",

@@ -5,13 +5,13 @@ docs/scaling.md describes the model and compares it with measurements.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from dataclasses import replace
 from statistics import median
 from timeit import repeat
 from typing import Any
 
+from seqkd.cli.arguments import Parser
 from seqkd.studies.step_cost import (
     LLAMA_8B,
     LLAMA_70B,
@@ -45,7 +45,7 @@ LARGE = Plan(
 
 def main() -> None:
     """Print both plans with their best splits of chips, or the lower bound for this processor."""
-    parser = argparse.ArgumentParser(description="Estimate the cost of a step by arithmetic.")
+    parser = Parser(description="Estimate the cost of a step by arithmetic.")
     parser.add_argument(
         "--here",
         action="store_true",

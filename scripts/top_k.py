@@ -3,11 +3,11 @@ teacher's scores: python scripts/top_k.py configs/quickstart.yaml"""
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from pathlib import Path
 
+from seqkd.cli.arguments import Parser
 from seqkd.config import run as configuration
 from seqkd.config.run import Config
 from seqkd.console import quiet, run_command
@@ -17,7 +17,7 @@ KS = (1, 4, 16, 64, 256, 1024, 4096)
 
 def main(argv: list[str] | None = None) -> int:
     """Return the exit code: 0 for success, 2 for an error that the user can fix."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("config", help="YAML file: student, teacher, data")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--prompts", type=int, default=16, help="held-out prompts")

@@ -3,11 +3,11 @@ KL. Prints the modes that are found, their starting points, and the number of st
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 from scripts.figures import canvas, save
+from seqkd.cli.arguments import Parser
 
 STARTS = 64
 """Number of random starts of two Gaussians."""
@@ -15,7 +15,7 @@ STARTS = 64
 
 def main(argv: list[str] | None = None) -> int:
     """Print the tables and write the figures."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/toy_gaussians"), help="for figures")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)

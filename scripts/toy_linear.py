@@ -3,11 +3,11 @@ Prints the distances of distributions and weights from the teacher's by step."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 from scripts.figures import canvas, save
+from seqkd.cli.arguments import Parser
 
 RANKS = (1, 4, 16, 64)
 STEPS = 1000
@@ -18,7 +18,7 @@ LABELS = {"distribution": "L2 of distributions", "weights": "relative L2 of weig
 
 def main(argv: list[str] | None = None) -> int:
     """Print the table and write the figure. Both divergences use the same teachers and inputs."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/toy_linear"), help="for the figure")
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--optimizer", choices=tuple(LEARNING_RATES), default="adam")

@@ -63,13 +63,12 @@ def run_command(action: Callable[[], int], hint: str = "") -> int:
 
 def print_message(level: str, text: str, indent: str = "", file: TextIO | None = None) -> None:
     """Print each line of ``text`` as ``level: line``. Lines that begin with a space continue the
-    message before them. Warnings are printed on stdout, all other levels on stderr."""
+    message before them. The default of ``file`` is stderr."""
     from rich.text import Text
 
-    file = file or (sys.stdout if level == "warning" else sys.stderr)
     for line in clean(text).splitlines():
         prefix = ("", "") if line.startswith(" ") else (f"{level}: ", STYLES[level])
-        show(Text.assemble(indent, prefix, line), file=file)
+        show(Text.assemble(indent, prefix, line), file=file or sys.stderr)
 
 
 def red_warning(text: str) -> Text:

@@ -15,6 +15,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print the usage and the error, and exit with code 2."""
         self.print_usage(sys.stderr)
+        if message.startswith("unrecognized arguments: -") and "key=value" in self.format_usage():
+            message += ". Set a configuration key without dashes: key=value."
         print_message("error", message)
         sys.exit(2)
 

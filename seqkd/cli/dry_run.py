@@ -43,15 +43,11 @@ def dry_run(config: Config, resume: bool) -> int:
         show(*(f"    {line}" for line in checked.sources))
         warnings.extend(memory_warnings(config, checked, verbose=True))
 
-    def check_resources() -> None:
-        if on_this_machine(config):
-            plan.check(os.cpu_count() or 1, torch.cuda.device_count(), "this machine")
-
     for step in (
         check_directory,
         lambda: trackers.check(config.trackers),
         check_models_and_data,
-        check_resources,
+        lambda: check_machine(config),
     ):
         try:
             step()
@@ -67,6 +63,14 @@ def dry_run(config: Config, resume: bool) -> int:
 def on_this_machine(config: Config) -> bool:
     """Return whether the run starts its own cluster on this machine."""
     return config.cluster is None and "RAY_ADDRESS" not in os.environ
+
+
+def check_machine(config: Config) -> None:
+    """Raise ResourceError if the run starts its own cluster and this machine has too few cores or
+    GPUs."""
+    if on_this_machine(config):
+        have = os.cpu_count() or 1, torch.cuda.device_count()
+        placement.plan(config).check(*have, "this machine")
 
 
 def memory_warnings(config: Config, checked: Checked, verbose: bool = False) -> list[str]:

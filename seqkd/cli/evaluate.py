@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from seqkd.cli.arguments import add_overrides, add_path, add_verbose, at_least_one
 from seqkd.console import Progress, print_message, quiet, run_command, show
-from seqkd.errors import ConfigError, SeqkdError
+from seqkd.errors import ConfigError
 from seqkd.escaping import as_json
 
 if TYPE_CHECKING:
     from seqkd.checks.preflight import Checked
     from seqkd.config.run import Config
-    from seqkd.evaluation.bartscore import BartScorer
     from seqkd.evaluation.table import ModelOutputs
     from seqkd.workers import Workers
 
@@ -143,20 +142,13 @@ def evaluate(request: Request, verbose: bool) -> int:
     from seqkd import report
     from seqkd.data.content import ContentTokenizer
     from seqkd.evaluation import offline
+    from seqkd.evaluation.bartscore import BartScorer
+    from seqkd.files import disk_errors
 
-    bart = load_scorer(request)
+    bart = BartScorer(request.bart) if request.bart else None
     config, checked, with_teacher = check(request)
-    request.out.mkdir(parents=True, exist_ok=True)
-    show(f"{len(checked.heldout)} prompts; results: {request.out}")
-    outputs: dict[str, ModelOutputs] = {}
-    warned = set[str]()
-    with closing(Progress()) as progress, build.connect(config, verbose):
-        for name, path in request.models.items():
-            progress.wait(f"{name}: starting the actors")
-            with start_workers(config, path, checked, with_teacher, warned) as workers:
-                outputs |= generate(
-                    config, name, workers, checked, with_teacher, request.out, progress
-                )
+    for problem in request.problems:
+        print_message("warning", problem)
     content = ContentTokenizer(checked.tokenizer, checked.content_tokens)
     held_out = offline.PromptSet(
         list(checked.heldout),
@@ -171,9 +163,20 @@ def evaluate(request: Request, verbose: bool) -> int:
             "with answers, or set data.reference_key to the column of the answers."
         )
         if bart:
-            request.problems.append(f"--bart: {text}")
-        else:
-            print_message("warning", text)
+            raise ConfigError(f"--bart: {text}")
+        print_message("warning", text)
+    with disk_errors(request.out):
+        request.out.mkdir(parents=True, exist_ok=True)
+    show(f"{len(checked.heldout)} prompts; results: {request.out}")
+    outputs: dict[str, ModelOutputs] = {}
+    warned = set[str]()
+    with closing(Progress()) as progress, build.connect(config, verbose):
+        for name, path in request.models.items():
+            progress.wait(f"{name}: starting the actors")
+            with start_workers(config, path, checked, with_teacher, warned) as workers:
+                outputs |= generate(
+                    config, name, workers, checked, with_teacher, request.out, progress
+                )
     evaluation = {
         "source": request.config.data.heldout_path or request.config.data.path,
         "samples_per_prompt": request.config.evaluation.samples_per_prompt,
@@ -190,19 +193,6 @@ def evaluate(request: Request, verbose: bool) -> int:
     for problem in request.problems:
         print_message("error", problem)
     return 2 if request.problems else 0
-
-
-def load_scorer(request: Request) -> BartScorer | None:
-    """Load the BARTScore model. Return None if none was requested or it cannot be loaded."""
-    from seqkd.evaluation.bartscore import BartScorer
-
-    if request.bart is None:
-        return None
-    try:
-        return BartScorer(request.bart)
-    except SeqkdError as error:
-        request.problems.append(f"{error} BARTScore was skipped.")
-        return None
 
 
 def check(request: Request) -> tuple[Config, Checked, bool]:

@@ -54,9 +54,12 @@ def follow(runs: list[Path], out: Path, seconds: float | None) -> int:
 
 def interval(text: str) -> float:
     """Parse a number of seconds of at least 1."""
-    seconds = float(text)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
     if not 1 <= seconds < math.inf:
         raise argparse.ArgumentTypeError(
-            f"{text} is less than 1 second or not finite. Set it to 10, for example."
+            f"{text!r} is not a number of seconds of at least 1. Set it to 10, for example."
         )
     return seconds

@@ -144,7 +144,7 @@ def check_and_learn(
     """Check everything that needs no actors, connect to Ray and call :func:`learn`. Returns the
     held-out measurements by stage and the closed recorder."""
     from actors import build
-    from seqkd.cli.dry_run import memory_warnings
+    from seqkd.cli.dry_run import check_machine, memory_warnings
     from seqkd.storage import run_directory
     from seqkd.training import replay_log, trackers
     from seqkd.training.recorder import Recorder
@@ -152,6 +152,8 @@ def check_and_learn(
 
     trackers.check(config.trackers)
     resumption = run_directory.resumption(directory, config, resume)
+    check_machine(config)  # both before the data is prepared
+    build.reach(config)
     resolved, caches, checked = check(config)
     for warning in (*checked.warnings, *memory_warnings(resolved, checked)):
         print_message("warning", warning)
@@ -168,7 +170,7 @@ def check_and_learn(
             replay_log.discard(directory / replay_log.FOLDER, resumption)
             run_directory.initialize(directory, config, data)
             recorder.note(f"run directory: {directory}")
-            recorder.wait("starting the actors")
+            recorder.wait("starting the actors (normally 20 to 120 s)")
             return learn(directory, resolved, checked, caches, recorder), recorder
 
 

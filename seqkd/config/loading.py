@@ -27,8 +27,16 @@ def read(path: str | Path, schema: type[Read], overrides: Sequence[str] = ()) ->
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file. Check the path.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as text: {error}") from None
+    except IsADirectoryError:
+        saved = path / "config.yaml"
+        fix = f"{saved}, with --resume" if saved.is_file() else "a YAML file"
+        raise ConfigError(f"{path}: is a directory. Pass {fix}.") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}. Check the file.") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path}: is not UTF-8 text: {error}. Pass a YAML file, saved as UTF-8."
+        ) from None
     data = _parse(text, f"{path}:")
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: is not a mapping. Write lines of the form 'key: value'.")
@@ -59,9 +67,15 @@ class _Loader(yaml.SafeLoader):
 def _parse(text: str, where: str) -> Any:
     try:
         return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        mark, problem = error.problem_mark, " ".join(str(error.problem).split())
+        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        fix = " Indent with spaces." if "'\\t'" in problem else ""
+        raise ConfigError(f"{where} is not valid YAML: {place}{problem:.300}.{fix}") from None
     except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{where} is not valid YAML: {reason:.500}") from None
+        raise ConfigError(
+            f"{where} is not valid YAML: {' '.join(str(error).split()):.300}"
+        ) from None
     except Exception as error:  # a value such as 2001-99-99, or nesting beyond Python's stack
         raise ConfigError(f"{where} cannot be read: {' '.join(str(error).split()):.200}") from None
 

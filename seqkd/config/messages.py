@@ -32,6 +32,12 @@ def explain(item: Any, data: dict[str, Any], schema: type[BaseModel]) -> str:
         return f"{field}: unknown key.{hint}"
     if item["type"] == "missing":
         return f"{field}: is missing. Set it."
+    if item["type"] in ("model_type", "model_attributes_type"):
+        keys = _keys(location, data, schema)
+        key = "kind" if "kind" in keys else next(iter(keys), "key")
+        return f"{field}: {shown(item['input'])} is not a section. Set its keys: {field}.{key}=…"
+    if item["type"] in ("tuple_type", "list_type"):
+        return f"{field}: {shown(item['input'])} is not a list. Write it in brackets: [a, b]."
     if item["type"] in ("union_tag_invalid", "union_tag_not_found"):
         tags = item["ctx"].get("expected_tags", "")
         tag = item["ctx"].get("tag")

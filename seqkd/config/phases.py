@@ -30,9 +30,10 @@ class TermConfig(BaseConfig):
     def _natural_objective(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        traits = SAMPLERS.get(str(data.get("sampler", "student")))
+        # An unknown sampler is reported by its own field, without a missing objective.
+        traits = SAMPLERS.get(str(data.get("sampler")), SAMPLERS["student"])
         options = data.get("objective") or {}
-        if traits and isinstance(options, dict):
+        if isinstance(options, dict):
             data = {**data, "objective": {"kind": traits.objective, **options}}
         return data
 

@@ -56,6 +56,7 @@ class Source:
         files = [path] if path.is_file() else sorted(map(Path, glob.glob(str(path))))
         if not files and (
             path.is_absolute()
+            or glob.has_magic(self.path)
             or self.path.startswith(".")
             or self.path.count("/") > 1
             or path.suffix in (*JSON, *TABLES)
@@ -76,25 +77,30 @@ class Source:
     def _json(self, file: Path) -> Iterator[tuple[str, Row]]:
         name = f"{self.field}: {file}"
         try:
-            if file.suffix == ".json" and (text := file.read_text("utf-8")).lstrip()[:1] == "[":
-                items: Any = enumerate(_parsed(text, name), 1)
-            else:
-                items = self._lines(file, name)
-            for number, row in items:
+            for number, row in self._items(file, name):
                 if not isinstance(row, dict):
                     raise DataError(
                         f"{name}:{number}: is not a JSON object. Fix or remove the row."
                     )
                 yield f"{name}:{number}", row
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{name}: cannot be read as UTF-8 text: {error}") from None
+        except OSError as error:
+            raise DataError(f"{name}: cannot be read: {error.strerror}. Check the file.") from None
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{name}: is not UTF-8 text: {error}. Save it as UTF-8, without compression."
+            ) from None
 
     @staticmethod
-    def _lines(file: Path, name: str) -> Iterator[tuple[int, Any]]:
+    def _items(file: Path, name: str) -> Iterator[tuple[int, Any]]:
+        """Yield the rows of a list, or of lines, with their numbers."""
         # Only a line feed ends a line. Other line separators may occur within a string.
-        with file.open(encoding="utf-8", newline="\n") as lines:
+        with file.open(encoding="utf-8-sig", newline="\n") as lines:
+            start = True
             for number, line in enumerate(lines, 1):
-                if line.strip():
+                if start and line.lstrip().startswith("["):
+                    yield from enumerate(_parsed(line + lines.read(), name), 1)
+                elif line.strip():
+                    start = False
                     yield number, _parsed(line, f"{name}:{number}")
 
     def _table(
@@ -140,9 +146,11 @@ class Source:
             yield
         except (OSError, ValueError, KeyError, MemoryError, *raised) as error:
             text = " ".join(str(error.__cause__ or error).split())
+            local = Path(self.path).expanduser().exists()
+            where = "" if local else "is not a local path, and as a data set on the hub it "
             raise DataError(
-                f"{self.field}: {self}: cannot be read: {text[:300]}. Check the name, the subset "
-                "and the split, and for a data set on the hub the network connection."
+                f"{self.field}: {self}: {where}cannot be read: {text[:300]}. Check the name, the "
+                "subset and the split" + (". " if local else ", and the network connection.")
             ) from None
 
 
@@ -150,4 +158,7 @@ def _parsed(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:  # a number of 5000 digits, 5000 brackets
-        raise DataError(f"{where}: is not valid JSON: {error}. Fix the file.") from None
+        raise DataError(
+            f"{where}: is not valid JSON: {error}. Write one object per line, or one list of "
+            "objects."
+        ) from None

@@ -75,9 +75,12 @@ def refuse_used(directory: Path) -> None:
         path.name not in STARTUP_FILES and (path != metrics or path.stat().st_size)
         for path in entries
     ):
+        run = any((directory / name).exists() for name in ("config.yaml", "metrics.jsonl"))
         raise ConfigError(
-            f"name: {directory} already contains another run. Choose a new name=…, remove the "
-            "directory, or continue the run with --resume."
+            f"name: {directory} already contains "
+            + ("another run" if run else "other files")
+            + ". Choose a new name=…, or remove the directory"
+            + (", or continue the run with --resume." if run else ".")
         )
 
 
@@ -164,9 +167,8 @@ def resumption(directory: Path, config: Config, resume: bool) -> Resumption:
         refused.append(f"{lines['steps']} (can only increase)")
     if refused:
         raise ConfigError(
-            f"--resume: {directory} is a run with another configuration:\n"
-            + "".join(f"  {line}\n" for line in refused)
-            + "Restore these values, or choose a new name=…."
+            f"--resume: {directory} is a run with another configuration. Restore these values, or "
+            "choose a new name=…." + "".join(f"\n  {line}" for line in refused)
         )
     return Resumption(True, tuple(lines.values()), tuple(trajectory))
 

@@ -32,10 +32,8 @@ def test_a_model_and_its_teacher(tiny, tiny_config, tmp_path):
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = ["--config", str(tiny_config), "--prompts", str(prompts), "--samples", "2"]
     out = tmp_path / "out"
-    done = evaluate(tiny["student"], *options, "--out", str(out), "--bart", "/nowhere")
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("error: --bart: '/nowhere'")
+    done = evaluate(tiny["student"], *options, "--out", str(out))
+    assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((out / "evaluation.json").read_text())
     assert (result["prompts"], result["with_references"], result["samples_per_prompt"]) == (2, 2, 2)
     figures = result["figures"]
@@ -89,7 +87,7 @@ def test_prompts_without_answers_are_evaluated(tiny, tiny_config, tmp_path):
     options = ["--config", str(tiny_config), "--prompts", str(prompts), "--out", str(out)]
     done = evaluate(tiny["student"], *options)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "warning: no prompt has a reference answer" in done.stdout
+    assert "warning: no prompt has a reference answer" in done.stderr
     figures = json.loads((out / "evaluation.json").read_text())["figures"]["student"]
     assert "reverse_kl_per_token" in figures and "rouge1" not in figures
 

@@ -345,14 +345,21 @@ def test_a_head_without_authentication_is_reported(environment, tiny_config, tmp
         cluster = f"cluster={head.cluster}"
         done = direct(open_to_all, tiny_config, cluster, "rollout.cpus=64", f"runs_dir={tmp_path}")
     refused(done, "needs 64 CPU cores")
-    assert f"warning: cluster: {head.cluster!r} accepts requests without a token" in done.stdout
+    assert f"warning: cluster: {head.cluster!r} accepts requests without a token" in done.stderr
 
 
 def test_a_missing_token(head, environment, tiny_config, tmp_path):
     anonymous = environment | {"HOME": str(tmp_path)}
     del anonymous["RAY_AUTH_MODE"]
     done = direct(anonymous, tiny_config, f"cluster={head.cluster}", f"runs_dir={tmp_path}")
-    refused(done, "cluster:", "authentication token", "RAY_AUTH_MODE=token")
+    refused(
+        done, f"cluster: the Ray head at {head.cluster!r} requires an authentication token",
+        "has none (RAY_AUTH_MODE is not set)", "Set RAY_AUTH_MODE=token",
+    )  # fmt: skip
+    assert "gcs_client" not in done.stderr, "Ray retries in vain"
+    anonymous |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a" * 64}
+    done = direct(anonymous, tiny_config, f"cluster={head.cluster}", f"runs_dir={tmp_path}")
+    refused(done, "sent a wrong one")
 
 
 def test_more_cores_than_the_cluster_has(head, environment, tiny_config, tmp_path):

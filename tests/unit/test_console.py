@@ -100,5 +100,5 @@ def test_every_line_of_an_error_has_its_prefix(capsys):
     print_message("warning", f"c {HOSTILE}", indent="  ")
     print_message("error", "d", file=sys.stdout)
     out, err = capsys.readouterr()
-    assert err == "error: a: is 1.\n  more\nerror: b: is 2.\n"
-    assert out == f"  warning: c {HARMLESS}\nerror: d\n"
+    assert err == f"error: a: is 1.\n  more\nerror: b: is 2.\n  warning: c {HARMLESS}\n"
+    assert out == "error: d\n"

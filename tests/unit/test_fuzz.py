@@ -305,7 +305,8 @@ def test_a_repeated_key_is_rejected(folder):
     path = folder / "twice.yaml"
     path.write_bytes(tiny_with("steps: 7"))
     with pytest.raises(
-        ConfigError, match=r"twice\.yaml: is not valid YAML: key 'steps' is repeated .*12"
+        ConfigError,
+        match=r"twice\.yaml: is not valid YAML: line 12, .*: key 'steps' is repeated",
     ):
         load(path)
     path.write_bytes(tiny_with("warmup: {<<: {steps: 3, sampler: teacher}, steps: 4}"))

@@ -62,6 +62,8 @@ print(json.dumps([name for name in {HEAVY} if name in sys.modules]))
         ((), "the following arguments are required: COMMAND"),
         (("trian",), "invalid choice: 'trian' (choose from 'train', 'evaluate', "),
         (("--verbose", "train", "x.yaml"), "unrecognized arguments: --verbose"),
+        (("train", "x.yaml", "--steps", "3"), "Set a configuration key without dashes: key=value."),
+        (("report", "x", "--watch", "abc"), "'abc' is not a number of seconds of at least 1."),
         (("train",), "\nerror: the following arguments are required: config\n"),
         (
             ("compare", "x.yaml", "--jobs", "0"),

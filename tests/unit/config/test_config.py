@@ -350,3 +350,37 @@ def test_reading_a_config_imports_no_heavy_package():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("learner=1", "learner: 1 is not a section. Set its keys: learner.ranks=…"),
+        ("objective=sft", "objective: 'sft' is not a section. Set its keys: objective.kind=…"),
+        ("trackers=wandb", "trackers: 'wandb' is not a list. Write it in brackets: [a, b]."),
+        ("sampler=stundent", "sampler: 'stundent': input should be 'student'"),
+    ],
+)
+def test_a_wrong_type_is_reported_in_one_line(path, override, message):
+    """An unknown sampler has no default objective, which is not reported as missing."""
+    with pytest.raises(ConfigError) as caught:
+        load(path, [override])
+    assert f"{path}: {message}" in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_unreadable_files_are_reported_with_the_fix(tmp_path):
+    file = tmp_path / "a.yaml"
+    for content, message in (
+        (b"student:\n\tmodel: a\n", "line 2, column 1: found character .* Indent with spaces"),
+        ("name: é".encode("latin1"), "is not UTF-8 text: .*saved as UTF-8"),
+        (b"a: [1", "is not valid YAML: line 1, column 6: expected"),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(ConfigError, match=message):
+            load(file)
+    with pytest.raises(ConfigError, match=r"is a directory. Pass a YAML file"):
+        load(tmp_path)
+    file.rename(tmp_path / "config.yaml")
+    with pytest.raises(ConfigError, match=r"Pass .*/config.yaml, with --resume"):
+        load(tmp_path)

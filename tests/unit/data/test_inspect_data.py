@@ -65,10 +65,10 @@ def test_tokens_with_loss_are_in_brackets(inspect):
 
 
 def test_the_header_has_counts_and_lengths(inspect):
-    _, out, _ = inspect("sampler=dataset", "rollout.max_tokens=4")
+    _, out, err = inspect("sampler=dataset", "rollout.max_tokens=4")
     header = out.split("\n\n")[0]
     assert "format messages (messages): 1 conversations, 1 prompts" in header
-    assert "1 prompts dropped: their answers are longer than rollout.max_tokens = 4" in header
+    assert "1 prompts dropped: their answers are longer than rollout.max_tokens = 4" in err
     assert re.search(r"answer tokens: +50 % 4 +90 % 4 +99 % 4 +max 4", header)
 
 

@@ -66,6 +66,23 @@ def test_every_kind_of_file_has_the_same_rows(tmp_path, kind):
     assert read(path, 2) == ROWS[:2]
 
 
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_lists_byte_order_marks_and_line_ends(tmp_path, suffix, mark):
+    path = tmp_path / f"a.{suffix}"
+    lines = "".join(json.dumps(row) + "\r\n" for row in ROWS)
+    for text in (json.dumps(ROWS), "\n" + json.dumps(ROWS, indent=2), lines):
+        path.write_text(mark + text, encoding="utf-8", newline="")
+        assert read(path) == ROWS
+    for text in ('{"prompt":\n"a"}', "[1"):
+        path.write_text(text)
+        with pytest.raises(DataError, match=r"is not valid JSON: .* Write one object per line"):
+            read(path)
+    path.write_text('{"prompt": "a"}\n["b"]\n')
+    with pytest.raises(DataError, match=f"a.{suffix}:2: is not a JSON object"):
+        read(path)
+
+
 def test_a_glob_reads_its_files_in_order_and_reports_the_file(tmp_path):
     for number in (2, 1):
         (tmp_path / f"part-{number}.jsonl").write_text(json.dumps(ROWS[number]) + "\n{\n")
@@ -135,7 +152,8 @@ def test_a_file_has_no_splits(tmp_path):
         ("none.jsonl", "no such file"),
         ("/none/at/all", "no such file"),
         ("./none", "no such file"),
-        ("nobody/nothing", "nobody/nothing: cannot be read: .*Check the name"),
+        ("none-*.json?", "no such file"),
+        ("nobody/nothing", "nobody/nothing: is not a local path, and .*Check the name"),
     ],
 )
 def test_missing_sources_are_reported(name, message):
@@ -148,7 +166,7 @@ def test_files_with_other_content_than_their_suffix_are_reported(tmp_path):
     with pytest.raises(DataError, match=r"a\.parquet: cannot be read"):
         read(tmp_path / "a.parquet")
     (tmp_path / "a.jsonl").write_bytes(b"\xff\xfe")
-    with pytest.raises(DataError, match="cannot be read as UTF-8 text"):
+    with pytest.raises(DataError, match=r"is not UTF-8 text: .* Save it as UTF-8"):
         read(tmp_path / "a.jsonl")
 
 

@@ -258,3 +258,14 @@ def test_metrics_that_cannot_be_written(recorder, tmp_path):
     (tmp_path / "metrics.jsonl").mkdir()
     with pytest.raises(StorageError, match=r"metrics\.jsonl: cannot be written"):
         recorder.rewind(0)
+
+
+def test_files_that_are_not_of_a_run_are_not_called_a_run(tmp_path):
+    """--resume is not suggested if there is nothing to resume."""
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(ConfigError, match="already contains other files") as caught:
+        run_directory.refuse_used(tmp_path)
+    assert "--resume" not in str(caught.value)
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(ConfigError, match=r"already contains another run. .* --resume"):
+        run_directory.refuse_used(tmp_path)
