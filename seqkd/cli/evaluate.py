@@ -142,6 +142,7 @@ def evaluate(request: Request, verbose: bool) -> int:
     from actors import build
     from seqkd import report
     from seqkd.evaluation import offline
+    from seqkd.evaluation.tasks import Tasks
 
     bart = load_scorer(request)
     config, checked, with_teacher = check(request)
@@ -159,7 +160,8 @@ def evaluate(request: Request, verbose: bool) -> int:
     held_out = offline.PromptSet(
         list(checked.heldout),
         [checked.references.get(p.prompt_id, ()) for p in checked.heldout],
-        lambda ids: str(checked.tokenizer.decode(ids, skip_special_tokens=True)),
+        checked.decode,
+        Tasks(config.evaluation.tasks, checked.references, checked.decode),
     )
     if not any(held_out.references):
         text = (

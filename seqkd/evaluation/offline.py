@@ -14,6 +14,7 @@ from seqkd.evaluation.bartscore import BartScorer
 from seqkd.evaluation.catalog import labeled
 from seqkd.evaluation.intervals import Interval
 from seqkd.evaluation.table import ModelOutputs
+from seqkd.evaluation.tasks import Tasks, with_tasks
 from seqkd.evaluation.text import without_eos
 from seqkd.types import Prompt
 
@@ -30,6 +31,8 @@ class PromptSet:
     """Answers from the data set for each prompt, possibly none."""
     decode: Callable[[Sequence[int]], str]
     """Decoder from token ids to text, without special tokens."""
+    tasks: Tasks | None = None
+    """Tasks whose accuracy is measured."""
 
 
 def figures_json(
@@ -38,7 +41,9 @@ def figures_json(
     """Compute all figures, by model, as plain data."""
     prompts = held_out.prompts
     figures = {
-        name: table.figures(output, prompts, held_out.references, held_out.decode, bart)
+        name: table.figures(
+            output, prompts, held_out.references, held_out.decode, bart, held_out.tasks
+        )
         for name, output in outputs.items()
     }
     changes = {
@@ -53,7 +58,7 @@ def figures_json(
         "figures": {n: {k: asdict(v) for k, v in f.table().items()} for n, f in figures.items()},
         "changes": {
             key: {pair: asdict(change[key]) for pair, change in changes.items() if key in change}
-            for key in table.FIGURES
+            for key in with_tasks(table.FIGURES, *changes.values())
             if any(key in change for change in changes.values())
         },
         "per_prompt": {n: {k: v.plain() for k, v in f.ratios.items()} for n, f in figures.items()},

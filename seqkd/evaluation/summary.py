@@ -17,6 +17,7 @@ from seqkd import console
 from seqkd.evaluation.catalog import labeled, metric
 from seqkd.evaluation.heldout import FIGURES, Example, Measurement
 from seqkd.evaluation.intervals import Interval, Ratio, paired_change
+from seqkd.evaluation.tasks import PREFIX, with_tasks
 from seqkd.types import Prompt
 
 if TYPE_CHECKING:
@@ -35,12 +36,16 @@ def evaluation_json(
     phases = [stage for stage in ratios if not stage.startswith("step ")]
     measured_figures = next(iter(tables.values()))
     divergences: list[str] = ["reverse_kl_per_token", "forward_kl_per_token"]
+    tasks = [name for name in measured_figures if name.startswith(PREFIX)]
     changes = {
         figure: {
             f"{a} -> {b}": asdict(paired_change(ratios[a][figure], ratios[b][figure]))
             for a, b in _pairs(phases)
         }
-        for figure in ([f for f in divergences if f in measured_figures] or ["nll_per_token"])
+        for figure in (
+            *tasks,
+            *([f for f in divergences if f in measured_figures] or ["nll_per_token"]),
+        )
     }
     return {
         "prompts": len(prompts),
@@ -58,7 +63,8 @@ def evaluation_json(
 def render(evaluation: dict[str, Any]) -> Iterator[RenderableType]:
     """Yield the figures, the paired changes and the completions for a terminal."""
     stages = [stage for stage in evaluation["figures"] if not stage.startswith("step ")]
-    names = [name for name in FIGURES if name in evaluation["figures"][stages[0]]]
+    first = evaluation["figures"][stages[0]]
+    names = [name for name in with_tasks(FIGURES, first) if name in first]
     yield f"Held-out prompts: {evaluation['prompts']}; mean [95 % interval over prompts]\n"
     rows = [
         [labeled(name), *(str(Interval(**evaluation["figures"][s][name])) for s in stages)]
