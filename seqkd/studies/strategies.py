@@ -191,11 +191,12 @@ def save(directory: Path, task: Task, models: dict[str, Any]) -> None:
 
 
 def train_teacher(
-    task: Task, seed: int, steps: int = 1000, batch: int = 128, size: Size = TEACHER
+    task: Task, seed: int, steps: int = 1000, batch: int = 128, start: Any = None
 ) -> Any:
-    """Return a teacher trained from scratch on the correct completions of all prompts, whose first
-    word is hard with probability ``task.hard_share``."""
-    teacher = model(task, size, seed)
+    """Return a teacher trained on the correct completions of all prompts, whose first word is hard
+    with probability ``task.hard_share``. It starts as a copy of ``start``, or from scratch."""
+    teacher = model(task, TEACHER, seed) if start is None else copied(start).requires_grad_(True)
+    torch.manual_seed(seed)
     for _ in _steps(teacher, steps, 1e-3):
         places = torch.randint(len(task.prompts), (batch,))
         y = task.completions(places, torch.rand(batch) < task.hard_share)

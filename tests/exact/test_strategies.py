@@ -53,7 +53,8 @@ def test_wrong_and_unfinished_completions_are_not_correct():
 
 @pytest.fixture(scope="module")
 def models():
-    teacher = study.train_teacher(TASK, 0, steps=150, batch=64, size=study.Size(2, 32, 64))
+    start = study.model(TASK, study.Size(2, 32, 64), 0)
+    teacher = study.train_teacher(TASK, 0, steps=150, batch=64, start=start)
     student = study.model(TASK, SMALL, 1)
     study.warm_up(student, teacher, TASK, 0, steps=20)
     return teacher, student
