@@ -84,18 +84,19 @@ def outcomes(task: Any, teacher: Any, size: Any, methods: tuple[str, ...]) -> di
     """Train a student of a size with every method and several seeds, after one warm-up."""
     from seqkd.studies import strategies as study
 
-    start = time.perf_counter()
+    begin = time.perf_counter()
     warm = study.model(task, size, SEED)
     study.warm_up(warm, teacher, task, SEED)
+    where = f"share {task.hard_share}, student {size}"
     rows = {"after the warm-up": [study.describe(warm, teacher, task)]}
+    report(f"{where}, after the warm-up", *rows["after the warm-up"], begin)
     for name in methods:
         for seed in range(SEEDS):
             student = study.copied(warm)
             study.train(student, teacher, task, study.METHODS[name], seed)
-            rows.setdefault(name, []).append(study.describe(student, teacher, task))
-    for name, row in rows.items():
-        for outcome in row:
-            report(f"share {task.hard_share}, student {size}, {name}", outcome, start)
+            outcome = study.describe(student, teacher, task)
+            report(f"{where}, {name}, seed {seed}", outcome, begin)
+            rows.setdefault(name, []).append(outcome)
     return rows
 
 

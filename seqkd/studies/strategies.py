@@ -195,8 +195,8 @@ def train_teacher(
 ) -> Any:
     """Return a teacher trained on the correct completions of all prompts, whose first word is hard
     with probability ``task.hard_share``. It starts as a copy of ``start``, or from scratch."""
-    teacher = model(task, TEACHER, seed) if start is None else copied(start).requires_grad_(True)
     torch.manual_seed(seed)
+    teacher = model(task, TEACHER, seed) if start is None else copied(start).requires_grad_(True)
     for _ in _steps(teacher, steps, 1e-3):
         places = torch.randint(len(task.prompts), (batch,))
         y = task.completions(places, torch.rand(batch) < task.hard_share)
