@@ -67,6 +67,13 @@ def test_the_teacher_has_the_share_of_strategies(models):
     assert abs(outcome.reverse_kl) < 1e-5 > abs(outcome.forward_kl)
 
 
+def test_the_optimum_prefers_the_strategy_with_the_smaller_divergence(models):
+    """A student that can carry out neither strategy errs at more tokens of the longer one."""
+    teacher, warm = models
+    outcome = study.describe(warm, teacher, TASK)
+    assert outcome.optimum > outcome.hard + 0.1
+
+
 @pytest.mark.parametrize("name", study.METHODS)
 def test_every_method_trains(models, name):
     teacher, warm = models
