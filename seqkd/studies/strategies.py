@@ -71,8 +71,10 @@ class Task:
     @cached_property
     def numbers(self) -> Tensor:
         """[P, K] digits of all prompts, in an order that does not depend on the seed of a run."""
-        every = torch.tensor(list(product(range(self.modulus), repeat=self.digits)))
-        return every[torch.randperm(len(every), generator=torch.Generator().manual_seed(0))]
+        combinations = torch.tensor(list(product(range(self.modulus), repeat=self.digits)))
+        return combinations[
+            torch.randperm(len(combinations), generator=torch.Generator().manual_seed(0))
+        ]
 
     @cached_property
     def prompts(self) -> Tensor:
