@@ -26,6 +26,7 @@ from seqkd.config.teacher import EndpointTeacherConfig, LocalTeacherConfig, Teac
 from seqkd.data.dataset import DataSets, read_data
 from seqkd.data.prompt_table import PromptTable
 from seqkd.errors import ConfigError, DataError, ModelError, SeqkdError
+from seqkd.evaluation.tasks import check_tasks
 from seqkd.models.loading import end_of_sequence_ids, load_config, load_tokenizer
 from seqkd.models.lora import check_targets
 from seqkd.models.pruning import check_prune
@@ -57,6 +58,10 @@ class Checked:
     teachers: dict[str, Any]
     """transformers configs of the local teachers, by name."""
     warnings: tuple[str, ...]
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the text of tokens without special tokens."""
+        return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
 
 
 @dataclass
@@ -112,6 +117,7 @@ def check(config: Config, teacher_here: bool = True) -> Checked:
     findings.where = ""
     data = findings.attempt(read_data, config, tokenizer, stop_ids)
     findings.attempt(every_tag_has_a_teacher, config.teacher, config.data, data)
+    findings.attempt(check_tasks, config.evaluation.tasks, data and data.references)
     if findings.errors:
         raise ConfigError("\n".join(findings.errors))
     assert tokenizer is not None and stop_ids is not None and data is not None

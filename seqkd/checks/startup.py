@@ -230,7 +230,8 @@ def _full_length(prompt: int, checked: Checked) -> list[Rollout]:
     same text again, and the text with another first token."""
     words = english(checked)
     text = (words * -(-checked.max_model_len // len(words)))[: checked.max_model_len]
-    other = next(i for i in words if i != text[0])
+    # A tokenizer of few words may map all of them to its unknown token.
+    other = next(i for i in (*words, *checked.train[0].token_ids) if i != text[0])
     texts = {"full": text, "again": text, "changed": (other, *text[1:])}
     return [as_rollout(name, ids[:prompt], ids[prompt:]) for name, ids in texts.items()]
 

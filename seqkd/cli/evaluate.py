@@ -143,6 +143,7 @@ def evaluate(request: Request, verbose: bool) -> int:
     from seqkd.data.content import ContentTokenizer
     from seqkd.evaluation import offline
     from seqkd.evaluation.bartscore import BartScorer
+    from seqkd.evaluation.tasks import Tasks
     from seqkd.files import disk_errors
 
     bart = BartScorer(request.bart) if request.bart else None
@@ -153,9 +154,10 @@ def evaluate(request: Request, verbose: bool) -> int:
     held_out = offline.PromptSet(
         list(checked.heldout),
         [checked.references.get(p.prompt_id, ()) for p in checked.heldout],
-        lambda ids: str(checked.tokenizer.decode(ids, skip_special_tokens=True)),
+        checked.decode,
         lambda text: len(content.content([text])[0]),
         config.rollout.max_tokens,
+        Tasks(config.evaluation.tasks, checked.references, checked.decode),
     )
     if not any(held_out.references):
         text = (

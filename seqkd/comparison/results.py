@@ -15,8 +15,9 @@ from seqkd.config.base import BudgetKind
 from seqkd.errors import DataError
 from seqkd.evaluation import table
 from seqkd.evaluation.catalog import labeled
-from seqkd.evaluation.heldout import FIGURES, TEACHER_FIGURES
+from seqkd.evaluation.heldout import FIGURES, TEACHER_FIGURES, teacher_figure
 from seqkd.evaluation.intervals import Ratio
+from seqkd.evaluation.tasks import PREFIX, with_tasks
 from seqkd.files import atomic_write, disk_errors
 from seqkd.storage import run_reader
 from seqkd.storage.run_reader import Run
@@ -49,6 +50,11 @@ class Tables:
     """Differences from the baseline, over the seeds of both methods."""
     adjusted: dict[str, dict[str, float]]
     """p-values of the differences by method and figure, Holm-adjusted over the methods."""
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the task accuracies."""
+        return [name for name in self.names if name.startswith(PREFIX)]
 
     def verdict(self, method: str, figure: str) -> str:
         """Return the significance of the difference from the baseline as text, for example
@@ -102,10 +108,12 @@ def read(comparison: Comparison, entries: Sequence[Entry]) -> Result:
             held.setdefault(entry.method, {})[entry.seed] = main
             if entry.method == comparison.against:
                 held.setdefault(INITIAL, {})[entry.seed] = ratios["initial"]
-                teacher = {f: main[t] for f, t in TEACHER_FIGURES.items() if t in main}
+                teacher = {f: main[t] for f in main if (t := teacher_figure(f)) in main}
                 held.setdefault(TEACHER, {})[entry.seed] = teacher
     student_figures = [figure for figure in FIGURES if figure not in TEACHER_FIGURES.values()]
-    order = list(dict.fromkeys((*FIRST, *student_figures)))
+    measured = (row for seeds in held.values() for row in seeds.values())
+    tasks = [name for name in with_tasks((), *measured) if name.startswith(PREFIX)]
+    order = list(dict.fromkeys((*tasks, *FIRST, *student_figures)))
     tables = [_tables("held-out prompts", held, order, comparison)] if held else []
     tables += _evaluated(comparison, finished, runs)
     return Result(comparison, entries, runs, tables, list(_problems(comparison, entries, runs)))
@@ -170,7 +178,8 @@ def _evaluated(
                 held.setdefault(entry.method, {})[entry.seed] = ratios["student"]
     for name, held in sets.items():
         if held:
-            yield _tables(name, held, table.FIGURES, comparison)
+            columns = (row for seeds in held.values() for row in seeds.values())
+            yield _tables(name, held, with_tasks(table.FIGURES, *columns), comparison)
 
 
 def _refuse_other_prompts(finished: Sequence[Entry]) -> None:

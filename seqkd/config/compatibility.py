@@ -45,6 +45,11 @@ def check(config: Config) -> None:
             "Set data.heldout_path, data.heldout_split or data.heldout_fraction, or "
             "evaluation.prompts to 0."
         )
+    if config.evaluation.tasks and not config.evaluation.prompts:
+        raise ValueError(
+            f"evaluation.tasks has {', '.join(config.evaluation.tasks)}, but evaluation.prompts is "
+            "0. Set evaluation.prompts to at least 1, or remove evaluation.tasks."
+        )
 
 
 def _check_staleness(config: Config) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, model_validator
@@ -24,6 +24,7 @@ from seqkd.config.phases import PhaseConfig, WarmupConfig
 from seqkd.config.rollout import RolloutConfig
 from seqkd.config.samplers import SAMPLERS, SamplerName
 from seqkd.config.student import StudentConfig
+from seqkd.config.tasks import TaskConfig
 from seqkd.config.teacher import SingleTeacherConfig, TeacherConfig
 from seqkd.escaping import CONTROL
 
@@ -50,6 +51,8 @@ class EvaluationConfig(BaseConfig):
     before, between and after the phases."""
     examples: int = Field(3, ge=0)
     """Number of prompts whose completions are printed side by side at the end."""
+    tasks: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")], TaskConfig] = Field({})
+    """Tasks whose accuracy is measured on the held-out prompts with an answer, by name."""
 
 
 class Config(PhaseConfig):

@@ -106,8 +106,13 @@ CATALOG: dict[str, Metric] = {
 
 def metric(name: str) -> Metric:
     """Return the entry of a name, with or without a prefix such as ``dataset/``. An unknown name
-    is its own label."""
-    return CATALOG.get(name.rpartition("/")[2], Metric(name))
+    is its own label. ``task_NAME`` is the accuracy at a task (:mod:`seqkd.evaluation.tasks`)."""
+    last = name.rpartition("/")[2]
+    if (task := last.removeprefix("teacher_")).startswith("task_"):
+        label = f"accuracy, {task.removeprefix('task_')}"
+        own = Metric(label, "share", "higher")
+        return own if task == last else Metric(f"teacher's {label}", "share")
+    return CATALOG.get(last, Metric(name))
 
 
 def title(name: str) -> str:

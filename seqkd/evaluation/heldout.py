@@ -15,6 +15,7 @@ from torch import Tensor
 
 from seqkd.errors import ModelError
 from seqkd.evaluation.intervals import Array, Interval, Ratio
+from seqkd.evaluation.tasks import ANSWERED, PREFIX, Tasks, with_tasks
 from seqkd.protocols import Measured, Scores
 from seqkd.types import Prompt, Rollout
 from seqkd.workers import Workers
@@ -36,6 +37,12 @@ up to the teacher's entropy, available for every teacher that generates text. ``
 -log p of the student's text."""
 TEACHER_FIGURES = {"student_length": "teacher_length", "student_eos_rate": "teacher_eos_rate"}
 """Figures of the student's completions, with the teacher's figures that they should match."""
+
+
+def teacher_figure(name: str) -> str:
+    """Return the teacher's figure that corresponds to a figure of the student's completions; empty
+    if there is none."""
+    return f"teacher_{name}" if name.startswith(PREFIX) else TEACHER_FIGURES.get(name, "")
 
 
 @dataclass(frozen=True)
@@ -71,9 +78,10 @@ class Measurement:
 
     def ratios(self) -> dict[str, Ratio]:
         """Return every available figure (nats, tokens, shares) with its sums per prompt."""
+        tasks = {name: (name, ANSWERED) for name in with_tasks((), self.sums)}
         return {
             figure: Ratio(self.sums[above], self.sums[below])
-            for figure, (above, below) in FIGURES.items()
+            for figure, (above, below) in (tasks | FIGURES).items()
             if above in self.sums
         }
 
@@ -87,12 +95,18 @@ class HeldOut:
     once."""
 
     def __init__(
-        self, workers: Workers, prompts: Sequence[Prompt], samples: int, seed: int, shown: int = 0
+        self,
+        workers: Workers,
+        prompts: Sequence[Prompt],
+        samples: int,
+        seed: int,
+        shown: int = 0,
+        tasks: Tasks | None = None,
     ) -> None:
         """Sample and score the teacher's completions. The first completions of the first ``shown``
         prompts are kept for display. Prompts that an endpoint refuses are removed from
         ``prompts``."""
-        self.workers, self.seed, self.shown = workers, seed, shown
+        self.workers, self.seed, self.shown, self.tasks = workers, seed, shown, tasks
         drawn = workers.teacher_sampler.sample(prompts, [samples] * len(prompts), seed)
         scores = self._scores([r for r in drawn if not r.refused])
         refused = _refused(drawn, scores)
@@ -113,7 +127,12 @@ class HeldOut:
 
     def measure(self) -> Measurement:
         """Measure the current student, with the same random numbers at every call."""
-        return aggregate_by_prompt(self.prompts, *self.answers(), self.shown)
+        student, teacher = self.answers()
+        measurement = aggregate_by_prompt(self.prompts, student, teacher, self.shown)
+        if self.tasks is not None:
+            texts = student.rollouts, teacher.rollouts
+            measurement.sums.update(self.tasks.sums(self.prompts, *texts))
+        return measurement
 
     def answers(self, ends: tuple[int, ...] = ()) -> tuple[Answers, Answers]:
         """Return the completions of the student and of the teacher; ``ends`` as in

@@ -15,6 +15,7 @@ from seqkd.evaluation.catalog import labeled
 from seqkd.evaluation.intervals import Interval
 from seqkd.evaluation.length import compare, length_warning
 from seqkd.evaluation.table import ModelOutputs
+from seqkd.evaluation.tasks import Tasks, with_tasks
 from seqkd.evaluation.text import without_eos
 from seqkd.types import Prompt
 
@@ -35,6 +36,8 @@ class PromptSet:
     """Number of tokens of a text."""
     max_tokens: int
     """Token limit of the completions."""
+    tasks: Tasks | None = None
+    """Tasks whose accuracy is measured."""
 
 
 def figures_json(
@@ -43,7 +46,9 @@ def figures_json(
     """Compute all figures, by model, as plain data."""
     prompts = held_out.prompts
     figures = {
-        name: table.figures(output, prompts, held_out.references, held_out.decode, bart)
+        name: table.figures(
+            output, prompts, held_out.references, held_out.decode, bart, held_out.tasks
+        )
         for name, output in outputs.items()
     }
     if "teacher" not in figures and any(held_out.references):
@@ -64,7 +69,7 @@ def figures_json(
         "figures": {n: {k: asdict(v) for k, v in f.table().items()} for n, f in figures.items()},
         "changes": {
             key: {pair: asdict(change[key]) for pair, change in changes.items() if key in change}
-            for key in table.FIGURES
+            for key in with_tasks(table.FIGURES, *changes.values())
             if any(key in change for change in changes.values())
         },
         "warnings": {"student": warning} if warning else {},

@@ -18,6 +18,7 @@ from seqkd.evaluation.catalog import labeled, metric
 from seqkd.evaluation.heldout import FIGURES, TEACHER_FIGURES, Example, Measurement
 from seqkd.evaluation.intervals import Interval, Ratio, paired_change
 from seqkd.evaluation.length import compare, length_warning
+from seqkd.evaluation.tasks import PREFIX, with_tasks
 from seqkd.types import Prompt
 
 if TYPE_CHECKING:
@@ -38,12 +39,16 @@ def evaluation_json(
     phases = [stage for stage in ratios if not stage.startswith("step ")]
     measured_figures = next(iter(tables.values()))
     divergences: list[str] = ["reverse_kl_per_token", "forward_kl_per_token"]
+    tasks = [name for name in measured_figures if name.startswith(PREFIX)]
     changes = {
         figure: {
             f"{a} -> {b}": asdict(paired_change(ratios[a][figure], ratios[b][figure]))
             for a, b in _pairs(phases)
         }
-        for figure in ([f for f in divergences if f in measured_figures] or ["nll_per_token"])
+        for figure in (
+            *tasks,
+            *([f for f in divergences if f in measured_figures] or ["nll_per_token"]),
+        )
     }
     stage, last = list(ratios.items())[-1]
     from_teacher = {f: compare(last[f], last[other]) for f, other in TEACHER_FIGURES.items()}
@@ -67,7 +72,8 @@ def evaluation_json(
 def render(evaluation: dict[str, Any]) -> Iterator[RenderableType]:
     """Yield the figures, the paired changes, the warnings and the completions for a terminal."""
     stages = [stage for stage in evaluation["figures"] if not stage.startswith("step ")]
-    names = [name for name in FIGURES if name in evaluation["figures"][stages[0]]]
+    first = evaluation["figures"][stages[0]]
+    names = [name for name in with_tasks(FIGURES, first) if name in first]
     yield f"Held-out prompts: {evaluation['prompts']}; mean [95 % interval over prompts]\n"
     rows = [
         [labeled(name), *(str(Interval(**evaluation["figures"][s][name])) for s in stages)]

@@ -19,6 +19,7 @@ from seqkd.evaluation.catalog import labeled
 from seqkd.evaluation.curves import Lengths, TokenValues, compare_ends, exposure_bias, length_rates
 from seqkd.evaluation.heldout import Answers, aggregate_by_prompt, totals
 from seqkd.evaluation.intervals import Interval, Ratio, paired_change
+from seqkd.evaluation.tasks import PREFIX, Tasks, with_tasks
 from seqkd.evaluation.text import distinct, per_prompt, repeated, rouge, self_bleu, without_eos
 from seqkd.types import Prompt, Rollout
 
@@ -72,6 +73,7 @@ def figures(
     references: Sequence[Sequence[str]],
     decode: Callable[[Sequence[int]], str],
     bart: BartScorer | None,
+    tasks: Tasks | None = None,
 ) -> Figures:
     """Measure all figures of one model.
 
@@ -89,6 +91,9 @@ def figures(
         }
     rates = length_rates(_lengths(written.answers, prompts))
     text |= {"length": per_prompt(rates.length), "ended": per_prompt(rates.ended)}
+    if tasks is not None:
+        rows = [tasks.accuracy(group) for group in groups]
+        text |= {PREFIX + name: per_prompt([row[name] for row in rows]) for name in tasks.tasks}
     text |= {"repetition": repeated(groups), "self_bleu": self_bleu(texts)}
     token_ids = [without_eos(r) for r in written.answers.rollouts]
     shares = {f"distinct{n}": distinct(token_ids, n) for n in (1, 2, 3)}
@@ -127,7 +132,8 @@ def reference_lengths(
 
 def changes(before: Figures, after: Figures) -> dict[str, Interval]:
     """Return after - before for every figure with a value per prompt, with paired resampling."""
-    both = [name for name in FIGURES if name in before.ratios.keys() & after.ratios.keys()]
+    order = with_tasks(FIGURES, before.ratios)
+    both = [name for name in order if name in before.ratios.keys() & after.ratios.keys()]
     pairs = {name: (before.ratios[name], after.ratios[name]) for name in both}
     return {
         name: paired_change(a, b) for name, (a, b) in pairs.items() if (a.below * b.below).any()
@@ -155,7 +161,8 @@ def curves(written: ModelOutputs, prompts: Sequence[Prompt]) -> dict[str, Any]:
 
 def render(models: Mapping[str, Mapping[str, Interval]]) -> Table:
     """Return the figures of several models, one column per model, for a terminal."""
-    names = [name for name in FIGURES if any(name in column for column in models.values())]
+    order = with_tasks(FIGURES, *models.values())
+    names = [name for name in order if any(name in column for column in models.values())]
     rows = [[labeled(n), *(_cell(column.get(n)) for column in models.values())] for n in names]
     return console.table(rows, ["", *models])
 

@@ -37,7 +37,10 @@ class RunningCosts:
 
     def counts(self, rollouts: Sequence[Rollout]) -> Counts:
         """Return the normalizers and estimates for the next step."""
-        sequences, tokens = len(rollouts), sum(len(r.completion_ids) for r in rollouts)
+        return self.counts_of(len(rollouts), sum(len(r.completion_ids) for r in rollouts))
+
+    def counts_of(self, sequences: int, tokens: int) -> Counts:
+        """Return :meth:`counts` for a number of completions and of their tokens."""
         if self.costs is None or self.survival is None:
             return Counts(sequences, tokens)
         total, length = self.costs.sum().item(), self.survival.sum().item()

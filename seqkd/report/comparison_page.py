@@ -133,7 +133,7 @@ def budget(config: BudgetConfig) -> str:
 
 def figures(tables: Tables, result: Result, keys: dict[str, Key]) -> Iterator[Figure]:
     """Yield the figures of one set of prompts; the figures of the overview come first."""
-    order = FIRST if tables is result.tables[0] else EVALUATED
+    order = (*tables.tasks, *(FIRST if tables is result.tables[0] else EVALUATED))
     baseline = result.comparison.against
     for name in sorted(tables.names, key=lambda name: name not in order):
         heads: dict[str, Key | str] = {**keys}
@@ -173,12 +173,13 @@ def costs(result: Result, keys: dict[str, Key]) -> Table:
 def _quality(result: Result, keys: dict[str, Key]) -> Iterator[tuple[str, list[Panel]]]:
     """Yield plots of the first figures against every cost, the kind of the budget first."""
     kind = result.comparison.budget.kind
+    first = (*(result.tables[0].tasks if result.tables else ()), *FIRST)
     runs = {key: list(result.finished(name).values()) for name, key in keys.items()}
     axes: list[CostAxis] = [kind, "steps", *(k for k in KINDS if k not in (kind, "prompts"))]
     for on in axes:
         if on != "steps" and not any(run.spent(on) for run in result.runs.values()):
             continue
-        if panels := [panel for name in FIRST if (panel := plots.cost_panel(name, runs, on))]:
+        if panels := [panel for name in first if (panel := plots.cost_panel(name, runs, on))]:
             yield plots.axis_title(on), panels
 
 

@@ -20,6 +20,7 @@ from seqkd.escaping import markdown_block, markdown_code, printable
 from seqkd.evaluation.catalog import labeled
 from seqkd.evaluation.heldout import FIGURES
 from seqkd.evaluation.intervals import Interval
+from seqkd.evaluation.tasks import with_tasks
 from seqkd.files import atomic_write
 from seqkd.models.loading import expand
 from seqkd.storage.metrics_file import read_rows
@@ -42,7 +43,7 @@ def write(run: Path, config: Config, evaluation: Mapping[str, Any] | None) -> No
         evaluation=evaluation,
         figures=[
             (labeled(figure), [Interval(**stage[figure]) for stage in stages])
-            for figure in FIGURES
+            for figure in with_tasks(FIGURES, *stages)
             if all(figure in stage for stage in stages)
         ],
         file_name=lambda path: Path(path).name,

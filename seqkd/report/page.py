@@ -13,6 +13,7 @@ from seqkd.config.run import Config
 from seqkd.escaping import printable
 from seqkd.evaluation.catalog import labeled, metric, title
 from seqkd.evaluation.summary import Evaluation
+from seqkd.evaluation.tasks import with_tasks
 from seqkd.files import atomic_write, disk_errors
 from seqkd.report import samples, wording
 from seqkd.report.svg import Key
@@ -53,7 +54,8 @@ def figure_table(
     label: str, figures: Mapping[Any, Mapping[str, Any]], names: Sequence[str]
 ) -> Table:
     """Return a table with a row per figure and a column per stage, model or run."""
-    present = [name for name in names if any(name in column for column in figures.values())]
+    order = with_tasks(names, *figures.values())
+    present = [name for name in order if any(name in column for column in figures.values())]
     rows = [[labeled(name), *(column.get(name) for column in figures.values())] for name in present]
     return Table(label, ["Figure", *figures], rows)
 

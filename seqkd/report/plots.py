@@ -8,7 +8,7 @@ import numpy as np
 
 from seqkd.escaping import printable
 from seqkd.evaluation.catalog import metric, title
-from seqkd.evaluation.heldout import TEACHER_FIGURES
+from seqkd.evaluation.heldout import teacher_figure
 from seqkd.report.curves import POINTS, Array, CostAxis, column, curves, paths, spent, spent_before
 from seqkd.report.svg import COLOR, Key, Panel, Plot, plot
 from seqkd.storage.run_reader import Run
@@ -178,7 +178,7 @@ def _held_out(drawn: Plot, run: Run, figure: str, on: CostAxis, color: str) -> N
 
 def _teacher(drawn: Plot, runs: Sequence[Run], figure: str) -> None:
     """Draw the teacher's value of a figure as a dashed line."""
-    name = TEACHER_FIGURES.get(figure, "")
+    name = teacher_figure(figure)
     values = [row[name] for run in runs for _, row in run.figures.values() if name in row]
     if values:
         style = {"color": COLOR["muted"], "linewidth": 1.2, "dashes": (4, 3)}

@@ -10,9 +10,10 @@ import numpy as np
 from seqkd.config.wording import describe_phase, model_names
 from seqkd.evaluation import heldout, table
 from seqkd.evaluation.catalog import metric
-from seqkd.evaluation.heldout import TEACHER_FIGURES
+from seqkd.evaluation.heldout import teacher_figure
 from seqkd.evaluation.intervals import Interval
 from seqkd.evaluation.summary import stage_label
+from seqkd.evaluation.tasks import PREFIX
 from seqkd.report import page, plots, samples, wording
 from seqkd.report.curves import Array, column
 from seqkd.report.page import Table
@@ -72,7 +73,8 @@ def headlines(run: Run) -> dict[str, tuple[Interval, Interval, list[str]]]:
     stages = [(stage, row) for stage, (_, row) in run.figures.items()]
     (first_stage, first), (last_stage, last) = stages[0], stages[-1]
     lines = {}
-    for name in HEADLINES:
+    tasks = [name for name in first if name.startswith(PREFIX)]
+    for name in (*tasks, *HEADLINES):
         if name not in first or name not in last:
             continue
         details = [f"before {first[name]}"] if len(stages) > 1 else []
@@ -80,7 +82,7 @@ def headlines(run: Run) -> dict[str, tuple[Interval, Interval, list[str]]]:
         changes = run.evaluation.changes.get(name, {})
         if change := changes.get(f"{first_stage} -> {last_stage}"):
             details.append(f"change {wording.change(change)}")
-        if (teacher := TEACHER_FIGURES.get(name)) in last:
+        if (teacher := teacher_figure(name)) in last:
             details.append(f"teacher {last[teacher]}")
         lines[name] = first[name], last[name], details
     return lines

@@ -14,6 +14,7 @@ from seqkd.checks.preflight import Checked
 from seqkd.config.run import Config
 from seqkd.evaluation import summary
 from seqkd.evaluation.heldout import HeldOut, Measurement
+from seqkd.evaluation.tasks import Tasks
 from seqkd.storage import run_directory, run_reader
 from seqkd.teachers.cache import TeacherCache, open_caches, with_caches
 from seqkd.training.checkpoint import Checkpoints
@@ -71,9 +72,9 @@ def prepare(
         }
         measuring = with_caches(actors, config, stop_ids, vocabulary, kept)
         section = config.evaluation
-        evaluation = HeldOut(
-            measuring, checked.heldout, section.samples_per_prompt, config.seed, section.examples
-        )
+        tasks = Tasks(section.tasks, checked.references, checked.decode)
+        samples, shown = section.samples_per_prompt, section.examples
+        evaluation = HeldOut(measuring, checked.heldout, samples, config.seed, shown, tasks)
 
     def publish(measured: Mapping[str, Measurement]) -> None:
         examples = config.evaluation.examples

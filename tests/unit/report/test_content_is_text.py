@@ -303,7 +303,7 @@ def test_json_files(tmp_path, text):
     rollouts = [SimpleNamespace(prompt_id=p.prompt_id, completion_ids=(1,), finish_reason="length")
                 for p in prompts]  # fmt: skip
     outputs = {text: SimpleNamespace(answers=SimpleNamespace(rollouts=rollouts))}
-    held_out = offline.PromptSet(prompts, [(text,)] * 3, lambda ids: text)
+    held_out = offline.PromptSet(prompts, [(text,)] * 3, lambda ids: text, len, 9)
     offline.write(tmp_path, content, outputs, held_out)
     lines = (tmp_path / "generations.jsonl").read_text(encoding="utf-8").splitlines()
     row = {"prompt": text, "references": [text], text: [text]}

@@ -213,8 +213,8 @@ class Tokenizer:
 
 def checked(train=PROMPTS):
     return SimpleNamespace(
-        train=train, heldout=HELDOUT, corpus=[], tokenizer=Tokenizer(), vocabulary=V,
-        max_model_len=512, stop_ids=(0,),
+        train=train, heldout=HELDOUT, references={}, decode=str, corpus=[],
+        tokenizer=Tokenizer(), vocabulary=V, max_model_len=512, stop_ids=(0,),
     )  # fmt: skip
 
 
