@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
@@ -34,7 +35,9 @@ def connect(config: Config, verbose: bool) -> Iterator[None]:
 
     # Ray sets RAY_ADDRESS for the driver of a job.
     address = config.cluster or os.environ.get("RAY_ADDRESS") or "local"
-    options: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
+    # Ray would start one idle worker per core. Actors with their own environment do not use them.
+    idle = {"_system_config": {"prestart_worker_first_driver": False}}
+    options: dict[str, Any] = {"include_dashboard": False} | idle if address == "local" else {}
     try:
         _reach(address)
         level = logging.INFO if verbose else logging.ERROR
@@ -103,9 +106,11 @@ def workers(
     checked: Checked,
     roles: set[placement.Role] | None,
     control: Control,
+    status: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Workers]:
     """Start the actors of ``roles`` (if None, of all roles that ``config`` needs), wait until all
-    are ready, and free their resources at the end."""
+    are ready, and free their resources at the end. ``status`` is called with the state of the
+    start whenever a role becomes ready."""
     from ray.util.placement_group import placement_group, remove_placement_group
 
     plan = placement.plan(config, roles)
@@ -116,7 +121,7 @@ def workers(
                 f"cluster: no node has {_largest(plan.bundles)} free. Wait for other jobs to end, "
                 "or set placement to split to allow different nodes for the roles."
             )
-        with _started(config, plan, group, student_path, checked, control) as crew:
+        with _started(config, plan, group, student_path, checked, control, status) as crew:
             yield crew
     finally:
         remove_placement_group(group)
@@ -130,6 +135,7 @@ def _started(
     student_path: str,
     checked: Checked,
     control: Control,
+    status: Callable[[str], None],
 ) -> Iterator[Workers]:
     def pool(role: placement.Role, teacher: str, actors: _Actors) -> Pool:
         """Return the pool of a role's processes."""
@@ -151,7 +157,9 @@ def _started(
             writers[name] = pool("teacher_sampler", name, writing)
     pools = [student, *scorers.values(), *writers.values()]
     learner = _learner(config, plan, group, student_path, control)
+    roles = {p.name: p for p in pools if p.actors} | ({"learner": learner} if learner else {})
     try:
+        control.tick = _Startup(roles, status).update
         starting = [p.ask("start", [p.starting] * len(p.actors)) for p in pools]
         if learner:
             with suppress(LearnerLost):  # ready() starts it again
@@ -160,12 +168,39 @@ def _started(
             started()
         if learner:
             learner.ready()
+        control.tick = lambda: None
         yield _assemble_workers(config.rollout, config.teacher, learner, student, scorers, writers)
     finally:
         for p in pools:
             p.kill()
         if learner:
             learner.kill()
+
+
+class _Startup:
+    """State of a start: the roles that are ready."""
+
+    def __init__(
+        self, roles: Mapping[str, Pool | LearnerGroup], status: Callable[[str], None]
+    ) -> None:
+        self.roles, self.status, self.begun = roles, status, time.monotonic()
+        self.seconds: dict[str, float] = {}
+        """Time from the start of the actors until a role was ready."""
+        self._report()
+
+    def update(self) -> None:
+        """Report a change, except the last one."""
+        ready = {name for name, role in self.roles.items() if role.is_ready()}
+        if ready == self.seconds.keys():
+            return
+        now = time.monotonic() - self.begun
+        self.seconds = {name: self.seconds.get(name, now) for name in ready}
+        if ready != self.roles.keys():
+            self._report()
+
+    def _report(self) -> None:
+        states = {n: f"ready after {seconds:.0f} s" for n, seconds in self.seconds.items()}
+        self.status(", ".join(f"{name} {states.get(name, 'loading')}" for name in self.roles))
 
 
 def _assemble_workers(

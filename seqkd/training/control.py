@@ -28,6 +28,8 @@ class Control:
         """Restarts since the last checkpoint."""
         self.first: SeqkdError | None = None
         """Cause of the first of these restarts."""
+        self.tick: Callable[[], None] = lambda: None
+        """Function that is called every TICK_S while the result of a process is awaited."""
         self.signal: signal.Signals | None = None
         self._asked = 0.0
 
