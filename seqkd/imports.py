@@ -20,8 +20,9 @@ def importing(freeze: bool = False) -> Iterator[None]:
     gc.disable()
     try:
         yield
-        if freeze:
-            gc.freeze()
+        gc.freeze()
+        if not freeze:
+            gc.unfreeze()  # to the oldest generation, which is rarely searched
     finally:
         if enabled:
             gc.enable()

@@ -34,6 +34,9 @@ def test_an_import_is_not_interrupted_by_collections(collections, freeze):
         kept = allocate()
         assert not collections
     assert gc.isenabled() and (gc.get_freeze_count() >= before + len(kept)) == freeze
+    oldest = {id(item) for item in gc.get_objects(generation=2)}
+    assert (id(kept) in oldest) != freeze, "not in the generations that are searched often"
+    assert id(kept) not in {id(item) for g in (0, 1) for item in gc.get_objects(generation=g)}
     allocate()
     assert collections
 
