@@ -75,19 +75,24 @@ def test_the_status_of_a_wait_is_beside_the_clock_in_a_terminal_and_a_line_elsew
         progress = Progress(file)
         progress.status("before")
         progress.wait("starting")
-        progress.status(f"rollout loading {HOSTILE}")
-        progress.status("rollout ready")
+        progress.status("rollout loading")
+        progress.status(f"rollout ready {HOSTILE}")
         progress.step("main", 1, 2, FIGURES, 60.0)
         progress.status("after")
+        progress.begin("evaluation")
+        progress.wait("measuring")
         progress.close()
+        progress.status("closed")
         text = file.getvalue()
         if file.isatty():
             plain = re.sub(r"\033\[[0-9;?]*[A-Za-z]", "", text)
-            assert "0:00:00 rollout ready" in plain
-            assert "before\n" in text and "after\n" in text, "lines if there is no clock"
+            assert f"0:00:00 rollout ready {HARMLESS}" in plain
+            assert all(f"{line}\n" in plain for line in ("before", "after", "closed"))
         else:
-            lines = ["before", "starting", f"rollout loading {HARMLESS}", "rollout ready"]
-            assert text.splitlines() == [*lines, LINES[2], "after"]
+            lines = ["before", "starting", "rollout loading", f"rollout ready {HARMLESS}"]
+            assert text.splitlines() == [
+                *lines, LINES[2], "after", "evaluation", "measuring", "closed"
+            ]  # fmt: skip
 
 
 def test_colors_can_be_switched_off(monkeypatch):
