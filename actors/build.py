@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
@@ -35,7 +36,9 @@ def connect(config: Config, verbose: bool) -> Iterator[None]:
     import ray
 
     address = _address(config)
-    options: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
+    # Ray would start one idle worker per core. Actors with their own environment do not use them.
+    idle = {"_system_config": {"prestart_worker_first_driver": False}}
+    options: dict[str, Any] = {"include_dashboard": False} | idle if address == "local" else {}
     reach(config)
     try:
         level = logging.INFO if verbose else logging.ERROR
@@ -130,9 +133,11 @@ def workers(
     checked: Checked,
     roles: set[placement.Role] | None,
     control: Control,
+    status: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Workers]:
     """Start the actors of ``roles`` (if None, of all roles that ``config`` needs), wait until all
-    are ready, and free their resources at the end."""
+    are ready, and free their resources at the end. ``status`` is called with the state of the
+    start whenever a role becomes ready."""
     from ray.util.placement_group import placement_group, remove_placement_group
 
     plan = placement.plan(config, roles)
@@ -147,7 +152,7 @@ def workers(
                     "the cluster). Wait for other jobs to end, or set placement to split to allow "
                     "different nodes for the roles."
                 )
-        with _started(config, plan, group, student_path, checked, control) as crew:
+        with _started(config, plan, group, student_path, checked, control, status) as crew:
             yield crew
     except ClusterLost:
         raise  # a request to the lost cluster would wait until Ray ends this process
@@ -166,6 +171,7 @@ def _started(
     student_path: str,
     checked: Checked,
     control: Control,
+    status: Callable[[str], None],
 ) -> Iterator[Workers]:
     def pool(role: placement.Role, teacher: str, actors: _Actors) -> Pool:
         """Return the pool of a role's processes."""
@@ -188,7 +194,9 @@ def _started(
     pools = [student, *scorers.values(), *writers.values()]
     learner = _learner(config, plan, group, student_path, checked.stop_ids, control)
     control.watch = _gcs_watch(config)
+    roles = {p.name: p for p in pools if p.actors} | ({"learner": learner} if learner else {})
     try:
+        control.tick = _Startup(roles, status).update
         starting = [p.ask("start", [p.starting] * len(p.actors)) for p in pools]
         if learner:
             with suppress(LearnerLost):  # ready() starts it again
@@ -197,6 +205,7 @@ def _started(
             started()
         if learner:
             learner.ready()
+        control.tick = lambda: None
         yield _assemble_workers(config.rollout, config.teacher, learner, student, scorers, writers)
     finally:
         control.watch = lambda: None
@@ -212,6 +221,32 @@ def _gcs_watch(config: Config) -> GcsWatch:
     joined = config.cluster or os.environ.get("RAY_ADDRESS")
     address = ray.get_runtime_context().gcs_address
     return GcsWatch(address, JOINED_S if joined else OWN_S)
+
+
+class _Startup:
+    """State of a start: the roles that are ready."""
+
+    def __init__(
+        self, roles: Mapping[str, Pool | LearnerGroup], status: Callable[[str], None]
+    ) -> None:
+        self.roles, self.status, self.begun = roles, status, time.monotonic()
+        self.seconds: dict[str, float] = {}
+        """Time from the start of the actors until a role was ready."""
+        self._report()
+
+    def update(self) -> None:
+        """Report a change, except the last one."""
+        ready = {name for name, role in self.roles.items() if role.is_ready()}
+        if ready == self.seconds.keys():
+            return
+        now = time.monotonic() - self.begun
+        self.seconds = {name: self.seconds.get(name, now) for name in ready}
+        if ready != self.roles.keys():
+            self._report()
+
+    def _report(self) -> None:
+        states = {n: f"ready after {seconds:.0f} s" for n, seconds in self.seconds.items()}
+        self.status(", ".join(f"{name} {states.get(name, 'loading')}" for name in self.roles))
 
 
 def _assemble_workers(

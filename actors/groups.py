@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from actors.pool import READING, Calls, Failure, Pool, is_alive, kill_orphans
+from actors.pool import READING, Calls, Failure, Pool, have_succeeded, is_alive, kill_orphans
 from seqkd.checks.invariants import check_sampled
 from seqkd.errors import ActorError, LearnerLost
 from seqkd.learner.batching import Layout, pack, partition
@@ -211,6 +211,10 @@ class LearnerGroup:
                 self.kill()
                 raised = lost.raise_if_repeated(raised)
                 self.control.restart("the learner", lost.cause)
+
+    def is_ready(self) -> bool:
+        """Return True if all ranks have started."""
+        return bool(self.starts) and have_succeeded(self.starts)
 
     def restart(self) -> None:
         """See :class:`seqkd.protocols.Learner`."""

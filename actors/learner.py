@@ -6,10 +6,12 @@ import math
 import os
 import socket
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -21,6 +23,7 @@ from actors.optimizer_state import TrainingState
 from seqkd.config.learner import LearnerConfig
 from seqkd.config.student import LoraConfig
 from seqkd.files import disk_errors
+from seqkd.imports import importing
 from seqkd.learner.batching import to_device
 from seqkd.learner.loss import RankPart, part_result, stat_names
 from seqkd.learner.student import StudentModel, check_head, prefix_sharing_factor
@@ -73,7 +76,15 @@ class LearnerRank:
         states. The output heads of these models are loaded here, frozen. Returns the student's
         :func:`seqkd.learner.student.prefix_sharing_factor`.
         """
-        import deepspeed
+        with importing(freeze=True):
+            import deepspeed
+            from transformers import AutoModelForCausalLM  # noqa: F401
+
+            # DeepSpeed imports its Muon optimizer to compare types. The decorators of that module
+            # would import torch's compiler. Other versions of DeepSpeed may not have the names.
+            undecorated = patch("deepspeed.runtime.compiler.compile", lambda: lambda method: method)
+            with suppress(ImportError, AttributeError), undecorated:
+                import deepspeed.runtime.zero.muon.muon_optimizer
 
         self.rank = rank
         # DeepSpeed would compile an operator that only inference uses. If the compilation is

@@ -102,6 +102,7 @@ class Calls:
         begun = time.monotonic()
         while timeout is None or time.monotonic() - begun < timeout:
             self.check()
+            self.control.tick()
             done, _ = ray.wait(list(self.pending), timeout=TICK_S)
             if done:
                 result = self._next(done[0])
@@ -186,6 +187,19 @@ def _stage(call: _Call) -> str:
     return "is still waiting for cores or GPUs that an earlier process of this run has not released"
 
 
+def have_succeeded(refs: Sequence[Any]) -> bool:
+    """Return True if all calls have ended without an error."""
+    import ray
+
+    if len(ray.wait(list(refs), num_returns=len(refs), timeout=0)[0]) < len(refs):
+        return False
+    try:
+        ray.get(refs)
+    except ray.exceptions.RayError:
+        return False
+    return True
+
+
 def kill_orphans(names: Sequence[str]) -> None:
     """End the processes of this job that were started under ``names``, on all nodes.
 
@@ -247,6 +261,8 @@ class Pool:
         that the processes call an endpoint and count its usage."""
         self.name, self.actors, self.paid = name, list(actors), paid
         self.control, self.create, self.starting = control or Control(), create, starting
+        self.starts: dict[int, Any] = {}
+        """Last call of ``start`` by process."""
         self.on_replaced: Callable[[int], None] = lambda index: None
         """Called with the index of a replacement after its start, to bring it up to date."""
         self.raise_root_cause: Callable[[], None] = lambda: None
@@ -296,6 +312,10 @@ class Pool:
         """Call ``method`` with the same arguments on every process."""
         return self.call(method, [arguments] * len(self.actors), what)
 
+    def is_ready(self) -> bool:
+        """Return True if all processes have started."""
+        return len(self.starts) == len(self.actors) and have_succeeded([*self.starts.values()])
+
     def kill(self) -> None:
         """End all processes, including hung ones."""
         import ray
@@ -305,7 +325,10 @@ class Pool:
 
     def _call(self, calls: Calls, index: int, method: str, arguments: tuple[Any, ...]) -> None:
         actor = self.actors[index]
-        calls.add(index, actor, getattr(actor, method).remote(*arguments))
+        ref = getattr(actor, method).remote(*arguments)
+        if method == "start":
+            self.starts[index] = ref
+        calls.add(index, actor, ref)
 
     def _results(
         self,

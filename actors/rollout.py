@@ -7,6 +7,7 @@ from typing import Any
 
 from actors import weight_sync
 from seqkd.config.resources import EngineConfig
+from seqkd.imports import importing
 from seqkd.types import Prompt, Rollout, Source, WeightVersion
 
 
@@ -103,7 +104,8 @@ class RolloutActor:
 
 def build_engine(model: str, engine: EngineConfig, max_model_len: int, **options: Any) -> Any:
     """Return a vLLM engine without a tokenizer. ``options`` are passed to ``vllm.LLM``."""
-    from vllm import LLM
+    with importing(freeze=True):
+        from vllm import LLM
 
     memory: dict[str, Any] = (
         {"gpu_memory_utilization": engine.gpu_memory_utilization}

@@ -11,6 +11,7 @@ from actors.cpu_matmul import use_onednn
 from actors.host_memory import to_host, wait_for_copies
 from actors.rollout import build_engine
 from seqkd.config.teacher import HfTeacherConfig, LocalTeacherConfig, VllmTeacherConfig
+from seqkd.imports import importing
 from seqkd.learner import batching
 from seqkd.learner.student import check_head, last_hidden
 from seqkd.models.loading import expand, load_causal_lm
@@ -55,7 +56,8 @@ class VllmStates:
     """Final-norm hidden states from vLLM's pooling runner."""
 
     def __init__(self, config: VllmTeacherConfig, max_model_len: int) -> None:
-        from vllm.config import PoolerConfig
+        with importing():
+            from vllm.config import PoolerConfig
 
         self.config = config
         self.llm = build_engine(

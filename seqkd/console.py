@@ -134,6 +134,7 @@ class Progress:
         self.console = console(self.file)
         self.display: Live | None = None
         self.bar: Bar | None = None
+        self.clock: Bar | None = None
         self.recent: deque[float] = deque(maxlen=10)
         """Seconds of the last steps."""
 
@@ -153,11 +154,20 @@ class Progress:
         self.note(text)
         if self.console.is_interactive and self.bar is None:
             from rich.progress import Progress as Bar
-            from rich.progress import SpinnerColumn, TimeElapsedColumn
+            from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 
-            clock = Bar(SpinnerColumn(), TimeElapsedColumn())
-            clock.add_task("", total=None)
-            self.display = self._start(clock, transient=True)
+            text_column = TextColumn("{task.description}", markup=False)
+            self.clock = Bar(SpinnerColumn(), TimeElapsedColumn(), text_column)
+            self.clock.add_task("", total=None)
+            self.display = self._start(self.clock, transient=True)
+
+    def status(self, text: str) -> None:
+        """Show the state of the operation that :meth:`wait` announced: in a terminal next to the
+        time, elsewhere as a line."""
+        if self.clock is None:
+            self.note(text)
+        else:
+            self.clock.update(self.clock.task_ids[0], description=clean(text))
 
     def step(self, title: str, done: int, total: int, figures: str, seconds: float) -> None:
         """Show the figures of step ``done`` of ``total``, which took ``seconds``."""
@@ -174,7 +184,7 @@ class Progress:
         """Stop the display. The last state of a bar remains visible."""
         if self.display is not None:
             self.display.stop()
-        self.display = self.bar = None
+        self.display = self.bar = self.clock = None
         self.recent.clear()
 
     def _draw(self, title: str, done: int, total: int, figures: str, left: str) -> None:
@@ -187,6 +197,7 @@ class Progress:
         if self.bar is None or self.display is None:
             if self.display is not None:  # the clock of a wait
                 self.display.stop()
+                self.clock = None
             self.bar = Bar(
                 SpinnerColumn(),
                 TextColumn("{task.description}", markup=False),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 LAYERS = (
     ("seqkd.types", "seqkd.errors", "seqkd.escaping"),
-    ("seqkd.files", "seqkd.console"),
+    ("seqkd.files", "seqkd.console", "seqkd.imports"),
     ("seqkd.config",),
     ("seqkd.objectives", "seqkd.data", "seqkd.models", "seqkd.protocols"),
     ("seqkd.learner", "seqkd.workers"),

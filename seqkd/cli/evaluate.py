@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -175,7 +175,8 @@ def evaluate(request: Request, verbose: bool) -> int:
     with closing(Progress()) as progress, build.connect(config, verbose):
         for name, path in request.models.items():
             progress.wait(f"{name}: starting the actors")
-            with start_workers(config, path, checked, with_teacher, warned) as workers:
+            started = start_workers(config, path, checked, with_teacher, warned, progress.status)
+            with started as workers:
                 outputs |= generate(
                     config, name, workers, checked, with_teacher, request.out, progress
                 )
@@ -227,10 +228,15 @@ def check(request: Request) -> tuple[Config, Checked, bool]:
 
 @contextmanager
 def start_workers(
-    config: Config, path: str, checked: Checked, with_teacher: bool, warned: set[str]
+    config: Config,
+    path: str,
+    checked: Checked,
+    with_teacher: bool,
+    warned: set[str],
+    status: Callable[[str], None],
 ) -> Iterator[Workers]:
     """Start all actors for the student at ``path``, and stop them at the end of the block. Warnings
-    in ``warned`` are not printed again."""
+    in ``warned`` are not printed again. For ``status`` see :func:`actors.build.workers`."""
     from actors import build
     from seqkd.checks.startup import check_workers
     from seqkd.models.loading import expand
@@ -242,7 +248,10 @@ def start_workers(
         roles |= {"teacher"} if config.teacher.distribution else set()
     control = Control(config.recovery, show)
     build.check_resources(config, roles)
-    with control.signals(), build.workers(config, expand(path), checked, roles, control) as workers:
+    with (
+        control.signals(),
+        build.workers(config, expand(path), checked, roles, control, status) as workers,
+    ):
         if with_teacher:
             for warning in check_workers(config, checked, workers, roles):
                 if warning not in warned:

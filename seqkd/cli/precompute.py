@@ -72,7 +72,9 @@ def precompute(config: Config, verbose: bool) -> int:
     with closing(Progress()) as progress, build.connect(config, verbose):
         build.check_resources(config, roles)
         progress.wait("starting the actors")
-        with build.workers(config, config.student.model, checked, roles, control) as workers:
+        with build.workers(
+            config, config.student.model, checked, roles, control, progress.status
+        ) as workers:
             learner: Any = TeacherAlone(config)
             workers = replace(workers, learner=learner)
             for warning in check_workers(config, checked, workers, roles):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from seqkd.cli.arguments import add_config, add_verbose
 from seqkd.console import print_message, quiet, run_command, show
 from seqkd.errors import LearnerLost, StorageError
+from seqkd.imports import importing
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -108,12 +109,13 @@ def train(config: Config, *, resume: bool = False, verbose: bool = False) -> Run
 
     start = time.perf_counter()
     directory = run_directory.locate(config)
-    if not verbose:
-        quiet()  # before the imports below, during which some libraries print notices
-    from seqkd import report
-    from seqkd.evaluation import summary
-    from seqkd.report import model_card
-    from seqkd.storage import run_reader
+    with importing():
+        if not verbose:
+            quiet()  # before the imports below, during which some libraries print notices
+        from seqkd import report
+        from seqkd.evaluation import summary
+        from seqkd.report import model_card
+        from seqkd.storage import run_reader
 
     # Locked before the data is prepared, so that a second run of this name ends at once.
     with run_directory.lock(directory):
@@ -196,7 +198,9 @@ def learn(
     roles, control = placement.needed(config), Control(config.recovery, recorder.note)
     with (
         control.signals(),
-        build.workers(config, student, checked, roles, control) as workers,
+        build.workers(
+            config, student, checked, roles, control, recorder.progress.status
+        ) as workers,
     ):
         recorder.note(f"actors ready after {time.perf_counter() - start:.0f} s")
         while True:

@@ -136,7 +136,7 @@ def render(evaluation: Mapping[str, Any]) -> Iterator[RenderableType]:
         yield console.table([f"  {labeled(k)}", str(i), i.verdict] for k, i in intervals.items())
     for name, curves in evaluation["curves"].items():
         yield "\n" + "\n".join(f"{name}: {line}" for line in _curve_lines(curves))
-    yield from map(console.red_warning, evaluation["warnings"].values())
+    yield from map(console.red_warning, evaluation.get("warnings", {}).values())
 
 
 def _curve_lines(curves: Mapping[str, Any]) -> Iterator[str]:

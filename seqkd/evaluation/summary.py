@@ -88,7 +88,7 @@ def render(evaluation: dict[str, Any]) -> Iterator[RenderableType]:
                 f"{metric(figure).label}, {pair}: {interval} "
                 f"(paired over prompts; {interval.verdict})"
             )
-    yield from map(console.red_warning, evaluation["warnings"].values())
+    yield from map(console.red_warning, evaluation.get("warnings", {}).values())
     for example in evaluation["examples"]:
         yield f"\nPrompt: {_shown(example['prompt'])}"
         yield console.table(

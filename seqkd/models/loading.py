@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from seqkd.errors import ModelError
+from seqkd.imports import importing
 
 
 def dtype_of(precision: str) -> torch.dtype:
@@ -46,7 +47,8 @@ def read_config(model: str, field: str) -> Any:
 def load_config(model: str, field: str) -> Any:
     """Return the transformers config of a causal language model. Raises ModelError with ``field``
     for any other model."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    with importing():
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     config = read_config(model, field)
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
@@ -87,7 +89,8 @@ def load_causal_lm(
 ) -> nn.Module:
     """Load a causal language model in ``precision`` and in evaluation mode, on the CPU or by
     accelerate's ``device_map``. Raises ModelError with ``field`` if weights are missing."""
-    from transformers import AutoModelForCausalLM
+    with importing():
+        from transformers import AutoModelForCausalLM
 
     load: Any = AutoModelForCausalLM.from_pretrained
     loaded, info = load(

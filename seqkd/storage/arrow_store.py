@@ -85,7 +85,6 @@ class ArrowStore:
     def rollback(self) -> None:
         """Remove everything added since the last commit."""
         self._remove(set(self._own))
-        self._own.clear()
 
     def prune(self, before: int) -> None:
         """Remove the files with numbers below ``before`` and their rows."""
@@ -96,6 +95,7 @@ class ArrowStore:
             with suppress(OSError):  # a leftover file is harmless
                 file.unlink()
         self._files = [file for file in self._files if file not in gone]
+        self._own = [file for file in self._own if file not in gone]
         kept = {a: [p for p in places if p[0] not in gone] for a, places in self.places.items()}
         self.places = {address: places for address, places in kept.items() if places}
         _table.cache_clear()  # an open file would keep its disk space

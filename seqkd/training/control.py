@@ -30,6 +30,8 @@ class Control:
         """Cause of the first of these restarts."""
         self.watch: Callable[[], None] = lambda: None
         """Raises if the cluster is lost."""
+        self.tick: Callable[[], None] = lambda: None
+        """Function that is called every TICK_S while the result of a process is awaited."""
         self.signal: signal.Signals | None = None
         self._asked = 0.0
 

@@ -45,6 +45,22 @@ def pool(local_ray, tmp_path):
     pool.kill()
 
 
+def test_a_pool_is_ready_when_the_last_start_of_every_process_has_succeeded(pool):
+    ticks = []
+    pool.control.tick = lambda: ticks.append(pool.is_ready())
+    started, pool.starts = pool.starts, {}
+    assert not pool.is_ready()
+    pool.starts[0] = started[0]
+    assert not pool.is_ready(), "process 1 has not been started"
+    pool.starts = started
+    assert pool.is_ready()
+    pool.each("pid")
+    assert ticks and all(ticks), "called while a result is awaited"
+    pool.starts[1] = pool.actors[1].refuse.remote()
+    ray.wait([pool.starts[1]], timeout=30)
+    assert not pool.is_ready()
+
+
 @pytest.mark.parametrize("how", ["die", "fail", "stop"])
 def test_a_lost_call_is_repeated_by_a_new_process(pool, how):
     """The process is killed, raises, or is stopped so that its heartbeat fails. The result of the
@@ -202,6 +218,15 @@ def learner(local_ray, monkeypatch):
 def ask(learner, *methods):
     refs = [getattr(r, m).remote() for r, m in zip(learner.ranks, methods, strict=True)]
     return learner._results("step", refs)
+
+
+def test_a_learner_is_ready_until_it_is_lost(learner):
+    assert learner.is_ready()
+    learner.starts[1] = learner.ranks[1].refuse.remote()
+    ray.wait(learner.starts, num_returns=2, timeout=30)
+    assert not learner.is_ready()
+    learner.kill()
+    assert not learner.is_ready()
 
 
 def test_a_failure_is_raised_without_waiting_for_a_hung_rank(learner):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 
 import pytest
@@ -68,6 +69,31 @@ def test_a_terminal_gets_a_bar_that_is_closed(monkeypatch, columns):
     assert f"main {HARMLESS}" in text and "a note\n" in text
     assert "2/2" in text and "━" in text and "ETA" in text and "loss 1.5" in text
     assert text.count("\033[?25l") == text.count("\033[?25h") > 0, "the cursor is visible again"
+
+
+def test_the_status_of_a_wait_is_beside_the_clock_in_a_terminal_and_a_line_elsewhere():
+    for file in (io.StringIO(), Terminal()):
+        progress = Progress(file)
+        progress.status("before")
+        progress.wait("starting")
+        progress.status("rollout loading")
+        progress.status(f"rollout ready {HOSTILE}")
+        progress.step("main", 1, 2, FIGURES, 60.0)
+        progress.status("after")
+        progress.begin("evaluation")
+        progress.wait("measuring")
+        progress.close()
+        progress.status("closed")
+        text = file.getvalue()
+        if file.isatty():
+            plain = re.sub(r"\033\[[0-9;?]*[A-Za-z]", "", text)
+            assert f"0:00:00 rollout ready {HARMLESS}" in plain
+            assert all(f"{line}\n" in plain for line in ("before", "after", "closed"))
+        else:
+            lines = ["before", "starting", "rollout loading", f"rollout ready {HARMLESS}"]
+            assert text.splitlines() == [
+                *lines, LINES[2], "after", "evaluation", "measuring", "closed"
+            ]  # fmt: skip
 
 
 def test_colors_can_be_switched_off(monkeypatch):

@@ -633,12 +633,12 @@ def test_run_writes_its_page_and_survives_a_failure_to_write_it(
         return {}
 
     result = train_without_actors(finish, evaluation={"prompts": 0})
-    out, page = capsys.readouterr().out, tmp_path / "x" / "report.html"
+    (out, errors), page = capsys.readouterr(), tmp_path / "x" / "report.html"
     assert result.report == (None if in_its_way else page)
     assert (result.steps, result.figures, result.warnings) == (WARMUP + MAIN, {}, [])
     assert f"report:      {page}" in out
     assert page.is_dir() if in_its_way else "finished" in page.read_text()
-    assert ("report.html: cannot be written" in out) == in_its_way
+    assert ("report.html: cannot be written" in errors) == in_its_way
 
 
 def test_result_of_a_run_has_the_warning_that_is_printed(train_without_actors, capsys):

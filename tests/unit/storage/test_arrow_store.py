@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import random
 import subprocess
 import sys
@@ -107,6 +108,15 @@ def test_file_numbers_increase_and_old_files_can_be_pruned(tmp_path):
     assert again.position == 4
     again.append([row("new")])
     assert files(tmp_path)[1].name.startswith("00000004-")
+
+
+def test_a_store_that_is_pruned_stays_small(tmp_path):
+    shards, sizes = ArrowStore(tmp_path, SCHEMA), []
+    for number in range(100, 130):
+        shards.append([row(f"{number}/0")])
+        shards.prune(before=shards.position - 2)
+        sizes.append(len(pickle.dumps(vars(shards))))
+    assert sizes[5] == sizes[-1]
 
 
 def test_abandoned_files_are_removed_and_current_ones_kept(tmp_path):
