@@ -169,7 +169,7 @@ def is_alive(actor: Any) -> Any:
     return actor.__ray_call__.options(concurrency_group=HEALTH).remote(_nothing)
 
 
-def have_succeeded(refs: Sequence[Any]) -> bool:
+def have_succeeded(refs: list[Any]) -> bool:
     """Return True if all calls have ended without an error."""
     import ray
 
