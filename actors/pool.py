@@ -187,11 +187,11 @@ def _stage(call: _Call) -> str:
     return "is still waiting for cores or GPUs that an earlier process of this run has not released"
 
 
-def have_succeeded(refs: Sequence[Any]) -> bool:
+def have_succeeded(refs: list[Any]) -> bool:
     """Return True if all calls have ended without an error."""
     import ray
 
-    if len(ray.wait(list(refs), num_returns=len(refs), timeout=0)[0]) < len(refs):
+    if len(ray.wait(refs, num_returns=len(refs), timeout=0)[0]) < len(refs):
         return False
     try:
         ray.get(refs)

@@ -86,6 +86,7 @@ def test_student_sampled(head, environment, tiny_config, home):
     assert [r["rollout_policy_version"] for r in rows] == [0, 0, 2, 3, 4]
     assert all(r["logprob_gap_max"] <= 1e-3 for r in rows)
     assert all(r["reverse_kl_per_token"] > 0 for r in rows)
+    assert "rollout loading, " in done.stdout and "actors ready after" in done.stdout
     assert "main     5/5" in done.stdout
     assert "reverse KL per token (nats)" in done.stdout
     assert "student after" in done.stdout
