@@ -46,8 +46,9 @@ class Tasks:
     """Decoder from token ids to text, without special tokens."""
 
     def accuracy(self, rollouts: Sequence[Rollout]) -> dict[str, float | None]:
-        """Return the accuracy on completions of one prompt by task, None without an answer."""
-        answers = self.references.get(rollouts[0].prompt_id, ())
+        """Return the accuracy on completions of one prompt by task. None without an answer or
+        without completions."""
+        answers = self.references.get(rollouts[0].prompt_id) if rollouts else None
         texts = [self.decode(without_eos(rollout)) for rollout in rollouts]
         pairs = list(zip(rollouts, texts, strict=True))
         return {

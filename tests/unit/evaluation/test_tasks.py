@@ -103,6 +103,11 @@ def test_seqkd_evaluate_measures_accuracy():
     assert "task_color" not in figures(outputs, PROMPTS, references, decode, None).table()
 
 
+def test_a_prompt_without_completions_has_no_accuracy():
+    """An endpoint may refuse a prompt."""
+    assert WORDS.accuracy([]) == {"color": None}
+
+
 def test_labels():
     assert labeled("task_sum") == "accuracy, sum (share)"
     assert title("heldout/task_sum") == "Accuracy, sum"
