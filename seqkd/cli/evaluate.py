@@ -142,7 +142,10 @@ def evaluate(request: Request, verbose: bool) -> int:
     from actors import build
     from seqkd import report
     from seqkd.evaluation import offline
+    from seqkd.models.model_files import load_complete
 
+    for name, path in request.models.items():
+        load_complete(path, name)
     bart = load_scorer(request)
     config, checked, with_teacher = check(request)
     request.out.mkdir(parents=True, exist_ok=True)

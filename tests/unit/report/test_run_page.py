@@ -524,7 +524,7 @@ def test_environment_is_recorded(tmp_path):
     config = configuration("x", runs_dir=str(tmp_path))
     directory = run_directory.locate(config)
     with run_directory.lock(directory):
-        run_directory.initialize(directory, config, {})
+        run_directory.initialize(directory, config, {}, None)
     content = json.loads((directory / "environment.json").read_text())
     assert content["packages"]["torch"] == version("torch")
     assert content["packages"]["ray"] == version("ray")

@@ -252,7 +252,8 @@ def test_runs_that_start_at_the_same_moment_share_a_cache(tiny, tmp_path):
         with ThreadPoolExecutor(len(caches)) as pool:
             list(pool.map(begin, caches))
         directory = caches[0][""].directory
-        assert json.loads((directory / "teacher.json").read_text()) == c.teacher.describe()
+        content = json.loads((directory / "teacher.json").read_text())
+        assert content.items() >= c.teacher.describe().items()
         assert not list(directory.rglob("*.partial"))
 
 
