@@ -75,7 +75,8 @@ def model_files(model: str, field: str, download: bool = False) -> list[Path] | 
         )
     if missing:
         raise ModelError(
-            f"{field}: {model!r} has no safetensors weights. Set it to a model with safetensors weights, or convert it."
+            f"{field}: {model!r} has no safetensors weights. Set it to a model with "
+            "safetensors weights, or convert it."
         )
     return [*settings, *weights]
 

@@ -21,8 +21,7 @@ PACKAGED = "working_dir_files"
 STARTUP_FILES = (
     "config.yaml", "data.json", "environment.json", "evaluation.json", "lock", "models.json",
     "report.html", "run_id", "student_initial", "student_initial.partial", "student_initial.old",
-    "tensorboard",
-    "trackers", "replay_log",
+    "tensorboard", "trackers", "replay_log",
 )  # fmt: skip
 """Files that a run writes before its first step. A directory with only these files may be reused,
 so a failed start can be repeated."""

@@ -149,7 +149,7 @@ def _open(root: Path, teacher: SingleTeacherConfig, here: bool) -> TeacherCache:
             print_message(
                 "warning",
                 f"teacher_cache.path: {root} has entries for the teacher {spec}, but"
-                f"{changed} They are not used.",
+                f"{changed} The entries are not used. Restore the file to use them.",
             )
         elif not here and (checkpoint is not None or len(named) != 1):
             contents = "; ".join(str(other.spec) for other in recorded.values()) or "nothing"
