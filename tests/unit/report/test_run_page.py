@@ -562,7 +562,8 @@ def test_run_writes_its_page_and_survives_a_failure_to_write_it(
             (directory / "report.html").mkdir()
         return {}
 
-    monkeypatch.setattr(setup, "check", lambda config: (config, {}, checked))
+    monkeypatch.setattr(setup, "check", lambda config, resumed: (config, {}, checked))
+    monkeypatch.setattr(setup, "identify_models", lambda config: {})
     monkeypatch.setattr(dry_run, "memory_warnings", lambda config, checked: [])
     monkeypatch.setattr(train, "learn", learn)
     monkeypatch.setattr(build, "connect", lambda config, verbose: nullcontext())

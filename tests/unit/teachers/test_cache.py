@@ -251,8 +251,8 @@ def flip(file, seed):
 @pytest.mark.parametrize("here", [True, False])
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
 def test_a_flipped_bit_in_the_recorded_teacher(tiny, tmp_path, name, here):
-    """Whether the checkpoint is on this machine or not: the recorded head is used. Recording again
-    corrects it."""
+    """A run without a teacher reads the recorded files, even if the checkpoint is on this machine.
+    Recording again corrects them."""
     model = str(shutil.copytree(tiny["teacher"], tmp_path / "teacher"))
     c = config(tiny, tmp_path, teacher={"kind": "vllm", "model": model})
     _, caches = open_caches(c, teacher_here=True)
