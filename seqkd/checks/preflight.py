@@ -27,8 +27,9 @@ from seqkd.data.dataset import DataSets, read_data
 from seqkd.data.prompt_table import PromptTable
 from seqkd.errors import ConfigError, DataError, ModelError, SeqkdError
 from seqkd.evaluation.tasks import check_tasks
-from seqkd.models.loading import end_of_sequence_ids, load_config, load_tokenizer
+from seqkd.models.loading import end_of_sequence_ids, load_tokenizer
 from seqkd.models.lora import check_targets
+from seqkd.models.model_files import load_complete
 from seqkd.models.pruning import check_prune
 from seqkd.types import Prompt
 
@@ -95,7 +96,7 @@ def check(config: Config, teacher_here: bool = True) -> Checked:
     Endpoints are called only if ``teacher_here``."""
     findings = Findings()
     students = config.student.model
-    student = findings.attempt(load_config, students, "student.model")
+    student = findings.attempt(load_complete, students, "student.model")
     tokenizer = findings.attempt(load_tokenizer, students, "student.model") if student else None
     max_model_len = config.data.max_prompt_tokens + config.rollout.max_tokens
     findings.attempt(fits_context, student, "student.model", config.data, config.rollout)
@@ -159,7 +160,7 @@ def _local_teacher(
     findings: Findings,
 ) -> Any:
     name = local.model
-    teacher = findings.attempt(load_config, name, "teacher.model")
+    teacher = findings.attempt(load_complete, name, "teacher.model")
     findings.attempt(fits_context, teacher, "teacher.model", data, rollout)
     if student and teacher and student.vocab_size != teacher.vocab_size:
         findings.warnings.append(

@@ -169,11 +169,12 @@ def _is_the_checkpoint(teacher: EndpointTeacherConfig, ids: list[int], served: l
     import torch
 
     from seqkd.learner.student import last_hidden
-    from seqkd.models.loading import load_causal_lm, load_config
+    from seqkd.models.loading import load_causal_lm
+    from seqkd.models.model_files import load_complete
     from seqkd.models.output_head import head_of
 
     assert teacher.checkpoint is not None
-    load_config(teacher.checkpoint, "teacher.checkpoint")
+    load_complete(teacher.checkpoint, "teacher.checkpoint")
     model = load_causal_lm(teacher.checkpoint, teacher.precision, "teacher.checkpoint")
     tokens = torch.tensor([ids])
     with torch.inference_mode():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 import torch
 
@@ -22,6 +23,7 @@ def dry_run(config: Config, resume: bool) -> int:
     """Print the configuration, the plan and all findings without starting an actor. Return 2 if
     there are errors, else 0."""
     directory, errors, warnings = run_directory.locate(config), list[str](), list[str]()
+    resumed: Path | None = None
     plan = placement.plan(config)
     show(dump(config), "plan:")
     for actor in plan.actors:
@@ -32,12 +34,14 @@ def dry_run(config: Config, resume: bool) -> int:
     show(f"  run directory: {directory}")
 
     def check_directory() -> None:
-        changes = run_directory.resumption(directory, config, resume).changes
-        show(*(f"  changed: {line}" for line in changes))
+        nonlocal resumed
+        resumption = run_directory.resumption(directory, config, resume)
+        resumed = directory if resumption.exists else None
+        show(*(f"  changed: {line}" for line in resumption.changes))
 
     def check_models_and_data() -> None:
         nonlocal config
-        config, _, checked = check(config)
+        config, _, checked = check(config, resumed)
         warnings.extend(checked.warnings)
         show(f"  {len(checked.train)} training prompts, {len(checked.heldout)} held-out prompts")
         show(*(f"    {line}" for line in checked.sources))

@@ -145,7 +145,10 @@ def evaluate(request: Request, verbose: bool) -> int:
     from seqkd.evaluation.bartscore import BartScorer
     from seqkd.evaluation.tasks import Tasks
     from seqkd.files import disk_errors
+    from seqkd.models.model_files import load_complete
 
+    for name, path in request.models.items():
+        load_complete(path, name)
     bart = BartScorer(request.bart) if request.bart else None
     config, checked, with_teacher = check(request)
     for problem in request.problems:

@@ -150,13 +150,13 @@ def check_and_learn(
     from seqkd.storage import run_directory
     from seqkd.training import replay_log, trackers
     from seqkd.training.recorder import Recorder
-    from seqkd.training.setup import check
+    from seqkd.training.setup import check, identify_models
 
     trackers.check(config.trackers)
     resumption = run_directory.resumption(directory, config, resume)
     check_machine(config)  # both before the data is prepared
     build.reach(config)
-    resolved, caches, checked = check(config)
+    resolved, caches, checked = check(config, directory if resumption.exists else None)
     for warning in (*checked.warnings, *memory_warnings(resolved, checked)):
         print_message("warning", warning)
     data = {"training": checked.train, "held-out": checked.heldout, "corpus": checked.corpus}
@@ -166,11 +166,12 @@ def check_and_learn(
             show(f"changed: {line}")
     elif resume:
         show(f"--resume: {directory} contains no run yet; starting it")
+    models = None if resumption.exists else identify_models(resolved)
     with build.connect(resolved, verbose):
         build.check_resources(resolved)
         with closing(Recorder(directory, resolved)) as recorder:
             replay_log.discard(directory / replay_log.FOLDER, resumption)
-            run_directory.initialize(directory, config, data)
+            run_directory.initialize(directory, config, data, models)
             recorder.note(f"run directory: {directory}")
             recorder.wait("starting the actors (normally 20 to 120 s)")
             return learn(directory, resolved, checked, caches, recorder), recorder

@@ -18,6 +18,7 @@ from seqkd.data.content import ContentTokenizer
 from seqkd.errors import ModelError
 from seqkd.evaluation.text import PerPrompt, column
 from seqkd.models.loading import expand, first_line, load_tokenizer, read_config
+from seqkd.models.model_files import model_files
 
 FIELD = "--bart"
 TOKENS = 1024
@@ -59,6 +60,7 @@ class BartScorer:
                 "encoder-decoder model. Set it to a BART checkpoint, such as "
                 "facebook/bart-large-cnn."
             )
+        model_files(model, FIELD)
         self.tokenizer = load_tokenizer(model, FIELD)
         if not self.tokenizer("").input_ids or self.tokenizer.pad_token_id is None:
             raise ModelError(

@@ -20,7 +20,7 @@ from seqkd.models.loading import (
     load_tokenizer,
     save_generation_config,
 )
-from seqkd.models.weight_files import _safetensors_index
+from seqkd.models.model_files import parameter_files
 
 CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**27}
 """Number of logits, [chunk, V], per matrix product with a head. A chunk has enough rows to be fast.
@@ -145,10 +145,9 @@ def head_of(model: nn.Module) -> OutputHead:
 def load_head(model: str, precision: str) -> OutputHead:
     """Load only the output head of a teacher checkpoint, for the learner."""
     from safetensors import safe_open
-    from transformers.utils.hub import cached_file
 
     config = load_config(model, "teacher.model")
-    files = _safetensors_index(expand(model), cached_file)
+    files = parameter_files(model, "teacher.model")
     # A tied checkpoint stores the matrix once, under the name of the embedding.
     ends = ("lm_head.weight", *(("embed_tokens.weight",) if config.tie_word_embeddings else ()))
     name = next((n for end in ends for n in files if n.endswith(end)), None)

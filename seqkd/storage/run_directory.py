@@ -19,9 +19,9 @@ from seqkd.files import atomic_write
 PACKAGED = "working_dir_files"
 """Folder in the path of every working directory that Ray unpacks for a job."""
 STARTUP_FILES = (
-    "config.yaml", "data.json", "environment.json", "evaluation.json", "lock", "report.html",
-    "run_id", "student_initial", "student_initial.partial", "student_initial.old", "tensorboard",
-    "trackers", "replay_log",
+    "config.yaml", "data.json", "environment.json", "evaluation.json", "lock", "models.json",
+    "report.html", "run_id", "student_initial", "student_initial.partial", "student_initial.old",
+    "tensorboard", "trackers", "replay_log",
 )  # fmt: skip
 """Files that a run writes before its first step. A directory with only these files may be reused,
 so a failed start can be repeated."""
@@ -42,6 +42,10 @@ TRAJECTORY_KEYS = {
     "rollout.precision",
 }  # fmt: skip
 """Keys that change the following steps and may be changed when a run is resumed."""
+
+
+Models = Mapping[str, Mapping[str, Any]]
+"""Models and the digests of their files (:func:`seqkd.models.model_files.identify`)."""
 
 
 @dataclass(frozen=True)
@@ -138,11 +142,15 @@ def run_id(directory: Path) -> str:
     return file.read_text()
 
 
-def initialize(directory: Path, config: Config, data: Mapping[str, Sequence[Any]]) -> None:
+def initialize(
+    directory: Path, config: Config, data: Mapping[str, Sequence[Any]], models: Models | None
+) -> None:
     """Write the resolved configuration, the fingerprint of the data and the environment into the
-    directory."""
+    directory, and, unless the run is resumed, the digests of the models."""
     from seqkd.storage import environment  # here, as it imports torch
 
+    if models is not None:
+        atomic_write(directory / "models.json", json.dumps(models, indent=2))
     atomic_write(directory / "data.json", json.dumps(_fingerprint(data), indent=2))
     atomic_write(directory / "environment.json", json.dumps(environment.describe(), indent=2))
     atomic_write(directory / "config.yaml", dump(config))
@@ -192,6 +200,33 @@ def refuse_other_data(directory: Path, data: Mapping[str, Sequence[Any]]) -> Non
                 f"{before[name]['prompts']} then, {now['prompts']} now, with different content. "
                 "Restore the data set, or choose a new name=…."
             )
+
+
+def refuse_other_models(directory: Path, models: Models) -> None:
+    """Raise ConfigError if a file of the models differs from those that the run in ``directory``
+    started with."""
+    file = directory / "models.json"
+    try:
+        before = json.loads(file.read_text(encoding="utf-8"))
+        files = {name: {**before[name]["files"]} for name in models}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ConfigError(
+            f"--resume: {file}, the digests of the run's models, is missing or damaged. "
+            "Choose a new name=…."
+        ) from None
+    lines = []
+    for name, model in models.items():
+        old, new = files[name], model["files"]
+        for changed in (n for n in {**old, **new} if old.get(n) != new.get(n)):
+            state = "is new" if changed not in old else "has other content"
+            state = state if changed in new else "is missing"
+            lines.append(f"  {name}: {Path(model['model']) / changed} {state}\n")
+    if lines:
+        raise ConfigError(
+            f"--resume: files of the models have changed since {directory} started:\n"
+            + "".join(lines)
+            + "Restore these files, or choose a new name=…."
+        )
 
 
 def _fingerprint(data: Mapping[str, Sequence[Any]]) -> dict[str, dict[str, Any]]:

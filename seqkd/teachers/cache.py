@@ -14,11 +14,11 @@ import fcntl
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 import torch
@@ -26,11 +26,12 @@ from torch import Tensor
 
 from seqkd.config.run import Config
 from seqkd.config.teacher import SingleTeacherConfig
+from seqkd.console import print_message
 from seqkd.errors import TeacherCacheError
-from seqkd.files import atomic_write, disk_errors
+from seqkd.files import atomic_directory, atomic_write, disk_errors
 from seqkd.models.loading import dtype_of, load_config
+from seqkd.models.model_files import checkpoint_digests, digests_of
 from seqkd.models.output_head import export_head
-from seqkd.models.weight_files import checkpoint_digest
 from seqkd.protocols import Finished, Sampler, Teacher
 from seqkd.storage.arrow_store import ArrowStore
 from seqkd.types import Prompt, Rollout, TeacherScore
@@ -135,30 +136,59 @@ def open_caches(config: Config, teacher_here: bool) -> tuple[Config, dict[str, T
 
 
 def _open(root: Path, teacher: SingleTeacherConfig, here: bool) -> TeacherCache:
-    identity, spec = identify_teacher(teacher, here), teacher.describe()
-    directory = root / identity if identity else None
-    if not here and not (directory and (directory / "teacher.json").exists()):
-        # The checkpoint is not on this machine, so only its name can be matched.
-        recorded = {file.parent: _description(file) for file in sorted(root.glob("*/teacher.json"))}
-        named = [path for path, other in recorded.items() if other == spec]
-        if identity or len(named) != 1:
-            contents = "; ".join(str(other) for other in recorded.values()) or "nothing"
+    checkpoint, spec = checkpoint_of(teacher, here), teacher.describe()
+    directory = None if checkpoint is None else root / identity_of(teacher, checkpoint)
+    if directory is None or not (directory / "teacher.json").exists():
+        recorded = dict(_descriptions(root, skip_damaged=here))
+        named = [path for path, other in recorded.items() if other.spec == spec]
+        changed = ""
+        if checkpoint and named:
+            changed = f" {', '.join(_differing(recorded[named[-1]].checkpoint, checkpoint))} of "
+            changed += f"{teacher.model} has changed since the teacher was recorded."
+        if here and changed:
+            print_message(
+                "warning",
+                f"teacher_cache.path: {root} has entries for the teacher {spec}, but"
+                f"{changed} The entries are not used. Restore the file to use them.",
+            )
+        elif not here and (checkpoint is not None or len(named) != 1):
+            contents = "; ".join(str(other.spec) for other in recorded.values()) or "nothing"
             raise TeacherCacheError(
                 f"teacher_cache.path: {root} has no entries for the teacher {spec}; it contains "
-                f"{contents:.500}. Configure a recorded teacher, or run seqkd precompute with this "
-                "configuration first."
+                f"{contents:.500}.{changed} Configure a recorded teacher, or run seqkd precompute "
+                "with this configuration first."
             )
-        directory = named[0]
+        elif not here:  # The checkpoint is not on this machine, so only its name can be matched.
+            directory = named[0]
     assert directory is not None, "a required checkpoint has an identity"
-    return TeacherCache(directory, teacher.precision)
+    cache = TeacherCache(directory, teacher.precision)
+    if teacher.local and not here and (damaged := _damaged_copy(cache)):
+        raise TeacherCacheError(
+            f"teacher_cache.path: {damaged} is missing or damaged: it does not have the recorded "
+            "digest. Run seqkd precompute with the same configuration, which writes it again."
+        )
+    return cache
 
 
-def _description(file: Path) -> dict[str, str]:
+class Description(NamedTuple):
+    """Content of ``teacher.json``."""
+
+    spec: dict[str, Any]
+    """See :meth:`seqkd.config.teacher.SingleTeacherConfig.describe`."""
+    checkpoint: dict[str, str]
+    """Digests of the checkpoint's config and weights, by file name. Empty for an endpoint."""
+    copy: dict[str, str]
+    """Digests of the files in :attr:`TeacherCache.teacher`, by file name."""
+
+
+def _description(file: Path) -> Description:
     try:
-        description = json.loads(file.read_text(encoding="utf-8"))
-        if isinstance(description, dict):
-            return description
-        error: object = "it is not a JSON object"
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(content, dict):
+            checkpoint, copy = (content.pop(name, {}) for name in ("checkpoint", "copy"))
+            if isinstance(checkpoint, dict) and isinstance(copy, dict):
+                return Description(content, checkpoint, copy)
+        error: object = "it is not a JSON object of the expected form"
     except (OSError, ValueError, RecursionError) as caught:
         error = caught
     raise TeacherCacheError(
@@ -167,36 +197,78 @@ def _description(file: Path) -> dict[str, str]:
     )
 
 
-def identify_teacher(teacher: SingleTeacherConfig, here: bool) -> str | None:
-    """Return the name of the teacher's directory: a hash of its weights, or of its endpoint and
-    model name. None if the checkpoint is not on this machine and ``here`` is false."""
-    spec = teacher.describe()
-    if teacher.local:
-        digest = checkpoint_digest(teacher.model, download=here)
-        if digest is None:
-            return None
-        spec["model"] = digest
+def _descriptions(root: Path, skip_damaged: bool) -> Iterator[tuple[Path, Description]]:
+    """Yield the directory and the description of every teacher, the one written last at the end."""
+    files = sorted(root.glob("*/teacher.json"), key=lambda file: file.stat().st_mtime)
+    for file in files:
+        with suppress(*[TeacherCacheError] if skip_damaged else []):
+            yield file.parent, _description(file)
+
+
+def _differing(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    return [name for name in {**before, **now} if before.get(name) != now.get(name)]
+
+
+def _damaged_copy(cache: TeacherCache) -> Path | None:
+    """Return a file of :attr:`TeacherCache.teacher` that differs from its recorded digest."""
+    recorded = _description(cache.directory / "teacher.json").copy
+    copy = Path(cache.teacher)
+    differing = _differing(recorded, _digests(copy))
+    # A directory without any record is damaged, too.
+    return copy / differing[0] if differing else None if recorded else copy
+
+
+def _is_kept(cache: TeacherCache, teacher: SingleTeacherConfig) -> bool:
+    try:
+        _description(cache.directory / "teacher.json")
+        return not (teacher.local and _damaged_copy(cache))
+    except TeacherCacheError:
+        return False
+
+
+def _digests(directory: Path) -> dict[str, str]:
+    files = digests_of(directory.glob("*"), "teacher_cache.path")
+    return {file.name: digest for file, digest in files.items()}
+
+
+def checkpoint_of(teacher: SingleTeacherConfig, here: bool) -> dict[str, str] | None:
+    """Return the digests of the teacher's checkpoint, which are empty for an endpoint. None if the
+    checkpoint is not on this machine and ``here`` is false."""
+    if teacher.local is None:
+        return {}
+    return checkpoint_digests(teacher.model, "teacher.model", download=here)
+
+
+def identity_of(teacher: SingleTeacherConfig, checkpoint: Mapping[str, str]) -> str:
+    """Return the name of the teacher's directory: a hash of its checkpoint's digests, or of its
+    endpoint and model name."""
+    spec: dict[str, Any] = {**teacher.describe()}
+    if checkpoint:
+        spec["model"] = dict(checkpoint)
     return address_of(spec)
 
 
 def keep_teachers(config: Config, caches: Mapping[str, TeacherCache]) -> None:
-    """Write the description, output head and tokenizer of each teacher into its cache. Raises
-    StorageError."""
+    """Write the description, output head and tokenizer of each teacher into its cache, unless they
+    are there and undamaged. Raises StorageError."""
     for name, cache in caches.items():
         teacher, description = config.teachers[name], cache.directory / "teacher.json"
-        if description.exists():
+        if _is_kept(cache, teacher):
             continue
-        text = json.dumps(teacher.describe(), indent=2)
         with disk_errors(description):
             cache.directory.mkdir(parents=True, exist_ok=True)
             with (cache.directory / "lock").open("w") as lock:
                 with suppress(OSError):  # a file system without locks
                     fcntl.flock(lock, fcntl.LOCK_EX)
-                if description.exists():  # written by another run in the meantime
+                if _is_kept(cache, teacher):  # written by another run in the meantime
                     continue
+                content: dict[str, Any] = {**teacher.describe()}
                 if teacher.local:
-                    export_head(teacher.model, teacher.precision, Path(cache.teacher))
-                atomic_write(description, text + "\n")
+                    with atomic_directory(Path(cache.teacher)) as partial:
+                        export_head(teacher.model, teacher.precision, partial)
+                    content["checkpoint"] = checkpoint_of(teacher, here=True)
+                    content["copy"] = _digests(Path(cache.teacher))
+                atomic_write(description, json.dumps(content, indent=2) + "\n")
 
 
 def with_caches(

@@ -15,6 +15,7 @@ from seqkd.config.run import Config
 from seqkd.evaluation import summary
 from seqkd.evaluation.heldout import HeldOut, Measurement
 from seqkd.evaluation.tasks import Tasks
+from seqkd.models.model_files import identify
 from seqkd.storage import run_directory, run_reader
 from seqkd.teachers.cache import TeacherCache, open_caches, with_caches
 from seqkd.training.checkpoint import Checkpoints
@@ -27,17 +28,34 @@ from seqkd.training.replay_log import FOLDER, ReplayLog
 from seqkd.workers import Workers
 
 
-def check(config: Config) -> tuple[Config, dict[str, TeacherCache], Checked]:
+def check(
+    config: Config, resumed: Path | None = None
+) -> tuple[Config, dict[str, TeacherCache], Checked]:
     """Run all checks that need no actors.
 
-    Returns the configuration, in which recorded teachers replace teachers that are not loaded, the
-    teacher caches by teacher name, and the objects that the checks loaded.
+    ``resumed`` is the directory of a run that started with the same models before. Returns the
+    configuration, in which recorded teachers replace teachers that are not loaded, the teacher
+    caches by teacher name, and the objects that the checks loaded.
     """
     config, caches = open_caches(config, teacher_here=not config.two_step)
+    if resumed:
+        run_directory.refuse_other_models(resumed, identify_models(config))
     checked = preflight.check(config, teacher_here=not config.two_step)
     if config.two_step:
         check_recorded(config, caches, checked)
     return config, caches, checked
+
+
+def identify_models(config: Config) -> dict[str, dict[str, Any]]:
+    """Compute the digests of the files of the student and of all local teachers, by configuration
+    key."""
+    models = {"student.model": config.student.model}
+    for name, teacher in config.teachers.items():
+        if teacher.local:
+            models[f"teacher.teachers.{name}.teacher.model" if name else "teacher.model"] = (
+                teacher.model
+            )
+    return identify(models)
 
 
 def prepare(

@@ -24,7 +24,7 @@ from seqkd.data.readers import Source
 from seqkd.errors import ConfigError, DataError, StorageError, TeacherCacheError
 from seqkd.storage.arrow_store import ArrowStore
 from seqkd.storage.checkpoint_dir import newest, save
-from seqkd.teachers.cache import identify_teacher, keep_teachers, open_caches
+from seqkd.teachers.cache import identity_of, keep_teachers, open_caches
 from tests.conftest import ROOT
 from tests.unit.config.test_config import MINIMAL
 
@@ -550,7 +550,7 @@ def test_a_damaged_description_of_a_teacher(folder, content):
     directory = folder / "j" / "another"
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "teacher.json").write_bytes(content)
-    mine = folder / "j" / str(identify_teacher(config.teacher, True))
+    mine = folder / "j" / identity_of(config.teacher, {})
     assert open_caches(config, True)[1][""].directory == mine, (
         "damage of another cache has no effect"
     )

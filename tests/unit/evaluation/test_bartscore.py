@@ -214,6 +214,14 @@ def test_missing_and_pickled_weights_are_refused(bart, tmp_path):
     assert "safetensors" in refused(pickled)
 
 
+@pytest.mark.parametrize("size", [0, 4, 100, -1])
+def test_truncated_weights_are_refused(bart, tmp_path, size):
+    file = copied(bart, tmp_path / "truncated") / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:size])
+    with pytest.raises(ModelError, match=f"--bart: {file} is not a complete safetensors file"):
+        BartScorer(str(file.parent))
+
+
 def test_custom_code_is_refused_without_a_prompt(bart, tmp_path, monkeypatch):
     own = copied(bart, tmp_path / "own")
     config = json.loads((own / "config.json").read_text())

@@ -576,7 +576,7 @@ def test_environment_is_recorded(tmp_path):
     config = configuration("x", runs_dir=str(tmp_path))
     directory = run_directory.locate(config)
     with run_directory.lock(directory):
-        run_directory.initialize(directory, config, {})
+        run_directory.initialize(directory, config, {}, None)
     content = json.loads((directory / "environment.json").read_text())
     assert content["packages"]["torch"] == version("torch")
     assert content["packages"]["ray"] == version("ray")
@@ -610,7 +610,8 @@ def train_without_actors(tmp_path, monkeypatch):
             (directory / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
             return finish(directory)
 
-        monkeypatch.setattr(setup, "check", lambda config: (config, {}, checked))
+        monkeypatch.setattr(setup, "check", lambda config, resumed: (config, {}, checked))
+        monkeypatch.setattr(setup, "identify_models", lambda config: {})
         monkeypatch.setattr(dry_run, "memory_warnings", lambda config, checked: [])
         monkeypatch.setattr(train, "learn", learn)
         monkeypatch.setattr(build, "connect", lambda config, verbose: nullcontext())

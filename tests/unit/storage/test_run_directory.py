@@ -32,7 +32,7 @@ def begun(tmp_path, data=None, **changes):
     c = config(runs_dir=str(tmp_path), **changes)
     directory = run_directory.locate(c)
     with run_directory.lock(directory):
-        run_directory.initialize(directory, c, data or {"training": table("a")})
+        run_directory.initialize(directory, c, data or {"training": table("a")}, {})
     (directory / "metrics.jsonl").write_text("{}\n")
     return directory
 
