@@ -15,7 +15,7 @@ import numpy as np
 from seqkd import console
 from seqkd.evaluation.catalog import labeled, metric
 from seqkd.evaluation.heldout import FIGURES, Example, Measurement
-from seqkd.evaluation.intervals import Interval, Ratio, paired_change
+from seqkd.evaluation.intervals import KIND, Interval, Ratio, paired_change
 from seqkd.types import Prompt
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def evaluation_json(
     }
     return {
         "prompts": len(prompts),
-        "interval": "95 % percentile bootstrap over prompts",
+        "interval": KIND,
         "figures": {s: {k: asdict(v) for k, v in t.items()} for s, t in tables.items()},
         "changes": changes,
         "per_prompt": {s: {k: v.plain() for k, v in row.items()} for s, row in ratios.items()},
