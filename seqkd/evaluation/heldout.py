@@ -3,10 +3,14 @@
 Reverse KL is measured on the student's samples and forward KL on the teacher's samples. Both are
 sums over a sequence of the exact divergence over the vocabulary at each state (Rao-Blackwellized:
 the same mean as the sampled log-ratio, with less variance).
+
+All samples are drawn at temperature 1 and top-p 1, because both divergences are expectations under
+the model's own distribution. ``rollout.temperature`` and ``rollout.top_p`` apply to training only.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,7 +18,7 @@ import numpy as np
 from torch import Tensor
 
 from seqkd.evaluation.intervals import Array, Interval, Ratio
-from seqkd.protocols import Measured, Scores
+from seqkd.protocols import Measured, Scores, Seed
 from seqkd.types import Prompt, Rollout
 from seqkd.workers import Workers
 
@@ -86,7 +90,7 @@ class HeldOut:
     once."""
 
     def __init__(
-        self, workers: Workers, prompts: Sequence[Prompt], samples: int, seed: int, shown: int = 0
+        self, workers: Workers, prompts: Sequence[Prompt], samples: int, seed: Seed, shown: int = 0
     ) -> None:
         """Sample and score the teacher's completions. The first completions of the first ``shown``
         prompts are kept for display."""
@@ -119,6 +123,12 @@ class HeldOut:
 
     def _scores(self, rollouts: Sequence[Rollout]) -> Scores:
         return self.workers.teacher.score(rollouts) if self.workers.distribution else {}
+
+
+def prompt_seeds(prompts: Sequence[Prompt], seed: int) -> list[int]:
+    """Return a sampling seed for each prompt, which does not depend on the other prompts."""
+    texts = (f"{seed}/{prompt.prompt_id}".encode() for prompt in prompts)
+    return [int.from_bytes(hashlib.blake2b(text, digest_size=6).digest()) for text in texts]
 
 
 def aggregate_by_prompt(
