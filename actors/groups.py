@@ -14,7 +14,7 @@ from seqkd.checks.invariants import check_sampled
 from seqkd.errors import ActorError, LearnerLost
 from seqkd.learner.batching import Layout, pack, partition
 from seqkd.learner.loss import RankPart
-from seqkd.protocols import Finished, Measured, Part, Scores
+from seqkd.protocols import Finished, Measured, Part, Scores, Seed
 from seqkd.training.control import Control
 from seqkd.types import (
     PartResult,
@@ -45,13 +45,14 @@ class RolloutGroup:
         self,
         prompts: Sequence[Prompt],
         samples: Sequence[int],
-        seed: int,
+        seed: Seed,
         temperature: float = 1.0,
         top_p: float = 1.0,
         finished: Finished | None = None,
     ) -> list[Rollout]:
         """See :class:`seqkd.protocols.Sampler`."""
-        seeds = [_seed(f"{self.pool.name}/{seed}/{index}") for index in range(len(prompts))]
+        each = [f"{seed}/{i}" for i in range(len(prompts))] if isinstance(seed, int) else seed
+        seeds = [_seed(f"{self.pool.name}/{text}") for text in each]
         engines = len(self.pool.actors)
         drawn: dict[tuple[int, int], Rollout] = {}
 

@@ -17,6 +17,11 @@ Finished = Callable[[int, Rollout], None]
 """Callback that receives the index of a prompt and a completed rollout of that prompt."""
 
 
+Seed = int | Sequence[int]
+"""Seed of a call, from which each prompt gets its own seed by its position; or one seed per prompt,
+so that the completions of a prompt do not depend on the other prompts."""
+
+
 class Sampler(Protocol):
     """A model that samples: engines with the same weights, or an endpoint."""
 
@@ -24,7 +29,7 @@ class Sampler(Protocol):
         self,
         prompts: Sequence[Prompt],
         samples: Sequence[int],
-        seed: int,
+        seed: Seed,
         temperature: float = 1.0,
         top_p: float = 1.0,
         finished: Finished | None = None,

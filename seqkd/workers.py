@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 
-from seqkd.protocols import Finished, Learner, Sampler, StudentSampler, Teacher
+from seqkd.protocols import Finished, Learner, Sampler, Seed, StudentSampler, Teacher
 from seqkd.types import Prompt, Rollout, TeacherScore, WeightVersion
 
 Choose = Callable[[str, str], str]
@@ -80,7 +80,7 @@ class MultiSampler:
         self,
         prompts: Sequence[Prompt],
         samples: Sequence[int],
-        seed: int,
+        seed: Seed,
         temperature: float = 1.0,
         top_p: float = 1.0,
         finished: Finished | None = None,
@@ -94,7 +94,7 @@ class MultiSampler:
                 self.samplers[name].sample(
                     [prompts[i] for i in places],
                     [samples[i] for i in places],
-                    seed,
+                    seed if isinstance(seed, int) else [seed[i] for i in places],
                     temperature,
                     top_p,
                     renumbered(finished, places),

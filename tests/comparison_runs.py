@@ -82,7 +82,7 @@ def evaluation(random, offset, steps):
     per_prompt = {s: ratios(random, taken[s], offset, luck) for s in stages}
     return {
         "prompts": PROMPTS,
-        "interval": "95 % percentile bootstrap over prompts",
+        "interval": "95 % jackknife interval over prompts",
         "figures": {
             stage: {name: shown(**sums) for name, sums in figures.items()}
             for stage, figures in per_prompt.items()

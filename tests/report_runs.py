@@ -143,7 +143,7 @@ def evaluation(random, offset=0.0):
     }
     return {
         "prompts": 64,
-        "interval": "95 % percentile bootstrap over prompts",
+        "interval": "95 % jackknife interval over prompts",
         "figures": figures,
         "changes": changes,
         "examples": [example(random, *texts) for texts in TEXTS],

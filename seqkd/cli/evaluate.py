@@ -96,6 +96,14 @@ def read_request(args: argparse.Namespace) -> Request:
             f"{args.what}: is not a run directory (it has no config.yaml). Pass a run directory, "
             "or a model and --config with the YAML file that names its teacher."
         )
+    for override in args.overrides:
+        if override.startswith(("rollout.temperature=", "rollout.top_p=")):
+            key, _, value = override.partition("=")
+            raise ConfigError(
+                f"{key} {value} applies to training only. Remove it: seqkd evaluate samples at "
+                "temperature 1 and top-p 1, because divergences are expectations under the model's "
+                "own distribution."
+            )
     overrides = [f"evaluation.samples_per_prompt={args.samples}"]
     if args.prompts:
         overrides += ["data.heldout_split=null", "data.heldout_fraction=null"]
@@ -274,7 +282,7 @@ def generate(
 ) -> dict[str, ModelOutputs]:
     """Generate and score the completions of one student and its teacher, and return them by model.
     Completed chunks are kept in ``out`` until the evaluation is done."""
-    from seqkd.evaluation.heldout import Answers, HeldOut
+    from seqkd.evaluation.heldout import Answers, HeldOut, prompt_seeds
     from seqkd.evaluation.table import ModelOutputs
     from seqkd.teachers.cache import open_caches, with_caches
     from seqkd.training.replay_log import ReplayLog
@@ -288,10 +296,11 @@ def generate(
     for low in range(0, len(prompts), CHUNK):
         start = time.perf_counter()
         chunk = prompts[low : low + CHUNK]
+        seeds = prompt_seeds(chunk, config.seed)
         if with_teacher:
-            both = HeldOut(workers, chunk, samples, config.seed).answers(checked.stop_ids)
+            both = HeldOut(workers, chunk, samples, seeds).answers(checked.stop_ids)
         else:
-            drawn = workers.student.sample(chunk, [samples] * len(chunk), config.seed)
+            drawn = workers.student.sample(chunk, [samples] * len(chunk), seeds)
             both = Answers(drawn, {r.sample_id: {} for r in drawn}), Answers([], {})
         for total, part in zip((student, teacher), both, strict=True):
             total.rollouts.extend(part.rollouts)

@@ -8,19 +8,28 @@ mean is estimated by
     var(u) / P + var(R) / S.
 
 This counts the interaction of runs and prompts twice, so the intervals are slightly wide, as those
-of the pigeonhole bootstrap (Owen 2007, arXiv 0712.1111). The degrees of freedom follow Welch and
-Satterthwaite.
+of the pigeonhole bootstrap (Owen 2007, arXiv 0712.1111).
+
+Tests and intervals use the critical values of Cochran and Cox (1957, Experimental Designs): the
+mean of the Student t critical values of both parts (P - 1 and S - 1 degrees of freedom), weighted
+by the parts. Welch and Satterthwaite's degrees of freedom are too many if the few seeds agree by
+chance (``python scripts/intervals.py``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
-from scipy.stats import t as student_t
+from scipy.optimize import bisect
+from scipy.special import stdtrit
 
 from seqkd.evaluation.intervals import Array, Ratio
+
+SMALLEST = 1e-16
+"""Smallest p-value that is computed. A smaller one is 0."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +73,19 @@ def holm(p: Mapping[str, float]) -> dict[str, float]:
     return {name: adjusted[name] for name in p}
 
 
+def critical_value(p: Array | float, parts: Sequence[tuple[Array | float, int]]) -> Array:
+    """Return the critical value of Cochran and Cox: the mean divided by its standard error at which
+    the two-sided p-value is ``p``.
+
+    Args:
+        p: two-sided p-value, 0 to 1.
+        parts: estimated parts of the variance, of which at least one is above 0, with their degrees
+            of freedom.
+    """
+    total = sum(variance for variance, _ in parts)
+    return np.asarray(sum(-stdtrit(freedom, p / 2) * part / total for part, freedom in parts))
+
+
 def _linear(ratio: Ratio) -> tuple[float, Array]:
     """Return the quotient and [P] the influence of each prompt: P times the first-order change of
     the quotient when the weight of the prompt is doubled."""
@@ -72,16 +94,23 @@ def _linear(ratio: Ratio) -> tuple[float, Array]:
     return value, (ratio.above - value * ratio.below) * len(ratio.below) / below
 
 
+def _excess(statistic: float, parts: Sequence[tuple[Array | float, int]], p: float) -> float:
+    return float(critical_value(p, parts)) - statistic
+
+
 def _estimate(values: Array, influences: Array) -> Estimate:
     """Estimate the mean from [S] figures and [S, P] influences."""
     runs, prompts = influences.shape
     parts = [(np.var(influences.mean(0), ddof=1) / prompts, prompts - 1)] if prompts > 1 else []
     if runs > 1:
         parts.append((np.var(values, ddof=1) / runs, runs - 1))
-    mean, variance = float(values.mean()), float(sum(part for part, _ in parts))
-    width, p = 0.0, float(mean == 0)
-    if variance > 0:
-        freedom = variance**2 / sum(part**2 / degrees for part, degrees in parts)
-        width = float(student_t.ppf(0.975, freedom)) * variance**0.5
-        p = 2 * float(student_t.sf(abs(mean) / variance**0.5, freedom))
+    parts = [(variance, freedom) for variance, freedom in parts if variance > 0]
+    mean, width, p = float(values.mean()), 0.0, 1.0
+    if parts:
+        deviation = sum(variance for variance, _ in parts) ** 0.5
+        width = float(critical_value(0.05, parts) * deviation)
+        excess = partial(_excess, abs(mean) / deviation, parts)
+        p = bisect(excess, SMALLEST, 1, xtol=SMALLEST) if excess(SMALLEST) > 0 else 0.0
+    elif mean:
+        p = 0.0
     return Estimate(mean, mean - width, mean + width, p, tuple(map(float, values)))

@@ -1,8 +1,7 @@
 """Curves along completions: accumulated error (exposure bias) and survival of completions.
 
-Definitions, sources and limitations of each metric: docs/evaluation.md. Intervals are 95 %
-percentile bootstraps over prompts with the same draws as
-:func:`seqkd.evaluation.intervals.ratio`.
+Definitions, sources and limitations of each metric: docs/evaluation.md. Intervals are over prompts
+(:mod:`seqkd.evaluation.intervals`).
 """
 
 from __future__ import annotations
@@ -10,10 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
-from seqkd.evaluation.intervals import Interval, bootstrap
+from seqkd.evaluation.intervals import Interval, interval, jackknife
 
 Array = np.ndarray
 
@@ -91,16 +91,18 @@ def exposure_bias(student: TokenValues, teacher: TokenValues) -> ExposureBias:
     steps = min(_reached(own_alive), _reached(other_alive))
     tables = [table[:, :steps] for table in (own, own_alive, other, other_alive)]
 
-    def curves(weights: Array) -> tuple[Array, Array, Array]:
-        """Map [C, P] weights to regret, expected and excess, each [C, steps]."""
-        own, own_alive, other, other_alive = (weights @ table for table in tables)
+    def curves(
+        own: Array, own_alive: Array, other: Array, other_alive: Array
+    ) -> tuple[Array, Array, Array]:
+        """Map sums over prompts [C, steps] to regret, expected and excess, each [C, steps]."""
         regret = np.cumsum(_quotient(own, own_alive), 1)
         expected = np.cumsum(_quotient(other, other_alive), 1)
         return regret, expected, 100 * _quotient(regret - expected, expected)
 
-    regret, expected, excess = (curve[0] for curve in curves(np.ones((1, prompts))))
+    sums = [table.sum(0, keepdims=True) for table in tables]
+    regret, expected, excess = (curve[0] for curve in curves(*sums))
     shown = sorted({*(2**i for i in range(steps.bit_length()) if 2**i <= steps), steps})
-    intervals = _intervals(lambda w: curves(w)[2][:, np.array(shown) - 1], prompts)
+    intervals = _intervals(lambda *sums: curves(*sums)[2][:, np.array(shown) - 1], *tables)
     return ExposureBias(
         regret=_floats(regret),
         expected=_floats(expected),
@@ -154,21 +156,19 @@ def compare_ends(student: Lengths, teacher: Lengths) -> EndComparison:
     horizon = int(min(_known_to(student), _known_to(teacher), longest))
     tables = [_ends(lengths, prompts, horizon) for lengths in (student, teacher)]
 
-    def hazards(weights: Array) -> list[Array]:
-        """Map [C, P] weights to the hazards of student and teacher, each [C, horizon]."""
-        return [
-            np.nan_to_num(_quotient(weights @ events, weights @ at_risk))
-            for events, at_risk in tables
-        ]
+    def hazard(events: Array, at_risk: Array) -> Array:
+        return np.nan_to_num(_quotient(events, at_risk))
 
-    def means(weights: Array) -> Array:
-        student_hazard, teacher_hazard = (
-            _survival(hazard)[:, :-1].sum(1) for hazard in hazards(weights)
-        )
-        return np.stack([student_hazard, teacher_hazard, student_hazard - teacher_hazard], 1)
+    def means(*sums: Array) -> Array:
+        """Map sums over prompts [C, horizon] to [C, 3] restricted means and their difference."""
+        pairs = sums[:2], sums[2:]
+        student, teacher = (_survival(hazard(*pair))[:, :-1].sum(1) for pair in pairs)
+        return np.stack([student, teacher, student - teacher], 1)
 
-    mean, teacher_mean, difference = filter(None, _intervals(means, prompts))
-    student_hazard, teacher_hazard = hazards(np.ones((1, prompts)))
+    mean, teacher_mean, difference = filter(None, _intervals(means, *chain(*tables)))
+    student_hazard, teacher_hazard = (
+        hazard(*(table.sum(0, keepdims=True) for table in pair)) for pair in tables
+    )
     gaps = (_survival(student_hazard) - _survival(teacher_hazard))[0]
     at = int(np.abs(gaps).argmax())
     return EndComparison(
@@ -255,27 +255,17 @@ def _quotient(above: Array, below: Array) -> Array:
     return quotient
 
 
-# --- bootstrap
+# --- intervals
 
 
-def _intervals(figures: Callable[[Array], Array], prompts: int) -> list[Interval | None]:
-    """Return K intervals; ``figures`` maps [C, P] weights of the prompts to [C, K] figures. An
-    undefined figure has None. Resamples in which a figure is undefined are dropped."""
-    values, draws = bootstrap(lambda rows: figures(_counts(rows)), prompts)
+def _intervals(figures: Callable[..., Array], *tables: Array) -> list[Interval | None]:
+    """Return K intervals; ``figures`` maps the sums of ``tables`` over prompts, each [C, T], to
+    [C, K] figures. A figure that is undefined on all prompts, or without one of them, has None."""
+    values, influences = jackknife(figures, *tables)
     return [
-        Interval(float(value), *map(float, np.nanpercentile(drawn, (2.5, 97.5))))
-        if np.isfinite(value)
-        else None
-        for value, drawn in zip(values, draws.T, strict=True)
+        interval(value, each) if np.isfinite([value, *each]).all() else None
+        for value, each in zip(values, influences.T, strict=True)
     ]
-
-
-def _counts(rows: Array) -> Array:
-    """Return how often each prompt occurs in each row: [C, P] indices -> [C, P] counts."""
-    resamples, prompts = rows.shape
-    flat = rows + prompts * np.arange(resamples)[:, None]
-    counts = np.bincount(flat.ravel(), minlength=rows.size)
-    return counts.reshape(rows.shape).astype(float)
 
 
 def _floats(values: Array) -> tuple[float, ...]:

@@ -3,10 +3,14 @@
 Reverse KL is measured on the student's samples and forward KL on the teacher's samples. Both are
 sums over a sequence of the exact divergence over the vocabulary at each state (Rao-Blackwellized:
 the same mean as the sampled log-ratio, with less variance).
+
+All samples are drawn at temperature 1 and top-p 1, because both divergences are expectations under
+the model's own distribution. ``rollout.temperature`` and ``rollout.top_p`` apply to training only.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,7 +20,7 @@ from torch import Tensor
 from seqkd.errors import ModelError
 from seqkd.evaluation.intervals import Array, Interval, Ratio
 from seqkd.evaluation.tasks import ANSWERED, PREFIX, Tasks, with_tasks
-from seqkd.protocols import Measured, Scores
+from seqkd.protocols import Measured, Scores, Seed
 from seqkd.types import Prompt, Rollout
 from seqkd.workers import Workers
 
@@ -99,18 +103,20 @@ class HeldOut:
         workers: Workers,
         prompts: Sequence[Prompt],
         samples: int,
-        seed: int,
+        seed: Seed,
         shown: int = 0,
         tasks: Tasks | None = None,
     ) -> None:
         """Sample and score the teacher's completions. The first completions of the first ``shown``
         prompts are kept for display. Prompts that an endpoint refuses are removed from
         ``prompts``."""
-        self.workers, self.seed, self.shown, self.tasks = workers, seed, shown, tasks
+        self.workers, self.shown, self.tasks = workers, shown, tasks
         drawn = workers.teacher_sampler.sample(prompts, [samples] * len(prompts), seed)
         scores = self._scores([r for r in drawn if not r.refused])
         refused = _refused(drawn, scores)
-        self.prompts = [p for p in prompts if p.prompt_id not in refused]
+        answered = [i for i, p in enumerate(prompts) if p.prompt_id not in refused]
+        self.prompts = [prompts[i] for i in answered]
+        self.seed = seed if isinstance(seed, int) else [seed[i] for i in answered]
         if not self.prompts:
             raise ModelError(
                 f"teacher.on_refusal: the endpoint refused all {len(prompts)} held-out prompts. "
@@ -155,6 +161,12 @@ class HeldOut:
 
     def _scores(self, rollouts: Sequence[Rollout]) -> Scores:
         return self.workers.teacher.score(rollouts) if self.workers.distribution else {}
+
+
+def prompt_seeds(prompts: Sequence[Prompt], seed: int) -> list[int]:
+    """Return a sampling seed for each prompt, which does not depend on the other prompts."""
+    texts = (f"{seed}/{prompt.prompt_id}".encode() for prompt in prompts)
+    return [int.from_bytes(hashlib.blake2b(text, digest_size=6).digest()) for text in texts]
 
 
 def _refused(rollouts: Sequence[Rollout], scores: Scores) -> set[str]:

@@ -12,7 +12,7 @@ from seqkd.escaping import as_json
 from seqkd.evaluation import table
 from seqkd.evaluation.bartscore import BartScorer
 from seqkd.evaluation.catalog import labeled
-from seqkd.evaluation.intervals import Interval
+from seqkd.evaluation.intervals import KIND, Interval
 from seqkd.evaluation.length import compare, length_warning
 from seqkd.evaluation.table import ModelOutputs
 from seqkd.evaluation.tasks import Tasks, with_tasks
@@ -65,7 +65,7 @@ def figures_json(
     return {
         "prompts": len(prompts),
         "with_references": sum(map(bool, held_out.references)),
-        "interval": "95 % percentile bootstrap over prompts",
+        "interval": KIND,
         "figures": {n: {k: asdict(v) for k, v in f.table().items()} for n, f in figures.items()},
         "changes": {
             key: {pair: asdict(change[key]) for pair, change in changes.items() if key in change}

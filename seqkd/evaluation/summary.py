@@ -16,7 +16,7 @@ import numpy as np
 from seqkd import console
 from seqkd.evaluation.catalog import labeled, metric
 from seqkd.evaluation.heldout import FIGURES, TEACHER_FIGURES, Example, Measurement
-from seqkd.evaluation.intervals import Interval, Ratio, paired_change
+from seqkd.evaluation.intervals import KIND, Interval, Ratio, paired_change
 from seqkd.evaluation.length import compare, length_warning
 from seqkd.evaluation.tasks import PREFIX, with_tasks
 from seqkd.types import Prompt
@@ -57,7 +57,7 @@ def evaluation_json(
     warning = None if stage == "initial" else length_warning(length, ended)
     return {
         "prompts": len(prompts),
-        "interval": "95 % percentile bootstrap over prompts",
+        "interval": KIND,
         "figures": {s: {k: asdict(v) for k, v in t.items()} for s, t in tables.items()},
         "changes": changes,
         "warnings": {stage: warning} if warning else {},

@@ -32,7 +32,7 @@ class PerPrompt:
     """Number of prompts where the metric is undefined."""
 
     def interval(self) -> Interval | None:
-        """Return the mean over prompts with its bootstrap interval; None if the metric is undefined
+        """Return the mean over prompts with its interval; None if the metric is undefined
         at every prompt."""
         return self.ratio().interval() if self.values else None
 

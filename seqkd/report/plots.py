@@ -165,9 +165,7 @@ def _held_out(drawn: Plot, run: Run, figure: str, on: CostAxis, color: str) -> N
     if not stages:
         return
     steps, values = zip(*stages, strict=True)
-    # A bootstrap interval of few prompts may exclude the mean.
-    below = [max(v.mean - v.low, 0) for v in values]
-    above = [max(v.high - v.mean, 0) for v in values]
+    below, above = [v.mean - v.low for v in values], [v.high - v.mean for v in values]
     drawn.axes.errorbar(
         spent_before(run, on, np.array(steps)), [v.mean for v in values], [below, above],
         fmt="D", color=color, markersize=5, markeredgecolor=COLOR["paper"], markeredgewidth=0.8,

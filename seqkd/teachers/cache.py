@@ -32,7 +32,7 @@ from seqkd.files import atomic_directory, atomic_write, disk_errors
 from seqkd.models.loading import dtype_of, load_config
 from seqkd.models.model_files import checkpoint_digests, digests_of
 from seqkd.models.output_head import export_head
-from seqkd.protocols import Finished, Sampler, Teacher
+from seqkd.protocols import Finished, Sampler, Seed, Teacher
 from seqkd.storage.arrow_store import ArrowStore
 from seqkd.types import Prompt, Rollout, TeacherScore
 from seqkd.workers import Workers
@@ -306,7 +306,7 @@ class CachedSampler:
         self,
         prompts: Sequence[Prompt],
         samples: Sequence[int],
-        seed: int,
+        seed: Seed,
         temperature: float = 1.0,
         top_p: float = 1.0,
         finished: Finished | None = None,
@@ -318,8 +318,8 @@ class CachedSampler:
         stored = self.cache.completions
         places = []
         missing: Counter[str] = Counter()
-        by_address: dict[str, Prompt] = {}
-        for prompt, number in zip(prompts, samples, strict=True):
+        by_address: dict[str, int] = {}
+        for i, (prompt, number) in enumerate(zip(prompts, samples, strict=True)):
             address = self.address(prompt, temperature, top_p)
             first = self.taken[address]
             if self.inner is None and number:
@@ -331,13 +331,19 @@ class CachedSampler:
             places.append((prompt, address, first, first + number))
             lack = self.taken[address] - stored.count(address)
             missing[address] = max(missing[address], lack, 0)
-            by_address[address] = prompt
+            by_address[address] = i
         asked = {a: n for a, n in missing.items() if n}
         self.reused += sum(samples) - sum(asked.values())
         if asked:
             assert self.inner is not None
+            if not isinstance(seed, int):  # other seeds than those of the recorded completions
+                seed = [seed[by_address[a]] + stored.count(a) for a in asked]
             new = self.inner.sample(
-                [by_address[a] for a in asked], list(asked.values()), seed, temperature, top_p
+                [prompts[by_address[a]] for a in asked],
+                list(asked.values()),
+                seed,
+                temperature,
+                top_p,
             )
             drawn = iter(new)
             stored.append(

@@ -16,7 +16,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from seqkd.config.run import Config
-from seqkd.protocols import Finished, Sampler, StudentSampler, Teacher
+from seqkd.protocols import Finished, Sampler, Seed, StudentSampler, Teacher
 from seqkd.storage.arrow_store import ArrowStore
 from seqkd.storage.run_directory import Resumption
 from seqkd.teachers.cache import TeacherCache, address_of, score_form
@@ -134,7 +134,7 @@ class RecordedSampler:
         self,
         prompts: Sequence[Prompt],
         samples: Sequence[int],
-        seed: int,
+        seed: Seed,
         temperature: float = 1.0,
         top_p: float = 1.0,
         finished: Finished | None = None,

@@ -244,6 +244,29 @@ def test_position_mean_is_the_mean_return(language):
             assert returns.sum(0).abs().max() <= 1e-12
 
 
+def test_position_mean_of_reinforce_is_the_mean_cost_of_all_sequences(language):
+    """Every token is multiplied by the cost of its whole sequence, so the baseline is the same at
+    every position, although fewer sequences have the later ones."""
+    theta = language.theta
+    q, mask = language.student(theta), language.stats(theta).loss_mask
+    factors = {}
+    for baseline in ("none", "position_mean"):
+        stats = language.stats(theta)
+        logprob = stats.student_logprob.detach().requires_grad_()
+        loss = sequence_reverse_kl(
+            replace(stats, student_logprob=logprob, weight=q),
+            language.counts(theta),
+            estimator="reinforce",
+            baseline=baseline,
+            normalization="total",
+        )
+        (factors[baseline],) = torch.autograd.grad(loss, logprob)
+    subtracted = (factors["none"] - factors["position_mean"])[mask]
+    weights = (q[:, None] * mask)[mask] / language.counts(theta).sequences
+    expected = language.total(theta) * weights
+    assert torch.allclose(subtracted, expected, atol=1e-12)
+
+
 def test_mixture_weights_are_bounded_and_average_to_one(language):
     stats = language.stats(language.theta)
     p, q = language.teacher(), language.student(language.theta)

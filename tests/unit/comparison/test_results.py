@@ -98,8 +98,8 @@ def test_an_estimate_by_hand():
     assert result.of_seeds == (3.0, 4.0) and result.mean == 3.5
     of_prompts = np.var((a + b) / 2, ddof=1) / 4
     of_seeds = np.var([3.0, 4.0], ddof=1) / 2
-    freedom = (of_prompts + of_seeds) ** 2 / (of_prompts**2 / 3 + of_seeds**2 / 1)
-    width = stats.t.ppf(0.975, freedom) * np.sqrt(of_prompts + of_seeds)
+    weighted = of_prompts * stats.t.ppf(0.975, 3) + of_seeds * stats.t.ppf(0.975, 1)
+    width = weighted / np.sqrt(of_prompts + of_seeds)
     assert (result.low, result.high) == pytest.approx((3.5 - width, 3.5 + width))
 
 
@@ -139,15 +139,34 @@ def test_coverage_of_the_intervals():
         held += result.low <= 2.0 <= result.high
         alone = estimate(runs[:1])
         prompts_alone += alone.low <= 2.0 <= alone.high
-    assert 0.94 <= held / 1000 <= 0.985
+    assert 0.94 <= held / 1000 <= 0.99
     assert prompts_alone / 1000 < 0.93, (
         "intervals of one seed do not include the variation between seeds"
     )
 
 
+@pytest.mark.parametrize("of_seeds", [0.0, 0.5, 0.9, 1.0])
+def test_p_values_are_safe_for_every_share_of_the_variance_between_seeds(of_seeds):
+    """Three seeds that agree by chance must not give many degrees of freedom: with 90 % of the
+    variance between seeds, those of Welch and Satterthwaite give p < 0.05 in 7.6 % and p < 0.001 in
+    1.6 % of these cases (``python scripts/intervals.py``)."""
+    rng = np.random.default_rng(4)
+    cases, seeds, prompts = 2000, 3, 48
+    p = []
+    for _ in range(cases):
+        of_prompt = rng.normal(0, np.sqrt((1 - of_seeds) * prompts), prompts)
+        of_seed = rng.normal(0, np.sqrt(of_seeds * seeds), (seeds, 1))
+        result = estimate([Ratio(row, np.ones(prompts)) for row in of_prompt + of_seed])
+        assert (result.low <= 0 <= result.high) == (result.p >= 0.05)
+        p.append(result.p)
+    levels = np.array([0.05, 0.01, 0.001])
+    shares = (np.array(p)[:, None] < levels).mean(0)
+    assert (shares < levels + 3 * np.sqrt(levels / cases)).all(), "three standard errors"
+
+
 def test_error_rate_and_power_of_the_test():
     rng = np.random.default_rng(3)
-    significant = {0.0: 0, 0.8: 0}
+    significant = {0.0: 0, 1.0: 0}
     for effect in significant:
         for _ in range(500):
             below = rng.uniform(5, 15, (4, 40))
@@ -160,7 +179,7 @@ def test_error_rate_and_power_of_the_test():
                 for e in (effect, 0.0)
             )
             significant[effect] += difference(a, b).p < 0.05
-    assert significant[0.0] / 500 < 0.06 and significant[0.8] / 500 > 0.5
+    assert significant[0.0] / 500 < 0.06 and significant[1.0] / 500 > 0.5
 
 
 def test_difference_uses_prompts_where_both_are_defined():

@@ -8,11 +8,11 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from seqkd.evaluation import intervals
 from seqkd.evaluation.calibration import end_calibration
 from seqkd.evaluation.curves import Lengths, TokenValues, compare_ends, exposure_bias, length_rates
-from seqkd.evaluation.intervals import Interval, ratio
+from seqkd.evaluation.intervals import Interval, interval, ratio
 
 
 def plain(result):
@@ -22,6 +22,8 @@ def plain(result):
 
 # --- exposure bias
 
+T_1 = stats.t.ppf(0.975, 1)
+"""Critical value with two prompts."""
 STUDENT = TokenValues([[1, 2, 3], [2], [3, 4]], [0, 0, 1])
 TEACHER = TokenValues([[1, 1, 1], [1, 3, 1]], [0, 1])
 
@@ -33,12 +35,14 @@ def test_exposure_bias_by_hand():
     assert result.expected == pytest.approx([1, 3])
     assert result.excess == pytest.approx([100, 200 / 3])
     assert (result.student_alive, result.teacher_alive) == ((3, 2), (2, 2))
-    # A resample has both prompts, or the first twice (50 %, 75 %), or the second twice
-    # (200 %, 75 %).
+    # The excess is 50 %, 75 % of the first prompt alone and 200 %, 75 % of the second.
     one, two = result.at
     assert (one.length, two.length) == (1, 2)
-    assert asdict(one.percent) == pytest.approx({"mean": 100, "low": 50, "high": 200})
-    assert asdict(two.percent) == pytest.approx({"mean": 200 / 3, "low": 200 / 3, "high": 75})
+    width = T_1 * np.sqrt(1 / 2 * 2 * 75**2)
+    assert asdict(one.percent) == pytest.approx(
+        {"mean": 100, "low": 100 - width, "high": 100 + width}
+    )
+    assert asdict(two.percent) == pytest.approx(dict.fromkeys(("mean", "low", "high"), 200 / 3))
     assert plain(result)["at"][1]["length"] == 2
 
 
@@ -61,9 +65,7 @@ def test_curves_end_where_too_few_prompts_remain():
     assert [at.length for at in exposure_bias(forever, forever).at] == [1, 2, 4, 8, 9]
 
 
-def test_intervals_match_resampled_prompts(monkeypatch):
-    monkeypatch.setattr(intervals, "RESAMPLES", 200)
-    monkeypatch.setattr(intervals, "CHUNK", 64)
+def test_interval_from_the_figures_without_each_prompt():
     draw = np.random.default_rng(3)
 
     def completions():
@@ -77,9 +79,8 @@ def test_intervals_match_resampled_prompts(monkeypatch):
         for t in range(length):
             here = [
                 row[t]
-                for pick in rows
                 for row, prompt in zip(values.values, values.prompts, strict=True)
-                if prompt == pick and len(row) > t
+                if prompt in rows and len(row) > t
             ]
             sums += sum(here) / len(here)
         return sums
@@ -89,12 +90,11 @@ def test_intervals_match_resampled_prompts(monkeypatch):
         return 100 * (total(student, rows, length) - expected) / expected
 
     at = exposure_bias(student, teacher).at[2]
-    picks = np.random.default_rng(0).integers(0, 12, (200, 12))
-    low, high = np.percentile([excess(rows, at.length) for rows in picks], (2.5, 97.5))
     assert at.length == 4
-    assert asdict(at.percent) == pytest.approx(
-        {"mean": excess(range(12), 4), "low": low, "high": high}
-    )
+    everything = excess(range(12), 4)
+    without = np.array([excess(set(range(12)) - {i}, 4) for i in range(12)])
+    expected = interval(np.float64(everything), 11 * (everything - without))
+    assert asdict(at.percent) == pytest.approx(asdict(expected))
 
 
 def test_excess_is_undefined_without_errors():
@@ -163,12 +163,12 @@ def test_restricted_mean_is_the_mean_length_if_cuts_are_at_the_limit():
     sums = [np.bincount(prompts, tokens) for tokens, _ in lengths]
     threes = np.full(15, 3.0)
     same = {"rel": 1e-9}
-    for interval, expected in (
+    for restricted, expected in (
         (result.student.restricted_mean, ratio(sums[0], threes)),
         (result.teacher.restricted_mean, ratio(sums[1], threes)),
         (result.mean_difference, ratio(sums[0] - sums[1], threes)),
     ):
-        assert asdict(interval) == pytest.approx(asdict(expected), **same)
+        assert asdict(restricted) == pytest.approx(asdict(expected), **same)
 
 
 def test_survival_curves_end_at_the_shorter_known_length():
@@ -201,10 +201,15 @@ def test_calibration_by_hand():
     assert (result.states, result.observed_ends) == (5, 1)
     assert result.expected_ends == pytest.approx(1.9)
     # Excess ends: 0.8 - 1 for the first prompt, 1.1 for the second.
-    assert asdict(result.excess_ends) == pytest.approx({"mean": 0.45, "low": -0.2, "high": 1.1})
+    width = T_1 * 0.65
+    assert asdict(result.excess_ends) == pytest.approx(
+        {"mean": 0.45, "low": 0.45 - width, "high": 0.45 + width}
+    )
     first, second = math.log(0.95 * 0.75 * 0.5), math.log(0.85 * 0.05)
+    mean = -(first + second) / 5
+    width = T_1 * abs(first / 3 - second / 2) / 2
     assert asdict(result.log_loss) == pytest.approx(
-        {"mean": -(first + second) / 5, "low": -first / 3, "high": -second / 2}
+        {"mean": mean, "low": mean - width, "high": mean + width}
     )
     assert result.constant_log_loss == pytest.approx(-0.2 * math.log(0.2) - 0.8 * math.log(0.8))
     assert result.calibration_error == pytest.approx((0.05 + 0.15 + 0.25 + 0.5 + 0.95) / 5)

@@ -105,7 +105,7 @@ def test_repetition_of_each_prompt():
     assert (result.prompts, result.left_out) == ((0,), 1)
 
 
-def test_interval_is_the_bootstrap_over_defined_prompts():
+def test_interval_is_over_defined_prompts():
     result = per_prompt([3.0, None, 0.0, 7.0])
     assert result.interval() == ratio(np.array([3.0, 0.0, 7.0]), np.ones(3))
     assert result.prompts == (0, 2, 3)

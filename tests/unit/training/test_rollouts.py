@@ -127,6 +127,19 @@ def test_several_steps_train_on_one_draw_in_order():
     assert {*ids[2]} == {"8", "9", "10", "0"}
 
 
+def test_every_step_and_run_has_its_own_sampling_seed():
+    """The plain seed is that of the held-out completions."""
+    seeds = []
+    for seed in range(3):
+        s, workers = source("mixture", seed=seed)
+        for step in range(40):
+            s.draw([PROMPTS[:4]], step, Clock())
+        by_step = {call[0] for call in workers.student.calls}
+        assert len(by_step) == 40 and by_step >= {call[0] for call in workers.teacher_sampler.calls}
+        seeds += by_step
+    assert len(set(seeds)) == 120 and not set(seeds) & {0, 1, 2}
+
+
 def test_the_first_step_estimates_costs_from_its_own_batch():
     s, _ = source("student", objective={"estimator": "reward_to_go", "normalization": "rate"})
     drawn = s.draw([PROMPTS[:4]], 0, Clock())
