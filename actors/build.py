@@ -105,7 +105,7 @@ def _no_cluster(config: Config, reason: str, refused: bool = False) -> ResourceE
     reason = " ".join(reason.split())
     if refused or "token" in reason.lower():
         mode = os.environ.get("RAY_AUTH_MODE")
-        sent = "sent a wrong one" if mode == "token" and refused else "has none"
+        sent = "sent a wrong one" if mode == "token" and refused else "sends none"
         return ResourceError(
             f"{field}: the Ray head at {address!r} requires an authentication token, and this "
             f"process {sent} (RAY_AUTH_MODE is {mode or 'not set'}). Set RAY_AUTH_MODE=token, and "

@@ -355,7 +355,7 @@ def test_a_missing_token(head, environment, tiny_config, tmp_path):
     done = direct(anonymous, tiny_config, f"cluster={head.cluster}", f"runs_dir={tmp_path}")
     refused(
         done, f"cluster: the Ray head at {head.cluster!r} requires an authentication token",
-        "has none (RAY_AUTH_MODE is not set)", "Set RAY_AUTH_MODE=token",
+        "sends none (RAY_AUTH_MODE is not set)", "Set RAY_AUTH_MODE=token",
     )  # fmt: skip
     assert "gcs_client" not in done.stderr, "Ray retries in vain"
     anonymous |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a" * 64}

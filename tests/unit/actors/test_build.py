@@ -57,7 +57,7 @@ def test_a_head_that_answers_is_reached():
 
 
 @pytest.mark.parametrize(
-    ("mode", "state"), [(None, "has none (RAY_AUTH_MODE is not set)"), ("token", "sent a wrong")]
+    ("mode", "state"), [(None, "sends none (RAY_AUTH_MODE is not set)"), ("token", "sent a wrong")]
 )
 def test_a_head_that_wants_a_token_is_not_called_missing(monkeypatch, mode, state):
     if mode:
