@@ -218,6 +218,7 @@ METHODS: dict[str, tuple[bool, ObjectiveConfig]] = {
     "minillm": (True, SequenceReverseKLConfig(normalization="minillm")),
     "total": (True, SequenceReverseKLConfig(normalization="total")),
     "rate": (True, SequenceReverseKLConfig(normalization="rate")),
+    "neutral": (True, SequenceReverseKLConfig(normalization="neutral")),
 }
 """Objectives by name, with True if they train on the student's samples."""
 
