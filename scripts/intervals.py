@@ -45,7 +45,7 @@ def show_seeds(number: int) -> None:
     print(f"{'':9}{'Welch and Satterthwaite':^44}{'Cochran and Cox':^44}")
     print(head + 2 * f"{'coverage':>11}{heads}")
     rng = np.random.default_rng(0)
-    for share in (0.0, 0.1, 0.5, 0.9, 1.0):
+    for share in (0.0, 0.1, 0.5, 0.9, 0.97, 1.0):
         for seeds in (3, 4, 5):
             means = rng.normal(0, 1, number)
             parts = [

