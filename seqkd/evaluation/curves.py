@@ -157,7 +157,8 @@ def compare_ends(student: Lengths, teacher: Lengths) -> EndComparison:
     tables = [_ends(lengths, prompts, horizon) for lengths in (student, teacher)]
 
     def hazard(events: Array, at_risk: Array) -> Array:
-        return np.nan_to_num(_quotient(events, at_risk))
+        hazards: Array = np.nan_to_num(_quotient(events, at_risk))
+        return hazards
 
     def means(*sums: Array) -> Array:
         """Map sums over prompts [C, horizon] to [C, 3] restricted means and their difference."""

@@ -299,7 +299,7 @@ def test_a_teacher_with_other_weights_than_the_recorded_one(tiny, tmp_path, caps
     c = config(tiny, tmp_path, teacher={"kind": "vllm", "model": str(model)})
     keep_teachers(c, open_caches(c, teacher_here=True)[1])
     open_caches(c, teacher_here=True)
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().err == ""
     weights = model / "model.safetensors"
     content = bytearray(weights.read_bytes())
     body = 8 + int.from_bytes(content[:8], "little")
@@ -310,7 +310,7 @@ def test_a_teacher_with_other_weights_than_the_recorded_one(tiny, tmp_path, caps
         open_caches(c, teacher_here=False)
     assert changed in str(caught.value)
     open_caches(c, teacher_here=True)
-    assert changed in " ".join(capsys.readouterr().out.split())
+    assert changed in " ".join(capsys.readouterr().err.split())
 
 
 def test_runs_that_start_at_the_same_moment_share_a_cache(tiny, tmp_path):
