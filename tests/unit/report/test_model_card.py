@@ -219,8 +219,9 @@ def test_card_describes_the_training(run):
         "[`Qwen/Qwen2.5-7B-Instruct`](https://huggingface.co/Qwen/Qwen2.5-7B-Instruct)",
         "warmup: 3 steps of `sequence_forward_kl` on the teacher's samples; 8 prompts per step",
         "main: 2 steps of `sequence_reverse_kl` (estimator rao_blackwell, baseline leave_one_out, "
-        "normalization rate, stop future, future_weight 1.0, discount 1.0) on the student's "
-        "samples + 0.5 `sft` on the data set's answers; 4 prompts per step, 4 samples per prompt, learning rate 2e-06",
+        "normalization rate, future_weight 1.0, discount 1.0, stop future) on the student's "
+        "samples + 0.5 `sft` on the data set's answers; 4 prompts per step, 4 samples per prompt, "
+        "learning rate 2e-06",
         "100 of the teacher's samples; 1,500 of the student's samples; "
         "30 of the data set's answers",
         "split `train_sft`, at most 500 rows",
