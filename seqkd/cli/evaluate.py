@@ -155,8 +155,8 @@ def evaluate(request: Request, verbose: bool) -> int:
     from seqkd.files import disk_errors
     from seqkd.models.model_files import load_complete
 
-    for name, path in request.models.items():
-        load_complete(path, name)
+    for path in request.models.values():
+        load_complete(path, "student.model")
     bart = BartScorer(request.bart) if request.bart else None
     config, checked, with_teacher = check(request)
     for problem in request.problems:

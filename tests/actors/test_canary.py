@@ -155,7 +155,7 @@ class Run:
         self.workers.sync()
         drawn = self.source.draw([self.prompts], self.number, clock)
         self.canary.check(self.canary.ask(version), self.stepped)
-        rollouts, masked = self.source.split(drawn.steps[0])
+        rollouts, masked, _ = self.source.split(drawn.steps[0], drawn.scores)
         counts = RunningCosts().counts(rollouts)
         part = Part(rollouts, drawn.scores, counts, self.source.terms, masked=masked)
         result = self.workers.learner.step([part], 1e-3)

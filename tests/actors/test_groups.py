@@ -301,7 +301,8 @@ def draw(engines, letters):
     twelve completions are reported."""
     early = []
 
-    def finished(rollout):
+    def finished(prompt, rollout):
+        assert rollout.prompt_id == EIGHT[prompt].prompt_id
         early.append(rollout)
         if len(early) == 12:
             written = engines.file.with_suffix(".written")

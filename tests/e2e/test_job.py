@@ -186,6 +186,7 @@ def check_python_api(environment, runs, *arguments):
         "metrics": str(directory / "metrics.jsonl"),
         "report": str(directory / "report.html"),
         "figures": json.loads((directory / "evaluation.json").read_text())["figures"],
+        "warnings": [],
         "steps": len(metrics(directory)),
     }
     assert {"initial", "main"} == result["figures"].keys()
