@@ -99,8 +99,9 @@ def test_a_damaged_file(tiny, tmp_path, role, damage):
 
 
 @pytest.mark.parametrize("damage", ["body cut by a byte", "header cut", "tokenizer cut"])
-def test_a_damaged_student_is_not_evaluated(tiny, tmp_path, damage):
+def test_a_damaged_student_is_not_evaluated(tiny, tmp_path, monkeypatch, damage):
     """Neither the run's configuration nor the command's checks load this model."""
+    monkeypatch.setattr("actors.build.connect", lambda *_: pytest.fail("Ray was started"))
     name, change, message = DAMAGE[damage]
     model = shutil.copytree(tiny["student"], tmp_path / "copy")
     change(model / name)
