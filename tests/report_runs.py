@@ -34,6 +34,7 @@ def configuration(name, **changes):
                 "steps": WARMUP,
             },
             "sampler": "mixture",
+            "unit": "token",
             "extra_terms": [{"sampler": "dataset", "weight": 0.1}],
             "steps": MAIN,
             **changes,

@@ -13,6 +13,9 @@ from pydantic import Field, model_validator
 from seqkd.config.base import BaseConfig, TeacherNeed
 from seqkd.config.samplers import SamplerName, samplers_where
 
+Unit = Literal["token", "sequence"]
+"""Unit of a loss: nats per token, or nats per sequence."""
+
 
 class _ObjectiveConfig(BaseConfig):
     label: ClassVar[str]
@@ -36,6 +39,11 @@ class _ObjectiveConfig(BaseConfig):
     def divergence(self) -> tuple[str, float | None, float] | None:
         """Return the :class:`~seqkd.types.Divergence` that the function reads, if any."""
         return None
+
+    @property
+    def unit(self) -> Unit:
+        """Unit of the function's value."""
+        return "token"
 
     @property
     def running(self) -> bool:
@@ -151,6 +159,10 @@ class SequenceReverseKLConfig(_PolicyGradientConfig):
         return self
 
     @property
+    def unit(self) -> Unit:
+        return "sequence" if self.normalization in ("total", "minillm") else "token"
+
+    @property
     def running(self) -> bool:
         return self.normalization in ("rate", "neutral") or self.baseline == "position_mean"
 
@@ -182,6 +194,10 @@ class SequenceForwardKLConfig(_ObjectiveConfig):
     kind: Literal["sequence_forward_kl"] = "sequence_forward_kl"
     label: ClassVar = "sequence-level forward KL"
     samplers: ClassVar = samplers_where(lambda s: not (s.on_student or s.from_data))
+
+    @property
+    def unit(self) -> Unit:
+        return "sequence"
 
     def stats(self) -> tuple[str, ...]:
         return ("student_logprob",)

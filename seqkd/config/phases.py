@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from seqkd.config.base import BaseConfig
-from seqkd.config.objectives import ObjectiveConfig
+from seqkd.config.objectives import ObjectiveConfig, Unit
 from seqkd.config.samplers import SAMPLERS, SamplerName
 
 
@@ -24,6 +24,16 @@ class TermConfig(BaseConfig):
     """Objective of the term. If unset: the default objective of the sampler."""
     weight: float = Field(1.0, gt=0)
     """Weight of the term in the loss."""
+    unit: Unit | None = None
+    """Unit of the term: nats per token or per sequence, converted with the mean length of the
+    step's completions. All terms of a phase must have the same unit. If unset: the unit of the
+    objective, which is sequence for sequence_forward_kl and for sequence_reverse_kl with
+    normalization total or minillm, and token for all others."""
+
+    @property
+    def loss_unit(self) -> Unit:
+        """Unit of the term's loss."""
+        return self.unit or self.objective.unit
 
     @model_validator(mode="before")
     @classmethod
@@ -70,6 +80,18 @@ class PhaseConfig(TermConfig):
                 "older student, but sampler 'mixture' computes importance weights with the current "
                 "student. Set it to 1."
             )
+        return self
+
+    @model_validator(mode="after")
+    def _terms_have_one_unit(self) -> PhaseConfig:
+        for index, term in enumerate(self.extra_terms):
+            if term.loss_unit != self.loss_unit:
+                raise ValueError(
+                    f"extra_terms.{index} ({term.objective.kind}) is in nats per {term.loss_unit}, "
+                    f"but the phase's own term ({self.objective.kind}) is in nats per "
+                    f"{self.loss_unit}. Set extra_terms.{index}.unit to {self.loss_unit}, or unit "
+                    f"to {term.loss_unit}."
+                )
         return self
 
     @property

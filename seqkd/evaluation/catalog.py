@@ -7,6 +7,7 @@ docs/evaluation.md.
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple
 
 Better = Literal["lower", "higher", "teacher", ""]
@@ -113,6 +114,12 @@ def metric(name: str) -> Metric:
         own = Metric(label, "share", "higher")
         return own if task == last else Metric(f"teacher's {label}", "share")
     return CATALOG.get(last, Metric(name))
+
+
+def limits(name: str) -> tuple[float, float]:
+    """Return the smallest and the largest possible value of a held-out figure."""
+    largest = {"share": 1.0, "0 to 100": 100.0}.get(metric(name).unit, math.inf)
+    return (-math.inf if name.startswith("bartscore") else 0.0), largest
 
 
 def title(name: str) -> str:

@@ -18,6 +18,7 @@ import numpy as np
 from torch import Tensor
 
 from seqkd.errors import ModelError
+from seqkd.evaluation.catalog import limits
 from seqkd.evaluation.intervals import Array, Interval, Ratio
 from seqkd.evaluation.tasks import ANSWERED, PREFIX, Tasks, with_tasks
 from seqkd.protocols import Measured, Scores, Seed
@@ -91,7 +92,8 @@ class Measurement:
 
     def table(self) -> dict[str, Interval]:
         """Return every available figure over all prompts."""
-        return {figure: ratio.interval() for figure, ratio in self.ratios().items()}
+        ratios = self.ratios()
+        return {name: ratio.interval().within(limits(name)) for name, ratio in ratios.items()}
 
 
 class HeldOut:

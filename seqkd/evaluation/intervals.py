@@ -32,6 +32,10 @@ class Interval:
     def __str__(self) -> str:
         return f"{self.mean:.3g} [{self.low:.3g}, {self.high:.3g}]"
 
+    def within(self, limits: tuple[float, float]) -> Interval:
+        """Return the interval without the values outside ``limits``."""
+        return Interval(self.mean, max(self.low, limits[0]), min(self.high, limits[1]))
+
     @property
     def verdict(self) -> str:
         """Text that reports whether the interval of a difference excludes 0."""

@@ -16,7 +16,7 @@ LENGTH = 0.1
 ENDS = 0.1
 """Smallest relevant difference in EOS rate, and in expected ends per completion."""
 FEWEST = 10
-"""Minimum number of prompts for a warning; with fewer, bootstrap intervals are too narrow."""
+"""Minimum number of prompts for a warning; with fewer, intervals are unreliable."""
 CAUSES = {
     "early": "prompts of another kind than in training, normalization total, or short answers of "
     "the data set",

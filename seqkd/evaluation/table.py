@@ -15,7 +15,7 @@ import numpy as np
 from seqkd import console
 from seqkd.evaluation.bartscore import BartScorer
 from seqkd.evaluation.calibration import end_calibration
-from seqkd.evaluation.catalog import labeled
+from seqkd.evaluation.catalog import labeled, limits
 from seqkd.evaluation.curves import Lengths, TokenValues, compare_ends, exposure_bias, length_rates
 from seqkd.evaluation.heldout import Answers, aggregate_by_prompt, totals
 from seqkd.evaluation.intervals import Interval, Ratio, paired_change
@@ -61,7 +61,9 @@ class Figures:
 
     def table(self) -> dict[str, Interval]:
         """Return every available figure."""
-        intervals = {name: ratio.interval() for name, ratio in self.ratios.items()}
+        intervals = {
+            name: ratio.interval().within(limits(name)) for name, ratio in self.ratios.items()
+        }
         if (nll := intervals.pop("nll_per_token", None)) is not None:
             intervals["perplexity"] = Interval(*map(math.exp, asdict(nll).values()))
         return intervals | {name: Interval(v, v, v) for name, v in self.whole.items()}

@@ -41,8 +41,18 @@ class RankPart:
             wanted = term.objective.divergence()
             read = as_token_stats(batch, stats, Divergence(*wanted) if wanted else None, weight)
             objective = OBJECTIVES[term.objective.kind]
-            losses.append(objective(read, self.counts, **term.objective.options()) * term.weight)
+            loss = objective(read, self.counts, **term.objective.options())
+            losses.append(loss * term.weight * self._conversion(term))
         return torch.stack(losses).sum()
+
+    def _conversion(self, term: TermConfig) -> float:
+        """Return the factor from the objective's unit to the term's."""
+        if term.loss_unit == term.objective.unit:
+            return 1.0
+        # The running estimate does not depend on the batch, but only some objectives maintain it.
+        counts = self.counts
+        length = counts.length if term.objective.running else counts.tokens / counts.sequences
+        return length if term.loss_unit == "sequence" else 1 / length
 
 
 def stat_names(

@@ -102,7 +102,9 @@ def test_student_sampled(head, environment, tiny_config, home):
 
 def test_teacher_sampled_and_a_used_directory(head, environment, tiny_config, tmp_path):
     overrides = ["sampler=teacher", "steps=2", "evaluation.prompts=0", f"runs_dir={tmp_path}"]
-    overrides.append("extra_terms=[{sampler: dataset, weight: 0.5}, {sampler: mixture}]")
+    overrides.append(
+        "extra_terms=[{sampler: dataset, weight: 0.5, unit: sequence}, {sampler: mixture}]"
+    )
     overrides.append(f"cluster={head.cluster}")
     succeeds(direct(environment, tiny_config, *overrides))
     rows = metrics(tmp_path / "tiny")

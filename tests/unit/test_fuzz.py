@@ -215,6 +215,7 @@ def some(**fields):
 
 
 SHARE, POSITIVE, COUNT = st.floats(0, 1), st.floats(0, 1e9), st.sampled_from([1, 2, 4, 10**12])
+UNITS = st.sampled_from(["token", "sequence", "nat"])
 SAMPLERS = st.sampled_from(["student", "teacher", "mixture", "dataset", "corpus", "teacher_cache"])
 KINDS = ["sequence_reverse_kl", "sequence_forward_kl", "sampled_token", "sft", "token_forward_kl",
          "token_reverse_kl", "gjsd", "skew_kl", "skew_reverse_kl", "total_variation"]  # fmt: skip
@@ -237,7 +238,10 @@ CHOICES = some(
     name=TEXTS, runs_dir=TEXTS, cluster=TEXTS, seed=st.integers(0), steps=COUNT, weight=POSITIVE,
     sampler=SAMPLERS, objective=OBJECTIVES, updates_per_rollout=COUNT, teacher=TEACHERS,
     prompts_per_step=st.sampled_from([4, 8, 12]), placement=st.sampled_from(["colocated", "split"]),
-    extra_terms=st.lists(some(sampler=SAMPLERS, objective=OBJECTIVES, weight=POSITIVE), max_size=2),
+    extra_terms=st.lists(
+        some(sampler=SAMPLERS, objective=OBJECTIVES, weight=POSITIVE, unit=UNITS), max_size=2
+    ),
+    unit=UNITS,
     warmup=some(sampler=SAMPLERS, lr=POSITIVE).map(lambda w: {"steps": 2, **w}),
     teacher_cache=some(records=st.sampled_from(["teacher", "dataset"])).map(
         lambda cache: {"path": "j", **cache}

@@ -97,7 +97,7 @@ def test_terms_that_share_a_sampler_share_its_completions(path):
             "sampler=dataset",
             "weight=0.5",
             "extra_terms=[{sampler: dataset, weight: 0.5, objective: {kind: token_forward_kl}}, "
-            "{sampler: student}]",
+            "{sampler: student, unit: token}]",
         ],
     )
     assert list(config.by_sampler) == ["dataset", "student"]
@@ -277,7 +277,7 @@ def test_scientific_notation_is_a_number(path):
             "teacher.scores to hidden",
         ),
         (
-            ["extra_terms=[{sampler: corpus, objective: {kind: sft}}]"],
+            ["extra_terms=[{sampler: corpus, objective: {kind: sft}, unit: sequence}]"],
             "extra_terms.0.sampler 'corpus'",
             "data.corpus_path",
         ),
@@ -285,6 +285,12 @@ def test_scientific_notation_is_a_number(path):
             ["extra_terms=[{sampler: teacher, objective: {kind: sequence_reverse_kl}}]"],
             "extra_terms.0: objective 'sequence_reverse_kl'",
             "Set sampler to student",
+        ),
+        (
+            ["extra_terms=[{sampler: teacher}, {sampler: dataset}]"],
+            "extra_terms.1 (sft) is in nats per token, but the phase's own term "
+            "(sequence_reverse_kl) is in nats per sequence",
+            "Set extra_terms.1.unit to sequence, or unit to token",
         ),
         (
             ["extra_terms=[{sampler: teacher, weight: 0}]"],

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from seqkd.evaluation.catalog import limits
 from seqkd.evaluation.intervals import Ratio, jackknife, paired_change, ratio
+from seqkd.evaluation.table import Figures
 
 
 def bounds(interval):
@@ -54,6 +56,23 @@ def test_change_is_paired_over_prompts_where_both_are_defined():
 
 def test_one_prompt_has_no_interval():
     assert bounds(ratio(np.array([6.0]), np.array([3.0]))) == (2.0, 2.0)
+
+
+def test_bounds_are_cut_at_possible_values():
+    figures = {
+        "ended": Ratio(np.array([1.0, 0, 0, 0]), np.ones(4)),
+        "rouge1": Ratio(np.array([90.0, 99, 99, 99]), np.ones(4)),
+        "reverse_kl_per_token": Ratio(np.array([0.1, 0.1, 5, 0.1]), np.ones(4)),
+        "bartscore_f": Ratio(-np.array([0.1, 0.1, 5, 0.1]), np.ones(4)),
+    }
+    raw = {name: ratio.interval() for name, ratio in figures.items()}
+    table = Figures(figures, {}).table()
+    assert raw["ended"].low < 0 and raw["ended"].high > 1 and raw["rouge1"].high > 100
+    assert bounds(table["ended"]) == (0, 1)
+    assert bounds(table["rouge1"]) == (raw["rouge1"].low, 100)
+    assert bounds(table["reverse_kl_per_token"]) == (0, raw["reverse_kl_per_token"].high)
+    assert table["bartscore_f"] == raw["bartscore_f"]
+    assert limits("heldout/task_digits") == limits("student_eos_rate") == (0, 1)
 
 
 @pytest.mark.parametrize("per", ["token", "sequence"])

@@ -192,7 +192,7 @@ CONFIG = Config.model_validate(
                       "normalization": "rate"},
         "rollout": {"samples_per_prompt": 2},
         "warmup": {"sampler": "teacher", "steps": 3, "prompts_per_step": 2},
-        "extra_terms": [{"sampler": "teacher"}],
+        "extra_terms": [{"sampler": "teacher", "unit": "token"}],
         "prompts_per_step": 3,
         "updates_per_rollout": 2,
         "steps": 7,
