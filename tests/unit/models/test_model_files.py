@@ -108,7 +108,7 @@ def test_a_damaged_student_is_not_evaluated(tiny, tmp_path, monkeypatch, damage)
     request = Request(config(**tiny), {"student": str(model)}, tmp_path / "out", None)
     with pytest.raises(ModelError, match=message.replace("(", r"\(")) as caught:
         evaluate(request, verbose=True)
-    assert str(caught.value).startswith(f"student: {model / name} ")
+    assert str(caught.value).startswith(f"student.model: {model / name} ")
 
 
 def test_shards(sharded, tmp_path):
