@@ -118,8 +118,10 @@ def main() -> int:
     shutil.rmtree(args.directory, ignore_errors=True)
     args.directory.mkdir(parents=True)
     kinds = ENDPOINT_FAULTS if args.endpoint else FAULTS
-    faults = driver_faults() if args.stages else schedule(args.kills, args.seed, kinds)
-    steps = 10 if args.stages else 2 * args.kills
+    stages = ("",) if args.endpoint else STAGES  # the endpoint has no stages
+    faults = driver_faults() if args.stages else schedule(args.kills, args.seed, kinds, stages)
+    # Steps with an endpoint take a tenth of a second, so that some pass during a fault.
+    steps = 10 if args.stages else (30 if args.endpoint else 2) * args.kills
     overrides = [*OVERRIDES, f"steps={steps}", f"runs_dir={args.directory}"]
     overrides += ["placement=split"] if args.nodes == 2 else []
     with endpoint.serve() as server:
@@ -167,14 +169,16 @@ class Fault:
         return f"{self.what} {self.role}" + (f" in {self.stage}" if self.stage else "")
 
 
-def schedule(faults: int, seed: int, kinds: Sequence[tuple[str, str]]) -> list[Fault]:
+def schedule(
+    faults: int, seed: int, kinds: Sequence[tuple[str, str]], stages: Sequence[str]
+) -> list[Fault]:
     """Return one fault per step. All kinds occur about equally often in random order, half of them
     in a stage and half of them at a random time."""
     generator = random.Random(seed)
     kinds = [kinds[i % len(kinds)] for i in range(faults)]
     generator.shuffle(kinds)
     return [
-        Fault(step, *kind, generator.choice(STAGES), generator.uniform(0, 0.02))
+        Fault(step, *kind, generator.choice(stages), generator.uniform(0, 0.02))
         if generator.random() < 0.5
         else Fault(step, *kind, delay=generator.uniform(0, 0.5))
         for step, kind in enumerate(kinds, 1)
