@@ -193,10 +193,16 @@ def _started(
             writers[name] = pool("teacher_sampler", name, writing)
     pools = [student, *scorers.values(), *writers.values()]
     learner = _learner(config, plan, group, student_path, checked.stop_ids, control)
-    control.watch = _gcs_watch(config)
+    watch = _gcs_watch(config)
     roles = {p.name: p for p in pools if p.actors} | ({"learner": learner} if learner else {})
     try:
-        control.tick = _Startup(roles, status).update
+        startup = _Startup(roles, status)
+
+        def tick() -> None:
+            watch()
+            startup.update()
+
+        control.tick = tick
         starting = [p.ask("start", [p.starting] * len(p.actors)) for p in pools]
         if learner:
             with suppress(LearnerLost):  # ready() starts it again
@@ -205,10 +211,10 @@ def _started(
             started()
         if learner:
             learner.ready()
-        control.tick = lambda: None
+        control.tick = watch
         yield _assemble_workers(config.rollout, config.teacher, learner, student, scorers, writers)
     finally:
-        control.watch = lambda: None
+        control.tick = lambda: None
         for p in pools:
             p.kill()
         if learner:

@@ -102,7 +102,6 @@ class Calls:
         begun = time.monotonic()
         while timeout is None or time.monotonic() - begun < timeout:
             self.check()
-            self.control.tick()
             done, _ = ray.wait(list(self.pending), timeout=TICK_S)
             if done:
                 result = self._next(done[0])

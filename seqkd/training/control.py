@@ -28,10 +28,9 @@ class Control:
         """Restarts since the last checkpoint."""
         self.first: SeqkdError | None = None
         """Cause of the first of these restarts."""
-        self.watch: Callable[[], None] = lambda: None
-        """Raises if the cluster is lost."""
         self.tick: Callable[[], None] = lambda: None
-        """Function that is called every TICK_S while the result of a process is awaited."""
+        """Function that is called by all code that waits, every TICK_S. It raises if the cluster is
+        lost."""
         self.signal: signal.Signals | None = None
         self._asked = 0.0
 
@@ -57,15 +56,16 @@ class Control:
         """Raise Stopped if a signal was received. A draw in parallel with the learner, in its own
         thread, has the same grace period as the learner's step: if it were abandoned, a different
         student would repeat it."""
-        self.watch()
         if threading.current_thread() is not threading.main_thread():
             self.check_after_grace()
-        elif self.signal is not None:
+            return
+        self.tick()
+        if self.signal is not None:
             raise Stopped(self.signal)
 
     def check_after_grace(self) -> None:
         """Raise Stopped if a signal was received more than ``recovery.grace_s`` seconds ago."""
-        self.watch()
+        self.tick()
         over = time.monotonic() - self._asked > self.recovery.grace_s
         if self.signal is not None and over:
             raise Stopped(self.signal)
