@@ -69,7 +69,8 @@ def _describe_part(config: Config, part: Part, result: PartResult) -> dict[str, 
     if any(term.objective.running for term in part.terms):
         row |= {"rate": counts.rate, "expected_length": counts.length}
     row |= {f"teacher_{name}": number for name, number in part.usage.items()}
-    if "requests" in part.usage:
+    # Not by usage, which is empty while completions are read from the replay log.
+    if any(teacher.endpoint for teacher in config.teachers.values()):
         drawn = len(rollouts) + len(part.masked) + part.skipped
         row["teacher_skipped_share"] = part.skipped / drawn
     if part.teacher_fraction is not None:

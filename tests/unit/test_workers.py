@@ -129,3 +129,20 @@ def test_a_tag_without_a_teacher_is_rejected(config, tiny, tmp_path):  # noqa: F
         ConfigError, match=r"teacher\.teachers\.all: teacher\.model: '/nowhere' does"
     ):
         check(config(*overrides))
+
+
+def test_early_completions_are_reported_with_the_index_of_their_prompt():
+    class Early:
+        def sample(self, prompts, samples, seed, temperature, top_p, finished):
+            drawn = [
+                Rollout(p.prompt_id, p.prompt_id, p.token_ids, (1,), None, "teacher", 0, "stop")
+                for p in prompts
+            ]
+            for i in reversed(range(len(drawn))):
+                finished(i, drawn[i])
+            return drawn
+
+    prompts = [Prompt(str(i), (i,), "", tag="ab"[i % 2]) for i in range(5)]
+    sampler, reported = MultiSampler({"a": Early(), "b": Early()}, lambda tag, _: tag), []
+    sampler.sample(prompts, [1] * 5, 0, finished=lambda i, r: reported.append((i, r.prompt_id)))
+    assert sorted(reported) == [(i, str(i)) for i in range(5)]

@@ -24,6 +24,7 @@ class Models:
     def sampler(self, source):
         def sample(prompts, samples, seed, *_):
             self.asked.append((source, [p.prompt_id for p in prompts]))
+            self.seed = seed
             return [
                 Rollout(p.prompt_id, f"{p.prompt_id}/{source}/{i}", p.token_ids,
                         () if refused else (int(p.prompt_id), 0), None, source, 0,
@@ -52,12 +53,12 @@ class Models:
         return {r.sample_id: dict.fromkeys(names, [1.0 + int(r.prompt_id)] * 2) for r in rollouts}
 
 
-def held_out(models):
+def held_out(models, seed=0):
     workers = SimpleNamespace(
         student=models.sampler("student"), teacher_sampler=models.sampler("teacher"),
         teacher=models, learner=models, distribution=True, live_teacher=True, sync=lambda: None,
     )  # fmt: skip
-    return HeldOut(workers, PROMPTS, 2, 0, shown=4)
+    return HeldOut(workers, PROMPTS, 2, seed, shown=4)
 
 
 def test_prompts_that_the_teacher_refuses_are_not_measured():
@@ -67,6 +68,12 @@ def test_prompts_that_the_teacher_refuses_are_not_measured():
     assert measured.table()["reverse_kl_per_token"].mean == pytest.approx((1 + 4) / 2)
     assert measured.sums["sequences"].tolist() == [2, 2]
     assert [e.rollout.prompt_id for e in measured.teacher] == ["0", "3"]
+
+
+def test_other_prompts_keep_their_seeds():
+    models = Models(silent=("1",))
+    held_out(models, seed=[10, 11, 12, 13]).measure()
+    assert models.seed == [10, 12, 13]
 
 
 def test_prompts_whose_score_is_refused_count_for_neither_model():

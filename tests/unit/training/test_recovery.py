@@ -123,7 +123,7 @@ class Sampler:
 
     def __init__(self, lives, asked, source):
         self.lives, self.asked, self.source = lives, asked, source
-        self.policy_version, self.weights = 0, 0.5
+        self.policy_version, self.weights, self.requests = 0, 0.5, 0
 
     def load(self, version):
         self.lives("load")
@@ -138,6 +138,7 @@ class Sampler:
 
     def sample(self, prompts, samples, seed, temperature=1.0, top_p=1.0, finished=None):
         self.lives("sample")
+        self.requests += 1
         self.asked.update((self.source, p.prompt_id, seed, self.weights) for p in prompts)
         places = [(place, i) for place, n in enumerate(samples) for i in range(n)]
         drawn = [
@@ -155,7 +156,7 @@ class Sampler:
         return drawn
 
     def usage(self):
-        return {}
+        return {"requests": self.requests} if self.requests else {}
 
 
 class Teacher:
@@ -255,7 +256,11 @@ def left(directory):
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     for row in rows:
         for key in [
-            k for k in row if k.startswith("time_") or "reused" in k or k == "tokens_per_s"
+            k
+            for k in row
+            if k.startswith("time_")
+            or k.endswith(("reused", "reused_scores", "requests"))
+            or k == "tokens_per_s"
         ]:
             del row[key]
     return rows, (directory / "student").read_text()
@@ -297,6 +302,11 @@ HIDDEN = {"teacher": {"kind": "hf", "model": "b"}}
 REPEATED = {
     "student": {},
     "teacher": {"sampler": "teacher", **SCORED, **HIDDEN},
+    "endpoint": {
+        "sampler": "teacher",
+        "objective": {"kind": "sequence_forward_kl"},
+        "teacher": {"kind": "openai", "model": "m", "base_url": "http://127.0.0.1/v1"},
+    },
     "dataset": {"sampler": "dataset", **SCORED, **HIDDEN},
     "mixture": {"sampler": "mixture"},
     "several samplers": {"extra_terms": [{"sampler": "teacher", **SCORED}], **HIDDEN},
