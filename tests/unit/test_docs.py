@@ -167,8 +167,10 @@ def recorded(directory, sampler, objective, extra_terms=(), **options):
     directory.mkdir()
     changes = {"sampler": sampler, "objective": objective, "extra_terms": extra_terms}
     if "usage" in options:
-        changes["teacher"] = {"kind": "openai", "model": "b", "base_url": "http://127.0.0.1/v1",
-                              "api": "completions", "scores": "top_k", "tokenizer": "b"}  # fmt: skip
+        changes["teacher"] = {
+            "kind": "openai", "model": "b", "base_url": "http://127.0.0.1/v1",
+            "api": "completions", "scores": "top_k", "tokenizer": "b",
+        }  # fmt: skip
     config = Config.model_validate({**MINIMAL, **changes})
     rollout = Rollout("p", "p/0", (1,), (2, 3), (-1.0, -1.0), "student", 0, "stop")
     part = Part([rollout], {}, Counts(1, 2), config.terms[:1], **options)
