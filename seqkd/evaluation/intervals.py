@@ -33,8 +33,10 @@ class Interval:
         return f"{self.mean:.3g} [{self.low:.3g}, {self.high:.3g}]"
 
     def within(self, limits: tuple[float, float]) -> Interval:
-        """Return the interval without the values outside ``limits``."""
-        return Interval(self.mean, max(self.low, limits[0]), min(self.high, limits[1]))
+        """Return the interval without the values outside ``limits``. It still contains the mean,
+        which rounding can put outside: a divergence between equal models."""
+        low, high = max(self.low, limits[0]), min(self.high, limits[1])
+        return Interval(self.mean, min(self.mean, low), max(self.mean, high))
 
     @property
     def verdict(self) -> str:

@@ -64,6 +64,7 @@ def test_bounds_are_cut_at_possible_values():
         "rouge1": Ratio(np.array([90.0, 99, 99, 99]), np.ones(4)),
         "reverse_kl_per_token": Ratio(np.array([0.1, 0.1, 5, 0.1]), np.ones(4)),
         "bartscore_f": Ratio(-np.array([0.1, 0.1, 5, 0.1]), np.ones(4)),
+        "forward_kl_per_token": Ratio(np.array([1e-9, -3e-9, 1e-9, -3e-9]), np.ones(4)),
     }
     raw = {name: ratio.interval() for name, ratio in figures.items()}
     table = Figures(figures, {}).table()
@@ -72,6 +73,8 @@ def test_bounds_are_cut_at_possible_values():
     assert bounds(table["rouge1"]) == (raw["rouge1"].low, 100)
     assert bounds(table["reverse_kl_per_token"]) == (0, raw["reverse_kl_per_token"].high)
     assert table["bartscore_f"] == raw["bartscore_f"]
+    rounding = table["forward_kl_per_token"]  # models that are equal but for rounding
+    assert bounds(rounding) == (rounding.mean, raw["forward_kl_per_token"].high)
     assert limits("heldout/task_digits") == limits("student_eos_rate") == (0, 1)
 
 

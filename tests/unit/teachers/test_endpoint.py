@@ -473,7 +473,8 @@ def test_scores_with_30_percent_failures(peer):
     peer.faults = [generator.choice(kinds) if generator.random() < 0.3 else None for _ in range(90)]
     failing = sum(fault is not None for fault in peer.faults[:60])
     wanted = rollouts(60)
-    scorer, scored = score(peer, wanted)
+    # Requests are concurrent: any number of the faults can meet one text.
+    scorer, scored = score(peer, wanted, answer_retries=len(peer.faults))
     expect_exact(wanted, scored)
     assert len(peer.bodies) >= 60 + failing
     read = sum(f not in (429, 500, "cut", "malformed") for f in peer.faults[: len(peer.bodies)])
